@@ -1,0 +1,304 @@
+"""YAML + dotted overrides -> a validated `Config`, or every problem at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, Problem, UsageError
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with YAML 1.2 floats (`1e-3` is a number) and without duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+# PyYAML follows YAML 1.1, where 1e-3 is a string: a learning rate would fail for want of a dot.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
+    """Reads a config file and applies overrides.
+
+    Args:
+        path: The YAML file.
+        overrides: `dotted.key=value` strings; values are parsed as YAML.
+        world_size: Processes that will train, for the check of the global batch.
+
+    Raises:
+        UsageError: The file cannot be read.
+        ConfigError: Everything that is wrong with it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: the config file cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: the config file is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    return parse_config(text, overrides, source=str(path), world_size=world_size)
+
+
+def parse_config(text: str, overrides: Sequence[str] = (), source: str = "config", world_size: int = 1) -> Config:
+    """Like `load_config`, from the text of the file; `source` names it in messages."""
+    tree = _parse_yaml(text, source)
+    problems = [p for p in (_apply_override(tree, o) for o in overrides) if p is not None]
+    config, field_problems = _validate(tree)
+    problems += field_problems
+    if config is not None:
+        flawed = {p.path for p in problems}
+        problems += [p for p in cross_checks(config, world_size) if p.path not in flawed]
+    if problems:
+        raise ConfigError(source, problems)
+    assert config is not None
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `parse_config` reads back to an equal tree."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema by which editors complete and check the YAML."""
+    schema = Config.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+# ---- parsing ---------------------------------------------------------------------------------
+
+
+def _parse_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(source, [Problem("", f"bad YAML, {where}{error.problem}")]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(source, [Problem("", f"bad YAML: {error}")]) from error
+    if tree is None:
+        raise ConfigError(source, [Problem("", "the file is empty; start from a copy of configs/demo.yaml")])
+    if not isinstance(tree, dict):
+        raise ConfigError(source, [Problem("", f"holds a {type(tree).__name__}, allowed: sections of `key: value`")])
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> Problem | None:
+    dotted, equals, value = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        return Problem(override, "is not an override, allowed: dotted.key=value, `train.max_iters=100` say")
+    node: Any = tree
+    for depth, key in enumerate(keys[:-1]):
+        node = _child(node, key)
+        if not isinstance(node, (dict, list)):
+            return Problem(dotted, f"{'.'.join(keys[: depth + 1])} is not a section that can be overridden")
+    try:
+        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.YAMLError:
+        return Problem(dotted, f"the value {value!r} is not valid YAML")
+    if isinstance(node, list):
+        if not keys[-1].isdigit() or int(keys[-1]) >= len(node):
+            return Problem(dotted, f"has {len(node)} entries, allowed: an index from 0 to {len(node) - 1}")
+        node[int(keys[-1])] = parsed
+    else:
+        node[keys[-1]] = parsed
+    return None
+
+
+def _child(node: Any, key: str) -> Any:
+    if isinstance(node, list):
+        return node[int(key)] if key.isdigit() and int(key) < len(node) else None
+    if node.get(key) is None:
+        node[key] = {}
+    return node[key]
+
+
+# ---- validation ------------------------------------------------------------------------------
+
+
+def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
+    """The config and what is wrong with single fields.
+
+    Where the flawed fields have defaults, a config without them is returned too, so that the
+    cross-field checks of the other fields are not hidden behind a typing mistake.
+    """
+    try:
+        return _strict(tree), []
+    except ValidationError as error:
+        errors = error.errors()
+    problems = [_problem(tree, e) for e in errors]
+    for e in sorted(errors, key=lambda e: len(e["loc"]), reverse=True):
+        _remove(tree, e["loc"])
+    try:
+        return _strict(tree), problems
+    except ValidationError:
+        return None, problems
+
+
+def _strict(tree: dict[str, Any]) -> Config:
+    # Strict JSON mode: "3", 3.0 and true are no integers, while lists still become tuples.
+    return Config.model_validate_json(json.dumps(tree, default=str), strict=True)
+
+
+def _remove(tree: Any, loc: tuple[int | str, ...]) -> None:
+    for key in loc[:-1]:
+        try:
+            tree = tree[key]
+        except (KeyError, IndexError, TypeError):
+            return
+    if isinstance(tree, dict):
+        tree.pop(loc[-1], None)
+
+
+def _problem(tree: dict[str, Any], error: Any) -> Problem:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return Problem(path, _unknown_key_message(path))
+    if error["type"] == "missing":
+        return Problem(path, "is missing and has no default")
+    allowed = re.sub(r"^(Input|Value|String|Tuple|Dictionary) should (be |have )?", "", error["msg"])
+    return Problem(path, f"given {_shown(error['input'])}, allowed: {allowed}")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown_key_message(path: str) -> str:
+    section, _, key = path.rpartition(".")
+    plain_section = re.sub(r"\.\d+(?=\.|$)", "", section)
+    known = list(known_paths())
+    siblings = [p for p in known if p.rpartition(".")[0] == plain_section]
+    for candidates in (siblings, known):
+        leaves = {p.rpartition(".")[2]: p for p in reversed(candidates)}
+        near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.6)
+        if near:
+            found_section, _, leaf = leaves[near[0]].rpartition(".")
+            where = f"in the section `{found_section}`" if found_section else "at the top level"
+            return f"unknown key; did you mean `{leaf}` {where}?"
+    names = ", ".join(p.rpartition(".")[2] for p in siblings)
+    return f"unknown key; allowed here: {names}"
+
+
+def known_paths(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted paths of every section and field, without list indices."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        for part in (info.annotation, *get_args(info.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from known_paths(part, f"{prefix}{name}.")
+
+
+# ---- checks across fields --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Check:
+    path: str
+    broken: Callable[[Config], bool]
+    message: Callable[[Config], str]
+
+
+_CHECKS = (
+    _Check(
+        "model.d_model",
+        lambda c: c.model.d_model % c.model.num_heads != 0,
+        lambda c: f"given {c.model.d_model}, allowed: a multiple of num_heads = {c.model.num_heads}",
+    ),
+    _Check(
+        "model.num_heads",
+        lambda c: c.model.d_model % c.model.num_heads == 0 and (c.model.d_model // c.model.num_heads) % 2 != 0,
+        lambda c: (
+            f"given {c.model.num_heads}, which makes heads of {c.model.d_model // c.model.num_heads}; "
+            "allowed: an even head size (d_model / num_heads), because RoPE rotates pairs"
+        ),
+    ),
+    _Check(
+        "optimizer.warmup_iters",
+        lambda c: c.optimizer.warmup_iters > c.optimizer.cosine_cycle_iters,
+        lambda c: (
+            f"given {c.optimizer.warmup_iters}, allowed: at most cosine_cycle_iters = {c.optimizer.cosine_cycle_iters}"
+        ),
+    ),
+    _Check(
+        "optimizer.min_learning_rate",
+        lambda c: c.optimizer.min_learning_rate > c.optimizer.learning_rate,
+        lambda c: (
+            f"given {c.optimizer.min_learning_rate}, allowed: at most learning_rate = {c.optimizer.learning_rate}"
+        ),
+    ),
+    _Check(
+        "data.dtype",
+        lambda c: c.data.dtype == "uint16" and c.model.vocab_size > 1 << 16,
+        lambda c: (
+            f"given uint16, which holds 65536 token ids; vocab_size = {c.model.vocab_size} needs uint32 (or auto)"
+        ),
+    ),
+    _Check(
+        "model.vocab_size",
+        lambda c: c.tokenizer.kind != "file" and c.model.vocab_size < 257 + len(c.tokenizer.special_tokens),
+        lambda c: (
+            f"given {c.model.vocab_size}, allowed: at least {257 + len(c.tokenizer.special_tokens)} "
+            "(256 bytes and the special tokens)"
+        ),
+    ),
+    _Check(
+        "tokenizer.path",
+        lambda c: (c.tokenizer.kind == "file") != (c.tokenizer.path is not None),
+        lambda c: (
+            "is missing; kind: file needs the tokenizer.json to take"
+            if c.tokenizer.kind == "file"
+            else f"given {c.tokenizer.path!r}, allowed: only with kind: file"
+        ),
+    ),
+    _Check(
+        "tokenizer.special_tokens",
+        lambda c: len({*c.tokenizer.special_tokens, c.tokenizer.end_of_text}) <= len(c.tokenizer.special_tokens),
+        lambda c: "names a token twice (end_of_text is one already)",
+    ),
+    _Check(
+        "data.sources",
+        lambda c: len({s.name for s in c.data.sources}) < len(c.data.sources),
+        lambda c: "two sources have the same name",
+    ),
+    _Check(
+        "data.sources",
+        lambda c: all(s.split == "validation" for s in c.data.sources),
+        lambda c: "every source has split: validation, so that nothing is left to train on",
+    ),
+    _Check(
+        "train.precision",
+        lambda c: any(k in c.deepspeed for k in ("fp16", "bf16")),
+        lambda c: "is set here; remove fp16 and bf16 from the section `deepspeed`",
+    ),
+)
+
+
+def cross_checks(config: Config, world_size: int = 1) -> list[Problem]:
+    """What is wrong between fields that are each valid by themselves."""
+    problems = [Problem(check.path, check.message(config)) for check in _CHECKS if check.broken(config)]
+    problems += [Problem("train.batch_size", m) for m in config.data_parallel_problems(world_size)]
+    return problems

@@ -1,0 +1,60 @@
+"""Errors that a user can act on; the command line prints them as one message, without a traceback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 85
+
+
+class PipelineError(Exception):
+    """The work failed for a reason the message names, together with its place and its cure."""
+
+    exit_code = EXIT_FAILED
+
+
+class UsageError(PipelineError):
+    """The command line or the configuration is wrong; nothing has been started."""
+
+    exit_code = EXIT_USAGE
+
+
+class DataError(PipelineError):
+    """Text, token shards or a tokenizer are missing, damaged or not what the config expects."""
+
+
+class CheckpointError(PipelineError):
+    """A checkpoint cannot be written, or none that can be trusted is there to be read."""
+
+
+class StopRequested(PipelineError):
+    """Training stopped on request with everything saved; the launcher requeues on this status."""
+
+    exit_code = EXIT_STOPPED
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a config.
+
+    Attributes:
+        path: Dotted path of the value, `train.batch_size` say; empty for the whole file.
+        message: What was given, what is allowed and, where it can be guessed, what was meant.
+    """
+
+    path: str
+    message: str
+
+
+class ConfigError(UsageError):
+    """Everything that is wrong with a config, reported at once."""
+
+    def __init__(self, source: str, problems: list[Problem]) -> None:
+        self.source = source
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = [f"  {p.path or '(file)'}: {p.message}" for p in problems]
+        super().__init__("\n".join([f"{source}: {count} in the config", *lines]))

@@ -1,0 +1,93 @@
+"""Publishing files so that nobody ever sees half of one: temp + fsync + rename, and digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+
+
+def fsync_dir(path: Path) -> None:
+    """Makes the names in a folder durable; without it a rename can be lost in a power failure."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_file(path: Path) -> None:
+    """Makes the bytes of a finished file durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Publishes a file whole: readers see the old bytes or the new ones, never a mixture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temp.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        temp.replace(path)
+    except OSError:
+        temp.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Publishes a UTF-8 text file whole."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Publishes a JSON file whole, indented for people to read."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        PipelineError: The file is missing or is no JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise PipelineError(f"{path}: is not valid JSON ({error})") from error
+
+
+def publish_dir(temp: Path, final: Path) -> None:
+    """Makes a finished folder visible under its name by one rename.
+
+    The files inside must have been fsynced by whoever wrote them.
+
+    Raises:
+        OSError: `final` is a folder that is not empty; nothing is overwritten.
+    """
+    fsync_dir(temp)
+    temp.rename(final)
+    fsync_dir(final.parent)
+
+
+def sha256_bytes(content: bytes) -> str:
+    """The SHA-256 of bytes in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal, read in pieces."""
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
