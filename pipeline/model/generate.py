@@ -1,0 +1,66 @@
+"""Sampling text with a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.model.layers import softmax
+from pipeline.model.transformer import TransformerLM
+
+
+@torch.inference_mode()
+def generate(
+    model: TransformerLM,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> list[int]:
+    """Continues a prompt token by token.
+
+    When the context is full, its newer half is kept and read again, so that text may be longer than it.
+
+    Args:
+        model: The model.
+        prompt_ids: At least one token; of a longer one the last `context_length - 1` tokens count.
+        max_new_tokens: Tokens to add, at most.
+        temperature: 0 takes the likeliest token.
+        top_p: Draw from the smallest set of tokens that holds this much probability (Holtzman et al. 2020).
+        stop_id: A token that ends the text; it is not returned.
+        generator: Source of randomness, on the model's device.
+
+    Returns:
+        The new tokens.
+    """
+    device = model.lm_head.weight.device
+    context = list(prompt_ids)[-(model.context_length - 1) :] if model.context_length > 1 else [prompt_ids[-1]]
+    caches, cached = model.new_caches(), 0
+    new: list[int] = []
+    while len(new) < max_new_tokens:
+        if len(context) > model.context_length:
+            context = context[-(model.context_length // 2 or 1) :]
+            caches, cached = model.new_caches(), 0
+        ids = torch.tensor([context[cached:]], device=device)
+        logits = model(ids, caches, start=cached)[0, -1]
+        cached = len(context)
+        token = draw(logits, temperature, top_p, generator)
+        if token == stop_id:
+            break
+        new.append(token)
+        context.append(token)
+    return new
+
+
+def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
+    """One token from logits `(vocab,)`."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, order = softmax(logits.float() / temperature, dim=-1).sort(descending=True)
+    # A token stays as long as those before it hold less than top_p: the likeliest always does.
+    kept = torch.where(probabilities.cumsum(-1) - probabilities < top_p, probabilities, 0.0)
+    return int(order[torch.multinomial(kept, 1, generator=generator)])
