@@ -33,7 +33,7 @@ class SourceConfig(Section):
     paths: tuple[str, ...] = Field(min_length=1)
     """File names or globs, relative to the working folder; matches are sorted."""
     format: Literal["auto", "txt", "jsonl", "parquet"] = "auto"
-    """What the files hold; `auto` goes by the name (`.txt`, `.jsonl`, `.parquet`, each also `.gz`, `.zst`, `.bz2`, `.xz`)."""
+    """What the files hold; `auto` goes by the name: `.txt`, `.jsonl`, `.parquet`, plain or `.gz`, `.zst`, `.bz2`, `.xz`."""
     separator: str | None = Field(default=None, min_length=1)
     """Splits a text file into documents; without it one file is one document."""
     field: str = "text"
@@ -41,7 +41,7 @@ class SourceConfig(Section):
     split: Literal["auto", "train", "validation"] = "auto"
     """Which split the documents go to; `auto` decides by a hash of each document."""
     weight: Positive = 1.0
-    """Share of this source in training batches, relative to the other weights; equal weights keep the shares the tokens have only when `data.mixing` is `proportional`."""
+    """Share of this source in training batches, relative to the other weights; with `data.mixing: weighted`."""
 
 
 class DataConfig(Section):

@@ -66,8 +66,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), source: str = "config
     config, field_problems = _validate(tree)
     problems += field_problems
     if config is not None:
-        flawed = {p.path for p in problems}
-        problems += [p for p in cross_checks(config, world_size) if p.path not in flawed]
+        problems += cross_checks(config, world_size, flawed=frozenset(p.path for p in problems))
     if problems:
         raise ConfigError(source, problems)
     assert config is not None
@@ -90,7 +89,7 @@ def json_schema() -> dict[str, Any]:
 
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     try:
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+        tree = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -115,7 +114,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> Problem | None:
         if not isinstance(node, (dict, list)):
             return Problem(dotted, f"{'.'.join(keys[: depth + 1])} is not a section that can be overridden")
     try:
-        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+        parsed = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:
         return Problem(dotted, f"the value {value!r} is not valid YAML")
     if isinstance(node, list):
@@ -141,8 +140,8 @@ def _child(node: Any, key: str) -> Any:
 def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
     """The config and what is wrong with single fields.
 
-    Where the flawed fields have defaults, a config without them is returned too, so that the
-    cross-field checks of the other fields are not hidden behind a typing mistake.
+    A config is returned too where the flawed fields can be stood in for, so that cross-field problems
+    of the other fields are not hidden behind a typing mistake.
     """
     try:
         return _strict(tree), []
@@ -150,7 +149,7 @@ def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
         errors = error.errors()
     problems = [_problem(tree, e) for e in errors]
     for e in sorted(errors, key=lambda e: len(e["loc"]), reverse=True):
-        _remove(tree, e["loc"])
+        _replace_by_placeholder(tree, e["loc"])
     try:
         return _strict(tree), problems
     except ValidationError:
@@ -162,14 +161,25 @@ def _strict(tree: dict[str, Any]) -> Config:
     return Config.model_validate_json(json.dumps(tree, default=str), strict=True)
 
 
-def _remove(tree: Any, loc: tuple[int | str, ...]) -> None:
+def _replace_by_placeholder(tree: Any, loc: tuple[int | str, ...]) -> None:
+    """Takes a flawed value out; a required one is replaced, so that the rest can still be checked."""
     for key in loc[:-1]:
         try:
             tree = tree[key]
         except (KeyError, IndexError, TypeError):
             return
-    if isinstance(tree, dict):
-        tree.pop(loc[-1], None)
+    if not isinstance(tree, dict):
+        return
+    tree.pop(loc[-1], None)
+    section, field = (str(loc[-2]) if len(loc) > 1 else ""), str(loc[-1])
+    info = _model_of(section).model_fields.get(field)
+    if info is not None and info.is_required():
+        tree[field] = "placeholder" if info.annotation is str else 1
+
+
+def _model_of(section: str) -> type[BaseModel]:
+    annotation = Config.model_fields[section].annotation if section in Config.model_fields else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else Config
 
 
 def _problem(tree: dict[str, Any], error: Any) -> Problem:
@@ -217,19 +227,21 @@ def known_paths(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[s
 
 @dataclass(frozen=True)
 class _Check:
-    path: str
+    """A rule between the fields `uses`; the first is the one that is reported."""
+
+    uses: tuple[str, ...]
     broken: Callable[[Config], bool]
     message: Callable[[Config], str]
 
 
 _CHECKS = (
     _Check(
-        "model.d_model",
+        ("model.d_model", "model.num_heads"),
         lambda c: c.model.d_model % c.model.num_heads != 0,
         lambda c: f"given {c.model.d_model}, allowed: a multiple of num_heads = {c.model.num_heads}",
     ),
     _Check(
-        "model.num_heads",
+        ("model.num_heads", "model.d_model"),
         lambda c: c.model.d_model % c.model.num_heads == 0 and (c.model.d_model // c.model.num_heads) % 2 != 0,
         lambda c: (
             f"given {c.model.num_heads}, which makes heads of {c.model.d_model // c.model.num_heads}; "
@@ -237,28 +249,28 @@ _CHECKS = (
         ),
     ),
     _Check(
-        "optimizer.warmup_iters",
+        ("optimizer.warmup_iters", "optimizer.cosine_cycle_iters"),
         lambda c: c.optimizer.warmup_iters > c.optimizer.cosine_cycle_iters,
         lambda c: (
             f"given {c.optimizer.warmup_iters}, allowed: at most cosine_cycle_iters = {c.optimizer.cosine_cycle_iters}"
         ),
     ),
     _Check(
-        "optimizer.min_learning_rate",
+        ("optimizer.min_learning_rate", "optimizer.learning_rate"),
         lambda c: c.optimizer.min_learning_rate > c.optimizer.learning_rate,
         lambda c: (
             f"given {c.optimizer.min_learning_rate}, allowed: at most learning_rate = {c.optimizer.learning_rate}"
         ),
     ),
     _Check(
-        "data.dtype",
+        ("data.dtype", "model.vocab_size"),
         lambda c: c.data.dtype == "uint16" and c.model.vocab_size > 1 << 16,
         lambda c: (
             f"given uint16, which holds 65536 token ids; vocab_size = {c.model.vocab_size} needs uint32 (or auto)"
         ),
     ),
     _Check(
-        "model.vocab_size",
+        ("model.vocab_size", "tokenizer.kind", "tokenizer.special_tokens"),
         lambda c: c.tokenizer.kind != "file" and c.model.vocab_size < 257 + len(c.tokenizer.special_tokens),
         lambda c: (
             f"given {c.model.vocab_size}, allowed: at least {257 + len(c.tokenizer.special_tokens)} "
@@ -266,7 +278,7 @@ _CHECKS = (
         ),
     ),
     _Check(
-        "tokenizer.path",
+        ("tokenizer.path", "tokenizer.kind"),
         lambda c: (c.tokenizer.kind == "file") != (c.tokenizer.path is not None),
         lambda c: (
             "is missing; kind: file needs the tokenizer.json to take"
@@ -275,30 +287,41 @@ _CHECKS = (
         ),
     ),
     _Check(
-        "tokenizer.special_tokens",
+        ("tokenizer.special_tokens", "tokenizer.end_of_text"),
         lambda c: len({*c.tokenizer.special_tokens, c.tokenizer.end_of_text}) <= len(c.tokenizer.special_tokens),
         lambda c: "names a token twice (end_of_text is one already)",
     ),
     _Check(
-        "data.sources",
+        ("data.sources",),
         lambda c: len({s.name for s in c.data.sources}) < len(c.data.sources),
         lambda c: "two sources have the same name",
     ),
     _Check(
-        "data.sources",
+        ("data.sources",),
         lambda c: all(s.split == "validation" for s in c.data.sources),
         lambda c: "every source has split: validation, so that nothing is left to train on",
     ),
     _Check(
-        "train.precision",
+        ("train.precision", "deepspeed"),
         lambda c: any(k in c.deepspeed for k in ("fp16", "bf16")),
         lambda c: "is set here; remove fp16 and bf16 from the section `deepspeed`",
     ),
 )
 
 
-def cross_checks(config: Config, world_size: int = 1) -> list[Problem]:
-    """What is wrong between fields that are each valid by themselves."""
-    problems = [Problem(check.path, check.message(config)) for check in _CHECKS if check.broken(config)]
-    problems += [Problem("train.batch_size", m) for m in config.data_parallel_problems(world_size)]
+def cross_checks(config: Config, world_size: int = 1, flawed: frozenset[str] = frozenset()) -> list[Problem]:
+    """What is wrong between fields that are each valid by themselves.
+
+    Args:
+        config: The tree.
+        world_size: Processes that will train.
+        flawed: Paths known to be wrong already; rules that use them are left out.
+    """
+    problems = [
+        Problem(check.uses[0], check.message(config))
+        for check in _CHECKS
+        if flawed.isdisjoint(check.uses) and check.broken(config)
+    ]
+    if flawed.isdisjoint(("train.batch_size", "train.micro_batch_size")):
+        problems += [Problem("train.batch_size", m) for m in config.data_parallel_problems(world_size)]
     return problems

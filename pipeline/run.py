@@ -173,7 +173,7 @@ def _refuse_other_experiment(run: Run, config: Config) -> None:
         raise UsageError(
             "\n".join(
                 [
-                    f"{run.path}: this run exists with other settings, and resuming with these would train something else:",
+                    f"{run.path}: this run exists with other settings; going on with these would train something else:",
                     *changed,
                     "Give the new experiment another `name`, or remove the folder.",
                 ]

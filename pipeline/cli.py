@@ -1,0 +1,83 @@
+"""The command `pipeline`: every command parses, calls one function and prints.
+
+Nothing heavy is imported at the top: `pipeline --help` answers on a login node at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import EXIT_FAILED, PipelineError, StopRequested
+
+app = typer.Typer(
+    name="pipeline",
+    help="Text to token shards to a trained language model, here or on a Slurm cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="The experiment's YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, `train.max_iters=100` say.")
+]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="The run folder, `runs/demo` say.")]
+
+
+@app.command()
+def run(config_file: ConfigFile, overrides: Overrides = None) -> None:
+    """Prepare, train, evaluate and sample, here."""
+    from pipeline.main_job import run_all
+
+    run_all(_config(config_file, overrides))
+
+
+@app.command()
+def train(config_file: ConfigFile, overrides: Overrides = None) -> None:
+    """Train here; resumes the run if it exists."""
+    from pipeline.main_job import train_here
+
+    train_here(_config(config_file, overrides))
+
+
+@app.command()
+def sample(
+    run_folder: RunFolder,
+    prompt: Annotated[str | None, typer.Option(help="How the text begins; the config's prompt otherwise.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Texts to generate.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Print text that a trained run generates."""
+    from pipeline.main_job import sample_run
+
+    for text in sample_run(run_folder, prompt, count, seed):
+        print(text)
+
+
+def _config(config_file: str, overrides: list[str] | None):  # type: ignore[no-untyped-def]  # pydantic stays unimported
+    from pipeline.config_load import load_config
+    from pipeline.train.world import world_from_environment
+
+    return load_config(config_file, overrides or (), world_size=world_from_environment().size)
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake becomes one message on stderr and the documented exit status."""
+    # mlflow reports home by default; nothing this project starts does, unless somebody asks for it.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        app()
+    except StopRequested as stop:
+        print(f"pipeline: {stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except PipelineError as error:
+        print(f"pipeline: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("pipeline: interrupted before there was anything to save", file=sys.stderr)
+        sys.exit(EXIT_FAILED)

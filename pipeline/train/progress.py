@@ -1,0 +1,113 @@
+"""What a person sees while a model trains: a live bar on a terminal, one line a logged step elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Shows steps as they finish; does nothing where `enabled` is False (every rank but the first).
+
+    Args:
+        name: Name of the run.
+        start_step: Steps that were finished before this start.
+        max_iters: Steps the run has in all.
+        enabled: Whether to show anything.
+    """
+
+    def __init__(self, name: str, start_step: int, max_iters: int, enabled: bool = True) -> None:
+        self._enabled = enabled
+        self._max_iters = max_iters
+        self._first = start_step
+        self._began = time.monotonic()
+        self._console = Console(stderr=True, highlight=False)
+        self._live = enabled and self._console.is_terminal
+        self._bar = Bar(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task(name, total=max_iters, completed=start_step, figures="starting")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to a finished step that has no figures; cheap enough for every step."""
+        if self._live:
+            self._bar.update(self._task, completed=step)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows a logged step: its loss, rate, gradient norm, throughput and the time left.
+
+        Args:
+            step: Finished steps.
+            metrics: Under the keys of `metrics.jsonl`; those that are missing are left out.
+        """
+        if not self._enabled:
+            return
+        columns = [*_columns(metrics), f"eta {_duration(self._seconds_left(step))}"]
+        if self._live:
+            self._bar.update(self._task, completed=step, figures=" · ".join(columns))
+        else:
+            self._console.print(
+                f"step {step:>{len(str(self._max_iters))}}/{self._max_iters} | " + " | ".join(columns), soft_wrap=True
+            )
+
+    def message(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._enabled:
+            self._console.print(text, soft_wrap=True)
+
+    def _seconds_left(self, step: int) -> float:
+        done = max(1, step - self._first)
+        return (time.monotonic() - self._began) / done * (self._max_iters - step)
+
+
+def _columns(metrics: Mapping[str, float]) -> list[str]:
+    columns = []
+    if "train/loss" in metrics:
+        columns.append(f"loss {metrics['train/loss']:.4f}")
+    if "val/loss" in metrics:
+        columns.append(f"val loss {metrics['val/loss']:.4f}")
+    if "train/lr" in metrics:
+        columns.append(f"lr {metrics['train/lr']:.2e}")
+    if "train/grad_norm" in metrics:
+        columns.append(f"norm {metrics['train/grad_norm']:.2f}")
+    if "train/tokens_per_s" in metrics:
+        columns.append(f"{_short(metrics['train/tokens_per_s'])} tok/s")
+    if "train/mfu" in metrics:
+        columns.append(f"MFU {metrics['train/mfu']:.1%}")
+    elif "train/flops_per_s" in metrics:
+        columns.append(f"{_short(metrics['train/flops_per_s'])}FLOP/s")
+    return columns
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
