@@ -33,7 +33,7 @@ class SourceConfig(Section):
     paths: tuple[str, ...] = Field(min_length=1)
     """File names or globs, relative to the working folder; matches are sorted."""
     format: Literal["auto", "txt", "jsonl", "parquet"] = "auto"
-    """What the files hold; `auto` goes by the name: `.txt`, `.jsonl`, `.parquet`, plain or `.gz`, `.zst`, `.bz2`, `.xz`."""
+    """What the files hold; `auto` goes by the name: `.txt`, `.jsonl`, `.parquet`, or these with `.gz`, `.zst` ..."""
     separator: str | None = Field(default=None, min_length=1)
     """Splits a text file into documents; without it one file is one document."""
     field: str = "text"

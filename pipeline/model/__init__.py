@@ -1,0 +1,1 @@
+"""The transformer: pure PyTorch, knowing nothing of engines, files or clusters."""

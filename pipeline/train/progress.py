@@ -67,9 +67,8 @@ class Progress:
         if self._live:
             self._bar.update(self._task, completed=step, figures=" · ".join(columns))
         else:
-            self._console.print(
-                f"step {step:>{len(str(self._max_iters))}}/{self._max_iters} | " + " | ".join(columns), soft_wrap=True
-            )
+            count = f"step {step:>{len(str(self._max_iters))}}/{self._max_iters}"
+            self._console.print(" | ".join([count, *columns]), soft_wrap=True)
 
     def message(self, text: str) -> None:
         """Prints a line above the bar."""

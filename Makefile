@@ -1,0 +1,55 @@
+# Two commands to know: `make demo` and `make test`. Both set up .venv by themselves; a second run installs nothing.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+LOCK   := containers/requirements.lock
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(LOCK)
+
+export MLFLOW_DISABLE_TELEMETRY = true
+
+.PHONY: demo test test-all lint faults lock schema clean help
+
+demo: $(VENV)/.train data/demo/text  ## train a small model from raw text, on this machine
+	$(BIN)/pipeline run configs/demo.yaml
+
+test: $(VENV)/.dev data/demo/text  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not browser"
+
+test-all: $(VENV)/.dev data/demo/text  ## every test; needs Debian's chromium and chromium-driver
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## linters, type checker, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+schema: $(VENV)/.dev  ## write configs/schema.json and docs/config.md anew from pipeline/config.py
+	$(BIN)/python -m pipeline.config_docs
+
+lock: $(VENV)/.dev  ## resolve the newest versions that pyproject.toml allows into the lock file
+	$(BIN)/uv pip compile pyproject.toml --extra train --extra dev --universal --python-version 3.11 --upgrade \
+	  --custom-compile-command "make lock" --output-file $(LOCK)
+
+clean:  ## remove what the demo and the tests made; .venv stays
+	rm -rf runs data mlflow.db mlartifacts build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+help:
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+data/demo/text: | $(VENV)/.train
+	$(BIN)/python -m pipeline.data.demo_text $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and by exact version, so that no other package pulls another build of it in.
+$(VENV)/.train: $(LOCK) pyproject.toml | $(VENV)/bin/python
+	$(PIP) "torch==2.13.0"
+	$(PIP) --no-build-isolation --editable ".[train]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(PIP) --no-build-isolation --editable ".[train,dev]"
+	touch $@
