@@ -8,10 +8,10 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from pipeline.checkpoint.single import load_checkpoint, save_checkpoint
 from pipeline.data.dataset import get_batch
+from torch import Tensor
+
 from pipeline.model import layers
 from pipeline.model.loss import cross_entropy
 from pipeline.model.transformer import TransformerLM
@@ -79,9 +79,7 @@ def run_multihead_self_attention_with_rope(
     return _loaded(attention, weights)(in_features, token_positions)
 
 
-def run_rope(
-    d_k: int, theta: float, max_seq_len: int, in_query_or_key: Tensor, token_positions: Tensor
-) -> Tensor:
+def run_rope(d_k: int, theta: float, max_seq_len: int, in_query_or_key: Tensor, token_positions: Tensor) -> Tensor:
     """Rotates `(..., seq, d_k)` at `token_positions (..., seq)`."""
     return layers.RotaryEmbedding(theta, d_k, max_seq_len)(in_query_or_key, token_positions)
 

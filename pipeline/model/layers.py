@@ -88,7 +88,14 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotates `(..., seq, d_k)` at the positions `(..., seq)` or `(seq,)`."""
+        """Rotates `(..., seq, d_k)`.
+
+        Args:
+            x: Queries or keys; between the positions' leading dimensions and `seq` it may have more, the heads.
+            positions: `(..., seq)` or `(seq,)`, each below `max_seq_len`.
+        """
+        if 1 < positions.dim() < x.dim() - 1:
+            positions = positions.reshape(*positions.shape[:-1], *[1] * (x.dim() - 1 - positions.dim()), -1)
         cos, sin = self.cos[positions], self.sin[positions]
         pairs = x.float().unflatten(-1, (-1, 2))
         even, odd = pairs[..., 0], pairs[..., 1]
@@ -173,9 +180,8 @@ class CausalSelfAttention(nn.Module):
         """
         q, k, v = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope is not None:
-            assert positions is not None
-            if positions.dim() > 1:
-                positions = positions.unsqueeze(-2)  # the heads' dimension
+            if positions is None:
+                raise ValueError("attention with RoPE needs the positions of the tokens")
             q, k = self.rope(q, positions), self.rope(k, positions)
         if cache is not None:
             k, v = cache.extend(k, v)

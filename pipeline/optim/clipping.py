@@ -10,8 +10,10 @@ from torch import Tensor
 
 def squared_norm(grads: Iterable[Tensor]) -> Tensor:
     """Sum of the squares of all elements, float32, on the gradients' device; 0 for no gradients."""
-    norms = torch._foreach_norm([g.detach() for g in grads])
-    return torch.stack([n.float() for n in norms]).square().sum() if norms else torch.zeros(())
+    kept = [g.detach() for g in grads]
+    if not kept:
+        return torch.zeros(())
+    return torch.stack([norm.float() for norm in torch._foreach_norm(kept)]).square().sum()
 
 
 @torch.no_grad()

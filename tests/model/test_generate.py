@@ -1,0 +1,44 @@
+"""Sampling."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.model.generate import draw, generate
+from pipeline.model.transformer import TransformerLM
+
+
+def model() -> TransformerLM:
+    torch.manual_seed(3)
+    return TransformerLM(50, 16, 32, 2, 4, 64, 10000.0)
+
+
+def test_temperature_zero_takes_the_likeliest_token_each_time():
+    lm, prompt = model(), [1, 2, 3]
+    expected = list(prompt)
+    for _ in range(10):
+        expected.append(int(lm(torch.tensor([expected]))[0, -1].argmax()))
+    assert generate(lm, prompt, 10, temperature=0) == expected[3:]
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another():
+    texts = [generate(model(), [1], 12, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_text_may_be_longer_than_the_context():
+    assert len(generate(model(), list(range(40)), 50, temperature=0)) == 50
+
+
+def test_the_stop_token_ends_the_text_and_is_not_returned():
+    whole = generate(model(), [1], 12, temperature=0)
+    stopped = generate(model(), [1], 12, temperature=0, stop_id=whole[5])
+    assert stopped == whole[: whole.index(whole[5])]
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_the_probability():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    generator = torch.Generator().manual_seed(0)
+    drawn = {draw(logits, 1.0, 0.7, generator) for _ in range(300)}
+    assert drawn == {0, 1}
+    assert {draw(logits, 1.0, 0.01, generator) for _ in range(20)} == {0}

@@ -1,0 +1,111 @@
+"""The layers against their definitions, written out another way."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pipeline.model.layers import (
+    CausalSelfAttention,
+    Embedding,
+    KeyValueCache,
+    Linear,
+    RMSNorm,
+    RotaryEmbedding,
+    scaled_dot_product_attention,
+    softmax,
+)
+from pipeline.model.loss import cross_entropy
+
+
+def test_rope_rotates_adjacent_pairs_like_complex_numbers():
+    d_k, theta = 8, 10000.0
+    x = torch.randn(2, 3, 5, d_k)
+    positions = torch.tensor([0, 1, 7, 3, 2])
+    frequencies = torch.tensor([theta ** (-2 * k / d_k) for k in range(d_k // 2)])
+    turns = torch.polar(torch.ones(5, d_k // 2), positions[:, None] * frequencies)
+    expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
+    torch.testing.assert_close(RotaryEmbedding(theta, d_k, 16)(x, positions), expected)
+
+
+def test_rope_takes_positions_per_sequence_across_heads():
+    x = torch.randn(2, 3, 4, 6)
+    rope = RotaryEmbedding(100.0, 6, 32)
+    positions = torch.tensor([[0, 1, 2, 3], [9, 8, 7, 6]])
+    each = torch.stack([rope(x[i], positions[i]) for i in range(2)])
+    torch.testing.assert_close(rope(x, positions), each, rtol=0, atol=0)
+
+
+def test_rope_refuses_an_odd_head_size():
+    with pytest.raises(ValueError, match="even"):
+        RotaryEmbedding(10000.0, 7, 16)
+
+
+def test_rmsnorm_is_computed_in_float32_for_bfloat16_inputs():
+    norm = RMSNorm(64)
+    x = (torch.randn(4, 64) * 100).bfloat16()
+    wide = x.double()
+    expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    result = norm(x)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.double(), expected.bfloat16().double(), rtol=1 / 128, atol=0)
+
+
+def test_initial_weights_are_cut_at_three_standard_deviations():
+    torch.manual_seed(0)
+    linear, embedding = Linear(400, 200).weight, Embedding(500, 100).weight
+    std = math.sqrt(2 / 600)
+    assert linear.abs().max() <= 3 * std
+    assert linear.std().item() == pytest.approx(std, rel=0.03)
+    assert embedding.abs().max() <= 3
+    assert embedding.std().item() == pytest.approx(1, rel=0.03)
+
+
+def test_attention_with_a_mask_equals_softmax_written_out():
+    q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6, 7)
+    mask = torch.rand(5, 6) < 0.7
+    mask[:, 0] = True
+    scores = (q @ k.mT / math.sqrt(4)).masked_fill(~mask, float("-inf"))
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask), softmax(scores, -1) @ v)
+
+
+def test_no_token_sees_a_later_one():
+    torch.manual_seed(0)
+    attention = CausalSelfAttention(16, 2, RotaryEmbedding(10000.0, 8, 32))
+    x = torch.randn(1, 10, 16)
+    changed = x.clone()
+    changed[:, 6:] = torch.randn(1, 4, 16)
+    positions = torch.arange(10)
+    before, after = attention(x, positions), attention(changed, positions)
+    torch.testing.assert_close(before[:, :6], after[:, :6], rtol=0, atol=1e-6)
+    assert not torch.allclose(before[:, 6:], after[:, 6:], atol=1e-3)
+
+
+def test_a_filled_cache_refuses_a_chunk_it_could_not_mask():
+    attention = CausalSelfAttention(16, 2)
+    cache = KeyValueCache()
+    attention(torch.randn(1, 3, 16), cache=cache)
+    with pytest.raises(ValueError, match="one token at a time"):
+        attention(torch.randn(1, 2, 16), cache=cache)
+
+
+def test_softmax_of_large_values_does_not_overflow():
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(softmax(x + 1e4, 1), torch.softmax(x + 1e4, 1))
+    assert softmax(torch.tensor([1e30, 0.0]), 0).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7)])
+@pytest.mark.parametrize("scale", [1.0, 1e5])
+def test_cross_entropy_equals_torch_in_any_shape_and_size_of_logits(shape, scale):
+    logits = (torch.randn(shape) * scale).requires_grad_()
+    targets = torch.randint(0, 7, shape[:-1])
+    other = logits.detach().clone().requires_grad_()
+    loss = cross_entropy(logits, targets)
+    expected = torch.nn.functional.cross_entropy(other.reshape(-1, 7), targets.reshape(-1))
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(logits.grad, other.grad)

@@ -1,0 +1,54 @@
+"""The schedule and gradient clipping."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pipeline.optim.clipping import clip_gradients
+from pipeline.optim.schedule import get_lr_cosine_schedule
+
+
+def test_schedule_has_its_three_parts():
+    lrs = [get_lr_cosine_schedule(it, 1.0, 0.1, 7, 21) for it in range(25)]
+    assert lrs[:8] == pytest.approx([it / 7 for it in range(8)])
+    assert lrs[14] == pytest.approx(0.55)
+    assert lrs[21:] == [pytest.approx(0.1)] * 4
+    assert all(a > b for a, b in zip(lrs[7:21], lrs[8:22], strict=True))
+
+
+def test_schedule_without_warm_up_or_without_cosine():
+    assert get_lr_cosine_schedule(0, 1.0, 0.1, 0, 10) == 1.0
+    assert get_lr_cosine_schedule(10, 1.0, 0.1, 10, 10) == 0.1
+
+
+def gradients() -> list[torch.nn.Parameter]:
+    params = [torch.nn.Parameter(torch.zeros(s)) for s in ((5, 5), (3,), (2, 2))]
+    for i, p in enumerate(params[:2]):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    return params  # the last has no gradient
+
+
+@pytest.mark.parametrize("max_norm", [1e-2, 1e6])
+def test_clipping_equals_torch(max_norm):
+    ours, theirs = gradients(), gradients()
+    norm = clip_gradients(ours, max_norm)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, max_norm))
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_clipping_leaves_small_gradients_untouched_to_the_bit():
+    params = gradients()
+    before = [p.grad.clone() for p in params[:2]]
+    clip_gradients(params, 1e6)
+    assert all(torch.equal(p.grad, b) for p, b in zip(params[:2], before, strict=True))
+
+
+def test_norm_of_nothing_is_zero_and_of_a_nan_is_nan():
+    assert clip_gradients([], 1.0) == 0
+    params = gradients()
+    params[0].grad[0, 0] = math.nan
+    assert math.isnan(clip_gradients(params, 1.0))
