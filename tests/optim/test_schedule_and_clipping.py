@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -16,7 +17,7 @@ def test_schedule_has_its_three_parts():
     assert lrs[:8] == pytest.approx([it / 7 for it in range(8)])
     assert lrs[14] == pytest.approx(0.55)
     assert lrs[21:] == [pytest.approx(0.1)] * 4
-    assert all(a > b for a, b in zip(lrs[7:21], lrs[8:22], strict=True))
+    assert all(a > b for a, b in itertools.pairwise(lrs[7:22]))
 
 
 def test_schedule_without_warm_up_or_without_cosine():

@@ -1,0 +1,100 @@
+"""Generates configs/schema.json and docs/config.md from the config's own descriptions."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from pipeline.config import Config
+from pipeline.config_load import json_schema
+
+SCHEMA_FILE = Path("configs/schema.json")
+REFERENCE_FILE = Path("docs/config.md")
+
+_INTRODUCTION = """# The config
+
+One experiment is one YAML file. This page is generated from `pipeline/config.py` (`make schema`), and so is
+`configs/schema.json`, which lets an editor complete and check the YAML (the first line of `configs/demo.yaml` names it).
+
+Any value can be overridden on the command line: `pipeline run configs/demo.yaml train.max_iters=100`; entries of
+lists go by their index: `data.sources.0.weight=2`. Unknown keys, wrong types and values that do not fit together
+are all reported at once, and nothing is started (exit status 2).
+"""
+
+
+def schema_text() -> str:
+    """The JSON schema as committed."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def reference_text() -> str:
+    """The reference page as committed."""
+    return _INTRODUCTION + "".join(_section_text(path, model) for path, model in _sections(Config, ""))
+
+
+def _sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    yield path, model
+    for name, info in model.model_fields.items():
+        inner = _section_of(info)
+        if inner is not None:
+            item = f"{name}[]" if get_origin(info.annotation) is tuple else name
+            yield from _sections(inner, f"{path}.{item}".lstrip("."))
+
+
+def _section_of(info: FieldInfo) -> type[BaseModel] | None:
+    for part in (info.annotation, *get_args(info.annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
+    return None
+
+
+def _section_text(path: str, model: type[BaseModel]) -> str:
+    rows = [
+        f"| `{name}` | {_type_text(info.annotation)} | {_default_text(info)} | {_limits(info)}{info.description} |\n"
+        for name, info in model.model_fields.items()
+        if _section_of(info) is None
+    ]
+    summary = (model.__doc__ or "").strip().splitlines()[0]
+    title = f"`{path}`" if path else "Top level"
+    return f"\n## {title}\n\n{summary}\n\n| key | type | default | meaning |\n|---|---|---|---|\n{''.join(rows)}"
+
+
+def _type_text(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        inner = [a for a in get_args(annotation) if a is not Ellipsis]
+        return f"list of {_type_text(inner[0])}" + ("" if Ellipsis in get_args(annotation) else f" ({len(inner)})")
+    if get_origin(annotation) is dict:
+        return "mapping"
+    if isinstance(annotation, types.UnionType):
+        return " or ".join(_type_text(a) for a in get_args(annotation) if a is not type(None))
+    if hasattr(annotation, "__metadata__"):
+        return _type_text(get_args(annotation)[0])
+    return {"int": "integer", "float": "number", "str": "text", "bool": "true or false"}[annotation.__name__]
+
+
+def _default_text(info: FieldInfo) -> str:
+    if info.default is PydanticUndefined:
+        return "required"
+    value = list(info.default) if isinstance(info.default, tuple) else info.default
+    return f"`{json.dumps(value)}`"
+
+
+def _limits(info: FieldInfo) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    limits = [f"{signs[a]} {getattr(m, a)}" for m in info.metadata for a in signs if getattr(m, a, None) is not None]
+    return f"({', '.join(limits)}) " if limits else ""
+
+
+if __name__ == "__main__":
+    SCHEMA_FILE.write_text(schema_text(), encoding="utf-8")
+    REFERENCE_FILE.write_text(reference_text(), encoding="utf-8")
+    print(f"wrote {SCHEMA_FILE} and {REFERENCE_FILE}")
