@@ -21,7 +21,7 @@ REFERENCE_FILE = Path("docs/config.md")
 _INTRODUCTION = """# The config
 
 One experiment is one YAML file. This page is generated from `pipeline/config.py` (`make schema`), and so is
-`configs/schema.json`, which lets an editor complete and check the YAML (the first line of `configs/demo.yaml` names it).
+`configs/schema.json`, which lets an editor complete and check the YAML (`configs/demo.yaml` names it).
 
 Any value can be overridden on the command line: `pipeline run configs/demo.yaml train.max_iters=100`; entries of
 lists go by their index: `data.sources.0.weight=2`. Unknown keys, wrong types and values that do not fit together
