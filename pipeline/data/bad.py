@@ -1,0 +1,75 @@
+"""What happens to a record that cannot be read: it stops the build, or is skipped and counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.errors import DataError
+
+INVALID_UTF8 = "invalid UTF-8"
+INVALID_JSON = "invalid JSON"
+MISSING_FIELD = "missing field"
+NOT_A_STRING = "field is no string"
+TRUNCATED = "truncated or damaged archive"
+UNREADABLE = "unreadable Parquet"
+TOO_LONG = "document too long"
+
+# Before this many records the part that is bad says little; the check at the end covers small corpora.
+_ENOUGH_RECORDS = 10_000
+
+
+@dataclass
+class BadInput:
+    """Applies the policy and counts.
+
+    Attributes:
+        policy: `error` stops at the first bad record.
+        counts: Skipped records by reason.
+    """
+
+    policy: Literal["error", "skip"]
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def report(self, reason: str, file: str, place: str | Callable[[], str], detail: str = "") -> None:
+        """One bad record; `place` says where in the file, as `line 3, byte 120`.
+
+        Raises:
+            DataError: The policy is `error`.
+        """
+        if self.policy == "error":
+            where = place() if callable(place) else place
+            because = f" ({detail})" if detail else ""
+            raise DataError(
+                f"{file}, {where}: {reason}{because}; "
+                "repair the file, or set data.on_bad=skip to skip and count such records"
+            )
+        self.counts[reason] += 1
+
+    def take(self) -> Counter[str]:
+        """The counts since the last call."""
+        counts, self.counts = self.counts, Counter()
+        return counts
+
+
+def check_fraction(bad: Counter[str], records: int, largest: float, *, final: bool) -> None:
+    """Stops a build with too many bad records.
+
+    Args:
+        bad: Bad records by reason.
+        records: All records seen, bad ones included.
+        largest: `data.max_bad_fraction`.
+        final: Whether everything was seen.
+
+    Raises:
+        DataError: The part that is bad is above `largest`.
+    """
+    count = sum(bad.values())
+    if count > largest * records and (final or records >= _ENOUGH_RECORDS):
+        reasons = ", ".join(f"{n} x {reason}" for reason, n in sorted(bad.items()))
+        raise DataError(
+            f"{count} of {records} records are bad ({reasons}): {count / records:.2%} is above "
+            f"data.max_bad_fraction = {largest:.2%}; repair the sources, or raise it if you know why"
+        )

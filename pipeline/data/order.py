@@ -1,0 +1,208 @@
+"""Which tokens are sample `n` of a run: pure functions, so that a resumed run needs no state but its step.
+
+Sample `n` is row `n % batch_size` of global batch `n // batch_size`. A stream of `T` tokens holds
+`W = (T - 1) // context_length` windows that do not overlap (a window needs one token more, for the last
+target). An epoch draws every window of a stream once, in the order of a keyed permutation that is computed,
+never stored. The `(T - 1) % context_length` tokens that fill no window are left out of that epoch; they
+are fewer than one window a stream, and each epoch shifts the first window by a keyed random part of them,
+so that it is not always the same tokens that go unseen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Int64s = npt.NDArray[np.int64]
+UInt64s = npt.NDArray[np.uint64]
+
+# Samples over which a weighted mixture has its shares exactly. Large, for fine shares; the
+# assignment of a whole block is computed at once (a few milliseconds, once in 65,536 samples).
+MIXTURE_BLOCK = 1 << 16
+
+_ROUNDS = 6
+_MASK = (1 << 64) - 1
+_PERMUTE, _SHIFT, _MIX, _START, _SOURCE = range(5)
+
+
+def mix64(values: UInt64s) -> UInt64s:
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words that avalanches."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def derive_key(*parts: int) -> int:
+    """A 64-bit key from integers; every part and its place matter."""
+    state = 0
+    for part in parts:
+        state = int(mix64(np.array([(state + (part & _MASK) + 0x9E3779B97F4A7C15) & _MASK], np.uint64))[0])
+    return state
+
+
+def permute(positions: Int64s, size: int, key: int) -> Int64s:
+    """The places of `positions` under a pseudo-random permutation of `range(size)`.
+
+    A balanced Feistel network over the smallest even number of bits that holds `size`, with cycle walking:
+    what falls outside is sent through again until it falls inside (Black and Rogaway 2002).
+
+    Args:
+        positions: Any positions in `[0, size)`.
+        size: Length of the permutation.
+        key: Which permutation.
+    """
+    if size <= 1:
+        return np.zeros_like(positions)
+    half = np.uint64(((size - 1).bit_length() + 1) // 2)
+    keys = [np.uint64(derive_key(key, i)) for i in range(_ROUNDS)]
+    values = positions.astype(np.uint64)
+    outside = np.arange(len(values))
+    while len(outside):
+        values[outside] = _feistel(values[outside], half, keys)
+        outside = outside[values[outside] >= size]
+    return values.astype(np.int64)
+
+
+def _feistel(values: UInt64s, half: np.uint64, keys: Sequence[np.uint64]) -> UInt64s:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for key in keys:
+        left, right = right, left ^ (mix64(right + key) & mask)
+    return (left << half) | right
+
+
+def quotas(weights: Sequence[float], total: int = MIXTURE_BLOCK) -> list[int]:
+    """`total` divided by weight: largest remainder, and at least one for every weight."""
+    shares = np.asarray(weights, np.float64) / np.sum(weights)
+    counts = np.maximum(1, np.floor(shares * total)).astype(np.int64)
+    remainders = shares * total - counts
+    for index in np.argsort(-remainders, kind="stable")[: max(0, total - int(counts.sum()))]:
+        counts[index] += 1
+    # Sources too small for a whole unit were given one; the largest pays for them.
+    counts[np.argmax(counts)] -= int(counts.sum()) - total
+    return counts.tolist()
+
+
+def mixture(samples: Int64s, weights: Sequence[float], key: int) -> tuple[Int64s, Int64s]:
+    """The source of each sample and the number of samples of that source before it.
+
+    In each block of `MIXTURE_BLOCK` samples every source has exactly its quota; their order inside is random.
+    """
+    sources, draws = np.empty_like(samples), np.empty_like(samples)
+    shares = tuple(quotas(weights))
+    blocks = samples // MIXTURE_BLOCK
+    for block in np.unique(blocks):
+        here = blocks == block
+        places = samples[here] - block * MIXTURE_BLOCK
+        source_of, rank_of = _mixture_block(int(block), shares, key)
+        sources[here] = source_of[places]
+        draws[here] = block * np.asarray(shares, np.int64)[source_of[places]] + rank_of[places]
+    return sources, draws
+
+
+@functools.lru_cache(maxsize=4)
+def _mixture_block(block: int, shares: tuple[int, ...], key: int) -> tuple[Int64s, Int64s]:
+    """Source of each place of a block, and its rank among the places of the same source."""
+    shuffled = permute(np.arange(MIXTURE_BLOCK), MIXTURE_BLOCK, derive_key(key, _MIX, block))
+    source_of = np.searchsorted(np.cumsum(shares), shuffled, side="right").astype(np.int64)
+    by_source = np.argsort(source_of, kind="stable")
+    first = np.cumsum([0, *shares[:-1]])
+    rank_of = np.empty(MIXTURE_BLOCK, np.int64)
+    rank_of[by_source] = np.arange(MIXTURE_BLOCK) - np.repeat(first, shares)
+    return source_of, rank_of
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of one run.
+
+    Attributes:
+        kind: `shuffle` without replacement, epoch by epoch; `random` at any place, with replacement.
+        tokens: Tokens of each stream.
+        weights: Share of each stream; None takes the one stream there is.
+        context_length: Tokens of a window.
+        seed: Seed of the run.
+    """
+
+    kind: Literal["shuffle", "random"]
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...] | None
+    context_length: int
+    seed: int
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Windows of an epoch of each stream."""
+        return tuple((t - 1) // self.context_length for t in self.tokens)
+
+    def draw(self, samples: Int64s) -> tuple[Int64s, Int64s]:
+        """The stream of each sample and the place in it at which its window begins.
+
+        Args:
+            samples: Sample numbers, counted from the start of the run.
+        """
+        if self.kind == "random":
+            return self._draw_random(samples)
+        if self.weights is None:
+            sources, draws = np.zeros_like(samples), samples
+        else:
+            sources, draws = mixture(samples, self.weights, derive_key(self.seed))
+        starts = np.empty_like(samples)
+        for source in np.unique(sources):
+            here = sources == source
+            starts[here] = self._shuffled(int(source), draws[here])
+        return sources, starts
+
+    def epochs(self, samples: Int64s) -> Int64s:
+        """How often the stream of each sample has been gone through before it; 0 for `random`."""
+        if self.kind == "random":
+            return np.zeros_like(samples)
+        if self.weights is None:
+            return samples // self.windows[0]
+        sources, draws = mixture(samples, self.weights, derive_key(self.seed))
+        return draws // np.asarray(self.windows, np.int64)[sources]
+
+    def _shuffled(self, source: int, draws: Int64s) -> Int64s:
+        windows = self.windows[source]
+        spare = (self.tokens[source] - 1) % self.context_length
+        epochs = draws // windows
+        starts = np.empty_like(draws)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            window = permute(
+                draws[here] - epoch * windows, windows, derive_key(self.seed, _PERMUTE, source, int(epoch))
+            )
+            shift = derive_key(self.seed, _SHIFT, source, int(epoch)) % (spare + 1)
+            starts[here] = window * self.context_length + shift
+        return starts
+
+    def _draw_random(self, samples: Int64s) -> tuple[Int64s, Int64s]:
+        if self.weights is None:
+            sources = np.zeros_like(samples)
+        else:
+            bounds = np.cumsum(self.weights) / np.sum(self.weights)
+            fractions = (self._words(samples, _SOURCE) >> np.uint64(11)) * 2.0**-53
+            sources = np.minimum(np.searchsorted(bounds, fractions, side="right"), len(self.tokens) - 1).astype(
+                np.int64
+            )
+        # The bias of the remainder is below tokens / 2**64.
+        places = np.asarray(self.tokens, np.uint64)[sources] - np.uint64(self.context_length)
+        return sources, (self._words(samples, _START) % places).astype(np.int64)
+
+    def _words(self, samples: Int64s, purpose: int) -> UInt64s:
+        return mix64(mix64(samples.astype(np.uint64)) + np.uint64(derive_key(self.seed, purpose)))
+
+
+def sample_numbers(index: int, start: int, stop: int, batch_size: int) -> Int64s:
+    """The numbers of rows `[start, stop)` of global batch `index`."""
+    return index * batch_size + np.arange(start, stop, dtype=np.int64)
+
+
+def describe_remainder(tokens: int, context_length: int) -> dict[str, Any]:
+    """Windows of an epoch over a stream, and the tokens that fill none."""
+    return {"windows": (tokens - 1) // context_length, "left_out": (tokens - 1) % context_length}

@@ -1,0 +1,232 @@
+"""One slice: encoded, indexed and hashed while it is written, and published as a folder by one rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import SourceConfig
+from pipeline.data.crosscheck import CrossCheck
+from pipeline.data.manifest import SPLITS, Shard
+from pipeline.data.readers import Chunk, Piece
+from pipeline.data.text import Offsets
+from pipeline.data.tokenizer import Ids, Tokenizer
+from pipeline.errors import DataError
+from pipeline.files import publish_dir, read_json, write_json
+
+SLICES = "slices"
+RECORD = "slice.json"
+
+
+def slice_name(task: int, part: int) -> str:
+    """Name of part `part` of a task; names sort as tokens follow each other."""
+    return f"{task:06d}-{part:05d}"
+
+
+def published(folder: Path, task: int, build: str) -> list[dict[str, Any]]:
+    """The records of the slices of a task that are done, in order.
+
+    Raises:
+        DataError: One was made by a build with other settings or another tokenizer.
+    """
+    records: list[dict[str, Any]] = []
+    while not records or not records[-1]["last"]:
+        file = folder / SLICES / slice_name(task, len(records)) / RECORD
+        if not file.exists():
+            break
+        record = read_json(file)
+        if record["build"] != build:
+            raise DataError(
+                f"{file.parent}: belongs to a build with other settings or another tokenizer; "
+                f"remove {folder} and prepare the dataset again"
+            )
+        records.append(record)
+    return records
+
+
+class _ShardWriter:
+    """The tokens and the document index of one split."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any]) -> None:
+        self._file = folder / f"{split}.bin"
+        self._index_file = folder / f"{split}.idx"
+        self._dtype = dtype
+        self._out: BinaryIO | None = None
+        self._index: BinaryIO | None = None
+        self._digest, self._index_digest = hashlib.sha256(), hashlib.sha256()
+        self.tokens = self.documents = self.text_bytes = self.longest = self.largest_id = 0
+
+    def add(self, tokens: npt.NDArray[Any], lengths: Offsets, text_bytes: int) -> None:
+        """Documents of `lengths` tokens, end-of-text tokens included."""
+        if not len(lengths):
+            return
+        if self._out is None or self._index is None:
+            self._out, self._index = self._file.open("wb"), self._index_file.open("wb")
+            self._write_index(np.zeros(1, np.uint64))
+        content = np.ascontiguousarray(tokens).data.cast("B")
+        self._out.write(content)
+        self._digest.update(content)
+        self._write_index((self.tokens + np.cumsum(lengths)).astype(np.uint64))
+        self.tokens += len(tokens)
+        self.documents += len(lengths)
+        self.text_bytes += text_bytes
+        self.longest = max(self.longest, int(lengths.max()))
+        self.largest_id = max(self.largest_id, int(tokens.max()))
+
+    def finish(self, folder_name: str, source: str, split: str) -> Shard | None:
+        """Makes the files durable; None if there is no document."""
+        if self._out is None or self._index is None:
+            return None
+        self.close(durable=True)
+        return Shard(
+            file=f"{SLICES}/{folder_name}/{self._file.name}",
+            index=f"{SLICES}/{folder_name}/{self._index_file.name}",
+            source=source,
+            split=split,
+            tokens=self.tokens,
+            documents=self.documents,
+            text_bytes=self.text_bytes,
+            longest=self.longest,
+            largest_id=self.largest_id,
+            sha256=self._digest.hexdigest(),
+            index_sha256=self._index_digest.hexdigest(),
+        )
+
+    def close(self, durable: bool = False) -> None:
+        for out in (self._out, self._index):
+            if out is not None and not out.closed:
+                out.flush()
+                if durable:
+                    os.fsync(out.fileno())
+                out.close()
+
+    def _write_index(self, offsets: npt.NDArray[np.uint64]) -> None:
+        assert self._index is not None
+        content = offsets.astype("<u8").tobytes()
+        self._index.write(content)
+        self._index_digest.update(content)
+
+
+class SliceWriter:
+    """Takes the chunks of a slice and publishes it; use as a context manager, so that nothing half-written stays."""
+
+    def __init__(
+        self,
+        folder: Path,
+        task: int,
+        part: int,
+        *,
+        source: SourceConfig,
+        tokenizer: Tokenizer,
+        dtype: np.dtype[Any],
+        validation_fraction: float,
+        build: str,
+    ) -> None:
+        self.name = slice_name(task, part)
+        self._final = folder / SLICES / self.name
+        # The host and the process, so that a requeued job and its orphan do not write into one folder.
+        self._temp = folder / SLICES / f".{self.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+        self._source = source
+        self._tokenizer = tokenizer
+        self._dtype = dtype
+        self._fraction = validation_fraction
+        self._identity = {"slice": self.name, "task": task, "part": part, "source": source.name, "build": build}
+        self._check = CrossCheck(tokenizer, seed=task << 32 | part)
+        self._records = self._empty = 0
+        self._bad: Counter[str] = Counter()
+        self._shards: dict[str, _ShardWriter] = {}
+
+    def __enter__(self) -> SliceWriter:
+        self._temp.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._temp, ignore_errors=True)
+        self._temp.mkdir()
+        self._shards = {split: _ShardWriter(self._temp, split, self._dtype) for split in SPLITS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for shard in self._shards.values():
+            shard.close()
+        shutil.rmtree(self._temp, ignore_errors=True)
+
+    def add(self, chunk: Chunk, parallel: bool) -> None:
+        """Encodes and writes documents."""
+        self._records += chunk.records
+        self._empty += chunk.empty
+        self._bad.update(chunk.bad)
+        documents = chunk.documents
+        if not len(documents):
+            return
+        ids, offsets = self._tokenizer.encode_batch(documents, parallel)
+        self._check.offer(documents, ids, offsets)
+        tokens = _with_ends(ids, offsets, self._tokenizer.end_of_text_id, self._dtype)
+        lengths = np.diff(offsets) + 1
+        if self._source.split != "auto":
+            self._shards[self._source.split].add(tokens, lengths, documents.text_bytes)
+            return
+        validation = documents.hash_fractions() < self._fraction
+        if not validation.any():
+            self._shards["train"].add(tokens, lengths, documents.text_bytes)
+            return
+        token_goes = np.repeat(validation, lengths)
+        text_bytes = documents.lengths
+        self._shards["train"].add(tokens[~token_goes], lengths[~validation], int(text_bytes[~validation].sum()))
+        self._shards["validation"].add(tokens[token_goes], lengths[validation], int(text_bytes[validation].sum()))
+
+    def publish(self, pieces: list[Piece], last: bool) -> dict[str, Any]:
+        """Makes the slice visible, whole.
+
+        Raises:
+            DataError: The encoders disagree.
+        """
+        checked = self._check.finish(f"slice {self.name} of source {self._source.name}")
+        shards = [writer.finish(self.name, self._source.name, split) for split, writer in self._shards.items()]
+        record = {
+            **self._identity,
+            "last": last,
+            "records": self._records,
+            "empty": self._empty,
+            "bad": dict(sorted(self._bad.items())),
+            "cross_checked": checked,
+            "pieces": [asdict(piece) for piece in pieces],
+            "shards": [asdict(shard) for shard in shards if shard is not None],
+        }
+        write_json(self._temp / RECORD, record)
+        try:
+            publish_dir(self._temp, self._final)
+        except OSError:
+            # Another process did the same slice; what it published was made by the same code from the same bytes.
+            if not (self._final / RECORD).exists() or read_json(self._final / RECORD) != record:
+                raise
+        return record
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left behind; only for when every slice is published."""
+    for temp in (folder / SLICES).glob(".*.tmp"):
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _with_ends(ids: Ids, offsets: Offsets, end: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The ids in their stored type, with the end-of-text token after each document."""
+    documents = len(offsets) - 1
+    tokens = np.empty(len(ids) + documents, dtype)
+    if len(ids) > 64 * documents:
+        for i, (a, b) in enumerate(zip(offsets.tolist(), offsets[1:].tolist(), strict=False)):
+            tokens[a + i : b + i] = ids[a:b]
+            tokens[b + i] = end
+        return tokens
+    ends = offsets[1:] + np.arange(documents)
+    ordinary = np.ones(len(tokens), np.bool_)
+    ordinary[ends] = False
+    tokens[ordinary] = ids
+    tokens[ends] = end
+    return tokens

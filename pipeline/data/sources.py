@@ -1,0 +1,71 @@
+"""Which files a source has, and what is in them."""
+
+from __future__ import annotations
+
+import glob
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import SourceConfig
+from pipeline.errors import DataError
+
+FORMATS = ("txt", "jsonl", "parquet")
+COMPRESSIONS = ("gz", "zst", "bz2", "xz")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file as it was when the work was planned.
+
+    Attributes:
+        path: As the glob of the config gave it.
+        format: `txt`, `jsonl` or `parquet`.
+        compression: `gz`, `zst`, `bz2`, `xz` or None.
+        size: Bytes on the disk.
+        stamp: Modification and change time in nanoseconds and the inode: what a changed file cannot keep.
+    """
+
+    path: str
+    format: str
+    compression: str | None
+    size: int
+    stamp: tuple[int, int, int]
+
+
+def find_files(source: SourceConfig) -> list[SourceFile]:
+    """The files of a source, sorted by name.
+
+    Raises:
+        DataError: A pattern matches nothing, a file is empty or cannot be read, or its format cannot be told.
+    """
+    paths: set[str] = set()
+    for pattern in source.paths:
+        matches = [p for p in glob.glob(pattern, recursive=True) if not Path(p).is_dir()]  # noqa: PTH207 - keeps the spelling
+        if not matches:
+            raise DataError(
+                f"data.sources: {source.name}: {pattern!r} matches no file (looked from {Path.cwd()}); "
+                "correct the path, or fetch the text first"
+            )
+        paths.update(matches)
+    return [_describe(path, source) for path in sorted(paths)]
+
+
+def _describe(path: str, source: SourceConfig) -> SourceFile:
+    suffixes = [s[1:].lower() for s in Path(path).suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else None
+    kind = source.format if source.format != "auto" else (suffixes[-1] if suffixes else "")
+    if kind not in FORMATS:
+        raise DataError(
+            f"{path}: the name does not tell what it holds (source {source.name}); set `format` of the source to "
+            f"one of {', '.join(FORMATS)}, or name the files .txt, .jsonl or .parquet, "
+            f"each also .{', .'.join(COMPRESSIONS)}"
+        )
+    try:
+        found = Path(path).stat()
+        with Path(path).open("rb"):
+            pass
+    except OSError as error:
+        raise DataError(f"{path}: the file of source {source.name} cannot be read ({error.strerror})") from error
+    if found.st_size == 0:
+        raise DataError(f"{path}: the file of source {source.name} is empty; remove it or leave it out of `paths`")
+    return SourceFile(path, kind, compression, found.st_size, (found.st_mtime_ns, found.st_ctime_ns, found.st_ino))

@@ -1,0 +1,142 @@
+"""The Hugging Face `tokenizer.json` as data: written for a trained vocabulary, read for its special tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+SplitPattern = Literal["gpt2", "gpt4"]
+
+# The pattern of GPT-4 (cl100k_base); Llama 3 took it over.
+GPT4_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Names by which published tokenizers call the token between documents, the likeliest first.
+KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eot|>", "[EOS]")
+
+
+def byte_characters() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def compose(
+    vocabulary: Sequence[bytes],
+    merges: Sequence[tuple[bytes, bytes]],
+    special_tokens: Sequence[str],
+    split_pattern: SplitPattern,
+) -> str:
+    """The text of a byte-level BPE's tokenizer.json.
+
+    Args:
+        vocabulary: Bytes of each token, by id.
+        merges: Pairs in the order they are merged.
+        special_tokens: They get the ids after the vocabulary.
+        split_pattern: How text is cut before merging.
+    """
+    characters = byte_characters()
+
+    def spelled(token: bytes) -> str:
+        return "".join(characters[b] for b in token)
+
+    return json.dumps(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {
+                    "id": len(vocabulary) + i,
+                    "content": token,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": True,
+                }
+                for i, token in enumerate(special_tokens)
+            ],
+            "normalizer": None,
+            "pre_tokenizer": _pre_tokenizer(split_pattern),
+            "post_processor": None,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": {spelled(token): i for i, token in enumerate(vocabulary)},
+                "merges": [[spelled(a), spelled(b)] for a, b in merges],
+            },
+        },
+        ensure_ascii=False,
+    )
+
+
+def compose_bytes(special_tokens: Sequence[str]) -> str:
+    """The tokenizer.json with one token a byte, whose id is the byte."""
+    return compose([bytes([b]) for b in range(256)], [], special_tokens, "gpt2")
+
+
+def is_bytes(tree: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is what `compose_bytes` writes."""
+    model = tree["model"]
+    return (
+        model.get("type") == "BPE"
+        and not model.get("merges")
+        and model.get("vocab") == {c: b for b, c in enumerate(byte_characters())}
+        and tree.get("normalizer") is None
+    )
+
+
+def special_tokens(tree: dict[str, Any]) -> dict[str, int]:
+    """Special tokens and their ids, by id."""
+    added = sorted(tree.get("added_tokens") or [], key=lambda token: token["id"])
+    return {token["content"]: token["id"] for token in added if token.get("special")}
+
+
+def vocabulary_size(tree: dict[str, Any]) -> int:
+    """One more than the largest token id."""
+    vocab = tree["model"]["vocab"]
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    return max([*ids, *(token["id"] for token in tree.get("added_tokens") or [])]) + 1
+
+
+def without_special_tokens(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer for ordinary text: what spells a special token is text like any other.
+
+    The special tokens leave the vocabulary too, since a model with `ignore_merges` would take a whole
+    word from it; only the unknown token must stay where the model refers to it.
+    """
+    special = special_tokens(tree)
+    model = dict(tree["model"])
+    if isinstance(model.get("vocab"), dict):
+        keep = model.get("unk_token")
+        model["vocab"] = {t: i for t, i in model["vocab"].items() if t not in special or t == keep}
+    added = [token for token in tree.get("added_tokens") or [] if not token.get("special")]
+    return {**tree, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None, "model": model}
+
+
+def end_of_text(tree: dict[str, Any], wanted: str | None = None) -> str | None:
+    """The token that ends a document: `wanted` if it is there, else the likeliest; None if there is none."""
+    special = special_tokens(tree)
+    if wanted is not None:
+        return wanted if wanted in special else None
+    return next((t for t in (*KNOWN_ENDS, *special) if t in special), None)
+
+
+def _pre_tokenizer(split_pattern: SplitPattern) -> dict[str, Any]:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    if split_pattern == "gpt2":
+        return {**byte_level, "use_regex": True}
+    split = {"type": "Split", "pattern": {"Regex": GPT4_PATTERN}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}

@@ -1,0 +1,56 @@
+"""Where the tokenizer of a dataset comes from: trained on a sample of the text, taken from a file, or bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.data import tokenizer_json
+from pipeline.data.plan import Plan
+from pipeline.data.readers import Chunk, read_task
+from pipeline.data.tokenizer import train_bpe
+from pipeline.errors import DataError
+
+# In no UTF-8 text, so that no document can pretend to be two.
+SEPARATOR = b"\xff"
+
+
+def make_tokenizer(config: Config, plan: Plan) -> bytes:
+    """The content of tokenizer.json."""
+    wanted = config.tokenizer
+    if wanted.kind == "file":
+        assert wanted.path is not None
+        try:
+            return Path(wanted.path).read_bytes()
+        except OSError as error:
+            raise DataError(f"tokenizer.path: {wanted.path}: cannot be read ({error.strerror})") from error
+    special = (wanted.end_of_text, *wanted.special_tokens)
+    if wanted.kind == "bytes":
+        return tokenizer_json.compose_bytes(special).encode()
+    sample = _sample(config, plan)
+    if not sample:
+        raise DataError("data.sources: hold no text to train a tokenizer on; look at `paths` and `separator`")
+    return train_bpe(sample, SEPARATOR, config.model.vocab_size, special, wanted.split_pattern).encode()
+
+
+def _sample(config: Config, plan: Plan) -> bytes:
+    """Training documents from the beginning of every task, the same number of bytes of each."""
+    fraction = config.data.validation_fraction
+    tasks = [t for t in plan.tasks if config.data.sources[t.source].split != "validation"]
+    allowed = config.tokenizer.train_sample_mb * 1e6
+    chosen: list[bytes] = []
+    for number, task in enumerate(tasks):
+        source = config.data.sources[task.source]
+        budget = allowed * (number + 1) / len(tasks) - sum(map(len, chosen))
+        for event in read_task(task, source, plan.files[task.source], config.data):
+            if not isinstance(event, Chunk) or not len(event.documents):
+                continue
+            documents = event.documents
+            if source.split == "auto":
+                documents = documents.without(documents.hash_fractions() < fraction)
+            text = SEPARATOR.join(documents)
+            chosen.append(text[: max(0, int(budget))].decode(errors="ignore").encode() if len(text) > budget else text)
+            budget -= len(text)
+            if budget <= 0:
+                break
+    return SEPARATOR.join(chosen)
