@@ -38,6 +38,21 @@ def run(config_file: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def prepare(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    part: Annotated[
+        str | None, typer.Option("--slice", metavar="I/N", help="Do part I of N (from 1), for a Slurm array.")
+    ] = None,
+) -> None:
+    """Turn text into token shards and a manifest; goes on where it was stopped."""
+    from pipeline.config_load import load_config
+    from pipeline.data.display import parse_slice, prepare_here
+
+    prepare_here(load_config(config_file, overrides or ()), parse_slice(part))
+
+
+@app.command()
 def train(config_file: ConfigFile, overrides: Overrides = None) -> None:
     """Train here; resumes the run if it exists."""
     from pipeline.main_job import train_here

@@ -1,0 +1,125 @@
+"""What a person sees of a build: a progress bar while it works, a table when it is done."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from pipeline.config import Config
+from pipeline.data.build import Progress as BuildProgress
+from pipeline.data.build import prepare
+from pipeline.data.manifest import Manifest
+from pipeline.errors import UsageError
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Display:
+    """Shows the progress of a build: a bar on a terminal, a line every ten seconds elsewhere; on stderr."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(file=sys.stderr)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("prepare", total=None)
+        self._lock = threading.Lock()
+        self._began = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, progress: BuildProgress) -> None:
+        """Takes one report of a build."""
+        if progress.message is not None:
+            self._console.print(progress.message, highlight=False, markup=False)
+        if progress.phase == "tokenizer":
+            self._bar.update(self._task, description="tokenizer")
+        elif progress.phase == "slices":
+            self._bar.update(self._task, description="prepare", completed=progress.done, total=progress.total)
+            if not self._console.is_terminal:
+                self._line(progress)
+
+    def _line(self, progress: BuildProgress) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now - self._last_line < _SECONDS_BETWEEN_LINES:
+                return
+            self._last_line = now
+        speed = progress.done / (now - self._began)
+        left = (progress.total - progress.done) / speed if speed else 0.0
+        self._console.print(
+            f"prepare {progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB, "
+            f"{speed / 1e6:.1f} MB/s, {left:.0f} s left",
+            highlight=False,
+        )
+
+
+def prepare_here(config: Config, slice_spec: tuple[int, int] | None = None) -> Manifest | None:
+    """Builds a dataset, or a part of it, with a progress display and a table at the end; see `build.prepare`."""
+    began = time.monotonic()
+    with Display() as display:
+        manifest = prepare(config, slice_spec=slice_spec, progress=display)
+    console = Console()
+    if manifest is None:
+        assert slice_spec is not None
+        console.print(
+            f"part {slice_spec[0]} of {slice_spec[1]} is done; other parts are still missing", highlight=False
+        )
+        return None
+    console.print(summary_table(manifest, config.data.path))
+    console.print(f"{time.monotonic() - began:.1f} s, dataset {manifest.digest[:12]}", highlight=False)
+    return manifest
+
+
+def summary_table(manifest: Manifest, title: str) -> Table:
+    """Documents, tokens, bytes a token, the longest document and the records that were left out."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for split in manifest.splits:
+        table.add_column(split, justify="right")
+    rows = {
+        "documents": [f"{s.documents:,}" for s in manifest.splits.values()],
+        "tokens": [f"{s.tokens:,}" for s in manifest.splits.values()],
+        "bytes of text": [f"{s.bytes:,}" for s in manifest.splits.values()],
+        "bytes a token": [f"{s.bytes / s.tokens:.2f}" if s.tokens else "-" for s in manifest.splits.values()],
+        "longest document, tokens": [f"{s.longest:,}" for s in manifest.splits.values()],
+        "shards": [f"{len(s.shards):,}" for s in manifest.splits.values()],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    table.add_section()
+    table.add_row("empty documents, skipped", f"{manifest.empty:,}")
+    table.add_row("bad records, skipped", f"{sum(manifest.bad.values()):,}")
+    for reason, count in manifest.bad.items():
+        table.add_row(f"  {reason}", f"{count:,}")
+    return table
+
+
+def parse_slice(text: str | None) -> tuple[int, int] | None:
+    """`3/8` as `(3, 8)`.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    if text is None:
+        return None
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise UsageError(f"--slice {text}: is no part, allowed: I/N with I from 1 to N, 3/8 say")
+    return int(part), int(parts)
