@@ -1,0 +1,56 @@
+"""What every benchmark shares: peers interleaved in one run, medians and ratios, dated results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.provenance import collect_provenance
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(peers: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, float]:
+    """Median seconds of each peer; one call of each per round, so that a drift of the machine meets all alike."""
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    for turn in range(warm_up + rounds):
+        for name, call in peers.items():
+            began = time.perf_counter()
+            call()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def machine() -> str:
+    """The machine in words: what a reader needs to judge a figure."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"one virtual machine, {os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, no GPU"
+
+
+def save(name: str, figures: Any, notes: str = "") -> Path:
+    """Writes results with date, commit, machine and package versions to `benchmarks/results/NAME.json`."""
+    provenance = collect_provenance()
+    record = {
+        "benchmark": name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": provenance["git"],
+        "machine": machine(),
+        "packages": provenance["packages"],
+        "load_average_at_the_end": round(os.getloadavg()[0], 2),
+        "notes": notes,
+        "figures": figures,
+    }
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+    print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    return path
