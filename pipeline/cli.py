@@ -32,7 +32,7 @@ RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="The run folder, `
 @app.command()
 def run(config_file: ConfigFile, overrides: Overrides = None) -> None:
     """Prepare, train, evaluate and sample, here."""
-    from pipeline.main_job import run_all
+    from pipeline.local_job import run_all
 
     run_all(_config(config_file, overrides))
 
@@ -55,9 +55,9 @@ def prepare(
 @app.command()
 def train(config_file: ConfigFile, overrides: Overrides = None) -> None:
     """Train here; resumes the run if it exists."""
-    from pipeline.main_job import train_here
+    from pipeline.train.loop import train as train_run
 
-    train_here(_config(config_file, overrides))
+    train_run(_config(config_file, overrides))
 
 
 @app.command()
@@ -68,9 +68,10 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
 ) -> None:
     """Print text that a trained run generates."""
-    from pipeline.main_job import sample_run
+    from pipeline.run import open_run
+    from pipeline.sample import sample_run
 
-    for text in sample_run(run_folder, prompt, count, seed):
+    for text in sample_run(open_run(run_folder), prompt, count, seed):
         print(text)
 
 

@@ -1,18 +1,21 @@
-"""The main job on this machine: prepare, train, evaluate, compare, sample; and the table at its end."""
+"""The main job on this machine: prepare, train, evaluate, sample; and the table at its end."""
 
 from __future__ import annotations
 
 import shlex
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Config
 from pipeline.errors import UsageError
-from pipeline.files import write_text
-from pipeline.run import Run, open_run, run_for
+from pipeline.run import Run, run_for
+from pipeline.train.world import world_from_environment
+
+if TYPE_CHECKING:
+    from pipeline.train.evaluate import Evaluation
 
 
 def run_all(config: Config) -> None:
@@ -21,17 +24,49 @@ def run_all(config: Config) -> None:
     Raises:
         UsageError: Several processes were started; they would all prepare the same data.
     """
-    from pipeline.train.world import world_from_environment
-
     if world_from_environment().size > 1:
-        raise UsageError("`pipeline run` is one process; prepare first, then start `pipeline train` several times")
-    from pipeline.data.build import prepare
+        raise UsageError("`pipeline run` is one process; run `pipeline prepare`, then `pipeline train` on every rank")
+    from pipeline.data.baseline import bigram_loss
+    from pipeline.data.dataset import open_dataset
+    from pipeline.data.display import prepare_here
+    from pipeline.sample import sample_run
     from pipeline.train.evaluate import evaluate_run
     from pipeline.train.loop import train
 
     began = time.monotonic()
-    prepare(config)
-    result = train(config)
+    prepare_here(config, None)
+    train(config)
     run = run_for(config)
     evaluation = evaluate_run(run)
-    print_results(run, config, evaluation, result, time.monotonic() - began)
+    splits = [open_dataset(config.data.path, name) for name in ("train", "validation")]
+    bigram = bigram_loss(*splits, config.model.context_length, config.model.vocab_size)
+    texts = sample_run(run)
+    console = Console(highlight=False)
+    console.print(_results(run, evaluation, bigram, time.monotonic() - began))
+    console.print("[bold]A sample:[/bold]", texts[0], sep="\n", markup=True)
+    console.print(_next_commands(run, config), soft_wrap=True, markup=False)
+
+
+def _results(run: Run, evaluation: Evaluation, bigram: float, seconds: float) -> Table:
+    table = Table("on the validation tokens", "loss (nats/token)", "perplexity", "bits/byte", title=f"run {run.name}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    bits = evaluation.bits_per_byte / evaluation.loss
+    for name, loss in ((f"model, step {evaluation.step}", evaluation.loss), ("bigram counts", bigram)):
+        table.add_row(name, f"{loss:.4f}", f"{2.718281828459045**loss:.1f}", f"{loss * bits:.3f}")
+    table.caption = f"{evaluation.tokens:,} tokens; {seconds:.0f} s in all"
+    return table
+
+
+def _next_commands(run: Run, config: Config) -> str:
+    lines = [
+        f"checkpoints, metrics, config:  {run.path}",
+        f"more text:                     pipeline sample {shlex.quote(str(run.path))} --prompt 'The economy'",
+        f"the report:                    pipeline report {shlex.quote(str(run.path))}",
+    ]
+    if config.tracking.uri.startswith("sqlite:"):
+        command = f"mlflow ui --backend-store-uri {shlex.quote(config.tracking.uri)}"
+        lines.append(f"the MLflow page:               {command}")
+    elif config.tracking.uri != "none":
+        lines.append(f"the MLflow page:               {config.tracking.uri}")
+    return "\n".join(lines)
