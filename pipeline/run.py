@@ -69,6 +69,11 @@ class Run:
         return self.path / "mlflow.json"
 
     @property
+    def tracking(self) -> Path:
+        """What tracking needs between two starts: locks, repeated lines, system metrics of each node."""
+        return self.path / "tracking"
+
+    @property
     def tokenizer_file(self) -> Path:
         """The tokenizer.json the run was trained with."""
         return self.path / "tokenizer.json"

@@ -1,0 +1,9 @@
+"""Recording a run: metrics.jsonl and events.jsonl first, MLflow from them.
+
+`start` gives the training loop its tracker. mlflow is imported only in this package, and only when a store is
+opened, in the uploader's thread.
+"""
+
+from pipeline.tracking.tracker import Tracker, start
+
+__all__ = ["Tracker", "start"]

@@ -1,0 +1,269 @@
+"""Feeds one MLflow store from the files of a run folder; used by the uploader's thread and by `pipeline sync`.
+
+Memory is bounded: never more than one batch of points is held, whatever has piled up on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.files import read_json, sha256_file, write_json
+from pipeline.run import Run
+from pipeline.tracking import describe, journal, state
+from pipeline.tracking.goodput import goodput
+from pipeline.tracking.store import MAX_POINTS, Point, RunStatus, Store, is_missing, is_refusal, redact
+
+_log = logging.getLogger("pipeline.tracking")
+
+
+class Feed:
+    """The way from a run folder to one store.
+
+    Args:
+        run: The run.
+        config: Its config.
+        uri: Resolved address of the store.
+    """
+
+    def __init__(self, run: Run, config: Config, uri: str) -> None:
+        self._run = run
+        self._config = config
+        self._uri = uri
+        self._store: Store | None = None
+        self._run_id: str | None = None
+        self._described: Any = None
+        self._refused: set[str] = set()
+
+    def connect(self) -> tuple[Store, str]:
+        """Opens the store and finds or makes the MLflow run; the id is written down before anything is sent."""
+        if self._store is None:
+            self._store = Store(self._uri, self._config.tracking.experiment, self._config.tracking.artifact_location)
+        if self._run_id is None:
+            s = state.load(self._run)
+            known = s.of(self._uri).run_id
+            run_id = self._store.ensure_run(s.identity, known, self._run.name, self._began_ms())
+            if run_id != known:
+                # A run that is new to this store has nothing yet, whatever was sent to an earlier one.
+                state.update(self._run, lambda s: s.stores.update({self._uri: state.StoreState(run_id=run_id)}))
+            self._run_id = run_id
+        return self._store, self._run_id
+
+    def disconnect(self) -> None:
+        """Forgets what was known about the store, so that the next round asks it again."""
+        self._run_id = None
+        self._described = None
+
+    def send_all(self, pause: Callable[[float], bool] = lambda _: False) -> int:
+        """Sends what the store has not got; returns the number of points.
+
+        Args:
+            pause: Called with the seconds each batch took; True ends the round early.
+        """
+        sent = 0
+        try:
+            store, run_id = self.connect()
+            self._describe(store, run_id)
+            sent += self._send_metrics(store, run_id, pause)
+            sent += self._send_system(store, run_id, pause)
+        except Exception as error:
+            if is_missing(error):
+                self.disconnect()
+            raise
+        return sent
+
+    def finish(self) -> None:
+        """Sends the files and the status as they stand now; everything else must have been sent."""
+        store, run_id = self.connect()
+        self._describe(store, run_id)
+        self._send_status(store, run_id)
+
+    def behind(self) -> int:
+        """Bytes of metrics.jsonl that the store has not acknowledged."""
+        there = self._run.metrics_file.stat().st_size if self._run.metrics_file.exists() else 0
+        return max(0, there - state.load(self._run).of(self._uri).sent)
+
+    # ---- metrics -----------------------------------------------------------------------------
+
+    def _send_metrics(self, store: Store, run_id: str, pause: Callable[[float], bool]) -> int:
+        sent = 0
+        while True:
+            claim = state.load(self._run)
+            offset, generation = claim.of(self._uri).sent, claim.generation
+            points: list[Point] = []
+            end = offset
+            for line in journal.read(self._run.metrics_file, offset):
+                of_line = list(_points(line.record, claim.retry_number(int(line.record["step"]))))
+                if points and len(points) + len(of_line) > MAX_POINTS:
+                    break
+                points += of_line
+                end = line.end
+            if end == offset:
+                return sent
+            # Written down before anything leaves: from here on these lines may be in the store, and a
+            # rewind that comes in between will keep them.
+            if not self._move(generation, sending=end):
+                continue
+            began = time.monotonic()
+            self._send(store, run_id, points)
+            self._move(generation, sent=end)
+            sent += len(points)
+            if pause(time.monotonic() - began):
+                return sent
+
+    def _move(self, generation: int, *, sending: int | None = None, sent: int | None = None) -> bool:
+        """Moves the position, unless metrics.jsonl was cut meanwhile."""
+        moved = False
+
+        def change(s: state.State) -> None:
+            nonlocal moved
+            moved = s.generation == generation
+            if moved and sending is not None:
+                s.of(self._uri).sending = max(s.of(self._uri).sending, sending)
+            if moved and sent is not None:
+                s.of(self._uri).sent = max(s.of(self._uri).sent, sent)
+
+        state.update(self._run, change)
+        return moved
+
+    def _send_system(self, store: Store, run_id: str, pause: Callable[[float], bool]) -> int:
+        sent = 0
+        for file in sorted((self._run.tracking / "system").glob("*.jsonl")):
+            offset = state.load(self._run).of(self._uri).system.get(file.stem, 0)
+            while True:
+                points: list[Point] = []
+                end = offset
+                for line in journal.read(file, offset):
+                    of_line = list(_points(line.record, 0))
+                    if points and len(points) + len(of_line) > MAX_POINTS:
+                        break
+                    points += of_line
+                    end = line.end
+                if end == offset:
+                    break
+                began = time.monotonic()
+                self._send(store, run_id, points)
+                offset = end
+                state.update(self._run, lambda s, n=file.stem, o=end: s.of(self._uri).system.update({n: o}))  # type: ignore[misc]
+                sent += len(points)
+                if pause(time.monotonic() - began):
+                    return sent
+        return sent
+
+    def _send(self, store: Store, run_id: str, points: list[Point]) -> None:
+        for first in range(0, len(points), MAX_POINTS):
+            for key in store.send_points(run_id, points[first : first + MAX_POINTS]):
+                if key not in self._refused:
+                    self._refused.add(key)
+                    _log.warning("MLflow refuses the metric %r; it stays in metrics.jsonl only", key)
+
+    # ---- everything else ---------------------------------------------------------------------
+
+    def _describe(self, store: Store, run_id: str) -> None:
+        """Sends params, tags, the dataset and files that are new or changed; each is sent once as it is."""
+        newest = self._fingerprint()
+        if newest == self._described:
+            return
+        for part in (self._send_params, self._send_tags, self._send_dataset, self._send_files):
+            try:
+                part(store, run_id)
+            except Exception as error:
+                if not is_refusal(error):
+                    raise
+                # A refusal would be the same for ever and must not keep the metrics from being sent.
+                _log.warning("MLflow refuses a part of the description: %s", redact(str(error)))
+        if state.load(self._run).of(self._uri).status is None or state.load(self._run).status == "RUNNING":
+            self._send_status(store, run_id)
+        self._described = newest
+
+    def _fingerprint(self) -> Any:
+        stats = []
+        for file, folder in describe.files(self._run):
+            found = file.stat()
+            stats.append((folder, file.name, found.st_size, found.st_mtime_ns))
+        return stats
+
+    def _send_params(self, store: Store, run_id: str) -> None:
+        changed = store.set_params(run_id, describe.params(self._config))
+        if changed:
+            store.set_tags(run_id, {f"changed.{name}": value for name, value in changed.items()})
+
+    def _send_tags(self, store: Store, run_id: str) -> None:
+        tags = describe.tags(self._run)
+        s = state.load(self._run)
+        if s.retries:
+            tags["pipeline.retries"] = json.dumps([r.model_dump() for r in s.retries])
+        split = goodput(self._run)
+        if split is not None:
+            tags["pipeline.goodput"] = split.summary()
+        store.set_tags(run_id, tags)
+
+    def _send_dataset(self, store: Store, run_id: str) -> None:
+        about = describe.dataset(self._run, self._config, state.load(self._run).dataset)
+        if about is not None:
+            store.set_dataset(run_id, *about)
+
+    def _send_files(self, store: Store, run_id: str) -> None:
+        made = describe.checkpoints(self._run)
+        listing = self._run.tracking / "checkpoints.json"
+        if made and (not listing.exists() or read_json(listing) != made):
+            write_json(listing, made)
+        there = state.load(self._run).of(self._uri).files
+        for file, folder in describe.files(self._run):
+            name = f"{folder}/{file.name}" if folder else file.name
+            digest = sha256_file(file)
+            if there.get(name) != digest:
+                store.send_file(run_id, file, folder)
+                state.update(self._run, lambda s, n=name, d=digest: s.of(self._uri).files.update({n: d}))  # type: ignore[misc]
+
+    def _send_status(self, store: Store, run_id: str) -> None:
+        s = state.load(self._run)
+        wanted: RunStatus = "RUNNING" if s.status == "STOPPED" else s.status  # type: ignore[assignment]
+        key = wanted if wanted == "RUNNING" else f"{wanted} {s.ended}"
+        if s.of(self._uri).status == key:
+            return
+        if wanted != "RUNNING":
+            split = goodput(self._run)
+            if split is not None:
+                at = int((s.ended or time.time()) * 1000)
+                last = journal.last(self._run.metrics_file) or {"step": 0}
+                self._send(store, run_id, [Point(k, v, at, int(last["step"])) for k, v in split.metrics().items()])
+        store.set_status(run_id, wanted, None if s.ended is None else int(s.ended * 1000))
+        state.update(self._run, lambda s: setattr(s.of(self._uri), "status", key))
+
+    def _began_ms(self) -> int:
+        for line in journal.read(self._run.events_file):
+            if "time" in line.record:
+                return int(float(line.record["time"]) * 1000)
+        return int(time.time() * 1000)
+
+
+def _points(record: dict[str, Any], retry: int) -> Iterator[Point]:
+    """The points of a line; a file of metrics has steps and times of its own."""
+    suffix = f".retry{retry}" if retry else ""
+    time_ms, step = round(float(record["time"]) * 1000), int(record["step"])
+    for key, value in record.items():
+        if key not in ("step", "time") and isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield Point(key + suffix, float(value), time_ms, step)
+
+
+class UploadLock:
+    """Keeps two processes from feeding one run at the same time; held for a round, not for a life."""
+
+    def __init__(self, run: Run) -> None:
+        run.tracking.mkdir(parents=True, exist_ok=True)
+        self._path: Path = run.tracking / "upload.lock"
+
+    def acquire(self) -> int | None:
+        """An open file that holds the lock (close it to let go), or None where another process has it."""
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        if state.lock(fd, wait=False):
+            return fd
+        os.close(fd)
+        return None

@@ -1,0 +1,162 @@
+"""metrics.jsonl: one final history, however often training went back to a checkpoint.
+
+MLflow keeps every point it was ever given: the same (key, step, time, value) is stored once, but a repeated
+step with another time is a second point, and nothing can be taken back. So the lines that a store may have
+(`published`) and that training is about to repeat are kept aside. When a step is logged again, its published
+line, word for word, becomes part of the history once more; the newly measured times of a repeated step are
+dropped. Only where the repeated loss is another one (a rollback skipped a batch) does the new line count; its
+steps are marked as a retry, whose points go to MLflow under keys of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.run import Run
+from pipeline.tracking import journal, state
+
+# A restart on another number of ranks repeats a step with another rounding; that is not another result.
+_ROUNDING = 1e-2
+
+
+class History:
+    """Writes metrics.jsonl; one object a run, in one process.
+
+    Args:
+        run: The run.
+        step: Finished steps that training starts with; lines of later steps are about to be repeated.
+    """
+
+    def __init__(self, run: Run, step: int) -> None:
+        self._run = run
+        self._pending_file = run.tracking / "repeated.jsonl"
+        self.reached = 0
+        self.last_time: float | None = None
+        self._step = step
+        self._keys: set[str] = set()
+        self._tolerance = _ROUNDING
+        self._pending: list[dict[str, Any]] = []
+        self._writer: journal.Writer | None = None
+        run.tracking.mkdir(parents=True, exist_ok=True)
+        journal.repair(run.metrics_file)
+        self._go_back(step)
+
+    def rewind(self, step: int) -> None:
+        """Training went back to `step` to do otherwise: repeated losses must now agree bit for bit."""
+        self._tolerance = 0.0
+        self._go_back(step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends what was measured for a step, or the published line of this step if it says the same.
+
+        Raises:
+            OSError: The line cannot be written.
+        """
+        if step < self._step or (step == self._step and not self._keys.isdisjoint(metrics)):
+            self.rewind(step - 1)
+        earlier = [r for r in self._pending if r["step"] < step]
+        same = [r for r in self._pending if r["step"] == step and not metrics.keys().isdisjoint(r)]
+        if not all(_agrees(r, metrics, self._tolerance) for r in same):
+            self._diverge(step, earlier)
+            same = []
+        lines = earlier + same
+        fresh = {k: v for k, v in metrics.items() if not any(k in r for r in same)}
+        if fresh or not same:
+            lines = [*lines, {"step": step, "time": round(time.time(), 3), **fresh}]
+        assert self._writer is not None
+        self._writer.write(b"".join(journal.encode(r) for r in lines))
+        if earlier or same:
+            self._pending = [r for r in self._pending if not any(r is line for line in lines)]
+        self._keys = {*metrics} if step > self._step else self._keys | {*metrics}
+        self._step = step
+        self.reached = max(self.reached, step)
+
+    def close(self) -> None:
+        """Makes the file durable."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _go_back(self, step: int) -> None:
+        """Cuts the lines after `step`, keeping aside those that a store may have.
+
+        The order makes a kill between two writes harmless: first the lines are kept aside, then the
+        position is lowered, then the file is cut.
+        """
+        if self._writer is not None:
+            self._writer.close()
+        kept: list[tuple[int, bytes]] = []
+        cut: list[journal.Line] = []
+        whole = 0  # bytes of the file that stay as they are
+        for line in journal.read(self._run.metrics_file):
+            at = int(line.record["step"])
+            self.reached = max(self.reached, at)
+            self.last_time = float(line.record["time"])
+            if at > step:
+                cut.append(line)
+                continue
+            kept.append((at, line.raw))
+            if line.end == whole + len(line.raw):
+                whole = line.end
+
+        def lower(s: state.State) -> None:
+            nonlocal whole
+            self._pending = _merge(
+                [line.record for line in journal.read(self._pending_file)],
+                [line.record for line in cut if line.end <= s.possibly_published()],
+            )
+            # A published line at or before `step` whose turn had not come when the process was killed.
+            there = set(kept)
+            missing = [(r["step"], journal.encode(r)) for r in self._pending if r["step"] <= step]
+            missing = [line for line in missing if line not in there]
+            if missing:
+                # The store is told again everything from the first line that was put back.
+                whole = sum(len(raw) for at, raw in kept if at < missing[0][0])
+                kept[:] = sorted([*kept, *missing], key=lambda line: line[0])
+            self._pending = [r for r in self._pending if r["step"] > step]
+            aside = [raw for _, raw in missing] + [journal.encode(r) for r in self._pending]
+            journal.replace(self._pending_file, aside)
+            for store in s.stores.values():
+                store.sent, store.sending = min(store.sent, whole), min(store.sending, whole)
+            s.generation += 1
+
+        state.update(self._run, lower)
+        journal.replace(self._run.metrics_file, [raw for _, raw in kept])
+        self._writer = journal.Writer(self._run.metrics_file)
+        self._step, self._keys = step, set()
+
+    def _diverge(self, step: int, earlier: list[dict[str, Any]]) -> None:
+        last = max(r["step"] for r in self._pending)
+        self._pending = earlier
+
+        def mark(s: state.State) -> None:
+            number = max((r.number for r in s.retries), default=0) + 1
+            s.retries.append(state.Retry(number=number, first_step=step, last_step=last))
+
+        state.update(self._run, mark)
+        journal.replace(self._pending_file, map(journal.encode, earlier))
+
+
+def _agrees(published: Mapping[str, Any], metrics: Mapping[str, float], tolerance: float) -> bool:
+    """Whether the losses of a repeated step are the published ones; times and rates always differ."""
+    return all(
+        math.isclose(published[key], value, rel_tol=tolerance, abs_tol=0.0)
+        or (math.isnan(published[key]) and math.isnan(value))
+        for key, value in metrics.items()
+        if key.endswith("/loss") and key in published
+    )
+
+
+def _merge(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Both lists in the order of their steps, equal lines once."""
+    seen: set[bytes] = set()
+    merged = []
+    for record in sorted([*first, *second], key=lambda r: r["step"]):
+        raw = journal.encode(record)
+        if raw not in seen:
+            seen.add(raw)
+            merged.append(record)
+    return merged

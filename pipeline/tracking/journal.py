@@ -1,0 +1,169 @@
+"""Append-only JSON lines that stay readable after kill -9 at any moment.
+
+A record is one line, written by one `write`. What a dying writer leaves of its last line has no newline
+at its end: readers ignore it, and the next writer cuts it off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pipeline.files import write_bytes
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Line:
+    """One whole line of a journal.
+
+    Attributes:
+        record: The parsed object.
+        raw: The bytes of the line, its newline included.
+        end: Offset of the byte after the line.
+    """
+
+    record: dict[str, Any]
+    raw: bytes
+    end: int
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """One record as the bytes of a line; NaN and Infinity are written as Python's json does."""
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def read(path: Path, offset: int = 0) -> Iterator[Line]:
+    """The whole lines of a journal from a byte offset on; nothing where there is no file.
+
+    A last line without newline is left out, and so is a line that is no JSON object (two torn writes).
+    """
+    try:
+        source = path.open("rb")
+    except FileNotFoundError:
+        return
+    with source:
+        source.seek(offset)
+        end = offset
+        for raw in source:
+            if not raw.endswith(b"\n"):
+                return
+            end += len(raw)
+            record = _parse(raw)
+            if record is not None:
+                yield Line(record, raw, end)
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(raw)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def last(path: Path) -> dict[str, Any] | None:
+    """The last whole record, found from the end of the file."""
+    try:
+        source = path.open("rb")
+    except FileNotFoundError:
+        return None
+    with source:
+        size = source.seek(0, os.SEEK_END)
+        tail = b""
+        while size > 0:
+            start = max(0, size - _BLOCK)
+            source.seek(start)
+            tail = source.read(size - start) + tail
+            size = start
+            # The first piece may be cut by the block's border: it counts only at the start of the file.
+            pieces = tail.split(b"\n")[:-1]
+            for raw in reversed(pieces if start == 0 else pieces[1:]):
+                record = _parse(raw)
+                if record is not None:
+                    return record
+    return None
+
+
+def repair(path: Path) -> None:
+    """Cuts off what a killed writer left of its last line."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        end = size
+        while end > 0:
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+
+
+def replace(path: Path, lines: Iterable[bytes]) -> None:
+    """Publishes a journal anew; a writer that still has the old file open can no longer be seen."""
+    write_bytes(path, b"".join(lines))
+
+
+class Writer:
+    """Appends records to one file that no other process writes to."""
+
+    def __init__(self, path: Path) -> None:
+        repair(path)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def write(self, raw: bytes) -> None:
+        """Appends whole lines by one write.
+
+        Raises:
+            OSError: The disk is full or failing; nothing of the lines stays in the file.
+        """
+        before = os.fstat(self._fd).st_size
+        written = os.write(self._fd, raw)
+        if written != len(raw):
+            os.ftruncate(self._fd, before)
+            raise OSError(28, "No space left on device")
+
+    def close(self) -> None:
+        """Makes the file durable and closes it."""
+        os.fsync(self._fd)
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def append_event(path: Path, kind: str, **fields: Any) -> dict[str, Any]:
+    """Appends one event; several processes (launcher, trainer, a cancelling user) may write to the file.
+
+    Args:
+        path: The events file.
+        kind: What happened, `started` say.
+        fields: Plain JSON values that belong to it.
+
+    Returns:
+        The record as written, with its time in Unix seconds.
+    """
+    record = {"time": round(time.time(), 3), "event": kind, **fields}
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(fd).st_size
+        # The file has several writers, so a torn end is not cut off but closed by a newline: readers skip it.
+        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        os.write(fd, (b"\n" if torn else b"") + encode(record))
+    finally:
+        os.close(fd)
+    return record

@@ -1,0 +1,130 @@
+"""How far an MLflow store has been fed: `mlflow.json` in the run folder, durable and shared by processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline.files import read_json, write_json
+from pipeline.run import Run
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class Retry(BaseModel):
+    """Steps whose published values were overtaken; MLflow has the new ones under keys ending in `.retryN`.
+
+    MLflow cannot take a point back, so the first values stay where they are and never get a second one
+    beside them.
+    """
+
+    number: int
+    first_step: int
+    last_step: int
+
+
+class StoreState(BaseModel):
+    """How far one store has been fed.
+
+    Attributes:
+        run_id: Id of the MLflow run; None before it was made.
+        sent: Bytes of metrics.jsonl the store has acknowledged.
+        sending: Bytes of metrics.jsonl that may have arrived: never less than `sent`.
+        system: The same for the file of each node's system metrics.
+        files: SHA-256 of every artifact the store has, by its name.
+        status: Status the store was told last.
+    """
+
+    run_id: str | None = None
+    sent: int = 0
+    sending: int = 0
+    system: dict[str, int] = {}
+    files: dict[str, str] = {}
+    status: str | None = None
+
+
+class State(BaseModel):
+    """All that has to survive a kill.
+
+    Attributes:
+        identity: Given to the MLflow run as a tag before anything else, so that a run whose id was lost is found again.
+        generation: Raised whenever metrics.jsonl is cut, so that a batch in flight does not move the position.
+        status: Status the run has by its last process; RUNNING until it closed.
+        ended: When it closed, in Unix seconds.
+        retries: See `Retry`.
+        dataset: What the first start said about the data.
+        store: Address of the store that is fed by default.
+        stores: How far each store has been fed, by its address (which never holds a password).
+    """
+
+    identity: str
+    generation: int = 0
+    status: str = "RUNNING"
+    ended: float | None = None
+    retries: list[Retry] = []
+    dataset: dict[str, Any] = {}
+    store: str | None = None
+    stores: dict[str, StoreState] = {}
+
+    def of(self, uri: str) -> StoreState:
+        """The state of one store, begun where there is none."""
+        return self.stores.setdefault(uri, StoreState())
+
+    def possibly_published(self) -> int:
+        """Bytes of metrics.jsonl that some store may have."""
+        return max((s.sending for s in self.stores.values()), default=0)
+
+    def retry_number(self, step: int) -> int:
+        """Which retry a step of the final history belongs to; 0 for none."""
+        return max((r.number for r in self.retries if r.first_step <= step <= r.last_step), default=0)
+
+
+def load(run: Run) -> State:
+    """The state of a run as it is on disk."""
+    if run.mlflow_file.exists():
+        return State.model_validate(read_json(run.mlflow_file))
+    return State(identity=uuid.uuid4().hex)
+
+
+def update(run: Run, change: Callable[[State], None]) -> State:
+    """Reads, changes and publishes the state under a lock that is held for milliseconds."""
+    with file_lock(run.tracking / "state.lock"):
+        state = load(run)
+        change(state)
+        write_json(run.mlflow_file, state.model_dump(mode="json"))
+    return state
+
+
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Waits for an exclusive lock on a file; the kernel lets go of it when its holder dies.
+
+    On a file system without locks nothing is locked: replaying points is harmless (the store keeps one of each).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        lock(fd, wait=True)
+        yield
+    finally:
+        os.close(fd)
+
+
+def lock(fd: int, *, wait: bool) -> bool:
+    """Locks an open file; False where somebody else has it and `wait` is not asked for."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True

@@ -1,0 +1,184 @@
+"""What the training loop holds: `log`, `event`, `rewind`, `close`; each writes a line to disk and returns."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.config import Config
+from pipeline.run import Run
+from pipeline.tracking import describe, journal, state
+from pipeline.tracking.history import History
+from pipeline.tracking.store import resolve_uri
+from pipeline.tracking.system import NodeSampler, sampler_for_this_process
+from pipeline.tracking.uploader import Uploader
+
+_log = logging.getLogger("pipeline.tracking")
+
+CloseStatus = Literal["FINISHED", "FAILED", "KILLED", "STOPPED"]
+_CLOSE_S = {"FINISHED": 30.0, "FAILED": 10.0, "KILLED": 5.0, "STOPPED": 5.0}
+_KEPT_LINES = 1000
+
+
+class Tracker:
+    """Does nothing: what every rank but the first has, except for a sampler of its node."""
+
+    def __init__(self, sampler: NodeSampler | None = None) -> None:
+        self._sampler = sampler
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records what was measured; `step` is the number of finished optimizer steps."""
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Records that something happened, with plain JSON values."""
+
+    def rewind(self, step: int) -> None:
+        """Training went back to the state after `step` in this process and will do otherwise from there on."""
+
+    def close(self, status: CloseStatus) -> None:
+        """Ends tracking; STOPPED means that the run will be resumed."""
+        if self._sampler is not None:
+            self._sampler.close()
+
+
+class RunTracker(Tracker):
+    """Records a run, and feeds MLflow from the records in a thread of its own.
+
+    Args: see `start`.
+    """
+
+    def __init__(
+        self, run: Run, config: Config, *, step: int, dataset: Mapping[str, Any], tokenizer_file: Path | None
+    ) -> None:
+        uri = None if config.tracking.uri == "none" else resolve_uri(config.tracking.uri)
+        run.tracking.mkdir(parents=True, exist_ok=True)
+        # Held until the process ends, however it ends: `pipeline sync` sees by it that a run is alive.
+        self._alive = os.open(run.tracking / "alive.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        state.lock(self._alive, wait=False)
+        if tokenizer_file is not None and tokenizer_file.is_file() and not run.tokenizer_file.exists():
+            shutil.copyfile(tokenizer_file, run.tokenizer_file)
+        describe.write_environment(run)
+        self._run = run
+        self._history = History(run, step)
+        self._repeating = self._begin(step)
+        self._unwritten: deque[tuple[int, dict[str, float]]] = deque(maxlen=_KEPT_LINES)
+        self._warned = 0.0
+
+        def begin(s: state.State) -> None:
+            s.status, s.ended, s.store = "RUNNING", None, uri
+            s.dataset = dict(dataset) or s.dataset
+
+        state.update(run, begin)
+        super().__init__(sampler_for_this_process(run))
+        self._uploader = None if uri is None else Uploader(run, config, uri)
+
+    def _begin(self, step: int) -> bool:
+        """Writes the event `attempt`; returns whether steps are about to be repeated."""
+        attempts = [e for e in (line.record for line in journal.read(self._run.events_file)) if e["event"] == "attempt"]
+        reached = max([self._history.reached, *(int(e["reached"]) for e in attempts)])
+        self._history.reached = reached
+        journal.append_event(
+            self._run.events_file,
+            "attempt",
+            number=len(attempts) + 1,
+            step=step,
+            reached=reached,
+            began=round(_process_began(), 3),
+            last_seen=self._history.last_time,
+            job=os.environ.get("SLURM_JOB_ID"),
+            requeued=bool(attempts) and os.environ.get("SLURM_RESTART_COUNT", "0") != "0",
+        )
+        return reached > step
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records what was measured; a line is written and the uploader woken, nothing else."""
+        self._unwritten.append((step, {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}))
+        reached = self._history.reached
+        try:
+            while self._unwritten:
+                self._history.log(*self._unwritten[0])
+                self._unwritten.popleft()
+        except OSError as error:
+            self._warn("%s: cannot be written (%s); the newest %d lines are kept in memory", error)
+        if self._repeating and step >= reached:
+            self._repeating = False
+            self.event("caught_up", step=step)
+        if self._uploader is not None:
+            self._uploader.notify()
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Records that something happened, with plain JSON values."""
+        try:
+            journal.append_event(self._run.events_file, kind, **fields)
+        except OSError as error:
+            self._warn("%s: cannot be written (%s)", error, self._run.events_file)
+        if self._uploader is not None:
+            self._uploader.notify()
+
+    def rewind(self, step: int) -> None:
+        """Training went back to the state after `step` in this process and will do otherwise from there on."""
+        self._history.rewind(step)
+        if self._history.reached > step:
+            self._repeating = True
+            self.event("repeating", step=step, reached=self._history.reached)
+
+    def close(self, status: CloseStatus) -> None:
+        """Ends tracking and gives the uploader a few seconds for the rest; `pipeline sync` can do it later."""
+        super().close(status)
+        self._history.close()
+
+        def end(s: state.State) -> None:
+            s.status, s.ended = status, round(time.time(), 3)
+
+        state.update(self._run, end)
+        if self._uploader is not None and not self._uploader.close(_CLOSE_S[status]):
+            _log.warning("MLflow has not got everything yet; send the rest by: pipeline sync %s", self._run.path)
+        os.close(self._alive)
+
+    def _warn(self, message: str, error: OSError, file: Path | None = None) -> None:
+        now = time.monotonic()
+        if now - self._warned > 60 or not self._warned:
+            self._warned = now
+            args = (file, error.strerror) if file else (self._run.metrics_file, error.strerror, _KEPT_LINES)
+            _log.warning(message, *args)
+
+
+def start(
+    run: Run,
+    config: Config,
+    *,
+    step: int,
+    provenance: dict[str, Any],
+    dataset: dict[str, Any],
+    tokenizer_file: Path | None,
+    enabled: bool = True,
+) -> Tracker:
+    """Begins to record a start of a run; called on every rank, with `enabled` on the first only.
+
+    Args:
+        run: The run; its folder exists.
+        config: The resolved config.
+        step: Finished steps this start begins with; recorded lines of later steps are about to be repeated.
+        provenance: What is known about this start; written to provenance.json where that has not been done.
+        dataset: What is known about the data (name, digest, tokens ...), as plain values.
+        tokenizer_file: The tokenizer.json, copied into the run folder.
+        enabled: False for a tracker that records nothing but its node's system metrics.
+    """
+    if not enabled:
+        return Tracker(sampler_for_this_process(run, first=False))
+    if provenance and provenance not in run.provenance():
+        run.add_provenance(provenance)
+    return RunTracker(run, config, step=step, dataset=dataset, tokenizer_file=tokenizer_file)
+
+
+def _process_began() -> float:
+    """When this process was started, Unix seconds: start-up includes the imports."""
+    import psutil
+
+    return psutil.Process().create_time()
