@@ -49,7 +49,7 @@ class ByAdapters(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         w = self.weights()
-        x = w["token_embeddings.weight"][ids]
+        x = torch.nn.functional.embedding(ids, w["token_embeddings.weight"])
         for i in range(LAYERS):
             p = f"layers.{i}."
             x = x + self.attention(self.norm(x, w[p + "ln1.weight"]), w, p + "attn.")

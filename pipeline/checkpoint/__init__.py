@@ -1,0 +1,1 @@
+"""Own checkpoint format: fragments of float32 weights and moments, read at any world size and ZeRO stage."""

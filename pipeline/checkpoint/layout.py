@@ -1,0 +1,119 @@
+"""Names inside `checkpoints/`, and what a checkpoint's manifest says.
+
+    checkpoints/step_00001000/            visible only when whole
+        manifest.json                     everything about the state, with a digest of itself
+        rank_00000.safetensors            the fragments that rank wrote
+    checkpoints/.step_00001000.ab12.tmp/  being written by the attempt ab12
+    checkpoints/step_00001000.rejected/   found damaged, kept for a person to look at
+
+A tensor in a rank's file is `KEY/NAME`: KEY is `weight`, `exp_avg` or `exp_avg_sq`, NAME a parameter; it holds
+the elements `[start, start + length)` of the flattened parameter in float32, as the manifest says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import CheckpointError
+from pipeline.files import sha256_bytes, write_json
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+KEYS = ("weight", "exp_avg", "exp_avg_sq")
+
+_NAME = re.compile(r"^step_(\d{8,})$")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A part of a flattened parameter: elements `[start, start + length)`, in one rank's file."""
+
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json.
+
+    Attributes:
+        step: Finished optimizer steps.
+        world_size: Processes that wrote it.
+        zero_stage: Their ZeRO stage.
+        files: Size and SHA-256 of each file.
+        parameters: Shape and fragments of each parameter; the dtype is float32.
+        state: What else makes a run go on: tokens seen, skipped batches, RNG, digests, config.
+    """
+
+    step: int
+    world_size: int
+    zero_stage: int
+    files: dict[str, dict[str, Any]]
+    parameters: dict[str, dict[str, Any]]
+    state: dict[str, Any]
+
+    def fragments(self, name: str) -> list[Fragment]:
+        """The fragments of a parameter, by their start."""
+        return sorted((Fragment(*f) for f in self.parameters[name]["fragments"]), key=lambda f: f.start)
+
+    def save(self, folder: Path) -> None:
+        """Writes manifest.json with a digest of itself."""
+        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        write_json(folder / MANIFEST, {**content, "digest": _digest(content)})
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Reads and checks manifest.json.
+
+        Raises:
+            CheckpointError: It is missing, damaged or of another format.
+        """
+        path = folder / MANIFEST
+        try:
+            tree = json.loads(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path}: is damaged ({error})") from error
+        if not isinstance(tree, dict) or tree.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: is not of format {FORMAT_VERSION}, the one this program reads")
+        if tree.pop("digest", None) != _digest(tree):
+            raise CheckpointError(f"{path}: is damaged (its digest does not match its content)")
+        tree.pop("format_version")
+        return cls(**tree)
+
+
+def digest(folder: Path) -> str:
+    """What names a checkpoint's whole content: the digest in its manifest, which holds those of its files."""
+    return json.loads((folder / MANIFEST).read_bytes())["digest"]
+
+
+def step_name(step: int) -> str:
+    """Folder name of a checkpoint."""
+    return f"step_{step:08d}"
+
+
+def rank_file(rank: int) -> str:
+    """File of one rank."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step a folder's name claims; None for a folder that is no published checkpoint."""
+    match = _NAME.match(folder.name)
+    return int(match[1]) if match else None
+
+
+def published(checkpoints: Path) -> list[Path]:
+    """The published checkpoints, newest first."""
+    found = [(step, path) for path in checkpoints.glob("step_*") if (step := step_of(path)) is not None]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return sha256_bytes(json.dumps(content, sort_keys=True).encode())
