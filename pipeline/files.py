@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def fsync_file(path: Path) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Publishes a file whole: readers see the old bytes or the new ones, never a mixture."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process id: two containers on two nodes that share a folder often have the same one.
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temp.open("wb") as out:
             out.write(content)

@@ -33,20 +33,26 @@ class BadInput:
     policy: Literal["error", "skip"]
     counts: Counter[str] = field(default_factory=Counter)
 
-    def report(self, reason: str, file: str, place: str | Callable[[], str], detail: str = "") -> None:
-        """One bad record; `place` says where in the file, as `line 3, byte 120`.
+    def report(self, reason: str, file: str, place: Callable[[], str], detail: str = "", records: int = 1) -> None:
+        """A bad record, or several in one place.
+
+        Args:
+            reason: What is wrong.
+            file: Where.
+            place: Says where in the file, as `line 3, byte 120`; called only for a message.
+            detail: More about what is wrong.
+            records: How many.
 
         Raises:
             DataError: The policy is `error`.
         """
         if self.policy == "error":
-            where = place() if callable(place) else place
             because = f" ({detail})" if detail else ""
             raise DataError(
-                f"{file}, {where}: {reason}{because}; "
+                f"{file}, {place()}: {reason}{because}; "
                 "repair the file, or set data.on_bad=skip to skip and count such records"
             )
-        self.counts[reason] += 1
+        self.counts[reason] += records
 
     def take(self) -> Counter[str]:
         """The counts since the last call."""

@@ -5,29 +5,31 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from pipeline.config import Config
+from pipeline.data.ahead import ahead
 from pipeline.data.bad import check_fraction
-from pipeline.data.manifest import SPLITS, TOKENIZER, Manifest, Shard, Split
-from pipeline.data.plan import Plan, Task, agree, make_plan, share
-from pipeline.data.readers import Chunk, Piece, read_task
-from pipeline.data.slices import SliceWriter, published, remove_leftovers
+from pipeline.data.changes import refuse_changed_content, touched_files
+from pipeline.data.chunks import Chunk, Piece
+from pipeline.data.join import make_manifest
+from pipeline.data.manifest import TOKENIZER, Manifest
+from pipeline.data.plan import Plan, Task, agree, make_plan, record, share
+from pipeline.data.readers import read_task
+from pipeline.data.slices import Record, SliceWriter, finished, published, remove_leftovers
+from pipeline.data.sources import stamp_of
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.data.vocabulary import make_tokenizer
 from pipeline.errors import DataError, UsageError
 from pipeline.files import sha256_bytes, write_bytes
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,12 @@ def prepare(
     folder = Path(config.data.path)
     plan = make_plan(config)
     with _writable(folder):
-        plan = agree(folder, plan)
+        recorded = agree(folder, plan)
         tokenizer = _tokenizer(config, plan, folder, report)
         build = _Build(config, plan, folder, tokenizer, report)
+        build.check(touched_files(recorded, plan))
+        if recorded.files != plan.files:
+            record(folder, plan)
         build.run(share(plan.tasks, slice_spec))
         return build.join()
 
@@ -105,13 +110,26 @@ class _Build:
         self._lock = threading.Lock()
         self._done = self._total = self._records = 0
         self._bad: Counter[str] = Counter()
+        self._finished: dict[int, list[Record]] = {}
+
+    def check(self, touched: set[tuple[int, int]]) -> None:
+        """Refuses what was published from files that are others now, or under a policy that this build has not."""
+        records = {task.number: self._published(task) for task in self._plan.tasks}
+        if touched:
+            refuse_changed_content(self._config, self._plan, touched, records)
+        skipped = next((r for found in records.values() for r in found if r["bad"]), None)
+        if skipped is not None and self._config.data.on_bad == "error":
+            raise DataError(
+                f"{self._folder}: slice {skipped['slice']} was made with data.on_bad=skip and skipped records "
+                f"({skipped['bad']}); set it again, or remove the folder to start over"
+            )
 
     def run(self, tasks: list[Task]) -> None:
         """Does the tasks that are not done, on all cores."""
-        missing = [t for t in tasks if not _finished(published(self._folder, t.number, self._build))]
+        missing = [t for t in tasks if not finished(self._published(t))]
         if not missing:
             return
-        self._total = sum(self._plan.files[t.source][f].size for t in missing for f in t.files)
+        self._total = sum(self._bytes_of(t) for t in missing)
         cores = len(os.sched_getaffinity(0))
         # One more than there are cores: somebody waits for the disk at any time.
         with ThreadPoolExecutor(min(cores + 1, len(missing)), thread_name_prefix="prepare") as pool:
@@ -127,19 +145,60 @@ class _Build:
                     future.result()
 
     def _do(self, task: Task, parallel: bool) -> None:
-        source = self._config.data.sources[task.source]
+        """One task: publishes a slice at its end, and one whenever a piece ends if it is a stream."""
+        done = self._published(task)
+        resume_at = done[-1]["pieces"][-1]["stop"] if done else 0
         files = self._plan.files[task.source]
+        events = read_task(task, self._config.data.sources[task.source], files, self._config.data, resume_at)
+        part, more = len(done), True
+        with ahead(events) as waiting:
+            while more and not self._stop.is_set():
+                with self._writer(task, part) as writer:
+                    more = self._fill(task, writer, waiting, parallel)
+                part += 1
+
+    def _fill(self, task: Task, writer: SliceWriter, events: Iterator[Chunk | Piece], parallel: bool) -> bool:
+        """Writes one slice.
+
+        Returns:
+            Whether the task has another one.
+        """
         pieces: list[Piece] = []
-        with self._writer(task, 0) as writer, _ahead(read_task(task, source, files, self._config.data)) as events:
-            for event in events:
-                if self._stop.is_set():
-                    return
-                if isinstance(event, Piece):
-                    pieces.append(event)
-                    continue
+        for event in events:
+            if self._stop.is_set():
+                return False
+            if isinstance(event, Chunk):
                 writer.add(event, parallel)
                 self._count(event)
-            writer.publish(pieces, last=True)
+                continue
+            pieces.append(event)
+            if task.kind == "stream":
+                break
+        last = pieces[-1].last
+        self._refuse_touched(task, pieces)
+        writer.publish(pieces, last)
+        return not last
+
+    def _refuse_touched(self, task: Task, pieces: list[Piece]) -> None:
+        """What was read must be what was planned, or a slice could be made of two versions of a file."""
+        for piece in pieces:
+            file = self._plan.files[task.source][piece.file]
+            if stamp_of(file.path) != file.stamp:
+                raise DataError(
+                    f"{file.path}: was changed while it was read; run `pipeline prepare` again when it is quiet"
+                )
+
+    def _published(self, task: Task) -> list[Record]:
+        if task.number not in self._finished:
+            found = published(self._folder, task.number, self._build)
+            if not finished(found):
+                return found
+            self._finished[task.number] = found
+        return self._finished[task.number]
+
+    def _bytes_of(self, task: Task) -> int:
+        sizes = [self._plan.files[task.source][number].size for number in task.files]
+        return min(sizes[0], task.stop) - task.start if task.kind == "range" else sum(sizes)
 
     def _writer(self, task: Task, part: int) -> SliceWriter:
         return SliceWriter(
@@ -163,40 +222,17 @@ class _Build:
 
     def join(self) -> Manifest | None:
         """Writes the manifest if every slice is there."""
-        records = []
+        records: list[Record] = []
         for task in self._plan.tasks:
-            found = published(self._folder, task.number, self._build)
-            if not _finished(found):
+            found = self._published(task)
+            if not finished(found):
                 return None
             records += found
-        manifest = self._manifest(records)
+        manifest = make_manifest(records, self._plan, self._config.data, self._tokenizer, self._dtype)
         remove_leftovers(self._folder)
         manifest.save(self._folder)
         self._report(Progress("done"))
         return manifest
-
-    def _manifest(self, records: list[dict[str, Any]]) -> Manifest:
-        bad = sum((Counter(r["bad"]) for r in records), Counter())
-        check_fraction(bad, sum(r["records"] for r in records), self._config.data.max_bad_fraction, final=True)
-        shards = [Shard(**shard) for record in records for shard in record["shards"]]
-        if not any(s.split == "train" for s in shards):
-            raise DataError(
-                f"{self._folder}: the sources hold no document for training; look at `paths` and `separator`"
-            )
-        sources = tuple(
-            _source_entry(source.name, files, [r for r in records if r["source"] == source.name])
-            for source, files in zip(self._config.data.sources, self._plan.files, strict=True)
-        )
-        return Manifest(
-            dtype=self._dtype.name,
-            tokenizer_digest=self._tokenizer.digest,
-            vocab_size=self._tokenizer.vocab_size,
-            end_of_text_id=self._tokenizer.end_of_text_id,
-            encoder=self._tokenizer.encoder,
-            splits={name: Split(name, tuple(s for s in shards if s.split == name)) for name in SPLITS},
-            sources=sources,
-            settings=self._plan.settings,
-        )
 
 
 def _tokenizer(config: Config, plan: Plan, folder: Path, report: Report) -> Tokenizer:
@@ -205,6 +241,11 @@ def _tokenizer(config: Config, plan: Plan, folder: Path, report: Report) -> Toke
         report(Progress("tokenizer"))
         write_bytes(file, make_tokenizer(config, plan))
     tokenizer = Tokenizer.load(file, config.tokenizer.end_of_text)
+    if config.tokenizer.kind == "file" and sha256_bytes(make_tokenizer(config, plan)) != tokenizer.digest:
+        raise DataError(
+            f"{config.tokenizer.path}: is not the tokenizer that {folder} was begun with; "
+            "choose another data.path, or remove the folder to start over"
+        )
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
             f"{file}: has {tokenizer.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}; "
@@ -225,34 +266,6 @@ def _dtype(config: Config, tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u4" if wide else "<u2")
 
 
-def _finished(records: list[dict[str, Any]]) -> bool:
-    return bool(records) and records[-1]["last"]
-
-
-def _source_entry(name: str, files: Any, records: list[dict[str, Any]]) -> dict[str, Any]:
-    pieces: dict[int, list[dict[str, Any]]] = {}
-    for record in records:
-        for piece in record["pieces"]:
-            pieces.setdefault(piece["file"], []).append(piece)
-    return {
-        "name": name,
-        "records": sum(r["records"] for r in records),
-        "empty": sum(r["empty"] for r in records),
-        "bad": dict(sorted(sum((Counter(r["bad"]) for r in records), Counter()).items())),
-        "cross_checked": sum(r["cross_checked"] for r in records),
-        "files": [
-            {"path": file.path, "size": file.size, **_content_digest(pieces.get(number, []))}
-            for number, file in enumerate(files)
-        ],
-    }
-
-
-def _content_digest(pieces: list[dict[str, Any]]) -> dict[str, Any]:
-    if len(pieces) == 1:
-        return {"sha256": pieces[0]["sha256"]}
-    return {"sha256_of_pieces": [[p["start"], p["stop"], p["sha256"]] for p in pieces]}
-
-
 @contextlib.contextmanager
 def _writable(folder: Path) -> Iterator[None]:
     try:
@@ -265,43 +278,3 @@ def _writable(folder: Path) -> Iterator[None]:
             f"{folder}: the dataset folder cannot be written ({error.strerror or error}); "
             "choose another data.path, or make room"
         ) from error
-
-
-@contextlib.contextmanager
-def _ahead(events: Iterator[T], depth: int = 2) -> Iterator[Iterator[T]]:
-    """Runs an iterator in a thread of its own, up to `depth` items ahead, so that reading and encoding overlap."""
-    items: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: tuple[str, Any]) -> bool:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                items.put(item, timeout=0.1)
-                return True
-        return False
-
-    def work() -> None:
-        try:
-            for event in events:
-                if not put(("event", event)):
-                    return
-            put(("end", None))
-        except BaseException as error:  # handed over to the thread that waits for the items
-            put(("error", error))
-
-    def take() -> Iterator[T]:
-        while True:
-            kind, value = items.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-
-    thread = threading.Thread(target=work, name="prepare-read", daemon=True)
-    thread.start()
-    try:
-        yield take()
-    finally:
-        stopped.set()
-        thread.join()

@@ -2,90 +2,95 @@
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import gzip
-import io
 import lzma
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import Any
 
-Opener = Callable[[BinaryIO], IO[bytes]]
+# What is read before the place where an archive is damaged is kept up to this much.
+_READ_BYTES = 1 << 18
+
+# Arrow reads all members and frames of a file, notices its early end (zstandard's own reader does not), and
+# lets other threads run meanwhile. It has no xz; Python's lzma has, and reads all streams too.
+_ARROW_CODECS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2"}
 
 
 class DamagedArchiveError(Exception):
-    """The archive ends early or its checksum is wrong."""
+    """The archive ends early, or a checksum in it is wrong."""
 
 
-def _open_zstd(raw: BinaryIO) -> IO[bytes]:
-    import zstandard
+@dataclass
+class Stream:
+    """A file that is read from its start to its end.
 
-    # The library stops at the end of the first frame unless told otherwise.
-    reader = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(
-        raw, read_size=1 << 20, read_across_frames=True
-    )
-    return cast(IO[bytes], reader)
+    Attributes:
+        content: The decompressed bytes.
+        raw: The bytes on the disk.
+        compressed: Whether the two differ.
+    """
 
+    content: Any
+    raw: Any
+    compressed: bool
 
-# gzip, bz2 and lzma read all the members of a file.
-_OPENERS: dict[str, Opener] = {
-    "gz": lambda raw: cast(IO[bytes], gzip.GzipFile(fileobj=raw)),
-    "bz2": lambda raw: cast(IO[bytes], bz2.BZ2File(raw)),
-    "xz": lambda raw: cast(IO[bytes], lzma.LZMAFile(raw)),  # noqa: SIM115 - closed by open_stream
-    "zst": _open_zstd,
-}
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, fewer only before the end or before damage; none at the end.
+
+        Raises:
+            DamagedArchiveError: The archive is damaged here.
+        """
+        pieces: list[bytes] = []
+        missing = size
+        while missing > 0:
+            try:
+                piece = self.content.read(min(missing, _READ_BYTES) if self.compressed else missing)
+            except (EOFError, lzma.LZMAError, ValueError, OSError) as error:
+                # An error of the disk is no damage of the archive: it must not be skipped like a bad record.
+                if not self.compressed or (isinstance(error, OSError) and error.errno is not None):
+                    raise
+                if pieces:
+                    break  # the next call meets the damage again
+                raise DamagedArchiveError(str(error) or type(error).__name__) from error
+            if not piece:
+                break
+            pieces.append(piece)
+            missing -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def move_to(self, offset: int) -> None:
+        """Goes to a byte of the content, from its start."""
+        if not self.compressed:
+            self.content.seek(offset)
+            return
+        while offset > 0:
+            piece = self.read(min(offset, 1 << 22))
+            if not piece:
+                return
+            offset -= len(piece)
+
+    @property
+    def position(self) -> int:
+        """Bytes of the file that were read, for progress displays."""
+        return int(self.raw.tell())
 
 
 @contextlib.contextmanager
-def open_stream(path: str | Path, compression: str | None) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed; several members or frames are read one after the other."""
-    with Path(path).open("rb", buffering=1 << 20) as raw:
-        if compression is None:
-            yield raw
-            return
-        with contextlib.closing(_OPENERS[compression](raw)) as stream:
-            yield stream
+def open_stream(path: str | Path, compression: str | None) -> Iterator[Stream]:
+    """The content of a file, decompressed; several members or frames are read one after the other."""
+    if compression in _ARROW_CODECS:
+        import pyarrow
 
-
-def read_some(stream: IO[bytes], size: int) -> bytes:
-    """Up to `size` bytes, fewer only at the end of the stream.
-
-    Raises:
-        DamagedArchiveError: The archive ends early or is damaged.
-    """
-    pieces, missing = [], size
-    while missing > 0:
-        try:
-            piece = stream.read(missing)
-        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, ValueError, OSError) as error:
-            raise _damage(error) from error
-        except Exception as error:
-            if type(error).__name__ != "ZstdError":  # not imported here: zstandard is loaded for .zst files only
-                raise
-            raise _damage(error) from error
-        if not piece:
-            break
-        pieces.append(piece)
-        missing -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def skip(stream: IO[bytes], size: int, seekable: bool) -> None:
-    """Moves `size` bytes on from the start."""
-    if seekable:
-        stream.seek(size, io.SEEK_SET)
+        with (
+            pyarrow.OSFile(str(path), "rb") as arrow_raw,
+            pyarrow.CompressedInputStream(arrow_raw, _ARROW_CODECS[compression]) as content,
+        ):
+            yield Stream(content, arrow_raw, compressed=True)
         return
-    while size > 0:
-        piece = read_some(stream, min(size, 1 << 22))
-        if not piece:
+    with Path(path).open("rb", buffering=0) as raw:
+        if compression is None:
+            yield Stream(raw, raw, compressed=False)
             return
-        size -= len(piece)
-
-
-def _damage(error: Exception) -> Exception:
-    # An error of the disk is no damage of the archive: it must not be skipped as a bad record.
-    if isinstance(error, OSError) and error.errno is not None:
-        return error
-    return DamagedArchiveError(str(error) or type(error).__name__)
+        with lzma.LZMAFile(raw) as xz:
+            yield Stream(xz, raw, compressed=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import Config, SourceConfig
+from pipeline.data.blocks import can_overlap
+from pipeline.data.parquet import row_group_sizes
 from pipeline.data.sources import SourceFile, find_files
 from pipeline.errors import DataError
 from pipeline.files import read_json, write_json
@@ -91,7 +93,7 @@ def agree(folder: Path, plan: Plan) -> Plan:
     """
     file = folder / PLAN
     if not file.exists():
-        write_json(file, {"plan_version": PLAN_VERSION, **asdict(plan)})
+        record(folder, plan)
         return plan
     old = _load(file)
     problems = [*_changed_settings(old.settings, plan.settings), *_changed_files(old.files, plan.files)]
@@ -107,6 +109,11 @@ def agree(folder: Path, plan: Plan) -> Plan:
             )
         )
     return old
+
+
+def record(folder: Path, plan: Plan) -> None:
+    """Writes the plan into the dataset folder."""
+    write_json(folder / PLAN, {"plan_version": PLAN_VERSION, **asdict(plan)})
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -157,6 +164,7 @@ def _refuse_shared_files(sources: Sequence[SourceConfig], files: Sequence[Sequen
 def _tasks_of(
     index: int, source: SourceConfig, files: Sequence[SourceFile], slice_bytes: int, first: int
 ) -> list[Task]:
+    """Small files together, a large one in parts: by bytes where it can be entered anywhere, else while it is read."""
     tasks: list[Task] = []
     group: list[int] = []
 
@@ -171,11 +179,47 @@ def _tasks_of(
             group.clear()
 
     for number, file in enumerate(files):
+        kind = _kind(source, file) if file.size > slice_bytes else "files"
+        if kind != "files":
+            close_group()
+            if kind == "stream":
+                add("stream", [number])
+            elif kind == "range":
+                for start in range(0, file.size, slice_bytes):
+                    add("range", [number], start, start + slice_bytes)
+            else:
+                for start, stop in _row_ranges(file, slice_bytes):
+                    add("rows", [number], start, stop)
+            continue
         if group and sum(files[i].size for i in group) + file.size > slice_bytes:
             close_group()
         group.append(number)
     close_group()
     return tasks
+
+
+def _kind(source: SourceConfig, file: SourceFile) -> Literal["files", "range", "stream", "rows"]:
+    """How a large file is read."""
+    if file.format == "parquet":
+        return "files" if file.compression else "rows"
+    if file.format == "txt" and source.separator is None:
+        return "files"
+    overlapping = file.format == "txt" and can_overlap((source.separator or "").encode())
+    return "stream" if file.compression or overlapping else "range"
+
+
+def _row_ranges(file: SourceFile, slice_bytes: int) -> list[tuple[int, int]]:
+    """Row groups that follow each other and together have at least the size of a slice, before compression."""
+    sizes = row_group_sizes(file)
+    if not sizes:
+        return [(0, -1)]  # reading it will say what is wrong
+    ranges, start, size = [], 0, 0
+    for group, group_size in enumerate(sizes):
+        size += group_size
+        if size >= slice_bytes or group == len(sizes) - 1:
+            ranges.append((start, group + 1))
+            start, size = group + 1, 0
+    return ranges
 
 
 def _load(file: Path) -> Plan:
@@ -208,9 +252,10 @@ def _changed_files(old: Sequence[Sequence[SourceFile]], new: Sequence[Sequence[S
         before, after = {f.path: f for f in before_files}, {f.path: f for f in after_files}
         problems += [f"{p}: was there then, is not now" for p in before.keys() - after.keys()]
         problems += [f"{p}: is new" for p in after.keys() - before.keys()]
-        problems += [
-            f"{p}: had {before[p].size} bytes then, has {after[p].size} now"
-            for p in before.keys() & after.keys()
-            if before[p].size != after[p].size
-        ]
+        for path in before.keys() & after.keys():
+            was, now = before[path], after[path]
+            if was.size != now.size:
+                problems.append(f"{path}: had {was.size} bytes then, has {now.size} now")
+            if was.format != now.format:
+                problems.append(f"{path}: was read as {was.format} then, would be as {now.format} now")
     return sorted(problems)

@@ -3,129 +3,150 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from pipeline.config import DataConfig, SourceConfig
 from pipeline.data import bad
 from pipeline.data.bad import BadInput
-from pipeline.data.decompress import DamagedArchiveError, open_stream, read_some
+from pipeline.data.blocks import BLOCK_BYTES, Block, Cut, Damage, first_record, record_blocks
+from pipeline.data.chunks import CHUNK_BYTES, Chunk, Gatherer, Piece
+from pipeline.data.decompress import DamagedArchiveError, Stream, open_stream
 from pipeline.data.plan import Task
+from pipeline.data.records import add_json_lines, add_texts
 from pipeline.data.sources import SourceFile
 from pipeline.data.text import Documents
 
-CHUNK_BYTES = 4 << 20
-
-
-@dataclass
-class Chunk:
-    """Some documents that follow each other, none of them empty, all of them valid UTF-8.
-
-    Attributes:
-        documents: The texts.
-        records: Records they were taken from, bad and empty ones included.
-        empty: Documents of nothing but white space.
-        bad: Skipped records by reason.
-        read: Bytes of the source files that were read, for the progress display.
-    """
-
-    documents: Documents
-    records: int = 0
-    empty: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
-    read: int = 0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The end of a file, or of the part of it that belongs to a slice.
-
-    Attributes:
-        file: Index of the file in its source.
-        start: First byte of its (decompressed) content, or first row group.
-        stop: The one after the last.
-        sha256: Digest of that content.
-        last: Whether the task ends here.
-    """
-
-    file: int
-    start: int
-    stop: int
-    sha256: str
-    last: bool
+Events = Iterator[Chunk | Piece]
 
 
 def read_task(
-    task: Task, source: SourceConfig, files: Sequence[SourceFile], data: DataConfig
-) -> Iterator[Chunk | Piece]:
-    """The documents of a task, and where its files end."""
-    handler = BadInput(data.on_bad)
-    limit = int(data.max_document_mb * 1e6)
-    pending = _Pending(handler)
+    task: Task, source: SourceConfig, files: Sequence[SourceFile], data: DataConfig, resume_at: int = 0
+) -> Events:
+    """The documents of a task, and where its files and slices end.
+
+    Args:
+        task: What to read.
+        source: How its files are to be understood.
+        files: The files of the source.
+        data: The policy for bad input and the limits.
+        resume_at: For a task of kind `stream`, where its next slice begins.
+    """
+    gatherer = Gatherer(BadInput(data.on_bad), int(data.max_document_mb * 1e6))
+    step = int(data.slice_size_mb * 1e6) if task.kind in ("range", "stream") else None
     for place, number in enumerate(task.files):
-        digest = hashlib.sha256()
         file = files[number]
-        content = _whole(file, handler, limit, digest)
-        stop = 0
-        if content is not None:
-            stop = len(content)
-            pending.add(content, file, 0)
-        pending.read += file.size
-        if pending.size >= CHUNK_BYTES:
-            yield pending.take()
-        yield Piece(number, 0, stop, digest.hexdigest(), place == len(task.files) - 1)
-    yield pending.take()
+        last = place == len(task.files) - 1
+        gatherer.begin_file(file.path)
+        if file.format == "parquet":
+            from pipeline.data.parquet import read_parquet
+
+            yield from read_parquet(file, number, source, gatherer, task.start, task.stop, last)
+        elif source.separator is None and file.format == "txt":
+            yield from _read_whole(file, number, gatherer, int(data.max_document_mb * 1e6), last)
+        else:
+            reader = _RecordReader(file, number, source, gatherer, int(data.max_document_mb * 1e6))
+            start = resume_at if task.kind == "stream" else task.start
+            yield from reader.read(start, step, one_slice=task.kind == "range", last=last)
+    yield gatherer.take()
 
 
-class _Pending:
-    """Documents of several files, until they make a chunk."""
+class _RecordReader:
+    """The records of one file of text or JSON lines."""
 
-    def __init__(self, handler: BadInput) -> None:
-        self._handler = handler
-        self._documents: list[bytes] = []
-        self._records = self._empty = self.size = self.read = 0
+    def __init__(self, file: SourceFile, number: int, source: SourceConfig, gatherer: Gatherer, limit: int) -> None:
+        self._file = file
+        self._number = number
+        self._source = source
+        self._gatherer = gatherer
+        self._limit = limit
+        self._separator = b"\n" if file.format == "jsonl" else (source.separator or "").encode()
 
-    def add(self, document: bytes, file: SourceFile, offset: int) -> None:
-        self._records += 1
-        try:
-            document.decode()
-        except UnicodeDecodeError as error:
-            line = document.count(b"\n", 0, error.start) + 1
-            self._handler.report(bad.INVALID_UTF8, file.path, f"line {line}, byte {offset + error.start}", error.reason)
-            return
-        if not document.strip():
-            self._empty += 1
-            return
-        self._documents.append(document)
-        self.size += len(document)
+    def read(self, start: int, step: int | None, one_slice: bool, last: bool) -> Events:
+        """The records from `start` on, cut into slices of `step` bytes; to the end of the file, or one slice of it."""
+        with open_stream(self._file.path, self._file.compression) as stream:
+            begin = self._enter(stream, start, one_slice)
+            position = stream.position
+            if begin is None or (one_slice and step is not None and begin >= (start // step + 1) * step):
+                yield Piece(self._number, start, start, hashlib.sha256().hexdigest(), last)
+                return
+            digest, offset, end = hashlib.sha256(), begin, begin
+            for item in record_blocks(stream, self._separator, begin, self._limit, step):
+                self._gatherer.read += stream.position - position
+                position = stream.position
+                if isinstance(item, Cut):
+                    yield self._gatherer.take()
+                    yield Piece(self._number, offset, item.offset, digest.hexdigest(), last and one_slice)
+                    if one_slice:
+                        return
+                    digest, offset = hashlib.sha256(), item.offset
+                elif isinstance(item, Damage):
+                    self._gatherer.report(bad.TRUNCATED, self._place(item.offset), item.reason)
+                else:
+                    digest.update(item.content)
+                    end = item.offset + len(item.content)
+                    if item.too_long == "begins":
+                        self._gatherer.report_too_long(self._place(item.offset))
+                    elif not item.too_long:
+                        self._add(item)
+                    if self._gatherer.size >= CHUNK_BYTES:
+                        yield self._gatherer.take()
+            if step is not None:
+                yield self._gatherer.take()
+            yield Piece(self._number, offset, end, digest.hexdigest(), last)
 
-    def take(self) -> Chunk:
-        chunk = Chunk(Documents.of(self._documents), self._records, self._empty, self._handler.take(), self.read)
-        self._documents = []
-        self._records = self._empty = self.size = self.read = 0
-        return chunk
+    def _enter(self, stream: Stream, start: int, one_slice: bool) -> int | None:
+        begin = first_record(stream, self._separator, start) if one_slice else start
+        if begin is not None:
+            stream.move_to(begin)
+        return begin
+
+    def _add(self, block: Block) -> None:
+        def place(byte: int) -> Callable[[], str]:
+            return self._place(block.offset + byte)
+
+        if self._file.format == "jsonl":
+            add_json_lines(block.content, self._source.field, self._gatherer, place)
+        else:
+            add_texts(block.content, self._separator, self._gatherer, place)
+
+    def _place(self, byte: int) -> Callable[[], str]:
+        return lambda: _line_and_byte(self._file, byte)
 
 
-def _whole(file: SourceFile, handler: BadInput, limit: int, digest: hashlib._Hash) -> bytes | None:
-    content = []
+def _read_whole(file: SourceFile, number: int, gatherer: Gatherer, limit: int, last: bool) -> Events:
+    """A file that is one document."""
+    digest = hashlib.sha256()
+    content: list[bytes] = []
     size = 0
-    try:
-        with open_stream(file.path, file.compression) as stream:
-            while piece := read_some(stream, CHUNK_BYTES):
+    damage: str | None = None
+    with open_stream(file.path, file.compression) as stream:
+        try:
+            while piece := stream.read(BLOCK_BYTES):
                 digest.update(piece)
                 size += len(piece)
-                if size <= limit:
-                    content.append(piece)
-    except DamagedArchiveError as error:
-        handler.report(bad.TRUNCATED, file.path, f"byte {size} of the decompressed text", str(error))
-        return None
-    if size > limit:
-        handler.report(
-            bad.TOO_LONG,
-            file.path,
-            "byte 0",
-            f"{size} bytes, data.max_document_mb allows {limit}; give the source a `separator`",
-        )
-        return None
-    return b"".join(content)
+                # Beyond the limit the rest is still read, for the digest, but not kept.
+                content = [*content, piece] if size <= limit else []
+        except DamagedArchiveError as error:
+            damage = str(error)
+        gatherer.read += stream.position
+    if damage is not None:
+        gatherer.report(bad.TRUNCATED, lambda: _line_and_byte(file, size), damage)
+    elif size > limit:
+        gatherer.report_too_long(lambda: _line_and_byte(file, 0))
+    else:
+        gatherer.add(Documents.of([b"".join(content)]), lambda _, byte: lambda: _line_and_byte(file, byte))
+    if gatherer.size >= CHUNK_BYTES:
+        yield gatherer.take()
+    yield Piece(number, 0, size, digest.hexdigest(), last)
+
+
+def _line_and_byte(file: SourceFile, byte: int) -> str:
+    """Where a byte is; reads the file up to there, which only a message is worth."""
+    line, left = 1, byte
+    with open_stream(file.path, file.compression) as stream:
+        while left > 0 and (piece := stream.read(min(left, BLOCK_BYTES))):
+            line += piece.count(b"\n")
+            left -= len(piece)
+    where = f" of the decompressed content of {Path(file.path).name}" if file.compression else ""
+    return f"line {line}, byte {byte}{where}"

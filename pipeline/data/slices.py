@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
-import socket
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import SourceConfig
+from pipeline.data.chunks import Chunk, Piece
 from pipeline.data.crosscheck import CrossCheck
 from pipeline.data.manifest import SPLITS, Shard
-from pipeline.data.readers import Chunk, Piece
 from pipeline.data.text import Offsets
 from pipeline.data.tokenizer import Ids, Tokenizer
 from pipeline.errors import DataError
@@ -27,18 +27,26 @@ SLICES = "slices"
 RECORD = "slice.json"
 
 
+Record = dict[str, Any]
+
+
 def slice_name(task: int, part: int) -> str:
     """Name of part `part` of a task; names sort as tokens follow each other."""
     return f"{task:06d}-{part:05d}"
 
 
-def published(folder: Path, task: int, build: str) -> list[dict[str, Any]]:
+def finished(records: list[Record]) -> bool:
+    """Whether the slices of a task are all there."""
+    return bool(records) and bool(records[-1]["last"])
+
+
+def published(folder: Path, task: int, build: str) -> list[Record]:
     """The records of the slices of a task that are done, in order.
 
     Raises:
         DataError: One was made by a build with other settings or another tokenizer.
     """
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     while not records or not records[-1]["last"]:
         file = folder / SLICES / slice_name(task, len(records)) / RECORD
         if not file.exists():
@@ -49,8 +57,21 @@ def published(folder: Path, task: int, build: str) -> list[dict[str, Any]]:
                 f"{file.parent}: belongs to a build with other settings or another tokenizer; "
                 f"remove {folder} and prepare the dataset again"
             )
+        _check_sizes(folder, record)
         records.append(record)
     return records
+
+
+def _check_sizes(folder: Path, record: Record) -> None:
+    for shard in record["shards"]:
+        file = folder / shard["file"]
+        size = file.stat().st_size if file.is_file() else None
+        # A shard holds whole tokens of two or four bytes; which, the manifest checks.
+        if size not in (2 * shard["tokens"], 4 * shard["tokens"]):
+            raise DataError(
+                f"{file}: has {size} bytes, not those of its {shard['tokens']} tokens; "
+                f"remove the folder {file.parent} and run `pipeline prepare` again"
+            )
 
 
 class _ShardWriter:
@@ -133,8 +154,8 @@ class SliceWriter:
     ) -> None:
         self.name = slice_name(task, part)
         self._final = folder / SLICES / self.name
-        # The host and the process, so that a requeued job and its orphan do not write into one folder.
-        self._temp = folder / SLICES / f".{self.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+        # A name of its own, so that a requeued job and its orphan do not write into one folder.
+        self._temp = folder / SLICES / f".{self.name}.{secrets.token_hex(6)}.tmp"
         self._source = source
         self._tokenizer = tokenizer
         self._dtype = dtype
@@ -147,7 +168,6 @@ class SliceWriter:
 
     def __enter__(self) -> SliceWriter:
         self._temp.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self._temp, ignore_errors=True)
         self._temp.mkdir()
         self._shards = {split: _ShardWriter(self._temp, split, self._dtype) for split in SPLITS}
         return self
@@ -181,7 +201,7 @@ class SliceWriter:
         self._shards["train"].add(tokens[~token_goes], lengths[~validation], int(text_bytes[~validation].sum()))
         self._shards["validation"].add(tokens[token_goes], lengths[validation], int(text_bytes[validation].sum()))
 
-    def publish(self, pieces: list[Piece], last: bool) -> dict[str, Any]:
+    def publish(self, pieces: list[Piece], last: bool) -> Record:
         """Makes the slice visible, whole.
 
         Raises:
@@ -213,6 +233,8 @@ def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes left behind; only for when every slice is published."""
     for temp in (folder / SLICES).glob(".*.tmp"):
         shutil.rmtree(temp, ignore_errors=True)
+    for file in folder.glob(".*.tmp"):
+        file.unlink(missing_ok=True)
 
 
 def _with_ends(ids: Ids, offsets: Offsets, end: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

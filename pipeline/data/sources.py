@@ -68,4 +68,10 @@ def _describe(path: str, source: SourceConfig) -> SourceFile:
         raise DataError(f"{path}: the file of source {source.name} cannot be read ({error.strerror})") from error
     if found.st_size == 0:
         raise DataError(f"{path}: the file of source {source.name} is empty; remove it or leave it out of `paths`")
-    return SourceFile(path, kind, compression, found.st_size, (found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
+    return SourceFile(path, kind, compression, found.st_size, stamp_of(path))
+
+
+def stamp_of(path: str) -> tuple[int, int, int]:
+    """What no change of a file leaves as it was."""
+    found = Path(path).stat()
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_ino

@@ -12,11 +12,15 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+_WHITE_SPACE = np.zeros(256, np.bool_)
+_WHITE_SPACE[list(b" \t\n\r\x0b\x0c")] = True
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents `i` in `data[offsets[i]:offsets[i + 1]]`, UTF-8 (Arrow's layout of a string column).
+    """Documents `i` in `data[offsets[i]:offsets[i + 1]]` (Arrow's layout of a string column).
 
     Attributes:
         data: The bytes; the first document may begin after byte 0.
@@ -32,6 +36,15 @@ class Documents:
         offsets = np.zeros(len(documents) + 1, np.int64)
         np.cumsum([len(d) for d in documents], out=offsets[1:])
         return cls(np.frombuffer(b"".join(documents), np.uint8), offsets)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Documents]) -> Documents:
+        """The documents of several buffers, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        lengths = [np.zeros(1, np.int64), *(p.lengths for p in parts)]
+        data = [p.data[p.offsets[0] : p.offsets[-1]] for p in parts]
+        return cls(np.concatenate(data) if data else np.zeros(0, np.uint8), np.cumsum(np.concatenate(lengths)))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -52,9 +65,32 @@ class Documents:
         """Bytes of all documents."""
         return int(self.offsets[-1] - self.offsets[0])
 
-    def without(self, unwanted: npt.NDArray[np.bool_]) -> Documents:
+    def without(self, unwanted: Flags) -> Documents:
         """The documents whose flag is not set."""
-        return Documents.of([self[i] for i in np.flatnonzero(~unwanted).tolist()]) if unwanted.any() else self
+        if not unwanted.any():
+            return self
+        return Documents.of([self[i] for i in np.flatnonzero(~unwanted).tolist()])
+
+    def is_utf8(self) -> bool:
+        """Whether every document is valid UTF-8."""
+        import pyarrow
+
+        buffers = [None, pyarrow.py_buffer(self.offsets), pyarrow.py_buffer(self.data)]
+        column = pyarrow.Array.from_buffers(pyarrow.large_string(), len(self), buffers)
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid:
+            return False
+        return True
+
+    def blank(self) -> Flags:
+        """Which documents are nothing but ASCII white space."""
+        flags = self.lengths == 0
+        begins_white = np.zeros(len(self), np.bool_)
+        begins_white[~flags] = _WHITE_SPACE[self.data[self.offsets[:-1][~flags]]]
+        for index in np.flatnonzero(begins_white).tolist():
+            flags[index] = not self[index].strip()
+        return flags
 
     def hash_fractions(self) -> npt.NDArray[np.float64]:
         """A number in [0, 1) for each document that depends on nothing but its bytes."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.data import tokenizer_json
+from pipeline.data.chunks import Chunk
 from pipeline.data.plan import Plan
-from pipeline.data.readers import Chunk, read_task
+from pipeline.data.readers import read_task
 from pipeline.data.tokenizer import train_bpe
 from pipeline.errors import DataError
 

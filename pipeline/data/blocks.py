@@ -1,0 +1,161 @@
+"""A stream of bytes as blocks that end where a record ends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.data.decompress import DamagedArchiveError, Stream
+
+BLOCK_BYTES = 4 << 20
+# How far past the end of its range a reader looks at once for the end of the last record.
+_PAST_THE_END = 1 << 16
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes from `offset` on.
+
+    Attributes:
+        offset: Place in the decompressed content.
+        content: Whole records, each with its separator behind it (the last of the file may have none);
+            or a part of one record that is too long.
+        too_long: Whether it is such a part, and which.
+    """
+
+    offset: int
+    content: bytes
+    too_long: Literal["", "begins", "goes on"] = ""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A record begins at `offset`, at or after the place where a cut was wanted."""
+
+    offset: int
+
+
+@dataclass(frozen=True)
+class Damage:
+    """The archive cannot be read from somewhere after `offset` on; an unfinished record before it is given up."""
+
+    offset: int
+    reason: str
+
+
+def can_overlap(separator: bytes) -> bool:
+    """Whether two occurrences can share bytes, as those of a blank line can.
+
+    Where records begin then depends on everything before, so that a file cannot be entered in its middle.
+    """
+    return any(separator.startswith(separator[i:]) for i in range(1, len(separator)))
+
+
+def first_record(stream: Stream, separator: bytes, start: int) -> int | None:
+    """The place of the first record that begins at or after `start`; None if there is none."""
+    offset = max(0, start - len(separator))
+    if start == 0:
+        return 0
+    stream.move_to(offset)
+    window = b""
+    while piece := stream.read(_PAST_THE_END):
+        window += piece
+        found = window.find(separator)
+        if found >= 0:
+            return offset + found + len(separator)
+        keep = len(separator) - 1
+        offset += len(window) - keep
+        window = window[len(window) - keep :]
+    return None
+
+
+def record_blocks(
+    stream: Stream, separator: bytes, offset: int, limit: int, step: int | None = None
+) -> Iterator[Block | Cut | Damage]:
+    """Reads on from a record's beginning to the end of the stream.
+
+    Args:
+        stream: Stands at `offset`.
+        separator: Ends a record.
+        offset: Where a record begins.
+        limit: Bytes of the longest record that is kept in memory.
+        step: A cut is wanted at every multiple of it.
+    """
+    target = _next_multiple(offset, step)
+    pending = b""
+    while True:
+        try:
+            piece = stream.read(_read_size(offset, len(pending), target))
+        except DamagedArchiveError as error:
+            yield Damage(offset + len(pending), str(error))
+            return
+        if not piece:
+            if pending:
+                yield Block(offset, pending)
+            return
+        data = pending + piece
+        while target is not None and offset + len(data) >= target:
+            end = _end_at_or_after(data, separator, target - offset)
+            if end is None:
+                break
+            yield Block(offset, data[:end])
+            offset, data = offset + end, data[end:]
+            yield Cut(offset)
+            target = _next_multiple(offset, step)
+        end = _last_end(data, separator)
+        if end:
+            yield Block(offset, data[:end])
+            offset, data = offset + end, data[end:]
+        if len(data) > limit:
+            kind: Literal["begins", "goes on"] = "begins"
+            while True:
+                end = data.find(separator) + len(separator)
+                if end >= len(separator):
+                    yield Block(offset, data[:end], kind)
+                    offset, data = offset + end, data[end:]
+                    break
+                # The end may have the first bytes of a separator.
+                done = len(data) - len(separator) + 1
+                yield Block(offset, data[:done], kind)
+                offset, data, kind = offset + done, data[done:], "goes on"
+                try:
+                    piece = stream.read(BLOCK_BYTES)
+                except DamagedArchiveError as error:
+                    yield Damage(offset + len(data), str(error))
+                    return
+                if not piece:
+                    yield Block(offset, data, kind)
+                    return
+                data += piece
+            if target is not None and offset >= target:
+                yield Cut(offset)
+                target = _next_multiple(offset, step)
+        pending = data
+
+
+def _next_multiple(offset: int, step: int | None) -> int | None:
+    return None if step is None else (offset // step + 1) * step
+
+
+def _read_size(offset: int, pending: int, target: int | None) -> int:
+    if target is None:
+        return BLOCK_BYTES
+    # At least as much again as is pending, or a long record would be copied once for every little piece of it.
+    return min(BLOCK_BYTES, max(target - offset - pending, 0) + max(_PAST_THE_END, pending))
+
+
+def _end_at_or_after(data: bytes, separator: bytes, place: int) -> int | None:
+    """The end of the first separator that ends at or after `place`."""
+    if can_overlap(separator):
+        return next((m.end() for m in re.finditer(re.escape(separator), data) if m.end() >= place), None)
+    found = data.find(separator, max(0, place - len(separator)))
+    return None if found < 0 else found + len(separator)
+
+
+def _last_end(data: bytes, separator: bytes) -> int:
+    """The end of the last separator, 0 if there is none."""
+    if can_overlap(separator):
+        return max((m.end() for m in re.finditer(re.escape(separator), data)), default=0)
+    return data.rfind(separator) + len(separator) if separator in data else 0

@@ -1,0 +1,130 @@
+"""Blocks of records to documents: a text between separators, a line of JSON."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pipeline.data import bad
+from pipeline.data.chunks import Gatherer, Place
+from pipeline.data.text import Documents
+
+
+def add_texts(block: bytes, separator: bytes, gatherer: Gatherer, place: Place) -> None:
+    """Takes documents that are separated by `separator`; what follows the last one is a document if it is not empty."""
+    texts = block.split(separator)
+    if not texts[-1]:
+        texts.pop()
+
+    def offset(index: int) -> int:
+        return sum(map(len, texts[:index])) + index * len(separator)
+
+    gatherer.add(Documents.of(texts), lambda index, byte: place(offset(index) + byte))
+
+
+def add_json_lines(block: bytes, field: str, gatherer: Gatherer, place: Place) -> None:
+    """Takes the text field of every line; lines of white space are no records."""
+    documents = _fast_json(block, field)
+    if documents is not None:
+        gatherer.add(documents, lambda index, byte: place(_line_start(block, index)))
+        return
+    # Something is wrong with a line, or unusual: look at each.
+    texts: list[bytes] = []
+    starts: list[int] = []
+    start = 0
+    for line in block.split(b"\n"):
+        if line.strip():
+            text = _slow_json(line, field, gatherer, functools.partial(_moved, place, start))
+            if text is not None:
+                texts.append(text)
+                starts.append(start)
+        start += len(line) + 1
+    gatherer.add(Documents.of(texts), lambda index, byte: place(starts[index]))
+
+
+def _fast_json(block: bytes, field: str) -> Documents | None:
+    """All lines at once by Arrow; None unless every line is an object with this field, a string."""
+    import pyarrow
+    import pyarrow.json
+
+    lines = block.count(b"\n") + (not block.endswith(b"\n"))
+    if not Documents(np.frombuffer(block, np.uint8), np.array([0, len(block)])).is_utf8():
+        return None
+    try:
+        table = pyarrow.json.read_json(
+            io.BytesIO(block),
+            read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(block) + 1),
+            parse_options=pyarrow.json.ParseOptions(
+                explicit_schema=pyarrow.schema([(field, pyarrow.string())]), unexpected_field_behavior="ignore"
+            ),
+        )
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError):
+        return None
+    column = table.column(field)
+    # Fewer or more rows than lines: blank lines, or objects that do not keep to their line.
+    if column.num_chunks != 1 or column.null_count or len(column) != lines:
+        return None
+    return from_arrow(column.chunk(0))
+
+
+def _slow_json(line: bytes, field: str, gatherer: Gatherer, place: Place) -> bytes | None:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        gatherer.report(bad.INVALID_UTF8, place(error.start), error.reason)
+        return None
+    except json.JSONDecodeError as error:
+        gatherer.report(bad.INVALID_JSON, place(len(line.decode()[: error.pos].encode())), error.msg)
+        return None
+    except RecursionError:
+        gatherer.report(bad.INVALID_JSON, place(0), "nested too deeply")
+        return None
+    problem = _field_problem(record, field)
+    if problem is not None:
+        gatherer.report(problem[0], place(0), problem[1])
+        return None
+    try:
+        return bytes(record[field].encode())
+    except UnicodeEncodeError:
+        gatherer.report(bad.INVALID_UTF8, place(0), f"{field!r} has half of a surrogate pair")
+        return None
+
+
+def _field_problem(record: Any, field: str) -> tuple[str, str] | None:
+    if not isinstance(record, dict):
+        return bad.MISSING_FIELD, f"the line is no JSON object, so it has no {field!r}"
+    if field not in record:
+        names = ", ".join(map(repr, list(record)[:8]))
+        return bad.MISSING_FIELD, f"{field!r}; the record has {names or 'no field'}: set `field` of the source"
+    if not isinstance(record[field], str):
+        return bad.NOT_A_STRING, f"{field!r} is {json.dumps(record[field])[:40]}"
+    return None
+
+
+def from_arrow(column: Any) -> Documents:
+    """The values of an Arrow string or binary array without nulls, not copied."""
+    import pyarrow
+
+    if column.type not in (pyarrow.large_string(), pyarrow.large_binary()):
+        column = column.cast(pyarrow.large_binary())
+    _, offsets, data = column.buffers()
+    if len(column) == 0 or offsets is None:
+        return Documents.of([])
+    bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
+    return Documents(np.frombuffer(data, np.uint8) if data is not None else np.zeros(0, np.uint8), bounds)
+
+
+def _moved(place: Place, start: int, byte: int) -> Callable[[], str]:
+    return place(start + byte)
+
+
+def _line_start(block: bytes, index: int) -> int:
+    start = 0
+    for _ in range(index):
+        start = block.index(b"\n", start) + 1
+    return start

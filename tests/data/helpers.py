@@ -1,0 +1,120 @@
+"""Small corpora in every format, and configs to build them with."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from pipeline.config import Config
+from pipeline.data.manifest import Manifest
+from pipeline.data.tokenizer import Tokenizer
+
+COMPRESS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    # Checksums are optional in this format and off by default; with them damage inside is found too.
+    "zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+
+_WORDS = (
+    "the of and to in a state union people congress war peace law money naïve Zürich 北京 🙂 don't it's 1790 12,345 "
+    "government <|endoftext|> liberty justice treaty\ttariff  commerce nation; — “quoted” ümlaut"
+).split(" ")
+
+
+def documents(count: int, seed: int = 0, longest: int = 60) -> list[str]:
+    """Texts of random words, some with line breaks, one with the text of the special token."""
+    rng = random.Random(seed)
+    return [
+        f"{i} "
+        + "".join(rng.choice(_WORDS) + rng.choice([" ", " ", " ", "\n"]) for _ in range(rng.randint(1, longest)))
+        + "."
+        for i in range(count)
+    ]
+
+
+def config(
+    folder: Path, sources: Sequence[dict[str, Any]], *, tokenizer: dict[str, Any] | None = None, **data: Any
+) -> Config:
+    """A config whose dataset is `folder`; the vocabulary of the model fits every tokenizer."""
+    kind = tokenizer or {"kind": "bytes"}
+    tree = {
+        "name": "test",
+        "data": {"path": str(folder), "sources": list(sources), "validation_fraction": 0.0, **data},
+        "tokenizer": kind,
+        "model": {
+            "vocab_size": 300,
+            "context_length": 8,
+            "d_model": 8,
+            "num_layers": 1,
+            "num_heads": 1,
+            "d_ff": 8,
+        },
+        "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_iters": 1, "cosine_cycle_iters": 2},
+        "train": {"batch_size": 4, "micro_batch_size": 4, "max_iters": 2},
+    }
+    return Config.model_validate_json(json.dumps(tree))
+
+
+def jsonl(texts: Sequence[str], field: str = "text") -> bytes:
+    return "".join(json.dumps({"id": i, field: t}) + "\n" for i, t in enumerate(texts)).encode()
+
+
+def write_parquet(path: Path, texts: Sequence[str | None], row_group_size: int = 10, column: str = "text") -> Path:
+    table = pyarrow.table({"id": list(range(len(texts))), column: pyarrow.array(texts, pyarrow.string())})
+    pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def members(compression: str, content: bytes, parts: int = 3) -> bytes:
+    """`content` as several members or frames in one file, cut anywhere."""
+    bounds = [len(content) * i // parts for i in range(parts + 1)]
+    return b"".join(COMPRESS[compression](content[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def split_texts(folder: Path, split: str = "train") -> list[str]:
+    """The documents of a dataset, decoded, without their end-of-text tokens."""
+    manifest = Manifest.load(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    texts = []
+    for shard in manifest.splits[split].shards:
+        tokens = np.fromfile(folder / shard.file, manifest.numpy_dtype)
+        index = np.fromfile(folder / shard.index, "<u8").astype(int)
+        assert index[0] == 0 and index[-1] == len(tokens) == shard.tokens
+        for start, stop in zip(index, index[1:], strict=False):
+            assert tokens[stop - 1] == tokenizer.end_of_text_id
+            texts.append(tokenizer.decode(tokens[start : stop - 1]))
+    return texts
+
+
+def tree_digest(folder: Path) -> dict[str, str]:
+    """The digest of every file below a folder."""
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def dataset_digest(folder: Path) -> dict[str, str]:
+    """Like `tree_digest`, without the plan, which holds the stamps of the source files."""
+    return {name: digest for name, digest in tree_digest(folder).items() if name != "plan.json"}
