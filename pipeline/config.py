@@ -8,6 +8,7 @@ reporting problems is `config_load.py`.
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -166,6 +167,12 @@ class CheckpointConfig(Section):
 
     keep_last: Count = 3
     """Newest checkpoints that are kept."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints whose step is divisible by this are kept for ever; 0 for none."""
+    keep_best: bool = True
+    """Keep the one with the lowest validation loss."""
+    timeout_min: Positive = 30.0
+    """Minutes after which a save gives up on a rank whose file does not arrive."""
 
 
 class TrackingConfig(Section):
@@ -177,6 +184,23 @@ class TrackingConfig(Section):
     """Name of the MLflow experiment."""
     artifact_location: str = "mlartifacts"
     """Folder of the artifacts of a sqlite store."""
+
+    def uri_problem(self) -> str | None:
+        """What is wrong with `uri`; None if nothing."""
+        return tracking_uri_problem(self.uri)
+
+
+def tracking_uri_problem(uri: str) -> str | None:
+    """What is wrong with the address of a tracking store; None if nothing."""
+    if uri == "none" or (uri.startswith("sqlite:///") and len(uri) > len("sqlite:///")):
+        return None
+    parts = urlsplit(uri)
+    if parts.username is not None or parts.password is not None:
+        # The address ends up in config.yaml and in messages, so it is not repeated here either.
+        return "holds a user name or password; give them by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return f"given {uri!r}, allowed: sqlite:///FILE, http(s)://HOST:PORT or none"
+    return None
 
 
 class SampleConfig(Section):

@@ -146,7 +146,7 @@ class Writer:
         self.close()
 
 
-def append_event(path: Path, kind: str, **fields: Any) -> dict[str, Any]:
+def append_event(path: Path, kind: str, /, **fields: Any) -> dict[str, Any]:
     """Appends one event; several processes (launcher, trainer, a cancelling user) may write to the file.
 
     Args:

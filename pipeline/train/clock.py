@@ -1,0 +1,47 @@
+"""Where the seconds of a step go."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+
+
+class StepClock:
+    """Adds up the host's seconds between laps, by name, over the steps of a log interval.
+
+    On a GPU the host runs ahead of the device: the step time is right over an interval, a lap is the time until
+    the work was launched, or waited for.
+    """
+
+    def __init__(self) -> None:
+        self._last = self._began = time.perf_counter()
+        self._laps: dict[str, float] = defaultdict(float)
+        self._steps = 0
+        self.step_s = 0.0
+
+    def lap(self, name: str) -> None:
+        """Books the time since the last lap to `name`."""
+        now = time.perf_counter()
+        self._laps[name] += now - self._last
+        self._last = now
+
+    def step_done(self) -> None:
+        """Counts a step."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Mean seconds per step by name, and the whole as `step`, since the last reading."""
+        now = time.perf_counter()
+        steps = max(1, self._steps)
+        self.step_s = (now - self._began) / steps
+        means = {name: seconds / steps for name, seconds in self._laps.items()} | {"step": self.step_s}
+        self._laps.clear()
+        self._began = self._last = now
+        self._steps = 0
+        return means
+
+    def pause(self) -> None:
+        """Leaves out the time since the last lap: validation, say, is not part of a step."""
+        now = time.perf_counter()
+        self._began += now - self._last
+        self._last = now

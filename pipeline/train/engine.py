@@ -1,0 +1,321 @@
+"""The DeepSpeed engine behind the few verbs the loop needs; the only file that imports deepspeed.
+
+The weights are always float32; `bf16` runs forward and backward under autocast. So every ZeRO stage meets one
+kind of optimiser, master weights need no second copy, and gradients accumulate in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.checkpoint.read import CheckpointReader
+from pipeline.checkpoint.write import OwnedFragment
+from pipeline.config import Config
+from pipeline.errors import UsageError
+from pipeline.model.transformer import TransformerLM
+from pipeline.optim.adamw import AdamW, decay_groups
+from pipeline.optim.clipping import scale_to_norm, squared_norm
+from pipeline.train.world import World
+
+# A rank that dies closes its connections and the others notice at once; this is for one that hangs.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know after backward, by one all-reduce; tensors stay on the device until they are read.
+
+    Attributes:
+        loss: Mean loss of the global batch.
+        norm: Global L2 norm of the gradients before clipping.
+        stop: Above zero if any rank was asked to stop.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    stop: Tensor
+
+
+def pick_device(config: Config, world: World) -> torch.device:
+    """The device this process trains on.
+
+    Raises:
+        UsageError: cuda is asked for and there is none.
+    """
+    wanted = config.train.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("train.device is cuda, but PyTorch sees no GPU here; set train.device=auto or cpu")
+    device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def process_group(world: World, device: torch.device) -> Iterator[None]:
+    """The process group of all ranks, destroyed at the end; one process makes a group of its own."""
+    if world.size > 1:
+        world.export(os.environ)  # type: ignore[arg-type]
+        store: dict[str, Any] = {"init_method": "env://"}
+    else:
+        store = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        World().export(os.environ)  # type: ignore[arg-type]
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **store)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Engine:
+    """One model in training on all ranks.
+
+    Args:
+        model: The model, with the same fresh weights on every rank.
+        config: The experiment.
+        world: This process's place.
+        device: Where it trains.
+    """
+
+    def __init__(self, model: TransformerLM, config: Config, world: World, device: torch.device) -> None:
+        self.device = device
+        self._world = world
+        self._stage = config.train.zero_stage
+        model.to(device)
+        model.activation_checkpointing = config.train.activation_checkpointing
+        if config.train.precision == "bf16":
+            model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+        settings = config.optimizer
+        self._optimizer = AdamW(
+            decay_groups(model, settings.weight_decay, settings.decay_norms),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+        )
+        self.module = model
+        self._engine = _initialize(model, self._optimizer, _settings(config, world), device)
+        if config.train.compile:
+            self._engine.compile()
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Logits of a micro-batch."""
+        return self._engine(token_ids)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Sets the rate of the next step."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def zero_grad(self) -> None:
+        """Forgets gradients."""
+        self._engine.zero_grad()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a micro-batch; with the last one of a step they are averaged over the ranks."""
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch; no weight moves before the boundary
+
+    @torch.no_grad()
+    def clip(self, max_norm: float, losses: list[Tensor], stop: bool) -> Agreed:
+        """Clips the averaged gradients by their global norm, with the one all-reduce of a step.
+
+        Own clipping at every stage: the gradients are `p.grad` at stage 0 (the same on all ranks) and this rank's
+        partition of the averaged gradients at stages 1-3. DeepSpeed's own clipping is switched off.
+
+        Args:
+            max_norm: Largest norm; 0 leaves the gradients alone.
+            losses: Mean losses of this rank's micro-batches.
+            stop: Whether this rank was asked to stop.
+        """
+        grads = self._gradients()
+        square = squared_norm(grads).to(self.device)
+        loss = torch.stack(losses).float().mean() / self._world.size
+        numbers = torch.stack((loss, square, square.new_tensor(float(stop))))
+        if self._stage == 0:
+            numbers[1] /= self._world.size
+        if self._world.size > 1:
+            dist.all_reduce(numbers)
+        agreed = Agreed(numbers[0], numbers[1].sqrt(), numbers[2])
+        if max_norm > 0:
+            scale_to_norm(grads, agreed.norm, max_norm)
+        return agreed
+
+    def step(self) -> None:
+        """Moves the weights."""
+        self._engine.step()
+
+    def skip_step(self) -> None:
+        """Drops the gradients of a step without moving weights or moments, on all ranks alike."""
+        if self._stage == 0:
+            for parameter in self.module.parameters():
+                parameter.grad = None
+        else:
+            for gradient in self._gradients():
+                gradient.fill_(float("nan"))  # DeepSpeed takes no step at stages 1-3 with a non-finite gradient
+        self._engine.step()
+
+    def _gradients(self) -> list[Tensor]:
+        if self._stage == 0:
+            return [p.grad for p in self.module.parameters() if p.grad is not None]
+        averaged = self._engine.optimizer.averaged_gradients
+        return [gradient for group in averaged.values() if group is not None for gradient in group]
+
+    # ---- state: what a checkpoint holds ----------------------------------------------------
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps the optimiser has taken: skipped ones do not count."""
+        return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
+
+    def fragments(self) -> list[OwnedFragment]:
+        """The parts of weights and moments this rank owns, as writable float32 views."""
+        self._make_state()
+        owned = []
+        for name, parameter in self.module.named_parameters():
+            fragment = self._fragment(name, parameter)
+            if fragment is not None:
+                owned.append(fragment)
+        return owned
+
+    @torch.no_grad()
+    def load(self, reader: CheckpointReader) -> None:
+        """Takes weights and moments from a checkpoint, whatever world size and stage wrote it.
+
+        Each rank reads its own parts only; the working weights are made from them afterwards.
+        """
+        self._make_state()
+        steps = int(reader.manifest.state["optimizer_steps"])
+        for state in self._optimizer.state.values():
+            state["step"] = steps
+        for fragment in self._replicas() if self._stage == 0 else self.fragments():
+            for key, tensor in fragment.tensors.items():
+                reader.read(key, fragment.name, fragment.start, tensor)
+        self._refresh()
+
+    def _make_state(self) -> None:
+        """Moments exist from the first step on; loading and saving before it need them earlier."""
+        for flat in self._updated_tensors():
+            state = self._optimizer.state[flat]
+            if not state:
+                state["step"] = 0
+                for key in _MOMENTS:
+                    state[key] = torch.zeros_like(flat)
+
+    def _updated_tensors(self) -> list[Tensor]:
+        """The tensors our optimiser really updates on this rank."""
+        zero = self._engine.optimizer
+        if self._stage == 3:
+            return list(zero.fp32_partitioned_groups_flat)
+        if self._stage in (1, 2):
+            return list(zero.single_partition_of_fp32_groups)
+        return list(self.module.parameters())
+
+    def _fragment(self, name: str, parameter: Any) -> OwnedFragment | None:
+        if self._stage == 3:
+            return self._stage_3_fragment(name, parameter)
+        if self._stage in (1, 2):
+            return self._stage_1_2_fragment(name, parameter)
+        # Replicated: the ranks share the writing, each an equal part of every parameter.
+        part = -(-parameter.numel() // self._world.size)
+        start = min(part * self._world.rank, parameter.numel())
+        length = min(part, parameter.numel() - start)
+        if length == 0:
+            return None
+        return _part(_replica(name, parameter, self._optimizer.state[parameter]), start, length)
+
+    def _stage_1_2_fragment(self, name: str, parameter: Any) -> OwnedFragment | None:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        address = mapping.hp_fragment_address
+        state = self._optimizer.state[self._updated_tensors()[mapping.param_group_index]]
+        moments = {key: state[key].narrow(0, address.start, address.numel) for key in _MOMENTS}
+        tensors = {"weight": mapping.hp_fragment, **moments}
+        return OwnedFragment(name, tuple(parameter.shape), mapping.lp_fragment_address.start, tensors)
+
+    def _stage_3_fragment(self, name: str, parameter: Any) -> OwnedFragment | None:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        part = parameter.partition_numel()
+        start = part * self._world.rank
+        length = min(part, parameter.ds_numel - start)  # the last partition is padded
+        if length <= 0:
+            return None
+        tensors = {"weight": safe_get_local_fp32_param(parameter)}
+        tensors |= {key: safe_get_local_optimizer_state(parameter, key) for key in _MOMENTS}
+        return OwnedFragment(name, tuple(parameter.ds_shape), start, {k: t[:length] for k, t in tensors.items()})
+
+    def _replicas(self) -> list[OwnedFragment]:
+        return [_replica(n, p, self._optimizer.state[p]) for n, p in self.module.named_parameters()]
+
+    def _refresh(self) -> None:
+        """Working weights from the partitions just loaded."""
+        zero = self._engine.optimizer
+        if self._stage in (1, 2):
+            zero.update_lp_params()
+        elif self._stage == 3:
+            zero._partition_all_parameters()
+            for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
+                zero.fp16_partitioned_groups_flat[index].data.copy_(flat.data)
+                zero._unflatten_partitioned_parameters(index)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def _replica(name: str, parameter: Tensor, state: dict[str, Tensor]) -> OwnedFragment:
+    tensors = {"weight": parameter.detach().view(-1), **{key: state[key].view(-1) for key in _MOMENTS}}
+    return OwnedFragment(name, tuple(parameter.shape), 0, tensors)
+
+
+def _part(whole: OwnedFragment, start: int, length: int) -> OwnedFragment:
+    parts = {key: tensor[start : start + length] for key, tensor in whole.tensors.items()}
+    return OwnedFragment(whole.name, whole.shape, start, parts)
+
+
+def _settings(config: Config, world: World) -> dict[str, Any]:
+    """The DeepSpeed config; what the user passes through is merged in, section by section."""
+    train = config.train
+    own: dict[str, Any] = {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * world.size),
+        "gradient_clipping": 0.0,  # its default is 1.0; we clip ourselves
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": train.zero_stage},
+        "steps_per_print": 1 << 62,
+    }
+    merged = {**config.deepspeed, **own}
+    merged["zero_optimization"] = {**config.deepspeed.get("zero_optimization", {}), **own["zero_optimization"]}
+    return merged
+
+
+def _initialize(model: TransformerLM, optimizer: AdamW, settings: dict[str, Any], device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import deepspeed
+        import deepspeed.ops
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if device.type == "cpu":
+            # Otherwise it compiles a shared-memory collective for half a minute that training never uses.
+            deepspeed.ops.__dict__["__compatible_ops__"] = {}
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    return engine

@@ -1,0 +1,59 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from pipeline.config import Config
+from pipeline.errors import StopRequested
+from pipeline.model.loss import cross_entropy
+from pipeline.optim.schedule import get_lr_cosine_schedule
+from pipeline.train.session import Session, TrainResult, every, open_session
+
+
+def train(config: Config) -> TrainResult:
+    """Trains in this process, together with the other ranks; goes on where the run was left.
+
+    Raises:
+        StopRequested: Somebody asked to stop; everything is saved.
+        PipelineError: The data or the run folder cannot be used.
+    """
+    with open_session(config) as session:
+        run_loop(session, config)
+        return session.result()
+
+
+def run_loop(session: Session, config: Config) -> None:
+    """From the first step that is missing to the last."""
+    train, optim, engine, clock = config.train, config.optimizer, session.engine, session.clock
+    schedule = (optim.learning_rate, optim.min_learning_rate, optim.warmup_iters, optim.cosine_cycle_iters)
+    for step in range(session.step, train.max_iters):
+        lr = get_lr_cosine_schedule(step, *schedule)
+        engine.set_learning_rate(lr)
+        engine.zero_grad()
+
+        losses = []
+        for x, y in session.micro_batches(step):
+            clock.lap("data")
+            logits = engine(x)
+            loss = cross_entropy(logits.flatten(0, 1), y.flatten())
+            engine.backward(loss)
+            losses.append(loss.detach())
+            clock.lap("forward_backward")
+
+        agreed = engine.clip(optim.gradient_clip_val, losses, session.stop.requested)
+        clock.lap("optimizer")
+        session.saver.wait_for_copy()  # an earlier save may still be copying what the step is about to change
+        clock.lap("checkpoint_stall")
+        session.take_step(agreed)
+        clock.lap("optimizer")
+
+        step += 1
+        session.log(step, lr, agreed)
+        if every(step, train.val_interval) or step == train.max_iters:
+            session.validate(step)
+        # Read here and not earlier: by now the host has launched the whole step.
+        stopping = bool(agreed.stop > 0)
+        if every(step, train.checkpoint_interval) or step == train.max_iters or stopping:
+            session.save(step)
+        if stopping:
+            session.wait_until_durable()
+            raise StopRequested(session.stop_message(step))
