@@ -75,6 +75,48 @@ def sample(
         print(text)
 
 
+@app.command()
+def report(
+    run_folders: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders; several are overlaid.")],
+    output: Annotated[str | None, typer.Option(help="The HTML file; report.html in the first RUN otherwise.")] = None,
+) -> None:
+    """Write one self-contained HTML page: curves, goodput, restarts, config, provenance, samples."""
+    from pathlib import Path
+
+    from pipeline.run import open_run
+    from pipeline.tracking.report import write_report
+
+    print(write_report([open_run(r) for r in run_folders], Path(output) if output else None))
+
+
+@app.command()
+def sync(
+    run_folder: RunFolder,
+    uri: Annotated[
+        str | None, typer.Option(help="The store, sqlite:///FILE or http(s)://...; the run's own otherwise.")
+    ] = None,
+) -> None:
+    """Send MLflow what it has not got yet; safe at any time, as often as you like."""
+    from pipeline.run import open_run
+    from pipeline.tracking.sync import sync as sync_run
+
+    print(sync_run(open_run(run_folder), uri).message())
+
+
+@app.command()
+def ui(
+    run_folder: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Show the store of this run; ./mlflow.db otherwise.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port on loopback; a free one otherwise.")] = None,
+) -> None:
+    """Start MLflow's own page for the store, on this machine only, and print its address."""
+    from pipeline.run import open_run
+    from pipeline.tracking.ui import serve, store_of
+
+    serve(store_of(open_run(run_folder) if run_folder else None), port)
+
+
 def _config(config_file: str, overrides: list[str] | None):  # type: ignore[no-untyped-def]  # pydantic stays unimported
     from pipeline.config_load import load_config
     from pipeline.train.world import world_from_environment

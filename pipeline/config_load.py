@@ -302,6 +302,11 @@ _CHECKS = (
         lambda c: "every source has split: validation, so that nothing is left to train on",
     ),
     _Check(
+        ("tracking.uri",),
+        lambda c: c.tracking.uri_problem() is not None,
+        lambda c: c.tracking.uri_problem() or "",
+    ),
+    _Check(
         ("train.precision", "deepspeed"),
         lambda c: any(k in c.deepspeed for k in ("fp16", "bf16")),
         lambda c: "is set here; remove fp16 and bf16 from the section `deepspeed`",

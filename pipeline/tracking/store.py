@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import urlsplit
 
+from pipeline.config import tracking_uri_problem
 from pipeline.errors import UsageError
 from pipeline.tracking.state import file_lock
 
@@ -38,26 +38,13 @@ class Point:
     step: int
 
 
-def check_uri(uri: str) -> str | None:
-    """What is wrong with a tracking address; None if nothing."""
-    if uri == "none" or (uri.startswith("sqlite:///") and len(uri) > len("sqlite:///")):
-        return None
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return "allowed: sqlite:///FILE, http(s)://HOST:PORT or none"
-    if parts.username is not None or parts.password is not None:
-        # The address itself would end up in config.yaml and in messages, so it is not repeated here either.
-        return "holds a user name or password; give them by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    return None
-
-
 def resolve_uri(uri: str) -> str:
     """The address with a sqlite file's path made absolute, so that it holds in every working folder.
 
     Raises:
         UsageError: It is none of the forms that are allowed.
     """
-    problem = check_uri(uri)
+    problem = tracking_uri_problem(uri)
     if problem is not None:
         raise UsageError(f"tracking.uri {problem}")
     if uri.startswith("sqlite:///"):

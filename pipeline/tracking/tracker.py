@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -60,7 +61,11 @@ class RunTracker(Tracker):
         run.tracking.mkdir(parents=True, exist_ok=True)
         # Held until the process ends, however it ends: `pipeline sync` sees by it that a run is alive.
         self._alive = os.open(run.tracking / "alive.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        state.lock(self._alive, wait=False)
+        # Somebody who looks takes it for a moment; a zombie on a lost node may have it for longer than we wait.
+        for _ in range(20):
+            if state.lock(self._alive, wait=False):
+                break
+            time.sleep(0.05)
         if tokenizer_file is not None and tokenizer_file.is_file() and not run.tokenizer_file.exists():
             shutil.copyfile(tokenizer_file, run.tokenizer_file)
         describe.write_environment(run)
@@ -80,7 +85,9 @@ class RunTracker(Tracker):
 
     def _begin(self, step: int) -> bool:
         """Writes the event `attempt`; returns whether steps are about to be repeated."""
-        attempts = [e for e in (line.record for line in journal.read(self._run.events_file)) if e["event"] == "attempt"]
+        attempts = [
+            e for e in (line.record for line in journal.read(self._run.events_file)) if e.get("event") == "attempt"
+        ]
         reached = max([self._history.reached, *(int(e["reached"]) for e in attempts)])
         self._history.reached = reached
         journal.append_event(
@@ -91,6 +98,7 @@ class RunTracker(Tracker):
             reached=reached,
             began=round(_process_began(), 3),
             last_seen=self._history.last_time,
+            host=socket.gethostname(),
             job=os.environ.get("SLURM_JOB_ID"),
             requeued=bool(attempts) and os.environ.get("SLURM_RESTART_COUNT", "0") != "0",
         )

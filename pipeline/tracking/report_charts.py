@@ -1,0 +1,154 @@
+"""The charts of the report, by plotly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from pipeline.tracking.goodput import Goodput
+
+_COLOURS = ("#2f6f9f", "#c8553d", "#4f8a5b", "#8a5a9e", "#b8862b", "#4c9a9a", "#a1506b", "#6b6b6b")
+_PART_COLOURS = {
+    "training": "#4f8a5b",
+    "checkpoint": "#2f6f9f",
+    "startup": "#b8862b",
+    "queue": "#b9b9b9",
+    "repeated": "#c8553d",
+    "idle": "#8a5a9e",
+}
+_POINTS = 2000  # of one curve: enough for any screen, and a page of a few megabytes for a run of a million steps
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The values of one metric by step."""
+
+    steps: Sequence[int]
+    values: Sequence[float]
+
+    def thinned(self, limit: int = _POINTS) -> Curve:
+        """The same curve with at most `limit` points; of each stretch its lowest and its highest value stay."""
+        if len(self.steps) <= limit:
+            return self
+        stretch = math.ceil(2 * len(self.steps) / limit)
+        kept: list[int] = []
+        for first in range(0, len(self.steps), stretch):
+            block = range(first, min(first + stretch, len(self.steps)))
+            # A value that is no number is what a person looks for: it counts as the highest.
+            ordered = sorted(block, key=lambda i: math.inf if math.isnan(self.values[i]) else self.values[i])
+            kept += sorted({ordered[0], ordered[-1]})
+        return Curve([self.steps[i] for i in kept], [self.values[i] for i in kept])
+
+
+@dataclass(frozen=True)
+class Series:
+    """One run's curves, and the steps at which it was started again."""
+
+    name: str
+    curves: dict[str, Curve]
+    restarts: Sequence[int]
+    goodput: Goodput | None
+
+
+def line_chart(runs: Sequence[Series], keys: Sequence[tuple[str, str]], unit: str, *, log: bool = False) -> go.Figure:
+    """Metrics of all runs by step.
+
+    Args:
+        runs: The runs; each has a colour, restarts are dotted lines in it.
+        keys: Metric and its name in the legend; the first solid, further ones dashed with markers.
+        unit: Title of the vertical axis.
+        log: Whether the vertical axis is logarithmic.
+    """
+    figure = go.Figure()
+    for number, run in enumerate(runs):
+        colour = _COLOURS[number % len(_COLOURS)]
+        for place, (key, label) in enumerate(keys):
+            if key not in run.curves:
+                continue
+            curve = run.curves[key].thinned()
+            figure.add_scatter(
+                x=list(curve.steps),
+                y=list(curve.values),
+                name=label if len(runs) == 1 else f"{run.name} {label}",
+                mode="lines" if place == 0 else "lines+markers",
+                line={"color": colour if len(runs) > 1 else _COLOURS[place], "width": 1.6, "dash": _dash(place)},
+                marker={"size": 5},
+            )
+        for step in run.restarts:
+            figure.add_vline(x=step, line={"color": colour, "width": 1, "dash": "dot"}, opacity=0.7)
+    return _styled(figure, "step", unit, log=log)
+
+
+def time_chart(run: Series) -> go.Figure:
+    """Where the time of a step goes, stacked."""
+    figure = go.Figure()
+    parts = ("data", "forward_backward", "optimizer", "checkpoint_stall")
+    for number, part in enumerate(parts):
+        curve = run.curves.get(f"time/{part}_s")
+        if curve is not None:
+            thin = curve.thinned()
+            figure.add_scatter(
+                x=list(thin.steps),
+                y=[1000 * v for v in thin.values],
+                name=part.replace("_", "-"),
+                mode="lines",
+                line={"width": 0.8, "color": _COLOURS[number]},
+                stackgroup="time",
+            )
+    return _styled(figure, "step", "ms a step")
+
+
+def goodput_chart(runs: Sequence[Series]) -> go.Figure:
+    """Where the wall time went, one bar a run."""
+    figure = go.Figure()
+    shown = [run for run in runs if run.goodput is not None and run.goodput.wall_s > 0]
+    for part, colour in _PART_COLOURS.items():
+        seconds = [run.goodput.parts()[part] for run in shown if run.goodput is not None]
+        if not any(seconds):
+            continue
+        shares = [
+            100 * s / run.goodput.wall_s for s, run in zip(seconds, shown, strict=True) if run.goodput is not None
+        ]
+        figure.add_bar(
+            y=[run.name for run in shown],
+            x=shares,
+            name=part,
+            orientation="h",
+            marker={"color": colour},
+            customdata=seconds,
+            hovertemplate="%{fullData.name}: %{customdata:.1f} s (%{x:.1f}%)<extra>%{y}</extra>",
+        )
+    figure.update_layout(barmode="stack")
+    _styled(figure, "% of the wall time since submission", "")
+    figure.update_xaxes(range=[0, 100])
+    figure.update_layout(height=150 + 34 * len(shown), hovermode="closest")
+    return figure
+
+
+def to_html(figure: go.Figure, name: str) -> str:
+    """The chart as an element of a page that has plotly's script already."""
+    settings: dict[str, Any] = {"displaylogo": False, "responsive": True, "showSendToCloud": False}
+    return figure.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id=name, config=settings)
+
+
+def _dash(place: int) -> str:
+    return ("solid", "dash", "dot")[min(place, 2)]
+
+
+def _styled(figure: go.Figure, across: str, up: str, *, log: bool = False) -> go.Figure:
+    figure.update_layout(
+        template="plotly_white",
+        height=340,
+        margin={"l": 60, "r": 16, "t": 12, "b": 46},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": "#24292f"},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        hovermode="x unified",
+        showlegend=True,
+    )
+    figure.update_xaxes(title=across, gridcolor="#eceff1", zeroline=False)
+    figure.update_yaxes(title=up, gridcolor="#eceff1", zeroline=False, type="log" if log else "linear")
+    return figure

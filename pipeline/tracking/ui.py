@@ -1,0 +1,135 @@
+"""`pipeline ui`: MLflow's own server on loopback, for the store a run was recorded in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import TrackingConfig
+from pipeline.errors import PipelineError, UsageError
+from pipeline.run import Run
+from pipeline.tracking import state
+from pipeline.tracking.store import resolve_uri
+
+_START_S = 90.0
+_STOP_S = 10.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers.
+
+    Attributes:
+        url: Its address.
+        process: Its first process, the leader of a process group of its own.
+    """
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
+@contextlib.contextmanager
+def local_server(uri: str, port: int | None = None, log: Path | None = None) -> Iterator[Server]:
+    """Runs `mlflow server` on loopback until the block ends, with all its processes.
+
+    Args:
+        uri: The sqlite store.
+        port: Port to listen on; a free one if None.
+        log: File for what it prints; thrown away if None.
+
+    Raises:
+        UsageError: The port is taken.
+        PipelineError: The server did not come up.
+    """
+    port = _free_port(port)
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--workers", "1", "--backend-store-uri", resolve_uri(uri)]
+    # Without job execution it is 2 processes and 480 MB in place of 15 and 2.7 GB.
+    settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with contextlib.ExitStack() as stack:
+        output = subprocess.DEVNULL if log is None else stack.enter_context(log.open("ab")).fileno()
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **settings},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        stack.callback(_stop, process)
+        _wait_until_it_answers(url, process)
+        yield Server(url, process)
+
+
+def store_of(run: Run | None) -> str:
+    """The store a run was recorded in; the default one of the config without a run."""
+    if run is None:
+        return str(TrackingConfig().uri)
+    return state.load(run).store or run.config().tracking.uri
+
+
+def serve(uri: str, port: int | None) -> None:
+    """Runs the page until Ctrl-C and prints its address; of a server it prints the address only."""
+    if uri == "none":
+        raise UsageError("tracking.uri is none: there is no store to show; try `pipeline report`")
+    if not uri.startswith("sqlite:"):
+        print(f"MLflow: {resolve_uri(uri)}")
+        return
+    file = Path(resolve_uri(uri).removeprefix("sqlite:///"))
+    if not file.is_file():
+        raise UsageError(f"{file}: there is no such store yet; train a run first, or name one: pipeline ui RUN")
+    # Ended by a signal it must take the server with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with local_server(uri, port) as server, contextlib.suppress(KeyboardInterrupt):
+        print(f"MLflow: {server.url} (Ctrl-C ends it)", flush=True)
+        server.process.wait()
+
+
+def _free_port(wanted: int | None) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted or 0))
+        except OSError as error:
+            raise UsageError(f"port {wanted} is taken ({error.strerror}); choose another with --port") from error
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + _START_S
+    # No proxy: this address is on this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise PipelineError(f"mlflow server ended with status {process.returncode} before it answered")
+        try:
+            with opener.open(f"{url}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise PipelineError(f"mlflow server did not answer at {url} within {_START_S:.0f} s")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_S)
+            # The workers of a server that ended in order are gone too; one that hung is killed with its group.
+            if number == signal.SIGTERM:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            return
