@@ -133,7 +133,7 @@ class _Build:
         cores = len(os.sched_getaffinity(0))
         # One more than there are cores: somebody waits for the disk at any time.
         with ThreadPoolExecutor(min(cores + 1, len(missing)), thread_name_prefix="prepare") as pool:
-            futures = [pool.submit(self._do, task, len(missing) < cores) for task in missing]
+            futures = [pool.submit(self._do_or_find_done, task, len(missing) < cores) for task in missing]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
@@ -144,9 +144,19 @@ class _Build:
                 if not future.cancelled():
                     future.result()
 
+    def _do_or_find_done(self, task: Task, parallel: bool) -> None:
+        try:
+            self._do(task, parallel)
+        except FileNotFoundError:
+            # Another process that did the same work has joined it, and cleared this one's temporary folder away.
+            if not finished(self._published(task)):
+                raise
+
     def _do(self, task: Task, parallel: bool) -> None:
         """One task: publishes a slice at its end, and one whenever a piece ends if it is a stream."""
         done = self._published(task)
+        if finished(done):
+            return  # by another process, since this one looked
         resume_at = done[-1]["pieces"][-1]["stop"] if done else 0
         files = self._plan.files[task.source]
         events = read_task(task, self._config.data.sources[task.source], files, self._config.data, resume_at)

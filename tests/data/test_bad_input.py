@@ -1,0 +1,230 @@
+"""Each kind of bad input has its message, stops the build or is counted, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.build import prepare
+from pipeline.data.manifest import Manifest
+from pipeline.errors import DataError
+from tests.data.helpers import COMPRESS, config, documents, jsonl, split_texts, tree_digest, write, write_parquet
+
+GOOD = ["first good", "second good"]
+
+
+def _lines(bad: bytes) -> bytes:
+    good = jsonl(GOOD).split(b"\n")
+    return good[0] + b"\n" + bad + b"\n" + good[1] + b"\n"
+
+
+# Name of the file, its content, further settings of the source, words that the message must have, reason, good documents.
+CASES: dict[str, tuple[str, bytes, dict[str, Any], list[str], str, list[str]]] = {
+    "invalid UTF-8 in a text file": (
+        "a.txt", b"line one\nline \xff two", {}, ["a.txt, line 2, byte 14", "invalid UTF-8 (invalid start byte)"], "invalid UTF-8", [],
+    ),
+    "invalid UTF-8 between separators": (
+        "a.txt", b"one|t\xc3(o|three", {"separator": "|"}, ["line 1, byte 5", "invalid UTF-8"], "invalid UTF-8", ["one", "three"],
+    ),
+    "invalid UTF-8 in a line": (
+        "a.jsonl", _lines(b'{"text": "\xe9"}'), {}, ["line 2, byte 42", "invalid UTF-8"], "invalid UTF-8", GOOD,
+    ),
+    "half a surrogate pair": (
+        "a.jsonl", _lines(b'{"text": "\\ud800"}'), {}, ["line 2", "surrogate"], "invalid UTF-8", GOOD,
+    ),
+    "invalid JSON": (
+        "a.jsonl", _lines(b'{"text": "a" "b"}'), {}, ["line 2, byte 45", "invalid JSON (Expecting ',' delimiter)"], "invalid JSON", GOOD,
+    ),
+    "two records in one line": (
+        "a.jsonl", _lines(b'{"text": "a"} {"text": "b"}'), {}, ["line 2", "Extra data"], "invalid JSON", GOOD,
+    ),
+    "a record over two lines": (
+        "a.jsonl", _lines(b'{"text":\n"a"}'), {}, ["line 2", "invalid JSON"], "invalid JSON", GOOD,
+    ),
+    "missing field": (
+        "a.jsonl", _lines(b'{"txt": "a", "id": 3}'), {}, ["line 2, byte 32", "missing field", "'txt', 'id'", "`field`"], "missing field", GOOD,
+    ),
+    "no object": ("a.jsonl", _lines(b'["text"]'), {}, ["line 2", "no JSON object"], "missing field", GOOD),
+    "field is no string": (
+        "a.jsonl", _lines(b'{"text": 17}'), {}, ["line 2", "field is no string", "'text' is 17"], "field is no string", GOOD,
+    ),
+    "field is null": ("a.jsonl", _lines(b'{"text": null}'), {}, ["line 2", "is null"], "field is no string", GOOD),
+    "document too long": (
+        "a.jsonl", _lines(b'{"text": "' + b"x" * 2_000_000 + b'"}'), {}, ["line 2", "document too long", "max_document_mb"], "document too long", GOOD,
+    ),
+    "one text file too long": (
+        "a.txt", b"x " * 1_000_000, {}, ["document too long", "`separator`"], "document too long", [],
+    ),
+}  # fmt: skip
+
+
+def _entry(path: Path, **source: Any) -> dict[str, Any]:
+    return {"name": "s", "paths": [str(path)], "split": "train", **source}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_error_stops_at_the_record_and_names_it(case: str, tmp_path: Path) -> None:
+    name, content, source, words, _, _ = CASES[case]
+    path = write(tmp_path / "in" / name, content)
+    with pytest.raises(DataError) as caught:
+        prepare(config(tmp_path / "out", [_entry(path, **source)], max_document_mb=1.0))
+    for word in [str(path), *words, "on_bad=skip"]:
+        assert word in str(caught.value)
+    assert not any(p.suffix == ".bin" or p.name == "manifest.json" for p in (tmp_path / "out").rglob("*"))
+    assert not any(p.name.endswith(".tmp") for p in (tmp_path / "out").rglob("*"))
+    with pytest.raises(DataError, match="not finished"):
+        Manifest.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_skip_counts_by_reason_and_keeps_the_rest(case: str, tmp_path: Path) -> None:
+    name, content, source, _, reason, good = CASES[case]
+    path = write(tmp_path / "in" / name, content)
+    other = write(tmp_path / "in" / "other.jsonl", jsonl(["other"]))
+    entries = [_entry(path, **source), {**_entry(other), "name": "other"}]
+    manifest = prepare(config(tmp_path / "out", entries, max_document_mb=1.0, on_bad="skip", max_bad_fraction=0.9))
+    assert set(manifest.bad) == {reason}
+    assert split_texts(tmp_path / "out") == [*good, "other"]
+    assert manifest.sources[0]["records"] == sum(manifest.bad.values()) + len(good)
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("cut", ["end", "middle", "second member"])
+def test_a_truncated_archive_is_noticed(compression: str, cut: str, tmp_path: Path) -> None:
+    texts = documents(3000, seed=3)
+    pack = COMPRESS[compression]
+    whole = pack(jsonl(texts))
+    content = {
+        "end": whole[:-3],
+        "middle": whole[: len(whole) // 2],
+        "second member": pack(jsonl(texts[:1500])) + pack(jsonl(texts[1500:]))[:40],
+    }[cut]
+    path = write(tmp_path / "in" / f"a.jsonl.{compression}", content)
+    with pytest.raises(
+        DataError,
+        match=rf"a\.jsonl\.{compression}, line \d+, byte \d+ of the decompressed.*truncated or damaged archive",
+    ):
+        prepare(config(tmp_path / "out", [_entry(path)]))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    kept = config(tmp_path / "kept", [_entry(path), {"name": "o", "paths": [str(write(tmp_path / "o.txt", b"o"))], "split": "train"}],
+                  on_bad="skip", max_bad_fraction=0.9)  # fmt: skip
+    manifest = prepare(kept)
+    assert manifest.bad == {"truncated or damaged archive": 1}
+    got = split_texts(tmp_path / "kept")[:-1]
+    assert got == texts[: len(got)]
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", documents(200), row_group_size=20)
+    content = bytearray(path.read_bytes())
+    path.write_bytes(content[:-100])
+    with pytest.raises(DataError, match=r"a\.parquet, the whole file: unreadable Parquet"):
+        prepare(config(tmp_path / "out", [_entry(path)]))
+
+
+@pytest.mark.parametrize(
+    ("column", "texts", "words", "reason"),
+    [
+        ("body", ["a"], ["no column 'text'", "'id', 'body'"], "missing field"),
+        ("text", ["a", None, "b"], ["row 1 (from 0)", "'text' is null"], "missing field"),
+    ],
+)
+def test_parquet_rows_without_text_are_named(
+    column: str, texts: list[str | None], words: list[str], reason: str, tmp_path: Path
+) -> None:
+    path = write_parquet(tmp_path / "a.parquet", texts, column=column)
+    with pytest.raises(DataError) as caught:
+        prepare(config(tmp_path / "out", [_entry(path)]))
+    for word in [str(path), reason, *words]:
+        assert word in str(caught.value)
+
+
+def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", ["a"])
+    with pytest.raises(DataError, match="field is no string.*the column 'id' holds int64"):
+        prepare(config(tmp_path / "out", [_entry(path, field="id")]))
+
+
+def test_invalid_utf8_in_a_binary_parquet_column_names_the_row(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": pyarrow.array([b"ok", None, b"n\xfft"], pyarrow.binary())}), path
+    )
+    made = config(tmp_path / "out", [_entry(path)], on_bad="skip", max_bad_fraction=0.9)
+    assert prepare(made).bad == {"invalid UTF-8": 1, "missing field": 1}
+    path.write_bytes(b"")
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([b"ok", b"n\xfft"], pyarrow.binary())}), path)
+    with pytest.raises(DataError, match=r"row 1 \(from 0\), byte 1 of the text: invalid UTF-8"):
+        prepare(config(tmp_path / "out2", [_entry(path)]))
+
+
+def test_too_many_bad_records_stop_the_build_all_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl(documents(80)) + b"{}\n" * 20)
+    with pytest.raises(
+        DataError, match=r"20 of 100 records are bad \(20 x missing field\): 20.00% is above .*= 10.00%"
+    ):
+        prepare(config(tmp_path / "out", [_entry(path)], on_bad="skip", max_bad_fraction=0.1))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    # What was done stays good: with another limit nothing is done again.
+    before = tree_digest(tmp_path / "out")
+    assert prepare(config(tmp_path / "out", [_entry(path)], on_bad="skip", max_bad_fraction=0.3)).bad == {
+        "missing field": 20
+    }
+    assert before.items() <= tree_digest(tmp_path / "out").items()
+
+
+def test_a_dataset_with_skipped_records_is_refused_under_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl(documents(80)) + b"{}\n")
+    prepare(config(tmp_path / "out", [_entry(path)], on_bad="skip", max_bad_fraction=0.3))
+    with pytest.raises(DataError, match="was made with data.on_bad=skip"):
+        prepare(config(tmp_path / "out", [_entry(path)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (None, b"", "matches no file"),
+        ("a.txt", b"", "is empty"),
+        ("a.bin", b"x", "does not tell what it holds"),
+        ("a.txt", b" \n", "hold no document to train on"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(name: str | None, content: bytes, words: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "in" / name, content) if name else tmp_path / "nothing" / "*.txt"
+    with pytest.raises(DataError, match=words):
+        prepare(config(tmp_path / "out", [_entry(path)]))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_file_in_two_sources_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"text")
+    with pytest.raises(DataError, match="in the sources 's' and 't'"):
+        prepare(config(tmp_path / "out", [_entry(path), {**_entry(path), "name": "t"}]))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"text")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        prepare(config(tmp_path / "file" / "out", [_entry(path)]))
+
+
+def test_a_disk_that_is_full_is_named_and_nothing_half_written_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl(documents(50)))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.data.slices.publish_dir", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        prepare(config(tmp_path / "out", [_entry(path)]))
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["tasks"]
+    assert [p.name for p in (tmp_path / "out" / "slices").iterdir()] == []

@@ -1,0 +1,301 @@
+"""However a build is cut up or stopped, its bytes are the same; and what does not belong together is refused."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.config_load import dump_config
+from pipeline.data import build
+from pipeline.data.build import prepare
+from pipeline.data.manifest import Manifest
+from pipeline.errors import DataError, UsageError
+from tests.data.helpers import COMPRESS, config, dataset_digest, documents, jsonl, split_texts, write, write_parquet
+
+TEXTS = documents(300, seed=5)
+TOKENIZER = {"kind": "bpe", "special_tokens": ["<|pad|>"]}
+
+
+def _sources(folder: Path) -> list[dict[str, Any]]:
+    """One source of each kind: whole files, ranges of lines, a stream from an archive, row groups."""
+    for i, text in enumerate(TEXTS[:60]):
+        write(folder / "whole" / f"{i:02d}.txt", text.encode())
+    write(folder / "lines.jsonl", jsonl(TEXTS[60:150]))
+    write(folder / "packed.jsonl.gz", COMPRESS["gz"](jsonl(TEXTS[150:230] * 4)))
+    write_parquet(folder / "rows.parquet", TEXTS[230:])
+    return [
+        {"name": "whole", "paths": [str(folder / "whole" / "*.txt")]},
+        {"name": "lines", "paths": [str(folder / "lines.jsonl")]},
+        {"name": "packed", "paths": [str(folder / "packed.jsonl.gz")], "split": "train"},
+        {"name": "rows", "paths": [str(folder / "rows.parquet")]},
+    ]
+
+
+def _config(tmp_path: Path, name: str, **data: Any) -> Config:
+    sources = _sources(tmp_path / "in") if not (tmp_path / "in").exists() else _paths_only(tmp_path / "in")
+    settings = {"slice_size_mb": 0.003, "validation_fraction": 0.1, **data}
+    return config(tmp_path / name, sources, tokenizer=TOKENIZER, **settings)
+
+
+def _paths_only(folder: Path) -> list[dict[str, Any]]:
+    kept = folder.with_name("again")
+    shutil.rmtree(kept, ignore_errors=True)
+    entries = _sources(kept)
+    shutil.rmtree(kept)
+    return [{**e, "paths": [p.replace(str(kept), str(folder)) for p in e["paths"]]} for e in entries]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A folder with the sources and the uninterrupted build `out`, and its digests."""
+    tmp_path = tmp_path_factory.mktemp("whole")
+    prepare(_config(tmp_path, "out"))
+    return tmp_path, dataset_digest(tmp_path / "out")
+
+
+def test_the_same_sources_give_the_same_bytes(whole: tuple[Path, dict[str, str]]) -> None:
+    folder, digests = whole
+    assert len([d for d in digests if d.endswith("slice.json")]) > 20
+    prepare(_config(folder, "again-out"))
+    assert dataset_digest(folder / "again-out") == digests
+
+
+def test_a_finished_build_is_left_alone(whole: tuple[Path, dict[str, str]]) -> None:
+    folder, digests = whole
+    before = {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("*.bin")}
+    assert prepare(_config(folder, "out")) == Manifest.load(folder / "out")
+    assert {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("*.bin")} == before
+    assert dataset_digest(folder / "out") == digests
+
+
+@pytest.mark.parametrize("parts", [1, 3, 100])
+def test_any_number_of_parts_in_any_order_gives_the_same_bytes(parts: int, whole: tuple[Path, dict[str, str]]) -> None:
+    folder, digests = whole
+    order = random.Random(parts).sample(range(1, parts + 1), parts)
+    results = [prepare(_config(folder, f"parts{parts}"), slice_spec=(part, parts)) for part in order]
+    # Parts beyond the tasks have nothing to do, so that the manifest may be there before the last.
+    assert results[-1] is not None
+    assert dataset_digest(folder / f"parts{parts}") == digests
+
+
+def test_a_part_that_is_not_the_last_writes_no_manifest(whole: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = whole
+    assert prepare(_config(folder, "first"), slice_spec=(1, 2)) is None
+    assert not (folder / "first" / "manifest.json").exists()
+    with pytest.raises(DataError, match="not finished"):
+        Manifest.load(folder / "first")
+
+
+@pytest.mark.parametrize("cores", [1, 7])
+def test_any_number_of_threads_gives_the_same_bytes(
+    cores: int, whole: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, digests = whole
+    monkeypatch.setattr(build.os, "sched_getaffinity", lambda _: set(range(cores)))
+    prepare(_config(folder, f"cores{cores}"))
+    assert dataset_digest(folder / f"cores{cores}") == digests
+
+
+def test_the_size_of_slices_does_not_change_the_documents(whole: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = whole
+    prepare(_config(folder, "large", slice_size_mb=64.0))
+    for split in ("train", "validation"):
+        assert split_texts(folder / "large", split) == split_texts(folder / "out", split)
+
+
+def test_a_failure_anywhere_leaves_work_that_is_gone_on_with(
+    whole: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, digests = whole
+    done: list[int] = []
+    for number in itertools.count(1):
+        with monkeypatch.context() as patch:
+            calls = itertools.count(1)
+            publish = build.SliceWriter.publish
+
+            def failing(
+                self: Any, pieces: Any, last: bool, calls: Any = calls, stop: int = 3, publish: Any = publish
+            ) -> Any:
+                if next(calls) > stop:
+                    raise DataError("stopped here")
+                return publish(self, pieces, last)
+
+            patch.setattr(build.SliceWriter, "publish", failing)
+            try:
+                prepare(_config(folder, "stopped"))
+                break
+            except DataError as error:
+                assert "stopped here" in str(error)
+        done.append(len(list((folder / "stopped" / "slices").glob("[0-9]*"))))
+        assert not (folder / "stopped" / "manifest.json").exists()
+        assert number < 50
+    assert len(done) > 5
+    assert done == sorted(done)
+    assert dataset_digest(folder / "stopped") == digests
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_random_moments_gives_the_same_bytes(whole: tuple[Path, dict[str, str]]) -> None:
+    folder, digests = whole
+    made = _config(folder, "killed")
+    file = write(folder / "killed.yaml", dump_config(made).encode())
+    command = [sys.executable, "-m", "pipeline", "prepare", str(file)]
+    began = time.monotonic()
+    timed = _config(folder, "timed")
+    subprocess.run(
+        [*command[:-1], str(write(folder / "timed.yaml", dump_config(timed).encode()))], check=True, capture_output=True
+    )
+    seconds = time.monotonic() - began
+    rng = random.Random(0)
+    seen: set[int] = set()
+    for kill in range(20):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        # The last start-up seconds only: a kill while Python is imported proves nothing.
+        time.sleep(seconds * rng.uniform(0.3, 1.0))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        seen.add(
+            len(list((folder / "killed" / "slices").glob("[0-9]*"))) if (folder / "killed" / "slices").exists() else 0
+        )
+        finished = (folder / "killed" / "manifest.json").exists()
+        if finished:
+            assert Manifest.load(folder / "killed").tokens
+            if kill % 2:
+                # Finished already: take some of the work away, so that the next kill has something to hit.
+                (folder / "killed" / "manifest.json").unlink()
+                for lost in rng.sample(sorted((folder / "killed" / "slices").iterdir()), 15):
+                    shutil.rmtree(lost)
+            else:
+                shutil.rmtree(folder / "killed")
+    subprocess.run(command, check=True, capture_output=True)
+    assert dataset_digest(folder / "killed") == digests
+    assert len(seen) > 3
+
+
+def test_a_part_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="allowed: I/N with I from 1 to N"):
+        prepare(_config(tmp_path, "out"), slice_spec=(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"validation_fraction": 0.2}, "validation_fraction: 0.1 then, 0.2 now"),
+        ({"slice_size_mb": 1.0}, "slice_size_mb: 0.003 then, 1.0 now"),
+        ({"dtype": "uint32"}, "dtype: 'auto' then, 'uint32' now"),
+        ({"max_document_mb": 32.0}, "max_document_mb: 64.0 then, 32.0 now"),
+    ],
+)
+def test_a_changed_setting_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    prepare(_config(tmp_path, "out"), slice_spec=(1, 2))
+    with pytest.raises(DataError, match=words):
+        prepare(_config(tmp_path, "out", **change))
+
+
+def test_a_changed_tokenizer_is_refused(tmp_path: Path) -> None:
+    made = _config(tmp_path, "out")
+    prepare(made, slice_spec=(1, 2))
+    smaller = made.model_copy(update={"model": made.model.model_copy(update={"vocab_size": 280})})
+    with pytest.raises(DataError, match=r"tokenizer\.vocab_size: 300 then, 280 now"):
+        prepare(smaller)
+    file = tmp_path / "out" / "tokenizer.json"
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(DataError, match="another tokenizer"):
+        prepare(made)
+
+
+def test_another_tokenizer_file_is_refused(tmp_path: Path) -> None:
+    prepare(_config(tmp_path, "bpe"))
+    file = tmp_path / "tokenizer.json"
+    shutil.copy(tmp_path / "bpe" / "tokenizer.json", file)
+    entry = _paths_only(tmp_path / "in")
+    made = config(tmp_path / "out", entry, tokenizer={"kind": "file", "path": str(file)}, slice_size_mb=0.003)
+    prepare(made, slice_spec=(1, 2))
+    file.write_bytes(file.read_bytes() + b"\n")
+    with pytest.raises(DataError, match="is not the tokenizer that .* was begun with"):
+        prepare(made)
+
+
+@pytest.mark.parametrize("name", ["whole/07.txt", "lines.jsonl", "packed.jsonl.gz", "rows.parquet"])
+def test_a_changed_source_is_refused_and_a_touched_one_is_not(name: str, tmp_path: Path) -> None:
+    made = _config(tmp_path, "out")
+    prepare(made)
+    (tmp_path / "out" / "manifest.json").unlink()
+    before = dataset_digest(tmp_path / "out")
+    file = tmp_path / "in" / name
+    content = file.read_bytes()
+    file.write_bytes(content)
+    prepare(made)
+    assert before.items() <= dataset_digest(tmp_path / "out").items()
+    if name.endswith(".gz"):
+        texts = ["X" + t[1:] for t in TEXTS[150:230] * 4]
+        changed = COMPRESS["gz"](jsonl(texts))
+        changed = changed[: len(content)].ljust(len(content), b"\0")
+    elif name.endswith(".parquet"):
+        write_parquet(file, [t.replace("state", "State") for t in TEXTS[230:]])
+        changed = file.read_bytes()
+    else:
+        changed = content.replace(b"in", b"on")
+    assert changed != content
+    file.write_bytes(changed)
+    with pytest.raises(DataError, match=f"{Path(name).name}: (was changed after|had {len(content)} bytes then)"):
+        prepare(made)
+
+
+def test_files_that_come_or_go_are_refused(tmp_path: Path) -> None:
+    made = _config(tmp_path, "out")
+    prepare(made, slice_spec=(1, 2))
+    new = write(tmp_path / "in" / "whole" / "99.txt", b"new")
+    with pytest.raises(DataError, match=r"99\.txt: is new"):
+        prepare(made)
+    new.unlink()
+    (tmp_path / "in" / "whole" / "00.txt").unlink()
+    with pytest.raises(DataError, match=r"00\.txt: was there then, is not now"):
+        prepare(made)
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _config(tmp_path, "out")
+    monkeypatch.setattr(build, "stamp_of", lambda _: (0, 0, 0))
+    with pytest.raises(DataError, match="was changed while it was read"):
+        prepare(made)
+
+
+def test_two_processes_that_do_the_same_slice_agree(tmp_path: Path) -> None:
+    made = _config(tmp_path, "out")
+    file = write(tmp_path / "c.yaml", dump_config(made).encode())
+    command = [sys.executable, "-m", "pipeline", "prepare", str(file)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    for process in both:
+        _, err = process.communicate()
+        assert process.returncode == 0, err.decode()
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    prepare(_config(tmp_path, "alone"))
+    assert dataset_digest(tmp_path / "out") == dataset_digest(tmp_path / "alone")
+
+
+def test_the_split_depends_on_the_document_alone(tmp_path: Path) -> None:
+    first = _config(tmp_path, "out")
+    prepare(first)
+    validation = set(split_texts(tmp_path / "out", "validation"))
+    assert 5 < len(validation) < 60
+    entry = {"name": "all", "paths": [str(write(tmp_path / "other.jsonl", jsonl(["new"] + TEXTS[::-1])))]}
+    prepare(config(tmp_path / "other", [entry], tokenizer=TOKENIZER, validation_fraction=0.1))
+    # The archive's documents are for training by the first config, whatever their hash.
+    assert (
+        validation <= set(split_texts(tmp_path / "other", "validation")) <= validation | set(TEXTS[150:230]) | {"new"}
+    )
