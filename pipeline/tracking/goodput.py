@@ -5,7 +5,7 @@ Every second belongs to exactly one part:
 queue       waiting for the scheduler: from `submitted` or `requeued` until the process began
 startup     from the beginning of the process to the first step (`started`, `resumed`)
 training    steps done for the first time, validation included
-checkpoint  the loop stood still for a checkpoint (`checkpointed`, its `stall_s`)
+checkpoint  the loop stood still for a checkpoint (`stall_s` of `checkpointed` and of the last event)
 repeated    steps done again after a kill or a rollback, until `caught_up`
 idle        nothing ran and nothing was queued
 """
@@ -156,8 +156,8 @@ def _attempts(events: list[dict[str, Any]]) -> tuple[list[_Attempt], list[float]
         elif kind == "caught_up":
             for span in current.repeated:
                 span[1] = at if span[1] is None else span[1]
-        elif kind == "checkpointed":
-            current.stalls.append((at, float(event.get("stall_s") or 0.0)))
-        elif kind in _ENDS:
+        if event.get("stall_s"):
+            current.stalls.append((at, float(event["stall_s"])))
+        if kind in _ENDS:
             current.end = at
     return attempts, queued

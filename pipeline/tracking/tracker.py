@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ _log = logging.getLogger("pipeline.tracking")
 CloseStatus = Literal["FINISHED", "FAILED", "KILLED", "STOPPED"]
 _CLOSE_S = {"FINISHED": 30.0, "FAILED": 10.0, "KILLED": 5.0, "STOPPED": 5.0}
 _KEPT_LINES = 1000
+_STALL = "time/checkpoint_stall_s"  # mean of the steps since the last line
+_TELL_STALL = ("checkpointed", "preempted", "finished", "failed")  # carry what has come together since the last
 
 
 class Tracker:
@@ -70,6 +73,8 @@ class RunTracker(Tracker):
             shutil.copyfile(tokenizer_file, run.tokenizer_file)
         describe.write_environment(run)
         self._run = run
+        self._lock = threading.Lock()
+        self._step, self._stall_s = step, 0.0
         self._history = History(run, step)
         self._repeating = self._begin(step)
         self._unwritten: deque[tuple[int, dict[str, float]]] = deque(maxlen=_KEPT_LINES)
@@ -106,6 +111,9 @@ class RunTracker(Tracker):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records what was measured; a line is written and the uploader woken, nothing else."""
+        with self._lock:
+            self._stall_s += float(metrics.get(_STALL, 0.0)) * max(0, step - self._step)
+            self._step = step
         self._unwritten.append((step, {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}))
         reached = self._history.reached
         try:
@@ -121,17 +129,20 @@ class RunTracker(Tracker):
             self._uploader.notify()
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Records that something happened, with plain JSON values."""
+        """Records that something happened, with plain JSON values; any thread may call it."""
+        if kind in _TELL_STALL and "stall_s" not in fields:
+            with self._lock:
+                fields["stall_s"], self._stall_s = round(self._stall_s, 6), 0.0
         try:
             journal.append_event(self._run.events_file, kind, **fields)
         except OSError as error:
             self._warn("%s: cannot be written (%s)", error, self._run.events_file)
-        if self._uploader is not None:
-            self._uploader.notify()
 
     def rewind(self, step: int) -> None:
         """Training went back to the state after `step` in this process and will do otherwise from there on."""
         self._history.rewind(step)
+        with self._lock:
+            self._step = step
         if self._history.reached > step:
             self._repeating = True
             self.event("repeating", step=step, reached=self._history.reached)
