@@ -1,0 +1,150 @@
+"""Runs without training, and what MLflow says about them."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline import tracking
+from pipeline.config import Config
+from pipeline.config_load import parse_config
+from pipeline.run import Run, create_run
+from pipeline.tracking import journal, state
+from pipeline.tracking.store import Store
+
+CONFIG = """
+name: try
+runs_dir: "{folder}/runs"
+data: {{path: "{folder}/tokens", sources: [{{name: a, paths: ["{folder}/text/*.txt"]}}], validation_fraction: 0.2}}
+tokenizer: {{kind: bytes}}
+model: {{vocab_size: 300, context_length: 16, d_model: 16, num_layers: 1, num_heads: 2, d_ff: 32}}
+optimizer: {{learning_rate: 1.0e-3, min_learning_rate: 1.0e-4, warmup_iters: 5, cosine_cycle_iters: 300}}
+train: {{batch_size: 4, micro_batch_size: 4, max_iters: 300, log_interval: 5, val_interval: 50, num_val_batches: 1,
+         checkpoint_interval: 25}}
+tracking: {{uri: "{uri}", artifact_location: "{folder}/artifacts", experiment: tests}}
+"""
+
+Points = dict[str, list[tuple[int, int, float]]]
+
+
+def config_text(folder: Path, uri: str | None = None) -> str:
+    return CONFIG.format(folder=folder, uri=uri or f"sqlite:///{folder}/mlflow.db")
+
+
+def make_run(folder: Path, uri: str | None = None, *overrides: str) -> tuple[Run, Config]:
+    config = parse_config(config_text(folder, uri), overrides)
+    return create_run(config), config
+
+
+def begin(run: Run, config: Config, step: int = 0) -> tracking.Tracker:
+    return tracking.start(
+        run,
+        config,
+        step=step,
+        provenance={"git": {"commit": "0123abc", "dirty": False}, "host": "somewhere"},
+        dataset={"name": "tokens", "digest": "d" * 64, "tokens": 1000},
+        tokenizer_file=None,
+    )
+
+
+def of_journal(run: Run) -> Points:
+    """Every point of metrics.jsonl: step, milliseconds and value by key."""
+    points: Points = {}
+    for line in journal.read(run.metrics_file):
+        for key, value in line.record.items():
+            if key not in ("step", "time"):
+                points.setdefault(key, []).append((line.record["step"], round(1000 * line.record["time"]), value))
+    return points
+
+
+def open_store(run: Run, config: Config) -> tuple[Store, str]:
+    s = state.load(run)
+    uri, known = next((uri, of.run_id) for uri, of in s.stores.items() if of.run_id)
+    return Store(uri, config.tracking.experiment, config.tracking.artifact_location), known
+
+
+def of_mlflow(run: Run, config: Config) -> Points:
+    """Every point of the MLflow run that comes from metrics.jsonl."""
+    store, run_id = open_store(run, config)
+    history = store.read_history(run_id)
+    return {
+        key: [(p.step, p.time_ms, p.value) for p in points]
+        for key, points in history.items()
+        if not key.startswith(("system/", "goodput/"))
+    }
+
+
+class Gate:
+    """A TCP relay in front of a server: it can be closed, or hold every answer back for a while."""
+
+    def __init__(self, target_port: int) -> None:
+        self._target = target_port
+        self.delay_s = 0.0
+        self.open = True
+        self.accepted = 0
+        self._ended = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._live: set[socket.socket] = set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def shut(self) -> None:
+        """Cuts what is connected and refuses what comes."""
+        self.open = False
+        for s in list(self._live):
+            s.close()
+
+    def end(self) -> None:
+        self._ended.set()
+        self.shut()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while not self._ended.is_set():
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            self.accepted += 1
+            if not self.open:
+                client.close()
+                continue
+            server = socket.create_connection(("127.0.0.1", self._target))
+            self._live |= {client, server}
+            threading.Thread(target=self._pump, args=(client, server, False), daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client, True), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                if answers and self.delay_s:
+                    self._ended.wait(self.delay_s)
+                sink.sendall(data)
+        except OSError:
+            return  # the gate was shut
+        finally:
+            for s in (source, sink):
+                self._live.discard(s)
+                s.close()
+
+
+@contextmanager
+def gate(target_port: int) -> Iterator[Gate]:
+    made = Gate(target_port)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,147 @@
+import pytest
+
+from pipeline.tracking import journal
+from pipeline.tracking.goodput import goodput, split
+from tests.tracking.support import begin, make_run
+
+
+def event(at, kind, **fields):
+    return {"time": float(at), "event": kind, **fields}
+
+
+def attempt(began, at, step=0, reached=0, **fields):
+    return event(at, "attempt", began=float(began), step=step, reached=reached, **fields)
+
+
+def parts(*events, **more):
+    found = split(list(events), **more)
+    return {name: value for name, value in found.parts().items() if value}
+
+
+def test_an_undisturbed_run_is_queue_startup_training_and_checkpoints():
+    assert parts(
+        event(0, "submitted"),
+        attempt(60, 70),
+        event(75, "started", step=0),
+        event(100, "checkpointed", step=10, stall_s=2.0),
+        event(175, "finished", step=20, stall_s=1.0),
+    ) == {"queue": 60, "startup": 15, "training": 97, "checkpoint": 3}
+
+
+def test_repeated_steps_after_a_kill_are_no_progress_and_the_gap_is_idle():
+    assert parts(
+        attempt(0, 5),
+        event(10, "started"),
+        attempt(150, 152, step=100, reached=140, last_seen=110.0),
+        event(160, "resumed"),
+        event(180, "caught_up"),
+        event(200, "finished"),
+    ) == {"startup": 20, "training": 120, "repeated": 20, "idle": 40}
+
+
+def test_a_requeue_by_the_scheduler_is_queue_time():
+    assert parts(
+        event(0, "submitted"),
+        attempt(10, 11),
+        event(12, "started"),
+        event(100, "preempted"),
+        attempt(160, 161, step=90, reached=90, requeued=True, last_seen=100.0),
+        event(165, "resumed"),
+        event(200, "finished"),
+    ) == {"queue": 70, "startup": 7, "training": 123}
+
+
+def test_idle_until_somebody_submits_again():
+    assert parts(
+        attempt(0, 1),
+        event(1, "started"),
+        event(50, "failed"),
+        event(80, "submitted"),
+        attempt(100, 101, step=0, reached=0),
+        event(101, "started"),
+        event(120, "finished"),
+    ) == {"queue": 20, "startup": 2, "training": 68, "idle": 30}
+
+
+def test_a_rollback_counts_as_repeated_until_it_has_caught_up():
+    assert parts(
+        attempt(0, 0),
+        event(0, "started"),
+        event(50, "rollback", step=30),
+        event(50, "repeating", step=30, reached=45),
+        event(55, "checkpointed", stall_s=1.0),
+        event(70, "caught_up"),
+        event(100, "finished"),
+    ) == {"training": 80, "repeated": 20}
+
+
+def test_a_run_that_died_while_repeating_and_again_before_its_first_step():
+    assert parts(
+        attempt(0, 1),
+        event(2, "started"),
+        attempt(110, 111, step=10, reached=80, last_seen=100.0),
+        event(112, "resumed"),
+        attempt(150, 151, step=10, reached=80, last_seen=140.0),
+        event(160, "failed"),
+    ) == {"startup": 14, "training": 98, "repeated": 28, "idle": 20}
+
+
+def test_a_run_under_way_is_counted_to_its_last_line_or_to_now():
+    events = [attempt(0, 1), event(2, "started")]
+    assert split(events, last_line=50.0).wall_s == 50
+    assert split(events, last_line=50.0, now=60.0).wall_s == 60
+    assert split([event(0, "submitted")]) is None
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_every_second_belongs_to_exactly_one_part(count):
+    events = [
+        event(0, "submitted"),
+        attempt(5, 6),
+        event(7, "started"),
+        event(20, "checkpointed", stall_s=3.0),
+        event(25, "preempted", stall_s=0.5),
+        event(27, "requeued"),
+        attempt(40, 41, step=5, reached=9),
+        event(44, "resumed"),
+        event(50, "caught_up"),
+        event(55, "repeating"),
+        event(60, "failed"),
+    ]
+    found = split(events[:count])
+    if found is not None:
+        assert all(v >= 0 for v in found.parts().values())
+        assert found.wall_s == pytest.approx(max(e["time"] for e in events[:count] if e["event"] != "requeued"))
+
+
+def test_a_tracker_writes_the_events_that_the_account_needs(tmp_path):
+    run, config = make_run(tmp_path, "none")
+    journal.append_event(run.events_file, "submitted")
+    tracker = begin(run, config)
+    tracker.event("started")
+    for step in range(1, 11):
+        tracker.log(step, {"train/loss": 1.0, "time/checkpoint_stall_s": 0.25 if step == 5 else 0.0})
+        if step == 6:
+            tracker.event("checkpointed", step=5)
+    tracker.event("preempted")
+    tracker.close("STOPPED")
+    tracker = begin(run, config, 5)
+    tracker.event("resumed")
+    for step in range(6, 12):
+        tracker.log(step, {"train/loss": 1.0})
+    tracker.rewind(8)
+    tracker.log(9, {"train/loss": 1.0})
+    tracker.event("finished")
+    tracker.close("FINISHED")
+    kinds = [line.record["event"] for line in journal.read(run.events_file)]
+    assert kinds == [
+        "submitted", "attempt", "started", "checkpointed", "preempted",
+        "attempt", "resumed", "caught_up", "repeating", "finished",
+    ]  # fmt: skip
+    stalls = [line.record.get("stall_s") for line in journal.read(run.events_file)]
+    assert stalls == [None, None, None, 0.25, 0.0, None, None, None, None, 0.0]
+    attempts = [line.record for line in journal.read(run.events_file) if line.record["event"] == "attempt"]
+    assert [(a["number"], a["step"], a["reached"]) for a in attempts] == [(1, 0, 0), (2, 5, 10)]
+    found = goodput(run)
+    assert found.queue_s == 0 and found.startup_s > 0  # this process began long before the run was submitted
+    assert "%" in found.summary()

@@ -1,0 +1,278 @@
+"""What arrives in a sqlite store, read back through MLflow's own client."""
+
+import json
+import os
+import shutil
+import time
+
+import pytest
+
+from pipeline import tracking
+from pipeline.errors import PipelineError, UsageError
+from pipeline.files import write_text
+from pipeline.tracking import journal, state
+from pipeline.tracking.store import Store, resolve_uri
+from pipeline.tracking.sync import is_alive, register_export, sync
+from tests.tracking.support import begin, make_run, of_journal, of_mlflow, open_store, unused_port
+
+
+def until(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.02)
+
+
+def log(tracker, first, last):
+    for step in range(first, last + 1):
+        tracker.log(step, {"train/loss": 5 / step, "train/lr": 1e-3, "train/tokens_seen": 64 * step})
+        if step % 10 == 0:
+            tracker.log(step, {"val/loss": 6 / step})
+
+
+def test_a_run_is_recorded_with_everything_that_belongs_to_it(folder):
+    run, config = make_run(folder)
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text("{}")
+    tracker = tracking.start(
+        run,
+        config,
+        step=0,
+        provenance={"git": {"commit": "0123abc", "dirty": True}, "packages": {"torch": "2.13.0"}},
+        dataset={"name": "tokens", "digest": "d" * 64, "tokens": 1000},
+        tokenizer_file=tokenizer,
+    )
+    tracker.event("started", step=0)
+    log(tracker, 1, 30)
+    checkpoint = run.checkpoints / "step_00000025"
+    checkpoint.mkdir()
+    write_text(checkpoint / "manifest.json", "{}")
+    tracker.event("checkpointed", step=25, path=str(checkpoint))
+    write_text(run.samples / "step_00000025.txt", "four score")
+    tracker.event("finished", step=30)
+    tracker.close("FINISHED")
+
+    store, run_id = open_store(run, config)
+    there = store.read_run(run_id)
+    assert of_mlflow(run, config) == of_journal(run)
+    assert there.info.status == "FINISHED" and there.info.run_name == "try" and there.info.end_time
+    assert there.data.params["model.d_model"] == "16"
+    assert there.data.params["optimizer.betas"] == "[0.9, 0.95]"
+    tags = there.data.tags
+    assert tags["mlflow.source.git.commit"] == "0123abc" and tags["provenance.packages.torch"] == "2.13.0"
+    assert tags["provenance.git.dirty"] == "true"
+    assert tags["pipeline.checkpoint"] == str(checkpoint) and len(tags["pipeline.checkpoint.digest"]) == 64
+    (given,) = there.inputs.dataset_inputs
+    assert given.dataset.name == "tokens" and given.dataset.digest == "d" * 36
+    assert json.loads(given.dataset.profile)["digest"] == "d" * 64
+    artifacts = folder / "artifacts" / "tests" / run_id / "artifacts"
+    names = {str(p.relative_to(artifacts)) for p in artifacts.rglob("*") if p.is_file()}
+    assert names == {
+        "config.yaml", "tokenizer.json", "environment.txt", "provenance.json", "checkpoints.json", "events.jsonl",
+        "samples/step_00000025.txt",
+    }  # fmt: skip
+    assert "torch==" in (artifacts / "environment.txt").read_text()
+    assert json.loads((artifacts / "checkpoints.json").read_text())[0]["step"] == 25
+    goodput = {k: v for k, v in there.data.metrics.items() if k.startswith("goodput/")}
+    parts = [v for k, v in goodput.items() if k not in ("goodput/fraction", "goodput/wall_s")]
+    assert sum(parts) == pytest.approx(goodput["goodput/wall_s"])
+
+
+def test_points_arrive_while_training_runs(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log(tracker, 1, 10)
+    until(lambda: state.load(run).stores and any(s.sent for s in state.load(run).stores.values()))
+    assert of_mlflow(run, config) == of_journal(run)
+    store, run_id = open_store(run, config)
+    assert store.read_run(run_id).info.status == "RUNNING"
+    tracker.close("KILLED")
+    assert store.read_run(run_id).info.status == "KILLED"
+
+
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run_without_a_point_twice(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log(tracker, 1, 30)
+    tracker.close("STOPPED")
+    store, run_id = open_store(run, config)
+    assert store.read_run(run_id).info.status == "RUNNING"
+    tracker = begin(run, config, 17)
+    log(tracker, 18, 40)
+    tracker.close("FAILED")
+    assert store.read_run(run_id).info.status == "FAILED"
+    tracker = begin(run, config, 40)
+    until(lambda: store.read_run(run_id).info.status == "RUNNING" or tracker.log(41, {"train/loss": 0.1}))
+    tracker.close("FINISHED")
+    assert of_mlflow(run, config) == of_journal(run)
+    assert [step for step, *_ in of_journal(run)["train/loss"]] == list(range(1, 42))
+    assert open_store(run, config)[1] == run_id
+    assert store.read_run(run_id).info.status == "FINISHED"
+
+
+def test_the_metrics_that_a_store_refuses_do_not_keep_the_others_back(folder, caplog):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    for step in range(1, 40):
+        tracker.log(step, {"train/loss": 1 / step, "no*such*name": 1.0})
+    tracker.close("FINISHED")
+    assert list(of_mlflow(run, config)) == ["train/loss"]
+    assert of_mlflow(run, config)["train/loss"] == of_journal(run)["train/loss"]
+    assert sum("no*such*name" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_values_that_are_no_numbers_do_not_stop_the_upload(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    tracker.log(1, {"train/loss": float("nan"), "train/grad_norm": float("inf")})
+    tracker.log(2, {"train/loss": 1.0, "train/grad_norm": 1.0})
+    tracker.close("FINISHED")
+    there = of_mlflow(run, config)
+    assert there["train/loss"][0][2] != there["train/loss"][0][2]
+    assert there["train/grad_norm"][0][2] == 1.7976931348623157e308  # what MLflow makes of infinity
+    assert there["train/loss"][1][2] == 1.0
+
+
+def test_an_mlflow_run_whose_id_was_lost_is_found_again(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log(tracker, 1, 10)
+    tracker.close("FINISHED")
+    _store, run_id = open_store(run, config)
+    state.update(run, lambda s: s.stores.clear())  # killed after the run was made, before its id was written down
+    assert sync(run).run_id == run_id
+    assert of_mlflow(run, config) == of_journal(run)
+
+
+def test_of_two_mlflow_runs_of_one_run_the_older_stays(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    tracker.close("FINISHED")
+    store, run_id = open_store(run, config)
+    client = store._client
+    experiment = store.read_run(run_id).info.experiment_id
+    late = client.create_run(experiment, tags={"pipeline.identity": state.load(run).identity})
+    state.update(run, lambda s: s.stores.clear())
+    assert sync(run).run_id == run_id
+    assert store.read_run(late.info.run_id).info.lifecycle_stage == "deleted"
+
+
+def test_a_store_that_was_thrown_away_is_filled_again(folder, empty_store):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log(tracker, 1, 10)
+    tracker.close("FINISHED")
+    shutil.copyfile(empty_store, folder / "mlflow.db")
+    sync(run)
+    assert of_mlflow(run, config) == of_journal(run)
+
+
+def test_a_param_that_changed_between_two_starts_is_told_by_a_tag(folder):
+    run, config = make_run(folder)
+    begin(run, config).close("STOPPED")
+    run, config = make_run(folder, None, "train.log_interval=7")
+    begin(run, config).close("FINISHED")
+    store, run_id = open_store(run, config)
+    data = store.read_run(run_id).data
+    assert data.params["train.log_interval"] == "5" and data.tags["changed.train.log_interval"] == "7"
+
+
+def test_without_a_store_everything_is_on_disk_and_sync_fills_one_later(folder):
+    run, config = make_run(folder, "none")
+    tracker = begin(run, config)
+    log(tracker, 1, 30)
+    tracker.close("FINISHED")
+    assert sync(run).uri is None
+    done = sync(run, f"sqlite:///{folder}/mlflow.db")
+    assert done.status == "FINISHED" and done.points >= 93
+    assert of_mlflow(run, config) == of_journal(run)
+    assert sync(run, f"sqlite:///{folder}/mlflow.db").points == 0
+
+
+def test_a_run_whose_process_was_killed_is_killed_after_the_next_sync(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log(tracker, 1, 10)
+    assert is_alive(run)
+    assert sync(run).status == "RUNNING"
+    tracker._uploader.close(30)
+    tracker._sampler.close()
+    os.close(tracker._alive)  # what the kernel does to the lock of a process that was killed
+    assert not is_alive(run)
+    done = sync(run)
+    assert done.status == "KILLED"
+    store, run_id = open_store(run, config)
+    assert store.read_run(run_id).info.status == "KILLED"
+    begin(run, config, 10).close("FINISHED")
+    assert store.read_run(run_id).info.status == "FINISHED"
+
+
+def test_a_server_that_is_not_there_gives_one_message_and_loses_nothing(tmp_path):
+    run, config = make_run(tmp_path, f"http://127.0.0.1:{unused_port()}")
+    began = time.monotonic()
+    tracker = begin(run, config)
+    log(tracker, 1, 30)
+    tracker.close("FINISHED")
+    assert time.monotonic() - began < 20
+    assert len(of_journal(run)["train/loss"]) == 30
+    with pytest.raises(PipelineError, match=r"MLflow at http://127.0.0.1:\d+: "):
+        sync(run)
+
+
+def test_an_exported_model_becomes_a_registered_version(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log(tracker, 1, 10)
+    tracker.event("checkpointed", step=10)
+    tracker.close("FINISHED")
+    export = run.exports / "hf"
+    export.mkdir(parents=True)
+    write_text(export / "config.json", "{}")
+    assert register_export(run, export, "my-model") == "1"
+    assert register_export(run, export, "my-model") == "2"
+    store, run_id = open_store(run, config)
+    version = store._client.get_model_version("my-model", "2")
+    assert version.run_id == run_id and version.tags["pipeline.checkpoint.step"] == "10"
+    assert (folder / "artifacts" / "tests" / run_id / "artifacts" / "export" / "hf" / "config.json").is_file()
+
+
+def test_memory_does_not_grow_with_what_waits(folder, monkeypatch):
+    from pipeline.tracking.feed import Feed
+
+    run, config = make_run(folder, "none")
+    tracker = begin(run, config)
+    line = {f"metric/{i}": float(i) for i in range(10)}
+    with journal.Writer(run.metrics_file) as writer:
+        writer.write(b"".join(journal.encode({"step": s, "time": float(s), **line}) for s in range(1, 5001)))
+    tracker.close("FINISHED")
+    sizes = []
+    uri = resolve_uri(f"sqlite:///{folder}/mlflow.db")
+    feed = Feed(run, config, uri)
+    monkeypatch.setattr(Store, "send_points", lambda self, run_id, points: sizes.append(len(points)) or [])
+    feed.send_all()
+    assert sum(sizes) >= 50_000 and max(sizes) <= 1000
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/x", "sqlite:///", "postgresql://u:p@h/db", "http://"])
+def test_addresses_that_are_no_store_are_refused(uri):
+    with pytest.raises(UsageError):
+        resolve_uri(uri)
+
+
+def test_a_password_in_the_address_is_refused_without_being_repeated(tmp_path):
+    with pytest.raises(UsageError) as refused:
+        make_run(tmp_path, "https://me:secret@host")
+    assert "secret" not in str(refused.value) and "MLFLOW_TRACKING_PASSWORD" in str(refused.value)
+
+
+def test_ranks_other_than_the_first_record_nothing(tmp_path, monkeypatch):
+    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    run, config = make_run(tmp_path, "none")
+    tracker = tracking.start(run, config, step=0, provenance={}, dataset={}, tokenizer_file=None, enabled=False)
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.event("started")
+    tracker.rewind(0)
+    tracker.close("FINISHED")
+    assert not run.metrics_file.exists() and not run.events_file.exists() and not run.tracking.exists()

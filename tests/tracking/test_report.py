@@ -1,0 +1,74 @@
+import re
+
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.files import write_text
+from pipeline.tracking.report import write_report
+from pipeline.tracking.report_charts import Curve
+from tests.tracking.support import begin, make_run
+
+
+def recorded(folder, *overrides, scale=1.0):
+    run, config = make_run(folder, "none", *overrides)
+    tracker = begin(run, config)
+    tracker.event("started", step=0)
+    for step in range(1, 31):
+        times = {"time/data_s": 0.001, "time/forward_backward_s": 0.02, "time/optimizer_s": 0.004}
+        metrics = {"train/loss": scale * 5 / step, "train/lr": 1e-3, "train/grad_norm": 2.0 / step}
+        tracker.log(step, {**metrics, "train/tokens_per_s": 1000.0 + step, **times})
+        if step % 10 == 0:
+            tracker.log(step, {"val/loss": scale * 6 / step, "val/perplexity": 9.0, "val/bits_per_byte": 1.5})
+    tracker.event("preempted")
+    tracker.close("STOPPED")
+    tracker = begin(run, config, 20)
+    tracker.event("resumed", step=20)
+    for step in range(21, 41):
+        tracker.log(step, {"train/loss": scale * 5 / step, "time/data_s": 0.001, "time/forward_backward_s": 0.02})
+    tracker.event("finished")
+    tracker.close("FINISHED")
+    write_text(run.samples / "step_00000040.txt", "<script>alert('sampled')</script> & the people")
+    return run
+
+
+def without_script(page):
+    return re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)
+
+
+def test_the_page_holds_everything_and_refers_to_nothing_outside(tmp_path):
+    page = write_report([recorded(tmp_path)]).read_text()
+    own = without_script(page)
+    assert "Content-Security-Policy" in own and "default-src 'none'" in own
+    assert not re.search(r'(?:src|href)\s*=\s*"(?!data:)', own)
+    for text in ("Loss", "Learning rate", "Gradient norm", "Throughput", "Goodput", "Time of a step", "config.yaml",
+                 "Provenance", "Starts, stops and incidents", "0123abc", "step_00000040"):  # fmt: skip
+        assert text in own
+    assert page.count("Plotly.newPlot(") >= 6
+
+
+def test_a_text_that_the_model_made_cannot_run_in_the_page(tmp_path):
+    own = without_script(write_report([recorded(tmp_path)]).read_text())
+    assert "alert('sampled')" not in own and "&lt;script&gt;alert(&#x27;sampled&#x27;)" in own
+
+
+def test_several_runs_are_overlaid_and_their_configs_compared(tmp_path):
+    first = recorded(tmp_path)
+    second = recorded(tmp_path, "name=other", "optimizer.learning_rate=2.0e-3", scale=0.9)
+    own = without_script(write_report([first, second], tmp_path / "both.html").read_text())
+    assert "try training" in own and "other training" in own
+    differences = own.split("Differences of the configs")[1].split("</table>")[0]
+    assert "optimizer.learning_rate" in differences and "0.002" in differences and "model.d_model" not in differences
+
+
+def test_a_run_without_metrics_is_refused(tmp_path):
+    run, _ = make_run(tmp_path, "none")
+    with pytest.raises(UsageError, match="nothing to report yet"):
+        write_report([run])
+
+
+def test_thinning_keeps_spikes_and_values_that_are_no_numbers():
+    values = [1.0] * 100_000
+    values[51_234], values[77_777] = 50.0, float("nan")
+    thin = Curve(range(100_000), values).thinned(2000)
+    assert len(thin.steps) <= 2000 and 50.0 in thin.values and any(v != v for v in thin.values)
+    assert list(thin.steps) == sorted(thin.steps)

@@ -1,0 +1,49 @@
+import sys
+import time
+import types
+
+from pipeline.tracking import journal
+from pipeline.tracking.system import NodeSampler, open_monitors, read_monitors
+from tests.tracking.support import make_run
+
+
+def wait_for_lines(file, count):
+    end = time.monotonic() + 30
+    while len(list(journal.read(file))) < count:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_each_node_has_a_file_of_its_own_that_goes_on_after_a_restart(tmp_path):
+    run, _ = make_run(tmp_path, "none")
+    file = run.tracking / "system" / "node-1.jsonl"
+    for count in (2, 4):
+        sampler = NodeSampler(run, "node-1", interval_s=0.1)
+        wait_for_lines(file, count)
+        sampler.close()
+    records = [line.record for line in journal.read(file)]
+    assert [r["step"] for r in records] == list(range(len(records)))
+    names = {k.rpartition("/")[2] for k in records[0] if k.startswith("system/node-1/")}
+    assert {"cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage"} <= names
+
+
+def test_memory_utilisation_and_power_of_every_gpu_are_sampled(monkeypatch):
+    """MLflow's own monitor, on a library that answers like NVML for two GPUs."""
+    nvml = types.ModuleType("pynvml")
+    nvml.NVMLError = RuntimeError
+    nvml.nvmlInit = lambda: None
+    nvml.nvmlDeviceGetCount = lambda: 2
+    nvml.nvmlDeviceGetHandleByIndex = lambda i: i
+    nvml.nvmlDeviceGetMemoryInfo = lambda h: types.SimpleNamespace(used=(h + 1) * 1e9, total=4e9)
+    nvml.nvmlDeviceGetUtilizationRates = lambda h: types.SimpleNamespace(gpu=90 + h)
+    nvml.nvmlDeviceGetPowerUsage = lambda h: 300_000
+    nvml.nvmlDeviceGetEnforcedPowerLimit = lambda h: 600_000
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    from mlflow.system_metrics.metrics import gpu_monitor
+
+    monkeypatch.setattr(gpu_monitor, "pynvml", nvml, raising=False)
+    sample = read_monitors(open_monitors())
+    assert sample["gpu_1_memory_usage_megabytes"] == 2000
+    assert sample["gpu_1_utilization_percentage"] == 91
+    assert sample["gpu_0_power_usage_watts"] == 300
+    assert sample["gpu_0_power_usage_percentage"] == 50
