@@ -131,11 +131,10 @@ class CheckpointSaver:
         self._copied.wait()
         return time.perf_counter() - began
 
-    def wait(self) -> None:
-        """Blocks until the save under way, if there is one, is durable or has failed."""
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Blocks until the save under way, if there is one, is durable or has failed, or the time is over."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(timeout_s)
 
     def _save(self, step: int, fragments: list[OwnedFragment], state: dict[str, Any], ready: Any, began: float) -> None:
         temp = self._checkpoints / f".{step_name(step)}.{self._writer.attempt}.tmp"

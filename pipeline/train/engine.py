@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.checkpoint.write import OwnedFragment
@@ -72,7 +73,7 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
         world.export(os.environ)  # type: ignore[arg-type]
         store: dict[str, Any] = {"init_method": "env://"}
     else:
-        store = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        store = {"store": HashStore(), "rank": 0, "world_size": 1}
         World().export(os.environ)  # type: ignore[arg-type]
     backend = "gloo" if device.type == "cpu" else "nccl"
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **store)

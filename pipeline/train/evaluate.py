@@ -74,9 +74,9 @@ def evaluate(
     for turn in range(-(-chunks // world.size)):
         index = min(turn * world.size + world.rank, chunks - 1)
         x, y = (t.to(device) for t in windows.batch(index * chunk, min((index + 1) * chunk, count)))
-        loss = cross_entropy(model(x).flatten(0, 1), y.flatten())
+        mean = cross_entropy(model(x).flatten(0, 1), y.flatten())
         if turn * world.size + world.rank < chunks:
-            sums[index] = loss.double() * y.numel()
+            sums[index] = mean.double() * y.numel()
     if world.size > 1:
         dist.all_reduce(sums)
     tokens = count * context_length

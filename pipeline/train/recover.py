@@ -31,7 +31,7 @@ def find_checkpoint(checkpoints: Path, world: World) -> Recovery:
 
     A damaged one is renamed to `step_X.rejected` and kept for a person to look at.
     """
-    rejected = []
+    rejected: list[str] = []
     for folder in ranks.broadcast(published(checkpoints) if world.is_first else [], world):
         problem = None
         try:

@@ -31,12 +31,16 @@ from pipeline.train.clock import StepClock
 from pipeline.train.engine import Agreed, Engine, pick_device, process_group
 from pipeline.train.evaluate import Evaluation, evaluate
 from pipeline.train.hardware import peak_flops_per_s
+from pipeline.train.peers import Peers
 from pipeline.train.progress import Progress
 from pipeline.train.recover import Recovery, find_checkpoint
 from pipeline.train.stop import StopRequest
 from pipeline.train.world import World, world_from_environment
 
 Batch = tuple[Tensor, Tensor]
+
+# A save may wait for the file of a rank that is gone; the ranks that are left must not.
+FAILED_SAVE_S = 5.0
 
 
 def every(step: int, interval: int) -> bool:
@@ -210,6 +214,12 @@ class Session:
         reason = self.stop.reason or "another rank was asked"
         return f"stopped on request ({reason}) after step {step}; everything is saved: the same command goes on"
 
+    def fail(self, why: str) -> None:
+        """Records that training failed; a save under way is given a moment, for it may be whole already."""
+        self.saver.wait(FAILED_SAVE_S)
+        self.tracker.event("failed", step=self.reached, error=why)
+        self.tracker.close("FAILED")
+
     def result(self) -> TrainResult:
         """What came of it; waits until the last checkpoint is durable."""
         self.wait_until_durable()
@@ -223,9 +233,10 @@ def open_session(config: Config) -> Iterator[Session]:
     """Everything ready for the next step: ranks joined, data open, the newest whole checkpoint loaded."""
     world = world_from_environment()
     device = pick_device(config, world)
-    with StopRequest() as stop, process_group(world, device):
+    with StopRequest() as stop, process_group(world, device), _watched(world) as peers:
         session = _start(config, world, device, stop)
-        with session.progress, _ended(session):
+        peers.at_exit = session.fail
+        with session.progress, _ended(session, peers):
             session.clock = StepClock()  # start-up is no part of the first step
             yield session
 
@@ -347,8 +358,27 @@ def _announce(session: Session, recovery: Recovery) -> None:
 
 
 @contextlib.contextmanager
-def _ended(session: Session) -> Iterator[None]:
-    """Ends tracking with the status that is true, and lets a save under way finish."""
+def _watched(world: World) -> Iterator[Peers]:
+    """Watches the other ranks; the last words of the one that failed first become everybody's error."""
+    peers = Peers(world)
+    try:
+        yield peers
+    except StopRequested:
+        peers.close()
+        raise
+    except BaseException as error:
+        lost = peers.cause_of(error)
+        if lost is not None:
+            peers.close()
+            raise PipelineError(lost) from error
+        peers.close(str(error) or type(error).__name__)
+        raise
+    peers.close()
+
+
+@contextlib.contextmanager
+def _ended(session: Session, peers: Peers) -> Iterator[None]:
+    """Ends tracking with the status that is true."""
     try:
         yield
     except StopRequested:
@@ -356,9 +386,7 @@ def _ended(session: Session) -> Iterator[None]:
         session.tracker.close("STOPPED")
         raise
     except BaseException as error:
-        session.saver.wait()
-        session.tracker.event("failed", step=session.reached, error=f"{type(error).__name__}: {error}")
-        session.tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        session.fail(peers.cause_of(error) or f"{type(error).__name__}: {error}")
         raise
     session.tracker.event("finished", step=session.reached)
     session.tracker.close("FINISHED")
