@@ -53,6 +53,30 @@ def prepare(
 
 
 @app.command()
+def inspect(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="The dataset folder, `data/tokens` say.")],
+    split: Annotated[str, typer.Option(help="`train` or `validation`.")] = "train",
+    count: Annotated[int, typer.Option(min=0, help="Documents to print.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Which documents.")] = 0,
+    html: Annotated[str | None, typer.Option(help="The page to write; DATASET/inspect.html otherwise.")] = None,
+) -> None:
+    """Print decoded documents of a dataset and write a page with its lengths and most frequent tokens."""
+    from pipeline.data.display import inspect_here
+
+    inspect_here(dataset, split, count, seed, html)
+
+
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a dataset or of a checkpoint.")],
+) -> None:
+    """Compare every byte of a dataset or a checkpoint with its checksums."""
+    from pipeline.verify import verify_path
+
+    print(verify_path(path))
+
+
+@app.command()
 def train(config_file: ConfigFile, overrides: Overrides = None) -> None:
     """Train here; resumes the run if it exists."""
     from pipeline.train.loop import train as train_run

@@ -22,7 +22,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Display:
     """Shows the progress of a build: a bar on a terminal, a line every ten seconds elsewhere; on stderr."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, verb: str = "prepare", console: Console | None = None) -> None:
+        self._verb = verb
         self._console = console or Console(file=sys.stderr)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -33,7 +34,7 @@ class Display:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("prepare", total=None)
+        self._task = self._bar.add_task(verb, total=None)
         self._lock = threading.Lock()
         self._began = self._last_line = time.monotonic()
 
@@ -51,21 +52,24 @@ class Display:
         if progress.phase == "tokenizer":
             self._bar.update(self._task, description="tokenizer")
         elif progress.phase == "slices":
-            self._bar.update(self._task, description="prepare", completed=progress.done, total=progress.total)
-            if not self._console.is_terminal:
-                self._line(progress)
+            self.bytes(progress.done, progress.total)
 
-    def _line(self, progress: BuildProgress) -> None:
+    def bytes(self, done: int, total: int) -> None:
+        """Takes how much is done."""
+        self._bar.update(self._task, description=self._verb, completed=done, total=total)
+        if not self._console.is_terminal:
+            self._line(done, total)
+
+    def _line(self, done: int, total: int) -> None:
         with self._lock:
             now = time.monotonic()
             if now - self._last_line < _SECONDS_BETWEEN_LINES:
                 return
             self._last_line = now
-        speed = progress.done / (now - self._began)
-        left = (progress.total - progress.done) / speed if speed else 0.0
+        speed = done / (now - self._began)
+        left = (total - done) / speed if speed else 0.0
         self._console.print(
-            f"prepare {progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB, "
-            f"{speed / 1e6:.1f} MB/s, {left:.0f} s left",
+            f"{self._verb} {done / 1e6:.0f} of {total / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s, {left:.0f} s left",
             highlight=False,
         )
 
@@ -123,3 +127,30 @@ def parse_slice(text: str | None) -> tuple[int, int] | None:
     if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         raise UsageError(f"--slice {text}: is no part, allowed: I/N with I from 1 to N, 3/8 say")
     return int(part), int(parts)
+
+
+def inspect_here(path: str, split: str, count: int, seed: int, page: str | None) -> None:
+    """Prints documents of a dataset and writes a page about it; see `inspect`."""
+    from pathlib import Path
+
+    from pipeline.data.inspect import draw_documents, write_page
+
+    console = Console()
+    console.print(summary_table(Manifest.load(path), path))
+    for document in draw_documents(path, split, count, seed):
+        console.rule(f"{split} document {document.number:,}, source {document.source}, {document.tokens:,} tokens")
+        console.print(_shortened(document.text), markup=False, highlight=False)
+    out = Path(page) if page is not None else Path(path) / "inspect.html"
+    try:
+        write_page(path, out)
+    except OSError as error:
+        raise UsageError(
+            f"{out}: the page cannot be written ({error.strerror}); choose another place with --html"
+        ) from error
+    console.print(f"written: {out}", highlight=False)
+
+
+def _shortened(text: str, longest: int = 1200) -> str:
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest // 2]}\n[... {len(text) - longest:,} characters ...]\n{text[-longest // 2 :]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import random
@@ -29,10 +30,41 @@ COMPRESS = {
     "zst": zstandard.ZstdCompressor(write_checksum=True).compress,
 }
 
-_WORDS = (
-    "the of and to in a state union people congress war peace law money naïve Zürich 北京 🙂 don't it's 1790 12,345 "
-    "government <|endoftext|> liberty justice treaty\ttariff  commerce nation; — “quoted” ümlaut"
-).split(" ")
+_WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "a",
+    "state",
+    "union",
+    "people",
+    "congress",
+    "war",
+    "peace",
+    "law",
+    "money",
+    "naïve",
+    "Zürich",
+    "北京",
+    "🙂",
+    "don't",
+    "it's",
+    "1790",
+    "12,345",
+    "government",
+    "<|endoftext|>",
+    "liberty",
+    "justice",
+    "treaty\ttariff",
+    "",
+    "commerce",
+    "nation;",
+    "—",
+    "“quoted”",
+    "ümlaut",
+]
 
 
 def documents(count: int, seed: int = 0, longest: int = 60) -> list[str]:
@@ -88,7 +120,7 @@ def write(path: Path, content: bytes) -> Path:
 def members(compression: str, content: bytes, parts: int = 3) -> bytes:
     """`content` as several members or frames in one file, cut anywhere."""
     bounds = [len(content) * i // parts for i in range(parts + 1)]
-    return b"".join(COMPRESS[compression](content[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+    return b"".join(COMPRESS[compression](content[a:b]) for a, b in itertools.pairwise(bounds))
 
 
 def split_texts(folder: Path, split: str = "train") -> list[str]:
@@ -100,7 +132,7 @@ def split_texts(folder: Path, split: str = "train") -> list[str]:
         tokens = np.fromfile(folder / shard.file, manifest.numpy_dtype)
         index = np.fromfile(folder / shard.index, "<u8").astype(int)
         assert index[0] == 0 and index[-1] == len(tokens) == shard.tokens
-        for start, stop in zip(index, index[1:], strict=False):
+        for start, stop in itertools.pairwise(index):
             assert tokens[stop - 1] == tokenizer.end_of_text_id
             texts.append(tokenizer.decode(tokens[start : stop - 1]))
     return texts

@@ -21,44 +21,99 @@ def _lines(bad: bytes) -> bytes:
     return good[0] + b"\n" + bad + b"\n" + good[1] + b"\n"
 
 
-# Name of the file, its content, further settings of the source, words that the message must have, reason, good documents.
+# Name of the file, its content, further settings of the source, words of the message, reason, good documents.
 CASES: dict[str, tuple[str, bytes, dict[str, Any], list[str], str, list[str]]] = {
     "invalid UTF-8 in a text file": (
-        "a.txt", b"line one\nline \xff two", {}, ["a.txt, line 2, byte 14", "invalid UTF-8 (invalid start byte)"], "invalid UTF-8", [],
+        "a.txt",
+        b"line one\nline \xff two",
+        {},
+        ["line 2, byte 14", "invalid UTF-8 (invalid start byte)"],
+        "invalid UTF-8",
+        [],
     ),
     "invalid UTF-8 between separators": (
-        "a.txt", b"one|t\xc3(o|three", {"separator": "|"}, ["line 1, byte 5", "invalid UTF-8"], "invalid UTF-8", ["one", "three"],
+        "a.txt",
+        b"one|t\xc3(o|three",
+        {"separator": "|"},
+        ["line 1, byte 5", "invalid UTF-8"],
+        "invalid UTF-8",
+        ["one", "three"],
     ),
     "invalid UTF-8 in a line": (
-        "a.jsonl", _lines(b'{"text": "\xe9"}'), {}, ["line 2, byte 42", "invalid UTF-8"], "invalid UTF-8", GOOD,
+        "a.jsonl",
+        _lines(b'{"text": "\xe9"}'),
+        {},
+        ["line 2, byte 42", "invalid UTF-8"],
+        "invalid UTF-8",
+        GOOD,
     ),
     "half a surrogate pair": (
-        "a.jsonl", _lines(b'{"text": "\\ud800"}'), {}, ["line 2", "surrogate"], "invalid UTF-8", GOOD,
+        "a.jsonl",
+        _lines(b'{"text": "\\ud800"}'),
+        {},
+        ["line 2", "surrogate"],
+        "invalid UTF-8",
+        GOOD,
     ),
     "invalid JSON": (
-        "a.jsonl", _lines(b'{"text": "a" "b"}'), {}, ["line 2, byte 45", "invalid JSON (Expecting ',' delimiter)"], "invalid JSON", GOOD,
+        "a.jsonl",
+        _lines(b'{"text": "a" "b"}'),
+        {},
+        ["line 2, byte 45", "invalid JSON (Expecting ',' delimiter)"],
+        "invalid JSON",
+        GOOD,
     ),
     "two records in one line": (
-        "a.jsonl", _lines(b'{"text": "a"} {"text": "b"}'), {}, ["line 2", "Extra data"], "invalid JSON", GOOD,
+        "a.jsonl",
+        _lines(b'{"text": "a"} {"text": "b"}'),
+        {},
+        ["line 2", "Extra data"],
+        "invalid JSON",
+        GOOD,
     ),
     "a record over two lines": (
-        "a.jsonl", _lines(b'{"text":\n"a"}'), {}, ["line 2", "invalid JSON"], "invalid JSON", GOOD,
+        "a.jsonl",
+        _lines(b'{"text":\n"a"}'),
+        {},
+        ["line 2", "invalid JSON"],
+        "invalid JSON",
+        GOOD,
     ),
     "missing field": (
-        "a.jsonl", _lines(b'{"txt": "a", "id": 3}'), {}, ["line 2, byte 32", "missing field", "'txt', 'id'", "`field`"], "missing field", GOOD,
+        "a.jsonl",
+        _lines(b'{"txt": "a", "id": 3}'),
+        {},
+        ["line 2, byte 32", "missing field", "'txt', 'id'", "`field`"],
+        "missing field",
+        GOOD,
     ),
     "no object": ("a.jsonl", _lines(b'["text"]'), {}, ["line 2", "no JSON object"], "missing field", GOOD),
     "field is no string": (
-        "a.jsonl", _lines(b'{"text": 17}'), {}, ["line 2", "field is no string", "'text' is 17"], "field is no string", GOOD,
+        "a.jsonl",
+        _lines(b'{"text": 17}'),
+        {},
+        ["line 2", "field is no string", "'text' is 17"],
+        "field is no string",
+        GOOD,
     ),
     "field is null": ("a.jsonl", _lines(b'{"text": null}'), {}, ["line 2", "is null"], "field is no string", GOOD),
     "document too long": (
-        "a.jsonl", _lines(b'{"text": "' + b"x" * 2_000_000 + b'"}'), {}, ["line 2", "document too long", "max_document_mb"], "document too long", GOOD,
+        "a.jsonl",
+        _lines(b'{"text": "' + b"x" * 2_000_000 + b'"}'),
+        {},
+        ["line 2", "document too long", "max_document_mb"],
+        "document too long",
+        GOOD,
     ),
     "one text file too long": (
-        "a.txt", b"x " * 1_000_000, {}, ["document too long", "`separator`"], "document too long", [],
+        "a.txt",
+        b"x " * 1_000_000,
+        {},
+        ["document too long", "`separator`"],
+        "document too long",
+        [],
     ),
-}  # fmt: skip
+}
 
 
 def _entry(path: Path, **source: Any) -> dict[str, Any]:
@@ -109,8 +164,8 @@ def test_a_truncated_archive_is_noticed(compression: str, cut: str, tmp_path: Pa
     ):
         prepare(config(tmp_path / "out", [_entry(path)]))
     assert not (tmp_path / "out" / "manifest.json").exists()
-    kept = config(tmp_path / "kept", [_entry(path), {"name": "o", "paths": [str(write(tmp_path / "o.txt", b"o"))], "split": "train"}],
-                  on_bad="skip", max_bad_fraction=0.9)  # fmt: skip
+    other = {**_entry(write(tmp_path / "o.txt", b"o")), "name": "o"}
+    kept = config(tmp_path / "kept", [_entry(path), other], on_bad="skip", max_bad_fraction=0.9)
     manifest = prepare(kept)
     assert manifest.bad == {"truncated or damaged archive": 1}
     got = split_texts(tmp_path / "kept")[:-1]
@@ -144,7 +199,7 @@ def test_parquet_rows_without_text_are_named(
 
 def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["a"])
-    with pytest.raises(DataError, match="field is no string.*the column 'id' holds int64"):
+    with pytest.raises(DataError, match=r"field is no string.*the column 'id' holds int64"):
         prepare(config(tmp_path / "out", [_entry(path, field="id")]))
 
 
@@ -182,7 +237,7 @@ def test_too_many_bad_records_stop_the_build_all_the_same(tmp_path: Path) -> Non
 def test_a_dataset_with_skipped_records_is_refused_under_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", jsonl(documents(80)) + b"{}\n")
     prepare(config(tmp_path / "out", [_entry(path)], on_bad="skip", max_bad_fraction=0.3))
-    with pytest.raises(DataError, match="was made with data.on_bad=skip"):
+    with pytest.raises(DataError, match=r"was made with data.on_bad=skip"):
         prepare(config(tmp_path / "out", [_entry(path)]))
 
 

@@ -226,7 +226,7 @@ def test_another_tokenizer_file_is_refused(tmp_path: Path) -> None:
     made = config(tmp_path / "out", entry, tokenizer={"kind": "file", "path": str(file)}, slice_size_mb=0.003)
     prepare(made, slice_spec=(1, 2))
     file.write_bytes(file.read_bytes() + b"\n")
-    with pytest.raises(DataError, match="is not the tokenizer that .* was begun with"):
+    with pytest.raises(DataError, match=r"is not the tokenizer that .* was begun with"):
         prepare(made)
 
 
@@ -293,7 +293,7 @@ def test_the_split_depends_on_the_document_alone(tmp_path: Path) -> None:
     prepare(first)
     validation = set(split_texts(tmp_path / "out", "validation"))
     assert 5 < len(validation) < 60
-    entry = {"name": "all", "paths": [str(write(tmp_path / "other.jsonl", jsonl(["new"] + TEXTS[::-1])))]}
+    entry = {"name": "all", "paths": [str(write(tmp_path / "other.jsonl", jsonl(["new", *TEXTS[::-1]])))]}
     prepare(config(tmp_path / "other", [entry], tokenizer=TOKENIZER, validation_fraction=0.1))
     # The archive's documents are for training by the first config, whatever their hash.
     assert (

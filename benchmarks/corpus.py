@@ -1,0 +1,80 @@
+"""English text for benchmarks: from Debian's documentation packages, every document a different one.
+
+    python -m benchmarks.corpus FOLDER
+
+Copies of one text would flatter every tokenizer that caches words; these are real documents, about 200 MB.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# Dictionaries, manuals and guides; HTML is reduced to its text.
+PACKAGES = (
+    "dict-gcide", "dict-wn", "dict-foldoc", "dict-jargon", "bible-kjv-text", "fortunes", "perl-doc", "manpages",
+    "manpages-dev", "python3.11-doc", "linux-doc-6.1", "postgresql-doc-15", "git-doc", "debian-handbook",
+    "debian-policy", "developers-reference", "python-django-doc", "libboost1.81-doc", "erlang-doc",
+    "openjdk-17-doc", "libstdc++-12-doc", "octave-doc",
+)  # fmt: skip
+SEPARATOR = "\x1e"
+_HIDDEN = re.compile(r"<(script|style|head|nav)\b.*?</\1>", re.S | re.I)
+_TAG = re.compile(r"<[^>]*>")
+_BLANK_LINES = re.compile(r"\s*\n\s*\n\s*")
+
+
+def build(folder: Path, megabytes: int = 200) -> Path:
+    """Writes `megabytes` of text to `folder/english.txt`, documents ended by the record separator; returns the path."""
+    target = folder / "english.txt"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    size, seen = 0, set()
+    with tempfile.TemporaryDirectory() as temp, (folder / "english.part").open("w", encoding="utf-8") as out:
+        for package in PACKAGES:
+            for text in _documents(package, Path(temp)):
+                if len(text) < 200 or hash(text) in seen:
+                    continue
+                seen.add(hash(text))
+                out.write(text.replace(SEPARATOR, " ") + SEPARATOR)
+                size += len(text.encode())
+            print(f"{package}: {size / 1e6:.0f} MB so far", file=sys.stderr)
+            if size >= megabytes * 1e6:
+                break
+    (folder / "english.part").rename(target)
+    return target
+
+
+def _documents(package: str, temp: Path) -> Iterator[str]:
+    done = subprocess.run(["apt-get", "download", "-qq", package], cwd=temp, capture_output=True, text=True)
+    archives = list(temp.glob("*.deb"))
+    if done.returncode != 0 or not archives:
+        print(f"{package}: cannot be downloaded, left out", file=sys.stderr)
+        return
+    unpacked = temp / "unpacked"
+    subprocess.run(["dpkg-deb", "-x", archives[0], unpacked], check=True)
+    archives[0].unlink()
+    for path in sorted(p for p in unpacked.rglob("*") if p.is_file() and not p.is_symlink()):
+        name = path.name.removesuffix(".gz")
+        if path.suffix == ".dz":
+            # A dictionary is one file of many entries, which are documents of their own.
+            yield from re.split(r"\n\s*\n", gzip.decompress(path.read_bytes()).decode("utf-8", "replace"))
+            continue
+        if not name.endswith((".html", ".txt", ".pod", ".1", ".2", ".3", ".5", ".7", ".rst", ".md")):
+            continue
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = content.decode("utf-8", "replace")
+        if name.endswith(".html"):
+            text = html.unescape(_TAG.sub("", _HIDDEN.sub("", text)))
+        yield _BLANK_LINES.sub("\n\n", text).strip()
+    subprocess.run(["rm", "-rf", str(unpacked)], check=True)
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1])))

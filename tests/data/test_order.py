@@ -1,0 +1,194 @@
+"""The order of samples: a permutation, in the right shares, whoever asks for which part of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.order import MIXTURE_BLOCK, Order, derive_key, mix64, mixture, permute, quotas, sample_numbers
+
+sizes = st.integers(1, 5000)
+keys = st.integers(0, 2**64 - 1)
+seeds = st.integers(0, 2**31)
+
+
+@given(size=sizes, key=keys)
+def test_permute_is_a_permutation_for_every_size(size: int, key: int) -> None:
+    assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 15, 16, 17, 255, 256, 257, 65535, 65536, 65537, 1 << 20])
+def test_permute_is_a_permutation_around_powers_of_two(size: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(size), size, 7)), np.arange(size))
+
+
+@given(size=st.integers(2**33, 2**62), key=keys)
+@settings(max_examples=30)
+def test_permute_of_sizes_that_no_memory_holds_stays_inside_and_apart(size: int, key: int) -> None:
+    places = permute(np.arange(1000), size, key)
+    assert places.min() >= 0 and places.max() < size and len(np.unique(places)) == 1000
+
+
+@given(size=sizes, key=keys, data=st.data())
+def test_permute_of_a_part_is_a_part_of_the_permutation(size: int, key: int, data: st.DataObject) -> None:
+    positions = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=20)), np.int64)
+    assert np.array_equal(permute(positions, size, key), permute(np.arange(size), size, key)[positions])
+
+
+def test_permute_looks_random() -> None:
+    size = 10_000
+    places = permute(np.arange(size), size, 3)
+    assert abs(np.corrcoef(np.arange(size), places)[0, 1]) < 0.03
+    # Neighbours stay neighbours as often as chance has it: about twice in `size`.
+    assert (np.abs(np.diff(places)) == 1).sum() < 12
+    other = permute(np.arange(size), size, 4)
+    assert (places == other).sum() < 10
+    counts, _ = np.histogram(places[:1000], bins=10, range=(0, size))
+    assert counts.min() > 60
+
+
+def test_keys_depend_on_every_part_and_its_place() -> None:
+    made = {derive_key(*parts) for parts in [(), (0,), (0, 0), (1, 0), (0, 1), (1,), (1, 2, 3), (3, 2, 1), (2**63,)]}
+    assert len(made) == 9
+    assert derive_key(5) == int(mix64(np.array([5 + 0x9E3779B97F4A7C15], np.uint64))[0])
+
+
+def test_the_order_never_changes() -> None:
+    # Resuming a run with a newer version must see the same batches: these numbers are a promise.
+    assert permute(np.arange(8), 1000, 42).tolist() == PERMUTED
+    order = Order("shuffle", (10_000, 3_000), (3.0, 1.0), 16, 1337)
+    sources, starts = order.draw(sample_numbers(5, 0, 6, 6))
+    assert (sources.tolist(), starts.tolist()) == DRAWN
+
+
+@given(tokens=st.integers(9, 3000), context=st.integers(1, 8), seed=seeds, epoch=st.integers(0, 5))
+def test_every_token_is_seen_once_an_epoch_but_less_than_a_window(
+    tokens: int, context: int, seed: int, epoch: int
+) -> None:
+    order = Order("shuffle", (tokens,), None, context, seed)
+    windows = order.windows[0]
+    sources, starts = order.draw(np.arange(epoch * windows, (epoch + 1) * windows))
+    assert not sources.any()
+    seen = (starts[:, None] + np.arange(context)).ravel()
+    assert len(np.unique(seen)) == len(seen) == windows * context > tokens - 1 - context
+    assert seen.min() >= 0 and starts.max() + context + 1 <= tokens
+    assert np.array_equal(np.sort(seen), np.arange(seen.min(), seen.max() + 1))
+
+
+def test_the_tokens_left_out_differ_from_epoch_to_epoch() -> None:
+    order = Order("shuffle", (1000,), None, 64, 0)
+    windows = order.windows[0]
+    firsts = {int(order.draw(np.arange(e * windows, (e + 1) * windows))[1].min()) for e in range(300)}
+    assert len(firsts) > 20 and max(firsts) == (1000 - 1) % 64
+
+
+@given(
+    tokens=st.lists(st.integers(20, 4000), min_size=1, max_size=4),
+    kind=st.sampled_from(["shuffle", "random"]),
+    weighted=st.booleans(),
+    seed=seeds,
+    index=st.integers(0, 10_000),
+    layout=st.sampled_from([(1, 24), (2, 12), (3, 8), (4, 3), (8, 1), (24, 1)]),
+)
+def test_any_world_size_and_micro_batch_sees_the_same_global_batch(
+    tokens: list[int], kind: str, weighted: bool, seed: int, index: int, layout: tuple[int, int]
+) -> None:
+    order = _order(kind, tokens, weighted, seed)
+    whole = order.draw(sample_numbers(index, 0, 24, 24))
+    ranks, micro = layout
+    share = 24 // ranks
+    parts = [
+        order.draw(sample_numbers(index, start, min(start + micro, (rank + 1) * share), 24))
+        for rank in range(ranks)
+        for start in range(rank * share, (rank + 1) * share, micro)
+    ]
+    for column in range(2):
+        assert np.array_equal(whole[column], np.concatenate([part[column] for part in parts]))
+
+
+@given(
+    tokens=st.lists(st.integers(200, 4000), min_size=1, max_size=3),
+    weighted=st.booleans(),
+    seed=seeds,
+    ranks=st.integers(1, 8),
+)
+def test_ranks_do_not_overlap_within_an_epoch(tokens: list[int], weighted: bool, seed: int, ranks: int) -> None:
+    order = _order("shuffle", tokens, weighted, seed)
+    batch = 8 * ranks
+    # As many batches as every source surely has windows for.
+    batches = min(order.windows) // batch
+    drawn = [
+        tuple(pair)
+        for index in range(batches)
+        for rank in range(ranks)
+        for pair in zip(
+            *(c.tolist() for c in order.draw(sample_numbers(index, rank * 8, rank * 8 + 8, batch))), strict=True
+        )
+    ]
+    assert len(set(drawn)) == len(drawn)
+
+
+@given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=6), seed=seeds)
+@settings(max_examples=20)
+def test_weighted_mixing_has_the_right_shares(weights: list[float], seed: int) -> None:
+    counts = np.bincount(mixture(np.arange(MIXTURE_BLOCK), weights, seed)[0], minlength=len(weights))
+    shares = np.array(weights) / sum(weights)
+    assert np.abs(counts / MIXTURE_BLOCK - shares).max() <= (len(weights) + 1) / MIXTURE_BLOCK
+    # Inside a block too, as far as chance has it: six standard deviations.
+    some = np.bincount(mixture(np.arange(4096), weights, seed)[0], minlength=len(weights)) / 4096
+    assert (np.abs(some - shares) < 6 * np.sqrt(shares * (1 - shares) / 4096) + 1 / 4096).all()
+
+
+@given(
+    weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=4), seed=seeds, start=st.integers(0, 3 * MIXTURE_BLOCK)
+)
+@settings(max_examples=20)
+def test_the_draws_of_a_source_are_counted_without_a_gap(weights: list[float], seed: int, start: int) -> None:
+    sources, draws = mixture(np.arange(start, start + 2000), weights, seed)
+    for source in range(len(weights)):
+        mine = draws[sources == source]
+        assert len(mine) == 0 or np.array_equal(mine, np.arange(mine[0], mine[0] + len(mine)))
+
+
+@given(weights=st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=50))
+def test_quotas_fill_a_block_and_leave_nobody_out(weights: list[float]) -> None:
+    made = quotas(weights)
+    assert sum(made) == MIXTURE_BLOCK and min(made) >= 1
+
+
+def test_a_weighted_source_is_gone_through_before_it_repeats() -> None:
+    order = Order("shuffle", (1601, 401), (1.0, 3.0), 4, 9)
+    sources, starts = order.draw(np.arange(5000))
+    for source, windows in enumerate(order.windows):
+        mine = starts[sources == source]
+        for epoch in range(len(mine) // windows):
+            assert len(np.unique(mine[epoch * windows : (epoch + 1) * windows])) == windows
+    epochs = order.epochs(np.arange(5000))
+    assert epochs[0] == 0 and epochs[sources == 1].max() == (sources == 1).sum() // 100
+
+
+@given(tokens=st.lists(st.integers(10, 500), min_size=1, max_size=3), weighted=st.booleans(), seed=seeds)
+def test_random_windows_fit_and_reach_both_ends(tokens: list[int], weighted: bool, seed: int) -> None:
+    order = _order("random", tokens, weighted, seed)
+    sources, starts = order.draw(np.arange(20_000))
+    for source, length in enumerate(order.tokens):
+        mine = starts[sources == source]
+        assert mine.min() == 0 and mine.max() == length - order.context_length - 1
+
+
+def test_random_sources_have_their_weights() -> None:
+    order = Order("random", (100, 100, 100), (1.0, 2.0, 7.0), 4, 0)
+    shares = np.bincount(order.draw(np.arange(100_000))[0]) / 100_000
+    assert np.abs(shares - [0.1, 0.2, 0.7]).max() < 0.01
+
+
+def _order(kind: str, tokens: list[int], weighted: bool, seed: int) -> Order:
+    if weighted:
+        return Order(kind, tuple(tokens), tuple(float(i + 1) for i in range(len(tokens))), 4, seed)  # type: ignore[arg-type]
+    return Order(kind, (sum(tokens),), None, 4, seed)  # type: ignore[arg-type]
+
+
+PERMUTED = [604, 319, 668, 861, 113, 134, 265, 142]
+DRAWN = ([0, 0, 0, 1, 0, 0], [9871, 4079, 8863, 2178, 8111, 1983])
