@@ -175,6 +175,23 @@ class CheckpointConfig(Section):
     """Minutes after which a save gives up on a rank whose file does not arrive."""
 
 
+class GuardConfig(Section):
+    """What is done about gradients that are not finite, and about losses that jump."""
+
+    max_bad_steps: Count = 5
+    """Steps in a row that are skipped for a loss or gradient that is not finite, before training ends."""
+    on_spike: Literal["off", "warn", "rollback"] = "warn"
+    """A loss far above those before it is reported, or training goes back and leaves the batches out."""
+    spike_window: Count = 100
+    """Steps whose losses a loss is compared with."""
+    spike_sigma: Positive = 6.0
+    """Standard deviations above their mean that make a spike."""
+    rollback_skip: Count = 2
+    """Batches that a rollback leaves out: the one whose loss jumped and those right before it."""
+    max_rollbacks: Count = 5
+    """Rollbacks in one run before training ends."""
+
+
 class TrackingConfig(Section):
     """MLflow."""
 
@@ -229,6 +246,7 @@ class Config(Section):
     optimizer: OptimizerConfig
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     tracking: TrackingConfig = TrackingConfig()
     sample: SampleConfig = SampleConfig()
     deepspeed: dict[str, Any] = {}

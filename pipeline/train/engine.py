@@ -49,6 +49,10 @@ class Agreed:
     norm: Tensor
     stop: Tensor
 
+    def on_host(self) -> tuple[float, float]:
+        """Loss and norm as numbers; the host waits for the device, the first time."""
+        return float(self.loss), float(self.norm)
+
 
 def pick_device(config: Config, world: World) -> torch.device:
     """The device this process trains on.

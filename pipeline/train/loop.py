@@ -6,7 +6,8 @@ from pipeline.config import Config
 from pipeline.errors import StopRequested
 from pipeline.model.loss import cross_entropy
 from pipeline.optim.schedule import get_lr_cosine_schedule
-from pipeline.train.session import Session, TrainResult, every, open_session
+from pipeline.train.session import Session, TrainResult, every
+from pipeline.train.startup import open_session
 
 
 def train(config: Config) -> TrainResult:
@@ -25,7 +26,8 @@ def run_loop(session: Session, config: Config) -> None:
     """From the first step that is missing to the last."""
     train, optim, engine, clock = config.train, config.optimizer, session.engine, session.clock
     schedule = (optim.learning_rate, optim.min_learning_rate, optim.warmup_iters, optim.cosine_cycle_iters)
-    for step in range(session.step, train.max_iters):
+    step = session.step
+    while step < train.max_iters:
         lr = get_lr_cosine_schedule(step, *schedule)
         engine.set_learning_rate(lr)
         engine.zero_grad()
@@ -48,6 +50,9 @@ def run_loop(session: Session, config: Config) -> None:
 
         step += 1
         session.log(step, lr, agreed)
+        if session.spiked(step, agreed):
+            step = session.roll_back(step)
+            continue
         if every(step, train.val_interval) or step == train.max_iters:
             session.validate(step)
         # Read here and not earlier: by now the host has launched the whole step.

@@ -43,12 +43,13 @@ def find_checkpoint(checkpoints: Path, world: World) -> Recovery:
             return Recovery(folder, tuple(rejected))
         rejected.append(problems[0])
         if world.is_first:
-            _set_aside(folder)
+            set_aside(folder)
         ranks.barrier(world)
     return Recovery(None, tuple(rejected))
 
 
-def _set_aside(folder: Path) -> None:
+def set_aside(folder: Path) -> None:
+    """Renames a checkpoint that must not be used, so that a person can look at it."""
     aside = folder.with_name(f"{folder.name}.rejected")
     if aside.exists():
         shutil.rmtree(aside)

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipeline import tracking
 from pipeline.checkpoint import layout
+from pipeline.checkpoint.layout import published
 from pipeline.checkpoint.read import CheckpointReader
-from pipeline.checkpoint.write import CheckpointSaver, Saved, Writer, begin_attempt
+from pipeline.checkpoint.write import CheckpointSaver, Saved
 from pipeline.config import Config
-from pipeline.data.dataset import BatchReader, TokenDataset, ValidationWindows, open_dataset, validation_windows
-from pipeline.data.manifest import TOKENIZER
-from pipeline.errors import CheckpointError, PipelineError, StopRequested
-from pipeline.files import sha256_file
+from pipeline.data.dataset import BatchReader, TokenDataset, ValidationWindows
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import CheckpointError
 from pipeline.model.flops import flops_per_token
-from pipeline.model.transformer import TransformerLM
-from pipeline.provenance import collect_provenance
-from pipeline.run import Run, create_run
+from pipeline.run import Run
 from pipeline.train import ranks
 from pipeline.train.clock import StepClock
-from pipeline.train.engine import Agreed, Engine, pick_device, process_group
+from pipeline.train.engine import Agreed, Engine
 from pipeline.train.evaluate import Evaluation, evaluate
+from pipeline.train.guard import Guard, data_index, record_batch
 from pipeline.train.hardware import peak_flops_per_s
-from pipeline.train.peers import Peers
 from pipeline.train.progress import Progress
-from pipeline.train.recover import Recovery, find_checkpoint
+from pipeline.train.recover import set_aside
 from pipeline.train.stop import StopRequest
-from pipeline.train.world import World, world_from_environment
+from pipeline.train.world import World
 
 Batch = tuple[Tensor, Tensor]
 
@@ -93,6 +88,7 @@ class Session:
     step: int
     tokens_seen: int
     data_digest: str
+    guard: Guard
     clock: StepClock = field(default_factory=StepClock)
     saves: list[Saved] = field(default_factory=list)
     evaluation: Evaluation | None = None
@@ -104,19 +100,82 @@ class Session:
         share = self.config.train.batch_size // self.world.size
         size = self.config.train.micro_batch_size
         first = share * self.world.rank
+        index = data_index(step, self.guard.skipped)
         for start in range(first, first + share, size):
-            x, y = self.reader.batch(step, start, start + size)
+            x, y = self.reader.batch(index, start, start + size)
             yield x.to(self.engine.device, non_blocking=True), y.to(self.engine.device, non_blocking=True)
 
     def take_step(self, agreed: Agreed) -> None:
-        """Moves the weights, unless a gradient is not finite: then the step is skipped, alike on all ranks."""
-        if math.isfinite(agreed.norm):  # the one read of a step: a bad gradient must not reach the weights
-            self.engine.step()
-        else:
+        """Moves the weights, unless loss or gradient is not finite: then the step is skipped, alike on all ranks."""
+        # The one place where the host waits for the device: a bad gradient must not reach the weights.
+        loss, norm = agreed.on_host()
+        if self.guard.is_bad(loss, norm):
             self.engine.skip_step()
-            self.tracker.event("bad_step", step=self.reached + 1, loss=float(agreed.loss), norm=float(agreed.norm))
-            self.progress.message(f"step {self.reached + 1}: the gradient is not finite; the step is skipped")
+            self._report_batch("bad_step", self.reached, "loss or gradient is not finite; the step is skipped", agreed)
+            self.guard.check_patience(self.run.bad_batches)
+        else:
+            self.engine.step()
         self.clock.step_done()
+
+    def spiked(self, step: int, agreed: Agreed) -> bool:
+        """Whether the loss of a finished step jumped and training has to go back; also reports a jump."""
+        loss, _ = agreed.on_host()
+        if not self.guard.is_spike(loss):
+            return False
+        going_back = self.config.guard.on_spike == "rollback" and bool(self._checkpoints_before(step))
+        self._report_batch("spike", step - 1, "the loss jumped" + ("; going back" if going_back else ""), agreed)
+        return going_back
+
+    def roll_back(self, step: int) -> int:
+        """Goes back to the checkpoint before a spike and leaves its batches out; returns the step to go on from."""
+        self.saver.wait()
+        ranks.barrier(self.world)
+        culprits = range(step - self.config.guard.rollback_skip, step)
+        bad = [data_index(s, self.guard.skipped) for s in culprits]
+        checkpoint = self._checkpoints_before(step)[0]
+        reader = CheckpointReader(checkpoint)
+        self.engine.load(reader)
+        state = reader.manifest.state
+        reader.close()
+        skipped = self.guard.skipped
+        self.guard = Guard(self.config.guard, state["guard"])
+        self.guard.leave_out([*skipped, *bad])
+        if self.world.is_first:
+            for newer in published(self.run.checkpoints):
+                if newer > checkpoint:
+                    set_aside(newer)
+        ranks.barrier(self.world)
+        self.reached, self.tokens_seen = reader.manifest.step, state["tokens_seen"]
+        self.tracker.event("rollback", step=step, to=self.reached, skipped=list(self.guard.skipped))
+        self.tracker.rewind(self.reached)
+        return self.reached
+
+    def _checkpoints_before(self, step: int) -> list[Path]:
+        """Published checkpoints, newest first, whose weights no batch that a rollback leaves out has touched."""
+        newest = step - self.config.guard.rollback_skip
+        found = published(self.run.checkpoints) if self.world.is_first else []
+        return ranks.broadcast([f for f in found if (layout.step_of(f) or 0) <= newest], self.world)
+
+    def _report_batch(self, kind: str, step: int, what: str, agreed: Agreed) -> None:
+        """Records the batch of a step (from 0) that made trouble."""
+        if not self.world.is_first:
+            return
+        loss, norm = agreed.on_host()
+        index = data_index(step, self.guard.skipped)
+        tokenizer = Tokenizer.load(self.run.tokenizer_file, self.config.tokenizer.end_of_text)
+        path = record_batch(
+            self.run.bad_batches,
+            f"{kind}_{step + 1:08d}",
+            self.reader,
+            index,
+            self.config.train.batch_size,
+            tokenizer,
+            step=step + 1,
+            loss=loss,
+            norm=norm,
+        )
+        self.tracker.event(kind, step=step + 1, loss=str(loss), norm=str(norm), batch=index, path=str(path))
+        self.progress.message(f"step {step + 1}: {what} (loss {loss:.4g}, norm {norm:.4g}); the batch is in {path}")
 
     def log(self, step: int, lr: float, agreed: Agreed) -> None:
         """Counts a finished step, and records it where one is due."""
@@ -180,6 +239,7 @@ class Session:
         state = {
             "optimizer_steps": self.engine.optimizer_steps,
             "tokens_seen": self.tokens_seen,
+            "guard": self.guard.state(),
             "val_loss": self.evaluation.loss if known and self.evaluation else None,
             "dataset": self.data_digest,
             "rng": torch.get_rng_state().numpy().tobytes().hex(),
@@ -226,167 +286,3 @@ class Session:
         return TrainResult(
             max(self.reached, self.step), self.evaluation, self.tokens_seen, time.monotonic() - self.began
         )
-
-
-@contextlib.contextmanager
-def open_session(config: Config) -> Iterator[Session]:
-    """Everything ready for the next step: ranks joined, data open, the newest whole checkpoint loaded."""
-    world = world_from_environment()
-    device = pick_device(config, world)
-    with StopRequest() as stop, process_group(world, device), _watched(world) as peers:
-        session = _start(config, world, device, stop)
-        peers.at_exit = session.fail
-        with session.progress, _ended(session, peers):
-            session.clock = StepClock()  # start-up is no part of the first step
-            yield session
-
-
-def _start(config: Config, world: World, device: torch.device, stop: StopRequest) -> Session:
-    data = _open_data(config)
-    windows = validation_windows(data["validation"], config.model.context_length)
-    train = config.train
-    reader = BatchReader(
-        data["train"], config.data, seed=train.seed, context_length=config.model.context_length,
-        batch_size=train.batch_size,
-    )  # fmt: skip
-    run = _shared_run(config, world)
-    torch.manual_seed(train.seed)
-    engine = Engine(TransformerLM(**config.model.model_dump()), config, world, device)
-    recovery = find_checkpoint(run.checkpoints, world)
-    state = _resume(engine, recovery)
-    step = state.get("step", 0)
-    attempt = ranks.broadcast(secrets.token_hex(4), world)
-    if world.is_first:
-        begin_attempt(run.checkpoints, attempt)
-    ranks.barrier(world)
-    session = Session(
-        config=config,
-        world=world,
-        run=run,
-        reader=reader,
-        validation_data=data["validation"],
-        windows=windows,
-        engine=engine,
-        saver=CheckpointSaver(
-            run.checkpoints,
-            Writer(world.rank, world.size, train.zero_stage, attempt),
-            config.checkpoint,
-            lambda saved: session.report_save(saved),
-        ),
-        stop=stop,
-        tracker=_start_tracking(config, run, world, data["train"], step),
-        progress=Progress(config.name, step, train.max_iters, enabled=world.is_first),
-        step=step,
-        tokens_seen=state.get("tokens_seen", 0),
-        data_digest=data["train"].manifest.digest,
-        reached=step,
-    )
-    _announce(session, recovery)
-    return session
-
-
-def _open_data(config: Config) -> dict[Literal["train", "validation"], TokenDataset]:
-    path = config.data.path
-    names: tuple[Literal["train", "validation"], ...] = ("train", "validation")
-    return {
-        name: open_dataset(path, name, vocab_size=config.model.vocab_size, verify=config.data.verify) for name in names
-    }
-
-
-def _shared_run(config: Config, world: World) -> Run:
-    """The run folder, made by the first rank; its failure is everybody's."""
-    run, problem = None, None
-    if world.is_first:
-        try:
-            run = create_run(config)
-        except PipelineError as error:
-            problem = error
-    run, problem = ranks.broadcast((run, problem), world)
-    if problem is not None:
-        raise problem
-    assert run is not None
-    if run.tokenizer_file.exists():
-        _check_tokenizer(run, config)
-    return run
-
-
-def _check_tokenizer(run: Run, config: Config) -> None:
-    open_dataset(config.data.path, "train", tokenizer_digest=sha256_file(run.tokenizer_file))
-
-
-def _resume(engine: Engine, recovery: Recovery) -> dict[str, Any]:
-    """Loads the checkpoint, if there is one; its step and the rest of its state."""
-    if recovery.checkpoint is None:
-        return {}
-    reader = CheckpointReader(recovery.checkpoint)
-    engine.load(reader)
-    reader.close()
-    state = reader.manifest.state
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
-    return {**state, "step": reader.manifest.step}
-
-
-def _start_tracking(config: Config, run: Run, world: World, data: TokenDataset, step: int) -> tracking.Tracker:
-    provenance = ranks.gather(collect_provenance(), world)
-    about = {**provenance[0], "hosts": sorted({p["host"] for p in provenance}), "dataset": data.manifest.digest}
-    dataset = {
-        "name": config.data.path,
-        "digest": data.manifest.digest,
-        "tokens": data.manifest.tokens,
-        "documents": data.manifest.documents,
-        "tokenizer": data.manifest.tokenizer_digest,
-    }
-    return tracking.start(
-        run,
-        config,
-        step=step,
-        provenance=about,
-        dataset=dataset,
-        tokenizer_file=data.path / TOKENIZER,
-        enabled=world.is_first,
-    )
-
-
-def _announce(session: Session, recovery: Recovery) -> None:
-    for problem in recovery.rejected:
-        session.tracker.event("checkpoint_rejected", problem=problem)
-        session.progress.message(f"a checkpoint was set aside: {problem}")
-    kind = "resumed" if recovery.checkpoint is not None else "started"
-    session.tracker.event(kind, step=session.step, world_size=session.world.size)
-    if recovery.checkpoint is not None:
-        session.progress.message(f"going on from {recovery.checkpoint}")
-
-
-@contextlib.contextmanager
-def _watched(world: World) -> Iterator[Peers]:
-    """Watches the other ranks; the last words of the one that failed first become everybody's error."""
-    peers = Peers(world)
-    try:
-        yield peers
-    except StopRequested:
-        peers.close()
-        raise
-    except BaseException as error:
-        lost = peers.cause_of(error)
-        if lost is not None:
-            peers.close()
-            raise PipelineError(lost) from error
-        peers.close(str(error) or type(error).__name__)
-        raise
-    peers.close()
-
-
-@contextlib.contextmanager
-def _ended(session: Session, peers: Peers) -> Iterator[None]:
-    """Ends tracking with the status that is true."""
-    try:
-        yield
-    except StopRequested:
-        session.tracker.event("preempted", step=session.reached, reason=session.stop.reason)
-        session.tracker.close("STOPPED")
-        raise
-    except BaseException as error:
-        session.fail(peers.cause_of(error) or f"{type(error).__name__}: {error}")
-        raise
-    session.tracker.event("finished", step=session.reached)
-    session.tracker.close("FINISHED")

@@ -1,0 +1,142 @@
+"""Guards against what ruins a run: gradients that are not finite, and losses that jump.
+
+Losses and norms are agreed by all ranks, so that every rank comes to the same decision without asking the others. What
+the guards remember is part of the checkpoint: a resumed run decides like one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import GuardConfig
+from pipeline.data.dataset import BatchReader
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import PipelineError
+from pipeline.files import write_json
+
+_FEWEST = 20
+_LEAST_SPREAD = 0.01
+
+
+def data_index(step: int, skipped: Sequence[int]) -> int:
+    """The global batch that step `step` (from 0) trains on: the `step`-th index that is not skipped.
+
+    Args:
+        step: Steps before it.
+        skipped: Indices of batches left out, in any order.
+    """
+    index = step
+    for gap in sorted(skipped):
+        if gap > index:
+            break
+        index += 1
+    return index
+
+
+class Guard:
+    """What one run watches for.
+
+    Args:
+        config: Its limits.
+        state: `state()` of the checkpoint the run goes on from; None for a fresh run.
+    """
+
+    def __init__(self, config: GuardConfig, state: dict[str, Any] | None = None) -> None:
+        self._config = config
+        state = state or {"losses": [], "skipped": [], "bad_in_a_row": 0, "bad_steps": 0}
+        self._losses: deque[float] = deque(state["losses"], maxlen=config.spike_window)
+        self._bad_in_a_row = int(state["bad_in_a_row"])
+        self.skipped: tuple[int, ...] = tuple(state["skipped"])
+        self.bad_steps = int(state["bad_steps"])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as plain values."""
+        return {
+            "losses": list(self._losses),
+            "skipped": list(self.skipped),
+            "bad_in_a_row": self._bad_in_a_row,
+            "bad_steps": self.bad_steps,
+        }
+
+    def is_bad(self, loss: float, norm: float) -> bool:
+        """Whether a step must be skipped, which is counted."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._bad_in_a_row = 0
+            return False
+        self.bad_steps += 1
+        self._bad_in_a_row += 1
+        return True
+
+    def check_patience(self, where: Path) -> None:
+        """Ends the run after too many bad steps in a row.
+
+        Raises:
+            PipelineError: There were `guard.max_bad_steps`; the message names the folder with the batches.
+        """
+        if self._bad_in_a_row >= self._config.max_bad_steps:
+            raise PipelineError(
+                f"loss or gradient was not finite in {self._bad_in_a_row} steps in a row (guard.max_bad_steps); "
+                f"the batches are in {where}: lower optimizer.learning_rate, or look at the text"
+            )
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether a finite loss lies more than `spike_sigma` standard deviations above the window's mean.
+
+        A loss that does not is added to the window.
+        """
+        if self._config.on_spike == "off" or not math.isfinite(loss):
+            return False
+        if len(self._losses) >= min(_FEWEST, self._config.spike_window):
+            mean = statistics.fmean(self._losses)
+            # A window that hardly varies must not make a spike of a loss that hardly rises.
+            spread = max(statistics.pstdev(self._losses), _LEAST_SPREAD * abs(mean))
+            if loss > mean + self._config.spike_sigma * spread:
+                return True
+        self._losses.append(loss)
+        return False
+
+    def leave_out(self, indices: Iterable[int]) -> None:
+        """Never trains on these batches again.
+
+        Raises:
+            PipelineError: That has been done too often.
+        """
+        self.skipped = tuple(sorted({*self.skipped, *indices}))
+        allowed = self._config.max_rollbacks * self._config.rollback_skip
+        if len(self.skipped) > allowed:
+            raise PipelineError(
+                f"the loss jumps again after {self._config.max_rollbacks} rollbacks (guard.max_rollbacks): "
+                "lower optimizer.learning_rate, or look at the text in bad_batches/"
+            )
+
+
+def record_batch(
+    folder: Path, name: str, reader: BatchReader, index: int, batch_size: int, tokenizer: Tokenizer, **about: Any
+) -> Path:
+    """Writes down a batch that made trouble: where each sample comes from, and its text.
+
+    Args:
+        folder: Of the run's bad batches.
+        name: Of the file, without suffix.
+        reader: Of the training data.
+        index: The global batch.
+        batch_size: Its samples.
+        tokenizer: Decodes them.
+        about: What else is known: step, loss, norm.
+    """
+    x, _ = reader.batch(index, 0, batch_size)
+    places = reader.describe(index, 0, batch_size)
+    samples = [
+        {"row": row, **place, "text": tokenizer.decode(ids)}
+        for row, (place, ids) in enumerate(zip(places, x.tolist(), strict=True))
+    ]
+    path = folder / f"{name}.json"
+    # JSON knows no NaN; a reader in another language would stumble over it.
+    plain = {key: value if math.isfinite(value) else str(value) for key, value in about.items()}
+    write_json(path, {**plain, "batch": index, "samples": samples})
+    return path

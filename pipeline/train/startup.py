@@ -1,0 +1,197 @@
+"""Opening a session on all ranks, and closing it whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+
+from pipeline import tracking
+from pipeline.checkpoint.read import CheckpointReader
+from pipeline.checkpoint.write import CheckpointSaver, Writer, begin_attempt
+from pipeline.config import Config
+from pipeline.data.dataset import BatchReader, TokenDataset, open_dataset, validation_windows
+from pipeline.data.manifest import TOKENIZER
+from pipeline.errors import PipelineError, StopRequested
+from pipeline.files import sha256_file
+from pipeline.model.transformer import TransformerLM
+from pipeline.provenance import collect_provenance
+from pipeline.run import Run, create_run
+from pipeline.train import ranks
+from pipeline.train.clock import StepClock
+from pipeline.train.engine import Engine, pick_device, process_group
+from pipeline.train.guard import Guard
+from pipeline.train.peers import Peers
+from pipeline.train.progress import Progress
+from pipeline.train.recover import Recovery, find_checkpoint
+from pipeline.train.session import Session
+from pipeline.train.stop import StopRequest
+from pipeline.train.world import World, world_from_environment
+
+
+@contextlib.contextmanager
+def open_session(config: Config) -> Iterator[Session]:
+    """Everything ready for the next step: ranks joined, data open, the newest whole checkpoint loaded."""
+    world = world_from_environment()
+    device = pick_device(config, world)
+    with StopRequest() as stop, process_group(world, device), _watched(world) as peers:
+        session = _start(config, world, device, stop)
+        peers.at_exit = session.fail
+        with session.progress, _ended(session, peers):
+            session.clock = StepClock()  # start-up is no part of the first step
+            yield session
+
+
+def _start(config: Config, world: World, device: torch.device, stop: StopRequest) -> Session:
+    data = _open_data(config)
+    windows = validation_windows(data["validation"], config.model.context_length)
+    train = config.train
+    reader = BatchReader(
+        data["train"], config.data, seed=train.seed, context_length=config.model.context_length,
+        batch_size=train.batch_size,
+    )  # fmt: skip
+    run = _shared_run(config, world)
+    torch.manual_seed(train.seed)
+    engine = Engine(TransformerLM(**config.model.model_dump()), config, world, device)
+    recovery = find_checkpoint(run.checkpoints, world)
+    state = _resume(engine, recovery)
+    step = state.get("step", 0)
+    attempt = ranks.broadcast(secrets.token_hex(4), world)
+    if world.is_first:
+        begin_attempt(run.checkpoints, attempt)
+    ranks.barrier(world)
+    session = Session(
+        config=config,
+        world=world,
+        run=run,
+        reader=reader,
+        validation_data=data["validation"],
+        windows=windows,
+        engine=engine,
+        saver=CheckpointSaver(
+            run.checkpoints,
+            Writer(world.rank, world.size, train.zero_stage, attempt),
+            config.checkpoint,
+            lambda saved: session.report_save(saved),
+        ),
+        stop=stop,
+        tracker=_start_tracking(config, run, world, data["train"], step),
+        progress=Progress(config.name, step, train.max_iters, enabled=world.is_first),
+        step=step,
+        tokens_seen=state.get("tokens_seen", 0),
+        data_digest=data["train"].manifest.digest,
+        guard=Guard(config.guard, state.get("guard")),
+        reached=step,
+    )
+    _announce(session, recovery)
+    return session
+
+
+def _open_data(config: Config) -> dict[Literal["train", "validation"], TokenDataset]:
+    path = config.data.path
+    names: tuple[Literal["train", "validation"], ...] = ("train", "validation")
+    return {
+        name: open_dataset(path, name, vocab_size=config.model.vocab_size, verify=config.data.verify) for name in names
+    }
+
+
+def _shared_run(config: Config, world: World) -> Run:
+    """The run folder, made by the first rank; its failure is everybody's."""
+    run, problem = None, None
+    if world.is_first:
+        try:
+            run = create_run(config)
+        except PipelineError as error:
+            problem = error
+    run, problem = ranks.broadcast((run, problem), world)
+    if problem is not None:
+        raise problem
+    assert run is not None
+    if run.tokenizer_file.exists():
+        _check_tokenizer(run, config)
+    return run
+
+
+def _check_tokenizer(run: Run, config: Config) -> None:
+    open_dataset(config.data.path, "train", tokenizer_digest=sha256_file(run.tokenizer_file))
+
+
+def _resume(engine: Engine, recovery: Recovery) -> dict[str, Any]:
+    """Loads the checkpoint, if there is one; its step and the rest of its state."""
+    if recovery.checkpoint is None:
+        return {}
+    reader = CheckpointReader(recovery.checkpoint)
+    engine.load(reader)
+    reader.close()
+    state = reader.manifest.state
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
+    return {**state, "step": reader.manifest.step}
+
+
+def _start_tracking(config: Config, run: Run, world: World, data: TokenDataset, step: int) -> tracking.Tracker:
+    provenance = ranks.gather(collect_provenance(), world)
+    about = {**provenance[0], "hosts": sorted({p["host"] for p in provenance}), "dataset": data.manifest.digest}
+    dataset = {
+        "name": config.data.path,
+        "digest": data.manifest.digest,
+        "tokens": data.manifest.tokens,
+        "documents": data.manifest.documents,
+        "tokenizer": data.manifest.tokenizer_digest,
+    }
+    return tracking.start(
+        run,
+        config,
+        step=step,
+        provenance=about,
+        dataset=dataset,
+        tokenizer_file=data.path / TOKENIZER,
+        enabled=world.is_first,
+    )
+
+
+def _announce(session: Session, recovery: Recovery) -> None:
+    for problem in recovery.rejected:
+        session.tracker.event("checkpoint_rejected", problem=problem)
+        session.progress.message(f"a checkpoint was set aside: {problem}")
+    kind = "resumed" if recovery.checkpoint is not None else "started"
+    session.tracker.event(kind, step=session.step, world_size=session.world.size)
+    if recovery.checkpoint is not None:
+        session.progress.message(f"going on from {recovery.checkpoint}")
+
+
+@contextlib.contextmanager
+def _watched(world: World) -> Iterator[Peers]:
+    """Watches the other ranks; the last words of the one that failed first become everybody's error."""
+    peers = Peers(world)
+    try:
+        yield peers
+    except StopRequested:
+        peers.close()
+        raise
+    except BaseException as error:
+        lost = peers.cause_of(error)
+        if lost is not None:
+            peers.close()
+            raise PipelineError(lost) from error
+        peers.close(str(error) or type(error).__name__)
+        raise
+    peers.close()
+
+
+@contextlib.contextmanager
+def _ended(session: Session, peers: Peers) -> Iterator[None]:
+    """Ends tracking with the status that is true."""
+    try:
+        yield
+    except StopRequested:
+        session.tracker.event("preempted", step=session.reached, reason=session.stop.reason)
+        session.tracker.close("STOPPED")
+        raise
+    except BaseException as error:
+        session.fail(peers.cause_of(error) or f"{type(error).__name__}: {error}")
+        raise
+    session.tracker.event("finished", step=session.reached)
+    session.tracker.close("FINISHED")
