@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        _destroy_process_group()
 
 
 class Engine:
@@ -291,6 +292,16 @@ def _replica(name: str, parameter: Tensor, state: dict[str, Tensor]) -> OwnedFra
 def _part(whole: OwnedFragment, start: int, length: int) -> OwnedFragment:
     parts = {key: tensor[start : start + length] for key, tensor in whole.tensors.items()}
     return OwnedFragment(whole.name, whole.shape, start, parts)
+
+
+def _destroy_process_group() -> None:
+    """Through DeepSpeed, where it has joined the group: it keeps references that break the next one."""
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is None or comm.cdb is None:
+        dist.destroy_process_group()
+        return
+    comm.destroy_process_group()
+    comm.cdb = None
 
 
 def _settings(config: Config, world: World) -> dict[str, Any]:
