@@ -49,7 +49,7 @@ def prepare(
     from pipeline.config_load import load_config
     from pipeline.data.display import parse_slice, prepare_here
 
-    prepare_here(load_config(config_file, overrides or ()), parse_slice(part))
+    prepare_here(load_config(config_file, overrides or ()), parse_slice(part), whole_process=True)
 
 
 @app.command()

@@ -131,8 +131,8 @@ class _Build:
             return
         self._total = sum(self._bytes_of(t) for t in missing)
         cores = len(os.sched_getaffinity(0))
-        # One more than there are cores: somebody waits for the disk at any time.
-        with ThreadPoolExecutor(min(cores + 1, len(missing)), thread_name_prefix="prepare") as pool:
+        # Each has a thread beside it that reads ahead; more encoders would only warm more caches of words.
+        with ThreadPoolExecutor(min(cores, len(missing)), thread_name_prefix="prepare") as pool:
             futures = [pool.submit(self._do_or_find_done, task, len(missing) < cores) for task in missing]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)

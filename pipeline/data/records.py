@@ -17,14 +17,15 @@ from pipeline.data.text import Documents
 
 def add_texts(block: bytes, separator: bytes, gatherer: Gatherer, place: Place) -> None:
     """Takes documents that are separated by `separator`; what follows the last one is a document if it is not empty."""
-    texts = block.split(separator)
-    if not texts[-1]:
-        texts.pop()
-
-    def offset(index: int) -> int:
-        return sum(map(len, texts[:index])) + index * len(separator)
-
-    gatherer.add(Documents.of(texts), lambda index, byte: place(offset(index) + byte))
+    starts, stops = [0], []
+    while (found := block.find(separator, starts[-1])) >= 0:
+        stops.append(found)
+        starts.append(found + len(separator))
+    if starts[-1] == len(block):
+        starts.pop()
+    else:
+        stops.append(len(block))
+    gatherer.add(Documents.cut(block, starts, stops), lambda index, byte: place(starts[index] + byte))
 
 
 def add_json_lines(block: bytes, field: str, gatherer: Gatherer, place: Place) -> None:

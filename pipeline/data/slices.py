@@ -189,8 +189,9 @@ class SliceWriter:
         self._check.offer(documents, ids, offsets)
         tokens = _with_ends(ids, offsets, self._tokenizer.end_of_text_id, self._dtype)
         lengths = np.diff(offsets) + 1
-        if self._source.split != "auto":
-            self._shards[self._source.split].add(tokens, lengths, documents.text_bytes)
+        if self._source.split != "auto" or self._fraction == 0:
+            split = "train" if self._source.split == "auto" else self._source.split
+            self._shards[split].add(tokens, lengths, documents.text_bytes)
             return
         validation = documents.hash_fractions() < self._fraction
         if not validation.any():

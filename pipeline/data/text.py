@@ -38,6 +38,17 @@ class Documents:
         return cls(np.frombuffer(b"".join(documents), np.uint8), offsets)
 
     @classmethod
+    def cut(cls, content: bytes, starts: Sequence[int], stops: Sequence[int]) -> Documents:
+        """The documents that lie in `content`, without what is between them."""
+        source = np.frombuffer(content, np.uint8)
+        offsets = np.zeros(len(starts) + 1, np.int64)
+        np.cumsum(np.subtract(stops, starts), out=offsets[1:])
+        data = np.empty(int(offsets[-1]), np.uint8)
+        for start, stop, place in zip(starts, stops, offsets.tolist(), strict=False):
+            data[place : place + stop - start] = source[start:stop]
+        return cls(data, offsets)
+
+    @classmethod
     def joined(cls, parts: Sequence[Documents]) -> Documents:
         """The documents of several buffers, one after the other."""
         if len(parts) == 1:
@@ -96,6 +107,6 @@ class Documents:
         """A number in [0, 1) for each document that depends on nothing but its bytes."""
         view = self.data.data
         bounds = self.offsets.tolist()
-        digests = b"".join(hashlib.blake2b(view[a:b], digest_size=8).digest() for a, b in itertools.pairwise(bounds))
+        digests = b"".join(hashlib.sha256(view[a:b]).digest()[:8] for a, b in itertools.pairwise(bounds))
         # 53 bits are what a float64 holds exactly, so that the comparison with a fraction is exact too.
         return np.asarray((np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53, np.float64)
