@@ -160,6 +160,10 @@ class TrainConfig(Section):
     """Recompute activations in backward instead of keeping them."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """ZeRO stage: what DeepSpeed partitions over the ranks."""
+    offload_optimizer: bool = False
+    """Keep float32 weights and moments of the optimiser in host memory; with ZeRO stages 1 to 3."""
+    overlap_comm: bool = False
+    """Reduce gradients while backward still computes, for some device memory; with ZeRO stages 1 to 3."""
 
 
 class CheckpointConfig(Section):

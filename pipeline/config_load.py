@@ -307,11 +307,53 @@ _CHECKS = (
         lambda c: c.tracking.uri_problem() or "",
     ),
     _Check(
-        ("train.precision", "deepspeed"),
-        lambda c: any(k in c.deepspeed for k in ("fp16", "bf16")),
-        lambda c: "is set here; remove fp16 and bf16 from the section `deepspeed`",
+        ("train.offload_optimizer", "train.zero_stage"),
+        lambda c: c.train.offload_optimizer and c.train.zero_stage == 0,
+        lambda c: "given true, allowed: only with zero_stage 1, 2 or 3",
+    ),
+    _Check(
+        ("train.overlap_comm", "train.zero_stage"),
+        lambda c: c.train.overlap_comm and c.train.zero_stage == 0,
+        lambda c: "given true, allowed: only with zero_stage 1, 2 or 3",
     ),
 )
+
+# What the project decides itself: a second value under `deepspeed` would contradict it.
+_OWN_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
+    "gradient_clipping": "optimizer.gradient_clip_val",
+    "optimizer": "the section `optimizer`",
+    "scheduler": "the section `optimizer`",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "compile": "train.compile",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "zero_allow_untested_optimizer": "the project: the optimiser is its own",
+    "zero_force_ds_cpu_optimizer": "the project: the optimiser is its own",
+    "zero_optimization.stage": "train.zero_stage",
+    "zero_optimization.offload_optimizer": "train.offload_optimizer",
+    "zero_optimization.offload_param": "the project: weights stay on the device",
+    "zero_optimization.overlap_comm": "train.overlap_comm",
+    "zero_optimization.cpu_offload": "train.offload_optimizer",
+}
+
+
+def _deepspeed_problems(config: Config) -> list[Problem]:
+    given = dict(config.deepspeed)
+    zero = given.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        return [Problem("deepspeed.zero_optimization", f"given {_shown(zero)}, allowed: a mapping")]
+    given |= {f"zero_optimization.{key}": value for key, value in zero.items()}
+    return [
+        Problem(f"deepspeed.{key}", f"given {_shown(given[key])}, allowed: nothing; it is decided by {owner}")
+        for key, owner in _OWN_DEEPSPEED_KEYS.items()
+        if key in given
+    ]
 
 
 def cross_checks(config: Config, world_size: int = 1, flawed: frozenset[str] = frozenset()) -> list[Problem]:
@@ -329,4 +371,6 @@ def cross_checks(config: Config, world_size: int = 1, flawed: frozenset[str] = f
     ]
     if flawed.isdisjoint(("train.batch_size", "train.micro_batch_size")):
         problems += [Problem("train.batch_size", m) for m in config.data_parallel_problems(world_size)]
+    if "deepspeed" not in flawed:
+        problems += _deepspeed_problems(config)
     return problems

@@ -43,7 +43,8 @@ def run_all(config: Config) -> None:
     texts = sample_run(run)
     console = Console(highlight=False)
     console.print(_results(run, evaluation, bigram, time.monotonic() - began))
-    console.print("[bold]A sample:[/bold]", texts[0], sep="\n", markup=True)
+    console.print("[bold]A sample:[/bold]")
+    console.print(texts[0], soft_wrap=True, markup=False)
     console.print(_next_commands(run, config), soft_wrap=True, markup=False)
 
 

@@ -102,6 +102,7 @@ class Engine:
         self.device = device
         self._world = world
         self._stage = config.train.zero_stage
+        self._offloads = config.train.offload_optimizer
         model.to(device)
         model.activation_checkpointing = config.train.activation_checkpointing
         if config.train.precision == "bf16":
@@ -179,6 +180,8 @@ class Engine:
     def _gradients(self) -> list[Tensor]:
         if self._stage == 0:
             return [p.grad for p in self.module.parameters() if p.grad is not None]
+        if self._offloads:
+            return [flat.grad for flat in self._updated_tensors() if flat.grad is not None]
         averaged = self._engine.optimizer.averaged_gradients
         return [gradient for group in averaged.values() if group is not None for gradient in group]
 
@@ -301,7 +304,7 @@ def _destroy_process_group() -> None:
         dist.destroy_process_group()
         return
     comm.destroy_process_group()
-    comm.cdb = None
+    setattr(comm, "cdb", None)  # noqa: B010 - a global of a module that is not typed
 
 
 def _settings(config: Config, world: World) -> dict[str, Any]:
@@ -313,7 +316,8 @@ def _settings(config: Config, world: World) -> dict[str, Any]:
         "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * world.size),
         "gradient_clipping": 0.0,  # its default is 1.0; we clip ourselves
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": train.zero_stage},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _zero_settings(config),
         "steps_per_print": 1 << 62,
     }
     merged = {**config.deepspeed, **own}
@@ -321,17 +325,24 @@ def _settings(config: Config, world: World) -> dict[str, Any]:
     return merged
 
 
+def _zero_settings(config: Config) -> dict[str, Any]:
+    settings: dict[str, Any] = {"stage": config.train.zero_stage, "overlap_comm": config.train.overlap_comm}
+    if config.train.offload_optimizer:
+        settings["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return settings
+
+
 def _initialize(model: TransformerLM, optimizer: AdamW, settings: dict[str, Any], device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        import deepspeed
-        import deepspeed.ops
+    # DeepSpeed calls functions that PyTorch is about to rename; nothing a user could do about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
+    import deepspeed
+    import deepspeed.ops
 
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        if device.type == "cpu":
-            # Otherwise it compiles a shared-memory collective for half a minute that training never uses.
-            deepspeed.ops.__dict__["__compatible_ops__"] = {}
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # Otherwise it compiles a shared-memory collective for half a minute that training never uses.
+        deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
