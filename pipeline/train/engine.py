@@ -6,32 +6,24 @@ kind of optimiser, master weights need no second copy, and gradients accumulate 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.checkpoint.write import OwnedFragment
 from pipeline.config import Config
-from pipeline.errors import UsageError
 from pipeline.model.transformer import TransformerLM
 from pipeline.optim.adamw import AdamW, decay_groups
 from pipeline.optim.clipping import scale_to_norm, squared_norm
+from pipeline.train.deepspeed_settings import deepspeed_settings
 from pipeline.train.world import World
-
-# A rank that dies closes its connections and the others notice at once; this is for one that hangs.
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -53,39 +45,6 @@ class Agreed:
     def on_host(self) -> tuple[float, float]:
         """Loss and norm as numbers; the host waits for the device, the first time."""
         return float(self.loss), float(self.norm)
-
-
-def pick_device(config: Config, world: World) -> torch.device:
-    """The device this process trains on.
-
-    Raises:
-        UsageError: cuda is asked for and there is none.
-    """
-    wanted = config.train.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UsageError("train.device is cuda, but PyTorch sees no GPU here; set train.device=auto or cpu")
-    device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-@contextlib.contextmanager
-def process_group(world: World, device: torch.device) -> Iterator[None]:
-    """The process group of all ranks, destroyed at the end; one process makes a group of its own."""
-    if world.size > 1:
-        world.export(os.environ)  # type: ignore[arg-type]
-        store: dict[str, Any] = {"init_method": "env://"}
-    else:
-        store = {"store": HashStore(), "rank": 0, "world_size": 1}
-        World().export(os.environ)  # type: ignore[arg-type]
-    backend = "gloo" if device.type == "cpu" else "nccl"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **store)
-    try:
-        yield
-    finally:
-        _destroy_process_group()
 
 
 class Engine:
@@ -115,7 +74,7 @@ class Engine:
             eps=settings.eps,
         )
         self.module = model
-        self._engine = _initialize(model, self._optimizer, _settings(config, world), device)
+        self._engine = _initialize(model, self._optimizer, deepspeed_settings(config, world), device)
         if config.train.compile:
             self._engine.compile()
 
@@ -295,41 +254,6 @@ def _replica(name: str, parameter: Tensor, state: dict[str, Tensor]) -> OwnedFra
 def _part(whole: OwnedFragment, start: int, length: int) -> OwnedFragment:
     parts = {key: tensor[start : start + length] for key, tensor in whole.tensors.items()}
     return OwnedFragment(whole.name, whole.shape, start, parts)
-
-
-def _destroy_process_group() -> None:
-    """Through DeepSpeed, where it has joined the group: it keeps references that break the next one."""
-    comm = sys.modules.get("deepspeed.comm.comm")
-    if comm is None or comm.cdb is None:
-        dist.destroy_process_group()
-        return
-    comm.destroy_process_group()
-    setattr(comm, "cdb", None)  # noqa: B010 - a global of a module that is not typed
-
-
-def _settings(config: Config, world: World) -> dict[str, Any]:
-    """The DeepSpeed config; what the user passes through is merged in, section by section."""
-    train = config.train
-    own: dict[str, Any] = {
-        "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * world.size),
-        "gradient_clipping": 0.0,  # its default is 1.0; we clip ourselves
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero_settings(config),
-        "steps_per_print": 1 << 62,
-    }
-    merged = {**config.deepspeed, **own}
-    merged["zero_optimization"] = {**config.deepspeed.get("zero_optimization", {}), **own["zero_optimization"]}
-    return merged
-
-
-def _zero_settings(config: Config) -> dict[str, Any]:
-    settings: dict[str, Any] = {"stage": config.train.zero_stage, "overlap_comm": config.train.overlap_comm}
-    if config.train.offload_optimizer:
-        settings["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return settings
 
 
 def _initialize(model: TransformerLM, optimizer: AdamW, settings: dict[str, Any], device: torch.device) -> Any:

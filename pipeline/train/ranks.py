@@ -1,14 +1,51 @@
-"""What ranks tell each other outside the steps: small values, seldom."""
+"""The group of all ranks, and what they tell each other outside the steps: small values, seldom."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from pipeline.train.world import World
 
 T = TypeVar("T")
+
+# A rank that dies closes its connections and the others notice at once; this is for one that hangs.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@contextlib.contextmanager
+def process_group(world: World, device: torch.device) -> Iterator[None]:
+    """The process group of all ranks, destroyed at the end; one process makes a group of its own."""
+    if world.size > 1:
+        world.export(os.environ)  # type: ignore[arg-type]
+        store: dict[str, Any] = {"init_method": "env://"}
+    else:
+        store = {"store": HashStore(), "rank": 0, "world_size": 1}
+        World().export(os.environ)  # type: ignore[arg-type]
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **store)
+    try:
+        yield
+    finally:
+        _destroy_process_group()
+
+
+def _destroy_process_group() -> None:
+    """Through DeepSpeed, where it has joined the group: it keeps references that break the next one."""
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is None or comm.cdb is None:
+        dist.destroy_process_group()
+        return
+    comm.destroy_process_group()
+    setattr(comm, "cdb", None)  # noqa: B010 - a global of a module that is not typed
 
 
 def broadcast(value: T, world: World) -> T:

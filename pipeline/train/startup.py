@@ -22,8 +22,9 @@ from pipeline.provenance import collect_provenance
 from pipeline.run import Run, create_run
 from pipeline.train import ranks
 from pipeline.train.clock import StepClock
-from pipeline.train.engine import Engine, pick_device, process_group
+from pipeline.train.engine import Engine
 from pipeline.train.guard import Guard
+from pipeline.train.hardware import pick_device
 from pipeline.train.peers import Peers
 from pipeline.train.progress import Progress
 from pipeline.train.recover import Recovery, find_checkpoint
@@ -37,7 +38,7 @@ def open_session(config: Config) -> Iterator[Session]:
     """Everything ready for the next step: ranks joined, data open, the newest whole checkpoint loaded."""
     world = world_from_environment()
     device = pick_device(config, world)
-    with StopRequest() as stop, process_group(world, device), _watched(world) as peers:
+    with StopRequest() as stop, ranks.process_group(world, device), _watched(world) as peers:
         session = _start(config, world, device, stop)
         peers.at_exit = session.fail
         with session.progress, _ended(session, peers):
