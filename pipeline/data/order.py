@@ -26,6 +26,8 @@ UInt64s = npt.NDArray[np.uint64]
 MIXTURE_BLOCK = 1 << 16
 
 _ROUNDS = 6
+# An odd multiplier whose bits look random: 2**64 divided by the golden ratio.
+_ODD, _HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
 _MASK = (1 << 64) - 1
 _PERMUTE, _SHIFT, _MIX, _START, _SOURCE = range(5)
 
@@ -55,8 +57,9 @@ def _mix64_int(value: int) -> int:
 def permute(positions: Int64s, size: int, key: int) -> Int64s:
     """The places of `positions` under a pseudo-random permutation of `range(size)`.
 
-    A balanced Feistel network over the smallest even number of bits that holds `size`, with cycle walking:
-    what falls outside is sent through again until it falls inside (Black and Rogaway 2002).
+    A Feistel network over the bits that hold `size`, whose halves differ by one bit where their number is odd, with
+    cycle walking: what falls outside is sent through again until it falls inside (Black and Rogaway 2002). Fewer than
+    half of all values are outside.
 
     Args:
         positions: Any positions in `[0, size)`.
@@ -65,13 +68,11 @@ def permute(positions: Int64s, size: int, key: int) -> Int64s:
     """
     if size <= 1:
         return np.zeros_like(positions)
-    half = np.uint64(((size - 1).bit_length() + 1) // 2)
+    bits = max(2, (size - 1).bit_length())
     keys = _round_keys(key)
-    values = positions.astype(np.uint64)
-    outside = np.arange(len(values))
-    while len(outside):
-        values[outside] = _feistel(values[outside], half, keys)
-        outside = outside[values[outside] >= size]
+    values = _feistel(positions.astype(np.uint64), bits, keys)
+    while len(outside := np.flatnonzero(values >= size)):
+        values[outside] = _feistel(values[outside], bits, keys)
     return values.astype(np.int64)
 
 
@@ -80,12 +81,17 @@ def _round_keys(key: int) -> tuple[np.uint64, ...]:
     return tuple(np.uint64(derive_key(key, i)) for i in range(_ROUNDS))
 
 
-def _feistel(values: UInt64s, half: np.uint64, keys: Sequence[np.uint64]) -> UInt64s:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = values >> half, values & mask
+def _feistel(values: UInt64s, bits: int, keys: Sequence[np.uint64]) -> UInt64s:
+    low = bits - bits // 2
+    left, right = values >> np.uint64(low), values & np.uint64((1 << low) - 1)
+    # The halves change places, and with them their widths; after an even number of rounds they are back.
+    keep, other = np.uint64(64 - bits // 2), np.uint64(64 - low)
     for key in keys:
-        left, right = right, left ^ (mix64(right + key) & mask)
-    return (left << half) | right
+        word = (right + key) * _ODD
+        word = (word ^ (word >> _HALF)) * _ODD
+        left, right = right, left ^ (word >> keep)
+        keep, other = other, keep
+    return (left << np.uint64(low)) | right
 
 
 def quotas(weights: Sequence[float], total: int = MIXTURE_BLOCK) -> list[int]:
