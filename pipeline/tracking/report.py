@@ -88,7 +88,7 @@ def _charts(series: Sequence[Series]) -> list[str]:
             log = key == "train/grad_norm"
             made.append((title, unit, line_chart(series, [(key, title.lower())], unit, log=log), False))
     made += [
-        (f"Time of a step{'' if len(series) == 1 else ': ' + s.name}", "", time_chart(s), False)
+        (f"Time of a step{'' if len(series) == 1 else ': ' + s.name}", "", time_chart(s), len(series) == 1)
         for s in series
         if "time/data_s" in s.curves or "time/forward_backward_s" in s.curves
     ]
@@ -183,7 +183,7 @@ def _incidents(run: Run) -> str:
     for event in told:
         when = datetime.fromtimestamp(float(event.get("time", 0)), UTC).strftime("%Y-%m-%d %H:%M:%S")
         rest = ", ".join(
-            f"{k}: {v}" for k, v in event.items() if k not in ("time", "event", "began", "last_seen") and v is not None
+            f"{k}: {v}" for k, v in event.items() if k not in ("time", "event", "began", "last_seen") and v not in (None, False)
         )
         rows.append([when, str(event["event"]), rest])
     return report_page.table(["time (UTC)", "event", ""], rows)

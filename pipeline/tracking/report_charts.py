@@ -125,6 +125,7 @@ def goodput_chart(runs: Sequence[Series]) -> go.Figure:
     figure.update_layout(barmode="stack")
     _styled(figure, "% of the wall time since submission", "")
     figure.update_xaxes(range=[0, 100])
+    figure.update_yaxes(type="category", autorange="reversed")
     figure.update_layout(height=150 + 34 * len(shown), hovermode="closest")
     return figure
 

@@ -25,7 +25,8 @@ section { background: #fff; border: 1px solid #e3e6e8; border-radius: 8px; paddi
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: left; padding: 4px 10px 4px 0; border-bottom: 1px solid #eceff1; vertical-align: top; }
-td { overflow-wrap: anywhere; } th { color: #5b6570; font-weight: 600; white-space: nowrap; }
+td:first-child { white-space: nowrap; } td:last-child { overflow-wrap: anywhere; }
+th { color: #5b6570; font-weight: 600; white-space: nowrap; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f6f7; border-radius: 6px; padding: 10px;
       margin: 6px 0 0; font-size: 13px; }
 summary { cursor: pointer; color: #2f6f9f; }

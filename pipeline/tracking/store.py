@@ -24,6 +24,7 @@ _MAX_PARAMS = 100
 _MAX_PARAM_LENGTH = 6000
 _MAX_TAG_LENGTH = 8000
 _IDENTITY = "pipeline.identity"
+_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}  # its page shows training runs first
 
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -116,7 +117,7 @@ class Store:
         if found is None:
             try:
                 location = None if artifacts is None else (artifacts / name).as_uri()
-                return self._client.create_experiment(name, artifact_location=location)
+                return self._client.create_experiment(name, artifact_location=location, tags=_EXPERIMENT)
             except MlflowException:
                 found = self._client.get_experiment_by_name(name)  # another run made it meanwhile
                 if found is None:

@@ -18,6 +18,7 @@ _log = logging.getLogger("pipeline.tracking")
 _ROUND_S = 2.0  # how old a point gets before it is sent
 _FIRST_ROUND_S = 20.0  # importing mlflow takes more than a second of the interpreter: after the first steps, or this
 _SHARE = 0.2  # of the thread's time that may go into sending while it catches up
+_BUSY_S = 0.2
 _PAUSE_S = (2.0, 30.0)  # between tries of a store that fails: doubling from the first to the second
 
 
@@ -60,15 +61,22 @@ class Uploader:
             # Read before the round: what is written after this moment gets a round of its own.
             last_round = self._closing.is_set()
             self._wake.clear()
-            if self._round(last_round):
+            fd = self._lock.acquire()
+            if fd is None:  # `pipeline sync` is sending, or the process before this one still is
+                time.sleep(_BUSY_S)
+                self._wake.set()
+                continue
+            try:
+                done = self._round(last_round)
+            finally:
+                os.close(fd)
+            if last_round:
+                return
+            if done:
                 pause = _PAUSE_S[0]
-                if last_round:
-                    return
                 self._sleep(_ROUND_S)
                 self._wake.wait()
             else:
-                if last_round:
-                    return
                 self._sleep(pause * random.uniform(0.8, 1.2))
                 pause = min(2 * pause, _PAUSE_S[1])
 
@@ -76,9 +84,6 @@ class Uploader:
         self._closing.wait(seconds)
 
     def _round(self, last_round: bool) -> bool:
-        fd = self._lock.acquire()
-        if fd is None:
-            return False  # `pipeline sync` is sending; come back
         try:
             self._sent += self._feed.send_all(self._rest)
             if last_round:
@@ -94,8 +99,6 @@ class Uploader:
                     _first_line(error),
                 )
             return False
-        finally:
-            os.close(fd)
         if self._failing:
             self._failing = False
             _log.warning("MLflow at %s answers again; %d points sent", self._uri, self._sent)

@@ -73,9 +73,9 @@ def test_a_run_is_recorded_with_everything_that_belongs_to_it(folder):
     }  # fmt: skip
     assert "torch==" in (artifacts / "environment.txt").read_text()
     assert json.loads((artifacts / "checkpoints.json").read_text())[0]["step"] == 25
-    goodput = {k: v for k, v in there.data.metrics.items() if k.startswith("goodput/")}
-    parts = [v for k, v in goodput.items() if k not in ("goodput/fraction", "goodput/wall_s")]
-    assert sum(parts) == pytest.approx(goodput["goodput/wall_s"])
+    goodput = {k: v for k, v in there.data.metrics.items() if k.startswith("wall/")}
+    parts = [v for k, v in goodput.items() if k not in ("wall/goodput", "wall/total_s")]
+    assert sum(parts) == pytest.approx(goodput["wall/total_s"])
 
 
 def test_points_arrive_while_training_runs(folder):

@@ -1,0 +1,283 @@
+"""The real training, killed; two runs at once; a real server that goes away."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from pipeline.errors import PipelineError
+from pipeline.run import Run
+from pipeline.tracking import journal, state
+from pipeline.tracking.sync import sync
+from pipeline.tracking.ui import local_server
+from tests.tracking.support import (
+    begin,
+    config_text,
+    gate,
+    make_run,
+    of_journal,
+    of_mlflow,
+    open_store,
+    unused_port,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def pipeline(*args, cwd, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *args],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """A config file with prepared data."""
+    (tmp_path / "text").mkdir()
+    sentence = "the people of this union have a right to peace and work in every state"
+    words = sentence.split()
+    chance = random.Random(0)
+    for number in range(12):
+        text = " ".join(chance.choices(words, k=400))
+        (tmp_path / "text" / f"{number}.txt").write_text(text)
+    file = tmp_path / "experiment.yaml"
+    file.write_text(config_text(tmp_path))
+    done = pipeline("prepare", str(file), cwd=tmp_path)
+    assert done.wait(120) == 0, done.stderr.read()
+    return file
+
+
+def run_of(experiment):
+    return Run(experiment.parent / "runs" / "try")
+
+
+def finish(process, seconds=240):
+    _, errors = process.communicate(timeout=seconds)
+    assert process.returncode == 0, errors
+
+
+def last_step(run):
+    newest = journal.last(run.metrics_file)
+    return newest["step"] if newest else 0
+
+
+def test_after_ten_kills_mlflow_has_exactly_the_final_history(experiment):
+    """The kills come soon after points were sent or are on their way: that is when a repeat could show."""
+    run, chance = run_of(experiment), random.Random(7)
+    # Long enough that all kills fall into it, a checkpoint every second or so.
+    steps = ["train.max_iters=4000", "train.log_interval=5", "train.checkpoint_interval=60"]
+    steps += ["train.batch_size=32", "train.micro_batch_size=32", "model.d_model=48"]
+    kills, seen = 0, []
+    while kills < 10:
+        training = pipeline("train", str(experiment), *steps, cwd=experiment.parent)
+        began, first = time.monotonic(), len(list(journal.read(run.metrics_file)))
+        try:
+            # Some are killed as soon as something new has been sent, some a moment later, some at any time.
+            patience = chance.uniform(0.0, 1.5)
+            before = state.load(run).stores if run.mlflow_file.exists() else {}
+            sending = max((s.sending for s in before.values()), default=0)
+            while time.monotonic() - began < 30 and training.poll() is None:
+                now = state.load(run).stores if run.mlflow_file.exists() else {}
+                fed = max((s.sending for s in now.values()), default=0)
+                if (kills % 3 == 2 and len(list(journal.read(run.metrics_file))) > first + 5) or fed > sending:
+                    break
+                sending = min(sending, fed)
+                time.sleep(0.01)
+            time.sleep(patience)
+            if training.poll() is not None:
+                break
+            seen.append(last_step(run))
+            training.send_signal(signal.SIGKILL)
+            kills += 1
+        finally:
+            training.kill()
+            training.communicate()
+    assert kills == 10, f"the training ended after {kills} kills at {seen}"
+    finish(pipeline("train", str(experiment), *steps, cwd=experiment.parent))
+    config = run.config()
+    assert of_mlflow(run, config) == of_journal(run)
+    assert [step for step, *_ in of_journal(run)["train/loss"]] == [1, *range(5, 4001, 5)]
+    store, run_id = open_store(run, config)
+    there = store.read_run(run_id)
+    assert there.info.status == "FINISHED"
+    runs = store._client.search_runs([there.info.experiment_id])
+    assert len(runs) == 1, "one MLflow run for one pipeline run"
+    assert state.load(run).retries == []
+    attempts = [line.record for line in journal.read(run.events_file) if line.record["event"] == "attempt"]
+    assert len(attempts) >= 10 and any(a["reached"] > a["step"] for a in attempts), "steps were repeated"
+
+
+def test_two_runs_that_make_and_fill_one_sqlite_file_at_once_lose_nothing(experiment):
+    processes = [
+        pipeline("train", str(experiment), f"name={name}", "train.log_interval=1", cwd=experiment.parent)
+        for name in ("one", "two")
+    ]
+    for process in processes:
+        finish(process)
+    for name in ("one", "two"):
+        run = Run(experiment.parent / "runs" / name)
+        assert sync(run).status == "FINISHED"
+        assert of_mlflow(run, run.config()) == of_journal(run)
+        assert len(of_journal(run)["train/loss"]) == 300
+
+
+@pytest.fixture
+def server(tmp_path):
+    with local_server(f"sqlite:///{tmp_path}/server.db", log=tmp_path / "server.log") as started:
+        yield started
+
+
+def port_of(server):
+    return int(server.url.rpartition(":")[2])
+
+
+def feed(tracker, first, last, pause_s):
+    for step in range(first, last + 1):
+        began = time.perf_counter()
+        tracker.log(step, {"train/loss": 5 / step, "train/lr": 1e-3})
+        assert time.perf_counter() - began < 1.0
+        time.sleep(pause_s)
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.1)
+
+
+def acknowledged(run):
+    return max((s.sent for s in state.load(run).stores.values()), default=0)
+
+
+def test_a_server_that_goes_away_for_a_while_is_caught_up_with_by_itself(server, tmp_path, caplog):
+    with gate(port_of(server)) as door:
+        run, config = make_run(tmp_path, door.url)
+        tracker = begin(run, config)
+        feed(tracker, 1, 20, 0.02)
+        wait_for(lambda: acknowledged(run) > 0, 60)
+        door.shut()
+        before = acknowledged(run)
+        feed(tracker, 21, 200, 0.02)
+        assert acknowledged(run) <= before + 4096
+        door.open = True
+        wait_for(lambda: acknowledged(run) == run.metrics_file.stat().st_size, 30)  # nobody asked for it
+        feed(tracker, 201, 210, 0.01)
+        tracker.close("FINISHED")
+        assert of_mlflow(run, config) == of_journal(run)
+        assert len(of_journal(run)["train/loss"]) == 210
+    told = [r.getMessage() for r in caplog.records]
+    assert sum("Training goes on" in t for t in told) == 1 and sum("answers again" in t for t in told) == 1
+
+
+def test_a_server_that_answers_after_seconds_delays_nothing_and_gets_every_point(server, tmp_path):
+    with gate(port_of(server)) as door:
+        run, config = make_run(tmp_path, door.url)
+        door.delay_s = 3.0
+        tracker = begin(run, config)
+        feed(tracker, 1, 100, 0.02)
+        tracker.close("STOPPED")
+        door.delay_s = 0.0
+        wait_for(lambda: not tracker._uploader._thread.is_alive(), 60)
+        sync(run)
+        assert of_mlflow(run, config) == of_journal(run)
+        store, run_id = open_store(run, config)
+        runs = store._client.search_runs([store.read_run(run_id).info.experiment_id])
+        assert len(runs) == 1
+
+
+def test_without_any_server_training_ends_well_and_sync_fills_it_completely(experiment, tmp_path):
+    port = unused_port()
+    url = f"http://127.0.0.1:{port}"
+    run = run_of(experiment)
+    training = pipeline("train", str(experiment), f"tracking.uri={url}", cwd=experiment.parent)
+    _, errors = training.communicate(timeout=240)
+    assert training.returncode == 0, errors
+    assert "Training goes on" in errors and f"pipeline sync {run.path}" in errors
+    with pytest.raises(PipelineError):
+        sync(run)
+    with local_server(f"sqlite:///{tmp_path}/server.db", port=port):
+        done = pipeline("sync", str(run.path), cwd=tmp_path)
+        finish(done)
+        assert of_mlflow(run, run.config()) == of_journal(run)
+        store, run_id = open_store(run, run.config())
+        there = store.read_run(run_id)
+        assert there.info.status == "FINISHED" and there.data.params["model.d_model"] == "16"
+        names = {f.path for f in store._client.list_artifacts(run_id)}
+        assert {"config.yaml", "tokenizer.json", "environment.txt", "provenance.json", "checkpoints.json"} <= names
+
+
+def test_credentials_reach_the_server_and_no_file_and_no_message(server, tmp_path, monkeypatch, caplog, capfd):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada-lovelace")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "difference-engine")
+    heard = []
+    with gate(port_of(server)) as door:
+        real = door._pump
+
+        def listen(source, sink, answers):
+            receive = source.recv
+
+            class Heard:
+                def recv(self, size):
+                    data = receive(size)
+                    heard.append(data)
+                    return data
+
+                def close(self):
+                    source.close()
+
+            real(Heard(), sink, answers)
+
+        door._pump = listen
+        run, config = make_run(tmp_path, door.url)
+        tracker = begin(run, config)
+        feed(tracker, 1, 20, 0.01)
+        wait_for(lambda: acknowledged(run) > 0, 60)
+        door.shut()
+        feed(tracker, 21, 40, 0.01)
+        tracker.close("FAILED")
+    assert b"Authorization: Basic" in b"".join(heard), "the server was asked with credentials"
+    secrets = [b"difference-engine", b"YWRhLWxvdmVsYWNlOmRpZmZlcmVuY2UtZW5naW5l"]
+    for file in [f for f in (*run.path.rglob("*"), *tmp_path.glob("server*")) if f.is_file()]:
+        content = file.read_bytes()
+        assert not any(secret in content for secret in secrets), file
+    out, err = capfd.readouterr()
+    told = "\n".join([out, err, *(r.getMessage() for r in caplog.records)])
+    assert "difference-engine" not in told and "ada-lovelace" not in told
+
+
+def test_the_page_of_a_store_starts_on_loopback_and_leaves_no_process(tmp_path):
+    run, config = make_run(tmp_path)
+    begin(run, config).close("FINISHED")
+    sync(run)
+    page = pipeline("ui", str(run.path), cwd=tmp_path)
+    page.stderr.close()
+    children = []
+    end = time.monotonic() + 90
+    try:
+        address = None
+        while address is None:
+            assert time.monotonic() < end and page.poll() is None
+            children = psutil.Process(page.pid).children(recursive=True)
+            ports = [c.laddr for p in children for c in p.net_connections() if c.status == "LISTEN"]
+            assert all(a.ip == "127.0.0.1" for a in ports)
+            address = ports[0] if ports else None
+            time.sleep(0.2)
+        wait_for(lambda: requests.get(f"http://127.0.0.1:{address.port}/health", timeout=5).status_code == 200, 60)
+    finally:
+        page.terminate()
+        page.wait(30)
+    assert not [p for p in children if p.is_running() and p.status() != "zombie"]
