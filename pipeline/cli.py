@@ -100,6 +100,43 @@ def sample(
 
 
 @app.command()
+def evaluate(run_folder: RunFolder) -> None:
+    """Print loss, perplexity and bits per byte of the newest checkpoint on the whole validation split."""
+    from pipeline.run import open_run
+    from pipeline.tracking.sync import sync as sync_run
+    from pipeline.train.evaluate import evaluate_run
+
+    opened = open_run(run_folder)
+    found = evaluate_run(opened)
+    print(
+        f"step {found.step}: loss {found.loss:.4f} nats/token, perplexity {found.perplexity:.2f}, "
+        f"{found.bits_per_byte:.4f} bits/byte on {found.tokens:,} validation tokens"
+    )
+    try:
+        sync_run(opened)
+    except PipelineError as error:  # the evaluation stands, whatever the tracking server does
+        print(f"pipeline: {error}", file=sys.stderr)
+
+
+@app.command()
+def export(
+    run_folder: RunFolder,
+    form: Annotated[
+        str, typer.Option("--format", metavar="hf|safetensors", help="A Hugging Face folder, or one file of weights.")
+    ] = "hf",
+    step: Annotated[int | None, typer.Option(min=0, help="Of the checkpoint; the newest otherwise.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder or file to write; below RUN/export otherwise.")] = None,
+) -> None:
+    """Write a run's weights for other programs."""
+    from pathlib import Path
+
+    from pipeline.checkpoint.export import export_run
+    from pipeline.run import open_run
+
+    print(export_run(open_run(run_folder), form, step, Path(output) if output else None))
+
+
+@app.command()
 def report(
     run_folders: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders; several are overlaid.")],
     output: Annotated[str | None, typer.Option(help="The HTML file; report.html in the first RUN otherwise.")] = None,

@@ -1,12 +1,40 @@
-"""A checkpoint as plain weights."""
+"""A checkpoint as plain weights: for our own model, as one safetensors file, and as a Hugging Face folder."""
 
 from __future__ import annotations
 
+import secrets
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 from torch import Tensor
 
-from pipeline.checkpoint.read import CheckpointReader
+from pipeline.checkpoint.layout import published, step_name, step_of
+from pipeline.checkpoint.read import CheckpointReader, newest_checkpoint, verify
+from pipeline.config import Config, ModelConfig
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import PipelineError, UsageError
+from pipeline.files import fsync_file, publish_dir, write_bytes, write_json
+from pipeline.run import Run
+
+FORMATS = ("hf", "safetensors")
+
+# Hugging Face's Llama is this transformer under other names.
+_LLAMA_NAMES = (
+    ("token_embeddings.", "model.embed_tokens."),
+    ("ln_final.", "model.norm."),
+    ("layers.", "model.layers."),
+    (".attn.output_proj.", ".self_attn.o_proj."),
+    (".attn.", ".self_attn."),
+    (".ln1.", ".input_layernorm."),
+    (".ln2.", ".post_attention_layernorm."),
+    (".ffn.w1.", ".mlp.gate_proj."),
+    (".ffn.w2.", ".mlp.down_proj."),
+    (".ffn.w3.", ".mlp.up_proj."),
+)
+_RMS_NORM_EPS = 1e-5
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -15,3 +43,138 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     weights = {name: reader.read_whole("weight", name) for name in reader.manifest.parameters}
     reader.close()
     return weights
+
+
+def export_run(run: Run, form: str, step: int | None = None, output: Path | None = None) -> Path:
+    """Writes the weights of a run for other programs.
+
+    Args:
+        run: The run.
+        form: `hf` makes a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`
+            open, `safetensors` one file with our own names.
+        step: Of the checkpoint; None takes the newest that is whole.
+        output: The folder or file to make; by default one below the run's `export/`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UsageError: There is no such format, no checkpoint of this step, or `output` is something else already.
+        CheckpointError: The checkpoint is damaged.
+    """
+    if form not in FORMATS:
+        raise UsageError(f"--format {form}: allowed are {' and '.join(FORMATS)}")
+    checkpoint = _checkpoint(run, step)
+    weights = load_weights(checkpoint)
+    if form == "safetensors":
+        path = output or run.exports / f"{checkpoint.name}.safetensors"
+        about = {"format": "pt", "step": str(step_of(checkpoint)), "model": run.config().model.model_dump_json()}
+        _written(path, lambda: write_bytes(path, safetensors.torch.save(weights, about)))
+        return path
+    folder = output or run.exports / f"{checkpoint.name}-hf"
+    _written(folder, lambda: _write_hf(folder, run, weights))
+    return folder
+
+
+def _checkpoint(run: Run, step: int | None) -> Path:
+    if step is None:
+        return newest_checkpoint(run.checkpoints)
+    folder = run.checkpoints / step_name(step)
+    if not folder.is_dir():
+        there = ", ".join(str(step_of(f)) for f in reversed(published(run.checkpoints))) or "none"
+        raise UsageError(f"{run.path}: has no checkpoint of step {step}; there are: {there}")
+    verify(folder)
+    return folder
+
+
+def _written(path: Path, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise PipelineError(
+            f"{path}: cannot be written ({error.strerror}); choose another place by --output"
+        ) from error
+
+
+# ---- Hugging Face ----------------------------------------------------------------------------
+
+
+def _write_hf(folder: Path, run: Run, weights: dict[str, Tensor]) -> None:
+    config = run.config()
+    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: exists and is no exported model; choose another place by --output")
+    tokenizer = Tokenizer.load(run.tokenizer_file, config.tokenizer.end_of_text)
+    temp = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temp.mkdir(parents=True)
+    try:
+        tensors = {_llama_name(name): _llama_order(name, weight, config.model) for name, weight in weights.items()}
+        safetensors.torch.save_file(tensors, temp / "model.safetensors", {"format": "pt"})
+        fsync_file(temp / "model.safetensors")
+        write_bytes(temp / "tokenizer.json", tokenizer.content)
+        # safetensors makes files that only their owner may read; a group shares its models.
+        shutil.copymode(temp / "tokenizer.json", temp / "model.safetensors")
+        write_json(temp / "config.json", _llama_config(config, tokenizer))
+        write_json(temp / "generation_config.json", _generation_config(config, tokenizer))
+        write_json(temp / "tokenizer_config.json", _tokenizer_config(config, tokenizer))
+        if folder.exists():  # an earlier export; a rename replaces an empty folder only
+            shutil.rmtree(folder)
+        publish_dir(temp, folder)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _llama_name(name: str) -> str:
+    for ours, theirs in _LLAMA_NAMES:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _llama_order(name: str, weight: Tensor, model: ModelConfig) -> Tensor:
+    """Rows of q and k from adjacent pairs (2i, 2i + 1) to Llama's halves (i, i + d/2), which its RoPE rotates."""
+    if not name.endswith((".q_proj.weight", ".k_proj.weight")):
+        return weight
+    return weight.unflatten(0, (model.num_heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _llama_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    model = config.model
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.d_ff,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_heads,
+        "head_dim": model.d_model // model.num_heads,
+        "max_position_embeddings": model.context_length,
+        "hidden_act": "silu",
+        "rms_norm_eps": _RMS_NORM_EPS,
+        # Under both names: transformers 5 reads the second, everything older the first.
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.end_of_text_id,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+
+
+def _generation_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    sampled = config.sample.temperature > 0
+    settings = {"temperature": config.sample.temperature, "top_p": config.sample.top_p} if sampled else {}
+    return {"eos_token_id": tokenizer.end_of_text_id, "do_sample": sampled, **settings}
+
+
+def _tokenizer_config(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.end_of_text,
+        "model_max_length": config.model.context_length,
+        # Otherwise decode() takes the blanks before punctuation away.
+        "clean_up_tokenization_spaces": False,
+    }

@@ -1,0 +1,130 @@
+"""Exported weights are the run's: the same logits and the same tokens in other programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.checkpoint.export import export_run, load_weights
+from pipeline.checkpoint.layout import published
+from pipeline.config_load import load_config
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import UsageError
+from pipeline.model.transformer import TransformerLM
+from pipeline.run import Run, open_run
+
+TEXT = "We hold these truths to be self-evident, that all men are created equal; 1776 was a year. " * 80
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of a few steps with a trained BPE."""
+    folder = tmp_path_factory.mktemp("export")
+    splits = ("train", "validation")
+    for split in splits:
+        (folder / f"{split}.txt").write_text(TEXT)
+    sources = [{"name": s, "paths": [str(folder / f"{s}.txt")], "split": s} for s in splits]
+    tree = {
+        "name": "small",
+        "runs_dir": str(folder / "runs"),
+        "data": {"path": str(folder / "tokens"), "sources": sources},
+        "model": {"vocab_size": 300, "context_length": 32, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 64},
+        "optimizer": {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_iters": 1, "cosine_cycle_iters": 6},
+        "train": {
+            "batch_size": 4,
+            "micro_batch_size": 4,
+            "max_iters": 6,
+            "checkpoint_interval": 3,
+            "device": "cpu",
+        },
+        "tracking": {"uri": "none"},
+    }
+    config = folder / "small.yaml"
+    config.write_text(json.dumps(tree))
+    # In processes of their own: a process group and DeepSpeed's settings stay out of the other tests.
+    for command in ("prepare", "train"):
+        subprocess.run(
+            [sys.executable, "-m", "pipeline", command, str(config)],
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+        )
+    assert load_config(config).name == "small"
+    return open_run(folder / "runs" / "small")
+
+
+def our_logits(run: Run, ids: torch.Tensor) -> torch.Tensor:
+    model = TransformerLM(**run.config().model.model_dump())
+    model.load_state_dict(load_weights(published(run.checkpoints)[0]))
+    with torch.no_grad():
+        return model.eval()(ids)
+
+
+@pytest.mark.slow
+def test_hugging_face_opens_the_export_and_gives_the_same_logits_and_tokens(trained: Run) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = export_run(trained, "hf")
+    ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        theirs = model.eval()(ids).logits
+    torch.testing.assert_close(theirs, our_logits(trained, ids), rtol=0, atol=1e-4)
+
+    own = Tokenizer.load(trained.tokenizer_file)
+    theirs_tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "these truths , of 1776 ; are self-evident"
+    assert theirs_tokenizer.encode(text, add_special_tokens=False) == own.encode(text)
+    assert theirs_tokenizer.decode(own.encode(text)) == text
+    assert theirs_tokenizer.eos_token_id == own.end_of_text_id == model.config.eos_token_id
+
+
+def test_a_single_file_holds_the_weights_under_our_own_names(trained: Run) -> None:
+    path = export_run(trained, "safetensors", step=3)
+    expected = load_weights(trained.checkpoints / "step_00000003")
+    found = load_file(path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_second_export_replaces_the_first_and_nothing_else(trained: Run, tmp_path: Path) -> None:
+    first = export_run(trained, "hf")
+    assert export_run(trained, "hf") == first
+    assert sorted(p.name for p in first.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert not list(first.parent.glob(".*"))
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("text")
+    with pytest.raises(UsageError, match="is no exported model"):
+        export_run(trained, "hf", output=precious)
+    assert (precious / "thesis.txt").exists()
+
+
+def test_an_unknown_step_or_format_is_refused_with_what_there_is(trained: Run) -> None:
+    with pytest.raises(UsageError, match="there are: 3, 6"):
+        export_run(trained, "hf", step=5)
+    with pytest.raises(UsageError, match="hf and safetensors"):
+        export_run(trained, "gguf")
+
+
+def test_exporting_imports_neither_transformers_nor_deepspeed(trained: Run, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pipeline.run import open_run\n"
+        "from pipeline.checkpoint.export import export_run\n"
+        f"export_run(open_run({str(trained.path)!r}), 'hf', output=Path({str(tmp_path / 'out')!r}))\n"
+        "assert not {'transformers', 'deepspeed'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
