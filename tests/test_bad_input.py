@@ -108,13 +108,24 @@ def test_training_without_data_says_what_to_run(tmp_path, monkeypatch, capsys):
     assert "pipeline prepare" in err
 
 
-def test_token_ids_beyond_the_vocabulary_are_refused_with_the_shard(tmp_path, monkeypatch, capsys):
-    assert run_here(monkeypatch, capsys, "prepare", experiment(tmp_path, **{"tokenizer.special_tokens": ["<|a|>"], "model.vocab_size": 258}))[0] == 0
-    manifest = tmp_path / "tokens" / "manifest.json"
-    assert manifest.exists()
-    status, err = run_here(monkeypatch, capsys, "train", experiment(tmp_path, **{"tokenizer.kind": "bytes"}))
+def test_data_of_another_tokenizer_are_refused(tmp_path, monkeypatch, capsys):
+    other = {"tokenizer.special_tokens": ["<|a|>"], "model.vocab_size": 258}
+    assert run_here(monkeypatch, capsys, "prepare", experiment(tmp_path, **other))[0] == 0
+    status, err = run_here(monkeypatch, capsys, "train", experiment(tmp_path))
     assert status == 1
-    assert "tokenizer" in err or "token id" in err
+    assert "another tokenizer" in err and "special_tokens: ['<|a|>'] then, [] now" in err
+
+
+def test_a_token_id_beyond_the_vocabulary_is_refused_with_its_shard(tmp_path, monkeypatch, capsys):
+    """A tokenizer from elsewhere with more tokens than the model has embeddings."""
+    assert run_here(monkeypatch, capsys, "prepare", experiment(tmp_path))[0] == 0
+    taken = {"tokenizer": {"kind": "file", "path": str(tmp_path / "tokens" / "tokenizer.json")}}
+    larger = taken | {"data.path": str(tmp_path / "others")}
+    assert run_here(monkeypatch, capsys, "prepare", experiment(tmp_path, **larger))[0] == 0
+    status, err = run_here(monkeypatch, capsys, "train", experiment(tmp_path, **larger, **{"model.vocab_size": 200}))
+    assert status == 1
+    assert "train.bin: holds token id 256, but model.vocab_size is 200" in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_context_longer_than_the_data_is_refused(tmp_path, monkeypatch, capsys):

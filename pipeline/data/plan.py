@@ -116,6 +116,16 @@ def record(folder: Path, plan: Plan) -> None:
     write_json(folder / PLAN, {"plan_version": PLAN_VERSION, **asdict(plan)})
 
 
+def tokenizer_differences(settings: dict[str, Any], config: Config) -> list[str]:
+    """In what the tokenizer a dataset was made with is not the config's; a line a setting.
+
+    Args:
+        settings: `settings` of the dataset's manifest.
+        config: The experiment.
+    """
+    return _changed_settings(settings["tokenizer"], _settings(config)["tokenizer"], "tokenizer.")
+
+
 def _settings(config: Config) -> dict[str, Any]:
     data, tokenizer = config.data, config.tokenizer
     return {

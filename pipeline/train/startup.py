@@ -15,7 +15,9 @@ from pipeline.checkpoint.write import CheckpointSaver, Writer, begin_attempt
 from pipeline.config import Config
 from pipeline.data.dataset import BatchReader, TokenDataset, open_dataset, validation_windows
 from pipeline.data.manifest import TOKENIZER
-from pipeline.errors import PipelineError, StopRequested
+from pipeline.data.plan import tokenizer_differences
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.errors import DataError, PipelineError, StopRequested
 from pipeline.files import sha256_file
 from pipeline.model.transformer import TransformerLM
 from pipeline.provenance import collect_provenance
@@ -94,9 +96,22 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
 def _open_data(config: Config) -> dict[Literal["train", "validation"], TokenDataset]:
     path = config.data.path
     names: tuple[Literal["train", "validation"], ...] = ("train", "validation")
-    return {
-        name: open_dataset(path, name, vocab_size=config.model.vocab_size, verify=config.data.verify) for name in names
+    wanted = None
+    if config.tokenizer.kind == "file" and config.tokenizer.path is not None:
+        wanted = Tokenizer.load(config.tokenizer.path).digest
+    opened = {
+        name: open_dataset(
+            path, name, vocab_size=config.model.vocab_size, tokenizer_digest=wanted, verify=config.data.verify
+        )
+        for name in names
     }
+    differences = tokenizer_differences(opened["train"].manifest.settings, config)
+    if differences:
+        raise DataError(
+            "\n  ".join([f"{path}: was made with another tokenizer than the config's:", *differences])
+            + "\nSet these back, or prepare the data at another data.path."
+        )
+    return opened
 
 
 def _shared_run(config: Config, world: World) -> Run:

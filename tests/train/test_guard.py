@@ -112,7 +112,7 @@ def test_a_skipped_step_leaves_the_weights_as_they_were(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
-    config = tiny(tmp_path, **{"guard": {"max_bad_steps": 3}})
+    config = tiny(tmp_path, guard={"max_bad_steps": 3})
     monkeypatch.setattr(loop, "cross_entropy", Sabotage({2, 4, 5, 6, 7}, float("nan")))
     with pytest.raises(PipelineError, match="3 steps in a row"):
         loop.train(config)
@@ -132,7 +132,7 @@ def test_a_spike_is_reported_and_training_goes_on_by_default(tmp_path, monkeypat
 @pytest.mark.slow
 def test_a_rollback_leaves_the_batches_out_and_a_resumed_run_does_too(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    config = tiny(tmp_path / "a", **{"guard": {"on_spike": "rollback"}})
+    config = tiny(tmp_path / "a", guard={"on_spike": "rollback"})
     monkeypatch.setattr(loop, "cross_entropy", Sabotage({28}, 50.0))
     loop.train(config)
     (rollback,) = events(config, "rollback")
@@ -146,7 +146,7 @@ def test_a_rollback_leaves_the_batches_out_and_a_resumed_run_does_too(tmp_path, 
     monkeypatch.setattr(loop, "cross_entropy", Sabotage({28}, 50.0))
     loop.train(other)
     monkeypatch.setattr(loop, "cross_entropy", cross_entropy)
-    other = tiny(tmp_path / "b", **{"guard": {"on_spike": "rollback"}})
+    other = tiny(tmp_path / "b", guard={"on_spike": "rollback"})
     loop.train(other)
     assert losses(other) == losses(config)
     ours, theirs = load_weights(final), load_weights(run_for(other).checkpoints / step_name(40))
