@@ -1,7 +1,7 @@
 """Recording a run: metrics.jsonl and events.jsonl first, MLflow from them.
 
-`start` gives the training loop its tracker. mlflow is imported only in this package, and only when a store is
-opened, in the uploader's thread.
+`start` gives the training loop its tracker. mlflow is imported only in this package, and never in the process
+that trains.
 """
 
 from pipeline.tracking.tracker import Tracker, start

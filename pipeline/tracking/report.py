@@ -17,6 +17,7 @@ from pipeline.tracking.goodput import goodput
 from pipeline.tracking.report_charts import Curve, Series, goodput_chart, line_chart, time_chart, to_html
 
 _QUIET = frozenset(["started", "resumed", "checkpointed"])  # shown elsewhere, or once more than needed
+_UNTOLD = ("time", "event", "began", "last_seen")
 _EVENTS = 200
 _SAMPLES = 5
 
@@ -178,12 +179,13 @@ def _samples(run: Run) -> str:
 
 
 def _incidents(run: Run) -> str:
-    told = [e for e in _events(run) if e.get("event") not in _QUIET][-_EVENTS:]
     rows = []
-    for event in told:
+    for event in [e for e in _events(run) if e.get("event") not in _QUIET][-_EVENTS:]:
         when = datetime.fromtimestamp(float(event.get("time", 0)), UTC).strftime("%Y-%m-%d %H:%M:%S")
         rest = ", ".join(
-            f"{k}: {v}" for k, v in event.items() if k not in ("time", "event", "began", "last_seen") and v not in (None, False)
+            f"{k}: {v}"
+            for k, v in event.items()
+            if k not in ("time", "event", "began", "last_seen") and v not in (None, False)
         )
         rows.append([when, str(event["event"]), rest])
     return report_page.table(["time (UTC)", "event", ""], rows)

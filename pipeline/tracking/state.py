@@ -57,6 +57,7 @@ class State(BaseModel):
     Attributes:
         identity: Given to the MLflow run as a tag before anything else, so that a run whose id was lost is found again.
         generation: Raised whenever metrics.jsonl is cut, so that a batch in flight does not move the position.
+        attempt: How often the run was started.
         status: Status the run has by its last process; RUNNING until it closed.
         ended: When it closed, in Unix seconds.
         retries: See `Retry`.
@@ -67,6 +68,7 @@ class State(BaseModel):
 
     identity: str
     generation: int = 0
+    attempt: int = 0
     status: str = "RUNNING"
     ended: float | None = None
     retries: list[Retry] = []

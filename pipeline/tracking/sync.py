@@ -64,7 +64,9 @@ def sync(run: Run, uri: str | None = None) -> Synced:
     """
     target = _target(run, uri)
     alive = is_alive(run)
-    _settle(run, alive)
+    before = state.load(run)
+    if not alive and before.status == "RUNNING" and before.attempt:
+        note_killed(run, before.attempt)
     if target is None:
         return Synced(None, None, 0, state.load(run).status, alive)
     feed = Feed(run, run.config(), target)
@@ -131,15 +133,14 @@ def is_alive(run: Run) -> bool:
     return host != socket.gethostname() and time.time() - _last_sign(run) < _SILENCE_S
 
 
-def _settle(run: Run, alive: bool) -> None:
-    """Notes that a process which never closed was killed."""
+def note_killed(run: Run, attempt: int) -> None:
+    """Notes that a process ended without closing, unless the run was started again meanwhile."""
 
     def settle(s: state.State) -> None:
-        if s.status == "RUNNING" and not alive:
+        if s.status == "RUNNING" and s.attempt == attempt:
             s.status, s.ended = "KILLED", round(_last_sign(run), 3)
 
-    if not alive and (run.tracking / "alive.lock").exists() and state.load(run).status == "RUNNING":
-        state.update(run, settle)
+    state.update(run, settle)
 
 
 def _events(run: Run, *, reverse: bool = False) -> list[dict[str, object]]:

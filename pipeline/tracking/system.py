@@ -1,4 +1,4 @@
-"""System metrics of every node: one process of each samples it into a file of its own in the run folder.
+"""System metrics of every node: the helper process of each samples it into a file of its own in the run folder.
 
 The sampling is MLflow's own (psutil, NVML, ROCm), so that its page for system metrics finds the names it
 knows; the sending is ours, because MLflow's blocks on a dead server and loses what it could not send.
@@ -21,7 +21,7 @@ from pipeline.tracking.store import quiet_environment
 _log = logging.getLogger("pipeline.tracking")
 
 _INTERVAL_S = 10.0
-_FIRST_S = 5.0
+_FIRST_S = 10.0  # a run of seconds does without; opening the monitors costs two seconds of a processor
 
 
 class NodeSampler:
@@ -47,7 +47,6 @@ class NodeSampler:
         self._thread.join(1.0)
 
     def _work(self) -> None:
-        # MLflow's import takes a second of the interpreter: not while the first step is waited for.
         if self._closing.wait(min(_FIRST_S, self._interval_s)):
             return
         try:
@@ -95,11 +94,6 @@ def read_monitors(monitors: list[Any]) -> dict[str, float]:
     return sample
 
 
-def sampler_for_this_process(run: Run, first: bool = True) -> NodeSampler | None:
-    """A sampler where this process is the one of its node that samples: the first rank, or local rank 0."""
-    if not first:
-        from pipeline.train.world import world_from_environment
-
-        if world_from_environment().local_rank != 0:
-            return None
-    return NodeSampler(run, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+def node_name() -> str:
+    """The name by which this node's metrics go: Slurm's, or the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -16,10 +16,9 @@ from typing import Any, Literal
 from pipeline.config import Config
 from pipeline.run import Run
 from pipeline.tracking import describe, journal, state
+from pipeline.tracking.helper import Helper
 from pipeline.tracking.history import History
 from pipeline.tracking.store import resolve_uri
-from pipeline.tracking.system import NodeSampler, sampler_for_this_process
-from pipeline.tracking.uploader import Uploader
 
 _log = logging.getLogger("pipeline.tracking")
 
@@ -31,10 +30,10 @@ _TELL_STALL = ("checkpointed", "preempted", "finished", "failed")  # carry what 
 
 
 class Tracker:
-    """Does nothing: what every rank but the first has, except for a sampler of its node."""
+    """Records nothing: what every rank but the first has. One rank of each further node has its node sampled."""
 
-    def __init__(self, sampler: NodeSampler | None = None) -> None:
-        self._sampler = sampler
+    def __init__(self, helper: Helper | None = None) -> None:
+        self._helper = helper
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records what was measured; `step` is the number of finished optimizer steps."""
@@ -47,12 +46,12 @@ class Tracker:
 
     def close(self, status: CloseStatus) -> None:
         """Ends tracking; STOPPED means that the run will be resumed."""
-        if self._sampler is not None:
-            self._sampler.close()
+        if self._helper is not None:
+            self._helper.close(_CLOSE_S["STOPPED"])
 
 
 class RunTracker(Tracker):
-    """Records a run, and feeds MLflow from the records in a thread of its own.
+    """Records a run; a helper process feeds MLflow from the records.
 
     Args: see `start`.
     """
@@ -81,12 +80,11 @@ class RunTracker(Tracker):
         self._warned = 0.0
 
         def begin(s: state.State) -> None:
-            s.status, s.ended, s.store = "RUNNING", None, uri
+            s.status, s.ended, s.store, s.attempt = "RUNNING", None, uri, s.attempt + 1
             s.dataset = dict(dataset) or s.dataset
 
         state.update(run, begin)
-        super().__init__(sampler_for_this_process(run))
-        self._uploader = None if uri is None else Uploader(run, config, uri)
+        super().__init__(Helper(run, uri))
 
     def _begin(self, step: int) -> bool:
         """Writes the event `attempt`; returns whether steps are about to be repeated."""
@@ -110,7 +108,7 @@ class RunTracker(Tracker):
         return reached > step
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records what was measured; a line is written and the uploader woken, nothing else."""
+        """Records what was measured: a line is written, nothing else."""
         with self._lock:
             self._stall_s += float(metrics.get(_STALL, 0.0)) * max(0, step - self._step)
             self._step = step
@@ -125,8 +123,6 @@ class RunTracker(Tracker):
         if self._repeating and step >= reached:
             self._repeating = False
             self.event("caught_up", step=step)
-        if self._uploader is not None:
-            self._uploader.notify()
 
     def event(self, kind: str, **fields: Any) -> None:
         """Records that something happened, with plain JSON values; any thread may call it."""
@@ -148,15 +144,15 @@ class RunTracker(Tracker):
             self.event("repeating", step=step, reached=self._history.reached)
 
     def close(self, status: CloseStatus) -> None:
-        """Ends tracking and gives the uploader a few seconds for the rest; `pipeline sync` can do it later."""
-        super().close(status)
+        """Ends tracking and gives the helper a few seconds for the rest; `pipeline sync` can do it later."""
         self._history.close()
 
         def end(s: state.State) -> None:
             s.status, s.ended = status, round(time.time(), 3)
 
         state.update(self._run, end)
-        if self._uploader is not None and not self._uploader.close(_CLOSE_S[status]):
+        assert self._helper is not None
+        if not self._helper.close(_CLOSE_S[status]):
             _log.warning("MLflow has not got everything yet; send the rest by: pipeline sync %s", self._run.path)
         os.close(self._alive)
 
@@ -190,7 +186,9 @@ def start(
         enabled: False for a tracker that records nothing but its node's system metrics.
     """
     if not enabled:
-        return Tracker(sampler_for_this_process(run, first=False))
+        from pipeline.train.world import world_from_environment
+
+        return Tracker(Helper(run, None) if world_from_environment().local_rank == 0 else None)
     if provenance and provenance not in run.provenance():
         run.add_provenance(provenance)
     return RunTracker(run, config, step=step, dataset=dataset, tokenizer_file=tokenizer_file)

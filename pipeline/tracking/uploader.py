@@ -1,4 +1,4 @@
-"""The thread that feeds MLflow while training runs; it may wait for a store as long as it likes."""
+"""Rounds of sending to MLflow while training runs; runs in the helper process, never in the training."""
 
 from __future__ import annotations
 
@@ -16,72 +16,51 @@ from pipeline.tracking.store import redact
 _log = logging.getLogger("pipeline.tracking")
 
 _ROUND_S = 2.0  # how old a point gets before it is sent
-_FIRST_ROUND_S = 20.0  # importing mlflow takes more than a second of the interpreter: after the first steps, or this
-_SHARE = 0.2  # of the thread's time that may go into sending while it catches up
+_SHARE = 0.2  # of the time that may go into sending while it catches up: the machine is there for training
 _BUSY_S = 0.2
 _PAUSE_S = (2.0, 30.0)  # between tries of a store that fails: doubling from the first to the second
 
 
 class Uploader:
-    """Sends what the journals hold until it is closed.
+    """Sends what the journals hold, round by round, until it is told that nothing more will come.
 
     Args:
         run: The run.
         config: Its config.
         uri: Resolved address of the store.
+        closing: Set when the training has ended; one last round follows.
     """
 
-    def __init__(self, run: Run, config: Config, uri: str) -> None:
+    def __init__(self, run: Run, config: Config, uri: str, closing: threading.Event) -> None:
         self._uri = uri
         self._feed = Feed(run, config, uri)
         self._lock = UploadLock(run)
-        self._wake = threading.Event()
-        self._closing = threading.Event()
+        self._closing = closing
         self._failing = False
         self._sent = 0
-        # A daemon: a store that does not answer must not keep the process from ending.
-        self._thread = threading.Thread(target=self._work, name="mlflow-uploader", daemon=True)
-        self._thread.start()
 
-    def notify(self) -> None:
-        """There is something new; costs nothing."""
-        self._wake.set()
-
-    def close(self, timeout_s: float) -> bool:
-        """Lets the thread send the rest and the status; False where that did not succeed in time."""
-        self._closing.set()
-        self._wake.set()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive() and not self._failing
-
-    def _work(self) -> None:
-        self._wake.wait(_FIRST_ROUND_S)
+    def work(self) -> bool:
+        """Returns whether the store has everything, after the last round."""
         pause = _PAUSE_S[0]
         while True:
             # Read before the round: what is written after this moment gets a round of its own.
             last_round = self._closing.is_set()
-            self._wake.clear()
             fd = self._lock.acquire()
             if fd is None:  # `pipeline sync` is sending, or the process before this one still is
                 time.sleep(_BUSY_S)
-                self._wake.set()
                 continue
             try:
                 done = self._round(last_round)
             finally:
                 os.close(fd)
             if last_round:
-                return
+                return done
             if done:
                 pause = _PAUSE_S[0]
-                self._sleep(_ROUND_S)
-                self._wake.wait()
+                self._closing.wait(_ROUND_S)
             else:
-                self._sleep(pause * random.uniform(0.8, 1.2))
+                self._closing.wait(pause * random.uniform(0.8, 1.2))
                 pause = min(2 * pause, _PAUSE_S[1])
-
-    def _sleep(self, seconds: float) -> None:
-        self._closing.wait(seconds)
 
     def _round(self, last_round: bool) -> bool:
         try:
@@ -105,11 +84,9 @@ class Uploader:
         return True
 
     def _rest(self, took_s: float) -> bool:
-        """Leaves the interpreter to training between two batches of a backlog."""
+        """Leaves the machine to training between two batches of a backlog; True ends the round."""
         if not self._closing.is_set():
-            began = time.monotonic()
             self._closing.wait(min(took_s * (1 - _SHARE) / _SHARE, _PAUSE_S[1]))
-            return time.monotonic() - began > _PAUSE_S[1]
         return False
 
 

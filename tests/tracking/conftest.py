@@ -1,16 +1,45 @@
 import os
 import shutil
+import threading
 
 import pytest
+
+from pipeline.tracking.uploader import Uploader
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 
+class InThread:
+    """The helper's work in a thread of the test: starting a process that imports mlflow takes seconds."""
+
+    def __init__(self, run, uri):
+        self.closing = threading.Event()
+        self.done = uri is None
+        self.thread = threading.Thread(target=self.work, args=(run, uri), daemon=True)
+        self.thread.start()
+
+    def work(self, run, uri):
+        if uri is not None:
+            self.done = Uploader(run, run.config(), uri, self.closing).work()
+
+    def close(self, timeout_s):
+        self.closing.set()
+        self.thread.join(timeout_s)
+        return self.done and not self.thread.is_alive()
+
+
+@pytest.fixture
+def real_helper():
+    """For tests of the process itself."""
+
+
 @pytest.fixture(autouse=True)
-def one_round_after_another(monkeypatch):
-    """No test waits for the pauses that are there for the sake of training."""
+def quick(request, monkeypatch):
+    """No test waits for pauses that are there for the sake of training, nor for a process it does not test."""
     monkeypatch.setattr("pipeline.tracking.uploader._ROUND_S", 0.1)
     monkeypatch.setattr("pipeline.tracking.uploader._PAUSE_S", (0.1, 0.5))
+    if "real_helper" not in request.fixturenames:
+        monkeypatch.setattr("pipeline.tracking.tracker.Helper", InThread)
 
 
 @pytest.fixture(scope="session")

@@ -195,8 +195,7 @@ def test_a_run_whose_process_was_killed_is_killed_after_the_next_sync(folder):
     log(tracker, 1, 10)
     assert is_alive(run)
     assert sync(run).status == "RUNNING"
-    tracker._uploader.close(30)
-    tracker._sampler.close()
+    tracker._helper.close(30)
     os.close(tracker._alive)  # what the kernel does to the lock of a process that was killed
     assert not is_alive(run)
     done = sync(run)
