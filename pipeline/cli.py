@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import EXIT_FAILED, PipelineError, StopRequested
+from pipeline.errors import EXIT_FAILED, PipelineError, StopRequested, UsageError
 
 app = typer.Typer(
     name="pipeline",
@@ -68,9 +68,9 @@ def inspect(
 
 @app.command()
 def verify(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a dataset or of a checkpoint.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a dataset, a checkpoint or a run.")],
 ) -> None:
-    """Compare every byte of a dataset or a checkpoint with its checksums."""
+    """Compare every byte of a dataset, a checkpoint, or a run and its dataset, with the checksums."""
     from pipeline.verify import verify_path
 
     print(verify_path(path))
@@ -126,6 +126,9 @@ def export(
     ] = "hf",
     step: Annotated[int | None, typer.Option(min=0, help="Of the checkpoint; the newest otherwise.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder or file to write; below RUN/export otherwise.")] = None,
+    register: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also make a version of this registered model in MLflow.")
+    ] = None,
 ) -> None:
     """Write a run's weights for other programs."""
     from pathlib import Path
@@ -133,7 +136,15 @@ def export(
     from pipeline.checkpoint.export import export_run
     from pipeline.run import open_run
 
-    print(export_run(open_run(run_folder), form, step, Path(output) if output else None))
+    if register is not None and form != "hf":
+        raise UsageError(f"--register {register}: a model version is made of --format hf, not of {form}")
+    opened = open_run(run_folder)
+    written = export_run(opened, form, step, Path(output) if output else None)
+    print(written)
+    if register is not None:
+        from pipeline.tracking.sync import register_export
+
+        print(f"{register}: version {register_export(opened, written, register)}")
 
 
 @app.command()

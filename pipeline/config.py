@@ -177,6 +177,10 @@ class CheckpointConfig(Section):
     """Keep the one with the lowest validation loss."""
     timeout_min: Positive = 30.0
     """Minutes after which a save gives up on a rank whose file does not arrive."""
+    if_busy: Literal["wait", "skip"] = "wait"
+    """A save that is due while one is still being written waits for it, or is skipped; the last one never is."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """After a failed save the run goes on with the last good one, or ends with status 1 at the next save."""
 
 
 class GuardConfig(Section):

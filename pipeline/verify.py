@@ -1,17 +1,18 @@
-"""The checksums of a dataset or a checkpoint: `pipeline verify`."""
+"""The checksums of a dataset, a checkpoint or a whole run: `pipeline verify`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.errors import UsageError
+from pipeline.errors import CheckpointError, PipelineError, UsageError
+from pipeline.run import Run, open_run
 
 
 def verify_path(path: str) -> str:
-    """Reads every byte of a dataset or a checkpoint, compares it with the manifest, and says what was compared.
+    """Reads every byte of a dataset, a checkpoint or a run, compares it with the manifest, and says what was compared.
 
     Raises:
-        UsageError: The folder is neither.
+        UsageError: The folder is none of them.
         PipelineError: Something is missing or damaged; the message names it.
     """
     from pipeline.data.plan import PLAN
@@ -19,11 +20,55 @@ def verify_path(path: str) -> str:
     folder = Path(path)
     if (folder / PLAN).exists():
         return _verify_dataset(folder)
-    if not (folder / "manifest.json").exists():
-        raise UsageError(f"{path}: is neither a dataset nor a checkpoint (it has no manifest.json)")
+    if (folder / "manifest.json").exists():
+        return _verify_checkpoint(folder)
+    if (folder / "config.yaml").exists():
+        return _verify_run(open_run(folder))
+    raise UsageError(
+        f"{path}: is neither a dataset nor a checkpoint (it has no manifest.json), nor a run (it has no config.yaml)"
+    )
+
+
+def _verify_run(run: Run) -> str:
+    """Every checkpoint and the dataset; one that is damaged does not keep the others from being looked at."""
+    from pipeline.checkpoint.layout import Manifest, published
+
+    lines, problems = [], []
+    dataset = Path(run.config().data.path)
+    checkpoints = list(reversed(published(run.checkpoints)))
+    for folder in checkpoints:
+        try:
+            lines.append(_verify_checkpoint(folder))
+            trained_on = Manifest.load(folder).state.get("dataset")
+            if trained_on is not None and (dataset / "manifest.json").exists():
+                _same_dataset(folder, trained_on, dataset)
+        except PipelineError as error:
+            problems.append(str(error))
+    if not checkpoints:
+        lines.append(f"{run.checkpoints}: holds no checkpoint yet")
+    try:
+        lines.append(_verify_dataset(dataset))
+    except PipelineError as error:
+        problems.append(str(error))
+    if problems:
+        raise PipelineError("\n  ".join([f"{run.path}: {len(problems)} damaged:", *problems, *lines]))
+    return "\n".join(lines)
+
+
+def _same_dataset(checkpoint: Path, trained_on: str, dataset: Path) -> None:
+    from pipeline.data.manifest import Manifest
+
+    digest = Manifest.load(dataset).digest
+    if digest != trained_on:
+        raise CheckpointError(
+            f"{checkpoint}: was trained on the dataset {trained_on[:12]}, and {dataset} is {digest[:12]} now"
+        )
+
+
+def _verify_checkpoint(folder: Path) -> str:
     from pipeline.checkpoint.read import verify
 
-    return f"{path}: all {len(verify(folder).files):,} files of the checkpoint are what its manifest says"
+    return f"{folder}: all {len(verify(folder).files):,} files of the checkpoint are what its manifest says"
 
 
 def _verify_dataset(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,6 @@ def best_checkpoint(folders: list[Path]) -> Path | None:
             loss = Manifest.load(folder).state.get("val_loss")
         except CheckpointError:
             continue
-        if loss is not None:
+        if loss is not None and math.isfinite(loss):  # NaN is less than nothing, and min would keep it
             losses[folder] = loss
     return min(losses, key=lambda f: losses[f]) if losses else None

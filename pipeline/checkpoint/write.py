@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.checkpoint.layout import KEYS, Manifest, rank_file, step_name
@@ -80,6 +82,17 @@ class Saved:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Request:
+    step: int
+    fragments: list[OwnedFragment]
+    state: dict[str, Any]
+
+
+class _RankFailed(CheckpointError):
+    """Another rank could not write its file; the message names the rank."""
+
+
 class CheckpointSaver:
     """Saves one checkpoint at a time in a thread of its own.
 
@@ -104,6 +117,9 @@ class CheckpointSaver:
         self._copied = threading.Event()
         self._copied.set()
         self._buffers: dict[str, Tensor] = {}
+        self._put_off: _Request | None = None
+        self._failure: str | None = None
+        self._saves = 0
 
     @property
     def busy(self) -> bool:
@@ -111,33 +127,82 @@ class CheckpointSaver:
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, step: int, fragments: list[OwnedFragment], state: dict[str, Any]) -> None:
-        """Begins a save; waits first for one that is still under way.
+        """Begins a save; with one still under way it waits for that, or is put off (`checkpoint.if_busy`).
+
+        A save that was put off is skipped as soon as weights are about to change, and made up for by `wait`: the
+        last one of a run, and the one before a stop, are never lost.
 
         Args:
             step: Finished optimizer steps.
             fragments: What this rank owns.
             state: The rest of the state, as plain values; rank 0's is stored.
+
+        Raises:
+            CheckpointError: An earlier save failed and `checkpoint.on_failure` is `stop`; on all ranks alike.
         """
-        self.wait()
-        self._copied.clear()
-        ready = _device_event(fragments)
-        arguments = (step, fragments, state, ready, time.monotonic())
-        self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._skip_put_off()
+        skipping, stopping = self._config.if_busy == "skip", self._config.on_failure == "stop"
+        if not skipping:
+            self.wait()
+        busy = False
+        failures: list[str | None] = []
+        if skipping or stopping:  # threads do not end at the same moment on all ranks: agree, at this step only
+            states = self._gather((self.busy, self._failure))
+            busy, failures = any(b for b, _ in states), [f for _, f in states]
+        failure = next((f for f in failures if f is not None), None)
+        if stopping and failure is not None:
+            raise CheckpointError(f"a checkpoint could not be saved, and checkpoint.on_failure is stop: {failure}")
+        request = _Request(step, fragments, state)
+        if busy:
+            self._put_off = request
+        else:
+            self._begin(request)
 
     def wait_for_copy(self) -> float:
         """Blocks until weights may change again; returns the seconds it took."""
         began = time.perf_counter()
+        self._skip_put_off()
         self._copied.wait()
         return time.perf_counter() - began
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Blocks until the save under way, if there is one, is durable or has failed, or the time is over."""
+        """Blocks until the save under way, if there is one, is durable or has failed, or the time is over.
+
+        Without a time limit a save that was put off is made too.
+        """
         if self._thread is not None:
             self._thread.join(timeout_s)
+        if timeout_s is None and self._put_off is not None:
+            request, self._put_off = self._put_off, None
+            self._begin(request)
+            self.wait()
+
+    def _begin(self, request: _Request) -> None:
+        self._saves += 1
+        self._copied.clear()
+        ready = _device_event(request.fragments)
+        arguments = (request.step, request.fragments, request.state, ready, time.monotonic())
+        self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _skip_put_off(self) -> None:
+        if self._put_off is None:
+            return
+        step, self._put_off = self._put_off.step, None
+        if self._writer.rank == 0:
+            why = "skipped: the one before it is still being written (checkpoint.if_busy: skip)"
+            self._report(Saved(step, None, why, 0.0))
+
+    def _gather(self, value: tuple[bool, str | None]) -> list[tuple[bool, str | None]]:
+        if self._writer.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self._writer.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def _save(self, step: int, fragments: list[OwnedFragment], state: dict[str, Any], ready: Any, began: float) -> None:
-        temp = self._checkpoints / f".{step_name(step)}.{self._writer.attempt}.tmp"
+        # Numbered: after a rollback the same step comes again, and must not meet a late rank's file of the first time.
+        temp = self._checkpoints / f".{step_name(step)}.{self._writer.attempt}.{self._saves}.tmp"
         path, problem = None, None
         try:
             try:
@@ -149,16 +214,25 @@ class CheckpointSaver:
             self._write_part(temp, fragments, copies)
             if self._writer.rank == 0:
                 path = self._publish(temp, step, state)
-        except (OSError, CheckpointError, RuntimeError) as error:
-            # safetensors reports a full disk as an error of its own, a RuntimeError or an OSError by version.
-            problem = str(error)
+        except Exception as error:
+            # Whatever it is (safetensors reports a full disk as a bare Exception): a thread that dies unheard would
+            # let the run say that everything is saved.
+            problem = self._named(error)
             self._tell_rank_0(temp, problem)
-        if self._writer.rank == 0:
-            if path is None:
-                shutil.rmtree(temp, ignore_errors=True)
-            else:
+        if self._writer.rank != 0:
+            return
+        self._failure = problem
+        if path is None:
+            shutil.rmtree(temp, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # the new one is whole; what could not go now goes after the next
                 remove_old(self._checkpoints, self._config)
-            self._report(Saved(step, path, problem, time.monotonic() - began))
+        self._report(Saved(step, path, problem, time.monotonic() - began))
+
+    def _named(self, error: Exception) -> str:
+        if isinstance(error, _RankFailed) or self._writer.world_size == 1:
+            return str(error)
+        return f"rank {self._writer.rank} on {socket.gethostname()}: {error}"
 
     def _copy(self, fragments: list[OwnedFragment], ready: Any) -> dict[str, Tensor]:
         """Host copies under their names in the file; the buffers are kept for the next save."""
@@ -218,7 +292,7 @@ class CheckpointSaver:
         while True:
             for name in names:
                 if (temp / (name + _FAILED_SUFFIX)).exists():
-                    raise CheckpointError((temp / (name + _FAILED_SUFFIX)).read_text())
+                    raise _RankFailed((temp / (name + _FAILED_SUFFIX)).read_text())
             if all((temp / (name + _PART_SUFFIX)).exists() for name in names):
                 return [json.loads((temp / (name + _PART_SUFFIX)).read_bytes()) for name in names]
             if time.monotonic() > deadline:
@@ -230,8 +304,9 @@ class CheckpointSaver:
 
     def _tell_rank_0(self, temp: Path, problem: str) -> None:
         if self._writer.rank != 0:
-            # The disk may be full for this file too; rank 0 then gives up after its time limit.
+            # A full disk has no room for this file either, unless what was written so far goes first.
             with contextlib.suppress(OSError):
+                (temp / rank_file(self._writer.rank)).unlink(missing_ok=True)
                 write_text(temp / (rank_file(self._writer.rank) + _FAILED_SUFFIX), problem)
 
 

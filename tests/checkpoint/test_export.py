@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UsageError
 from pipeline.model.transformer import TransformerLM
 from pipeline.run import Run, open_run
+from pipeline.verify import verify_path
 
 TEXT = "We hold these truths to be self-evident, that all men are created equal; 1776 was a year. " * 80
 
@@ -128,3 +130,23 @@ def test_exporting_imports_neither_transformers_nor_deepspeed(trained: Run, tmp_
         "assert not {'transformers', 'deepspeed'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_verify_of_a_run_looks_at_every_checkpoint_and_the_dataset_and_names_what_is_damaged(
+    trained: Run, tmp_path: Path
+) -> None:
+    assert len(verify_path(str(trained.path)).splitlines()) == 3  # steps 3 and 6, the dataset
+    copy = tmp_path / "copy"
+    shutil.copytree(trained.path, copy)
+    torn = copy / "checkpoints" / "step_00000003" / "rank_00000.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    command = [sys.executable, "-m", "pipeline", "verify", str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{torn}: is torn" in done.stderr and "step_00000006: all 1 files" in done.stderr
+
+
+def test_a_registered_version_is_made_of_a_hugging_face_folder_only(trained: Run) -> None:
+    command = [sys.executable, "-m", "pipeline", "export", str(trained.path), "--register", "m"]
+    done = subprocess.run([*command, "--format", "safetensors"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--format hf" in done.stderr

@@ -1,0 +1,38 @@
+"""Savers without training: a few fragments and what was reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint.layout import KEYS
+from pipeline.checkpoint.write import CheckpointSaver, OwnedFragment, Saved, Writer
+from pipeline.config import CheckpointConfig
+
+NUMEL = 1000
+
+
+def fragments(value: float, rank: int = 0, world_size: int = 1, numel: int = NUMEL) -> list[OwnedFragment]:
+    """This rank's part of one parameter whose elements, and moments, are all `value`."""
+    share = numel // world_size
+    tensors = {key: torch.full((share,), value) for key in KEYS}
+    return [OwnedFragment("layer.weight", (numel,), rank * share, tensors)]
+
+
+def saver(
+    folder: Path, reports: list[Saved], rank: int = 0, world_size: int = 1, attempt: str = "a1", **config: Any
+) -> CheckpointSaver:
+    """A saver of this rank that appends what it reports."""
+    writer = Writer(rank, world_size, 0, attempt)
+    return CheckpointSaver(folder, writer, CheckpointConfig(**config), reports.append)
+
+
+def save(folder: Path, step: int, val_loss: float | None = None, **config: Any) -> None:
+    """Saves one checkpoint and waits for it."""
+    reports: list[Saved] = []
+    one = saver(folder, reports, **config)
+    one.save(step, fragments(float(step)), {"val_loss": val_loss})
+    one.wait()
+    assert reports[-1].error is None, reports[-1].error
