@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from pipeline.checkpoint.layout import published, step_name, step_of
@@ -16,7 +18,7 @@ from pipeline.checkpoint.read import CheckpointReader, newest_checkpoint, verify
 from pipeline.config import Config, ModelConfig
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import PipelineError, UsageError
-from pipeline.files import fsync_file, publish_dir, write_bytes, write_json
+from pipeline.files import fsync_dir, publish_dir, write_bytes, write_json
 from pipeline.run import Run
 
 FORMATS = ("hf", "safetensors")
@@ -65,14 +67,13 @@ def export_run(run: Run, form: str, step: int | None = None, output: Path | None
     if form not in FORMATS:
         raise UsageError(f"--format {form}: allowed are {' and '.join(FORMATS)}")
     checkpoint = _checkpoint(run, step)
-    weights = load_weights(checkpoint)
     if form == "safetensors":
         path = output or run.exports / f"{checkpoint.name}.safetensors"
         about = {"format": "pt", "step": str(step_of(checkpoint)), "model": run.config().model.model_dump_json()}
-        _written(path, lambda: write_bytes(path, safetensors.torch.save(weights, about)))
+        _written(path, lambda: _write_file(path, checkpoint, about))
         return path
     folder = output or run.exports / f"{checkpoint.name}-hf"
-    _written(folder, lambda: _write_hf(folder, run, weights))
+    _written(folder, lambda: _write_hf(folder, run, checkpoint))
     return folder
 
 
@@ -96,10 +97,46 @@ def _written(path: Path, write: Callable[[], None]) -> None:
         ) from error
 
 
+def _write_file(path: Path, checkpoint: Path, about: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        _write_weights(temp, checkpoint, about)
+        temp.replace(path)
+        fsync_dir(path.parent)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def _write_weights(
+    path: Path,
+    checkpoint: Path,
+    about: dict[str, str],
+    rename: Callable[[str], str] = lambda name: name,
+    reorder: Callable[[str, Tensor], Tensor] = lambda name, weight: weight,
+) -> None:
+    """A safetensors file of float32 weights, one parameter in memory at a time."""
+    reader = CheckpointReader(checkpoint)
+    header: dict[str, Any] = {"__metadata__": about}
+    end = 0
+    for name, entry in reader.manifest.parameters.items():
+        start, end = end, end + 4 * math.prod(entry["shape"])
+        header[rename(name)] = {"dtype": "F32", "shape": entry["shape"], "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
+    with path.open("wb") as out:
+        out.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in reader.manifest.parameters:
+            out.write(reorder(name, reader.read_whole("weight", name)).contiguous().numpy().astype("<f4").data)
+        out.flush()
+        os.fsync(out.fileno())
+    reader.close()
+
+
 # ---- Hugging Face ----------------------------------------------------------------------------
 
 
-def _write_hf(folder: Path, run: Run, weights: dict[str, Tensor]) -> None:
+def _write_hf(folder: Path, run: Run, checkpoint: Path) -> None:
     config = run.config()
     if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: exists and is no exported model; choose another place by --output")
@@ -107,12 +144,14 @@ def _write_hf(folder: Path, run: Run, weights: dict[str, Tensor]) -> None:
     temp = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     temp.mkdir(parents=True)
     try:
-        tensors = {_llama_name(name): _llama_order(name, weight, config.model) for name, weight in weights.items()}
-        safetensors.torch.save_file(tensors, temp / "model.safetensors", {"format": "pt"})
-        fsync_file(temp / "model.safetensors")
+        _write_weights(
+            temp / "model.safetensors",
+            checkpoint,
+            {"format": "pt"},
+            rename=_llama_name,
+            reorder=lambda name, weight: _llama_order(name, weight, config.model),
+        )
         write_bytes(temp / "tokenizer.json", tokenizer.content)
-        # safetensors makes files that only their owner may read; a group shares its models.
-        shutil.copymode(temp / "tokenizer.json", temp / "model.safetensors")
         write_json(temp / "config.json", _llama_config(config, tokenizer))
         write_json(temp / "generation_config.json", _generation_config(config, tokenizer))
         write_json(temp / "tokenizer_config.json", _tokenizer_config(config, tokenizer))
