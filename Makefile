@@ -14,10 +14,13 @@ demo: $(VENV)/.train data/demo/text  ## train a small model from raw text, on th
 	$(BIN)/pipeline run configs/demo.yaml
 
 test: $(VENV)/.dev data/demo/text  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not browser"
+	$(BIN)/python -m pytest -m "not slow and not browser and not container and not cluster"
 
 test-all: $(VENV)/.dev data/demo/text  ## every test; needs Debian's chromium and chromium-driver
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/.dev  ## 500 faults at random moments of real training; about three quarters of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.harness --faults 500 --seed 2 --out benchmarks/results/faults.json
 
 lint: $(VENV)/.dev  ## linters, type checker, import rules
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""One script a claim; results, with date, commit and machine, stand in `results/`."""

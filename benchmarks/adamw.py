@@ -1,6 +1,6 @@
 """Milliseconds of one AdamW step: own (cache-sized chunks), own on whole tensors, torch's loop, foreach and fused.
 
-    python -m benchmarks.adamw
+python -m benchmarks.adamw
 """
 
 from __future__ import annotations

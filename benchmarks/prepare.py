@@ -2,10 +2,11 @@
 
     python -m benchmarks.prepare [--text FILE] [--rounds 3]
 
-End to end: `pipeline prepare` (read, encode, index, hash, check, write) as a whole process against processes that read
-the same file with Hugging Face `tokenizers` (`encode_batch_fast`) or `tiktoken` and write a memmap, without index, digests
-or checks. All use the same vocabulary and must write the same number of tokens. The runs are interleaved; seconds of wall
-and CPU are medians, start-up of the interpreter included. Without `--text` the text is built from Debian packages.
+End to end: `pipeline prepare` (read, encode, index, hash, check, write) as a whole process against processes that
+read the same file with Hugging Face `tokenizers` (`encode_batch_fast`) or `tiktoken` and write a memmap, without
+index, digests or checks. All use the same vocabulary and must write the same number of tokens. The runs are
+interleaved; seconds of wall and CPU are medians, start-up of the interpreter included. Without `--text` the text is
+built from Debian packages.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def experiment(folder: Path, text: Path, tokenizer: dict[str, Any]) -> Path:
         },
         "tokenizer": tokenizer,
         "model": {
-            "vocab_size": VOCAB_SIZE, "context_length": DEMO_CONTEXT, "d_model": 64, "num_layers": 1, "num_heads": 1, "d_ff": 64,
+            "vocab_size": VOCAB_SIZE, "context_length": DEMO_CONTEXT, "d_model": 64, "num_layers": 1,
+            "num_heads": 1, "d_ff": 64,
         },
         "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_iters": 1, "cosine_cycle_iters": 2},
         "train": {"batch_size": 8, "micro_batch_size": 8, "max_iters": 2},

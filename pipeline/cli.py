@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline import cli_image, cli_launch
 from pipeline.errors import EXIT_FAILED, PipelineError, StopRequested, UsageError
 
 app = typer.Typer(
@@ -187,6 +188,10 @@ def ui(
     from pipeline.tracking.ui import serve, store_of
 
     serve(store_of(open_run(run_folder) if run_folder else None), port)
+
+
+app.add_typer(cli_launch.app)
+app.add_typer(cli_image.app, name="image")
 
 
 def _config(config_file: str, overrides: list[str] | None):  # type: ignore[no-untyped-def]  # pydantic stays unimported

@@ -228,6 +228,19 @@ def tracking_uri_problem(uri: str) -> str | None:
     return None
 
 
+class ContainerConfig(Section):
+    """The Apptainer image that jobs run in."""
+
+    image: str | None = None
+    """A SIF file or a sandbox folder made by `pipeline image build`; without it jobs use the environment they find."""
+    code: Literal["snapshot", "image"] = "snapshot"
+    """`snapshot` runs the code that was submitted, from the run folder; `image` runs what the image was built with."""
+    environment: Literal["inherit", "clean"] = "inherit"
+    """Variables seen inside: all, or only SLURM_*, MASTER_*, MLFLOW_*, NCCL_* and those the site sets."""
+    binds: tuple[str, ...] = ()
+    """Further folders to see inside, `HOST[:INSIDE[:ro]]`; the config's own paths are bound without being named."""
+
+
 class SampleConfig(Section):
     """Text generated at the end of a run and by `pipeline sample`."""
 
@@ -256,6 +269,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     tracking: TrackingConfig = TrackingConfig()
+    container: ContainerConfig = ContainerConfig()
     sample: SampleConfig = SampleConfig()
     deepspeed: dict[str, Any] = {}
     """Further DeepSpeed settings, passed through; refused where they contradict the settings above."""

@@ -38,8 +38,8 @@ def run_all(config: Config) -> None:
     train(config)
     run = run_for(config)
     evaluation = evaluate_run(run)
-    splits = [open_dataset(config.data.path, name) for name in ("train", "validation")]
-    bigram = bigram_loss(*splits, config.model.context_length, config.model.vocab_size)
+    train_data, validation_data = (open_dataset(config.data.path, name) for name in ("train", "validation"))
+    bigram = bigram_loss(train_data, validation_data, config.model.context_length, config.model.vocab_size)
     texts = sample_run(run)
     console = Console(highlight=False)
     console.print(_results(run, evaluation, bigram, time.monotonic() - began))

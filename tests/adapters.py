@@ -8,10 +8,10 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
-from pipeline.checkpoint.single import load_checkpoint, save_checkpoint
-from pipeline.data.dataset import get_batch
 from torch import Tensor
 
+from pipeline.checkpoint.single import load_checkpoint, save_checkpoint
+from pipeline.data.dataset import get_batch
 from pipeline.model import layers
 from pipeline.model.loss import cross_entropy
 from pipeline.model.transformer import TransformerLM

@@ -22,6 +22,7 @@ from pipeline.data.changes import refuse_changed_content, touched_files
 from pipeline.data.chunks import Chunk, Piece
 from pipeline.data.join import make_manifest
 from pipeline.data.manifest import TOKENIZER, Manifest
+from pipeline.data.memory import WordCaches
 from pipeline.data.plan import Plan, Task, agree, make_plan, record, share
 from pipeline.data.readers import read_task
 from pipeline.data.slices import Record, SliceWriter, finished, published, remove_leftovers
@@ -105,6 +106,8 @@ class _Build:
         self._tokenizer = tokenizer
         self._report = report
         self._dtype = _dtype(config, tokenizer)
+        self._cores = len(os.sched_getaffinity(0))
+        self._caches = WordCaches(tokenizer, self._cores)
         self._build = sha256_bytes(json.dumps([plan.settings, tokenizer.digest], sort_keys=True).encode())
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -130,10 +133,9 @@ class _Build:
         if not missing:
             return
         self._total = sum(self._bytes_of(t) for t in missing)
-        cores = len(os.sched_getaffinity(0))
         # Each has a thread beside it that reads ahead; more encoders would only warm more caches of words.
-        with ThreadPoolExecutor(min(cores, len(missing)), thread_name_prefix="prepare") as pool:
-            futures = [pool.submit(self._do_or_find_done, task, len(missing) < cores) for task in missing]
+        with ThreadPoolExecutor(min(self._cores, len(missing)), thread_name_prefix="prepare") as pool:
+            futures = [pool.submit(self._do_or_find_done, task, len(missing) < self._cores) for task in missing]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
@@ -179,6 +181,7 @@ class _Build:
                 return False
             if isinstance(event, Chunk):
                 writer.add(event, parallel)
+                self._caches.encoded(event.documents.text_bytes)
                 self._count(event)
                 continue
             pieces.append(event)

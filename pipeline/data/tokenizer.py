@@ -57,8 +57,9 @@ class Tokenizer:
         if tokenizer_json.is_bytes(tree):
             self.encoder = "bytes"
             return
+        self._ordinary = json.dumps(tokenizer_json.without_special_tokens(tree))
         try:
-            self._fast = _load_gigatoken(tokenizer_json.without_special_tokens(tree))
+            self._fast = _load_gigatoken(self._ordinary)
             self.encoder = "gigatoken"
         except (RuntimeError, ValueError) as error:
             reason = str(error).split("\n", 1)[0]
@@ -109,6 +110,11 @@ class Tokenizer:
         offsets = np.zeros(len(lists) + 1, np.int64)
         np.cumsum([len(ids) for ids in lists], out=offsets[1:])
         return np.fromiter((i for ids in lists for i in ids), np.uint32, int(offsets[-1])), offsets
+
+    def forget_words(self) -> None:
+        """Empties the caches of the encoder; other threads may go on encoding meanwhile."""
+        if self.encoder == "gigatoken":
+            self._fast = _load_gigatoken(self._ordinary)
 
     def reference_encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids by Hugging Face's `tokenizers`: what the fast encoder is checked against."""
@@ -190,10 +196,10 @@ def _train_tokenizers(
     return [bytes([b]) for b in range(256)] + [a + b for a, b in pairs], pairs
 
 
-def _load_gigatoken(tree: dict[str, Any]) -> Any:
+def _load_gigatoken(content: str) -> Any:
     from gigatoken.gigatoken_rs import load_hf_json
 
-    return load_hf_json(json.dumps(tree))
+    return load_hf_json(content)
 
 
 def _as_awkward(documents: Documents) -> Any:

@@ -1,0 +1,57 @@
+"""A small disk for a run: it can be filled and made read-only. Needs a mount namespace of its own (`unshare -m`)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+# What metrics and events need while the disk is full for checkpoints.
+_ROOM_FOR_LINES = 96 * 1024
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, megabytes: int) -> Iterator[Path]:
+    """A tmpfs of this size, gone at the end."""
+    path.mkdir(parents=True, exist_ok=True)
+    _mount("-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(path))
+    try:
+        yield path
+    finally:
+        _umount(path)
+
+
+@contextlib.contextmanager
+def full(path: Path) -> Iterator[None]:
+    """Nothing of a checkpoint's size fits any more."""
+    filler = path / "filler"
+    state = os.statvfs(path)
+    free = state.f_bavail * state.f_frsize
+    with filler.open("wb") as out:
+        os.posix_fallocate(out.fileno(), 0, max(4096, free - _ROOM_FOR_LINES))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@contextlib.contextmanager
+def read_only(path: Path) -> Iterator[None]:
+    """Nothing below the folder can be made or changed, by root neither."""
+    _mount("--bind", str(path), str(path))
+    _mount("-o", "remount,bind,ro", str(path))
+    try:
+        yield
+    finally:
+        _umount(path)
+
+
+def _mount(*args: str) -> None:
+    subprocess.run(["mount", *args], check=True)
+
+
+def _umount(path: Path) -> None:
+    # Lazily: a rank may be looking into it at this moment.
+    subprocess.run(["umount", "--lazy", str(path)], check=True)

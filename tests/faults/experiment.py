@@ -1,0 +1,77 @@
+"""The tiny experiment that the faults strike: text, tokens, a config, and what a run folder says came of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STEPS = 100
+CHECKPOINT_INTERVAL = 5
+
+
+def write_experiment(folder: Path, runs_dir: Path, name: str) -> Path:
+    """Text and a config below `folder`; the run goes to `runs_dir`. Returns the config's path."""
+    text = folder / "text"
+    if not text.exists():
+        text.mkdir(parents=True)
+        rng = random.Random(0)
+        words = ["the", "union", "of", "states", "war", "peace", "law", "and", "people", "congress"]
+        for split, count in (("train", 6000), ("validation", 400)):
+            (text / f"{split}.txt").write_text(" ".join(rng.choice(words) for _ in range(count)))
+    tree: dict[str, Any] = {
+        "name": name,
+        "runs_dir": str(runs_dir),
+        "data": {
+            "path": str(folder / "tokens"),
+            "sources": [
+                {"name": split, "paths": [str(text / f"{split}.txt")], "split": split}
+                for split in ("train", "validation")
+            ],
+        },
+        "tokenizer": {"kind": "bytes"},
+        "model": {
+            "vocab_size": 257, "context_length": 16, "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64,
+        },
+        "optimizer": {
+            "learning_rate": 3e-3, "min_learning_rate": 3e-4, "warmup_iters": 5, "cosine_cycle_iters": STEPS,
+        },
+        "train": {
+            "batch_size": 8, "micro_batch_size": 2, "max_iters": STEPS, "device": "cpu", "log_interval": 1,
+            "val_interval": 25, "num_val_batches": 2, "checkpoint_interval": CHECKPOINT_INTERVAL,
+        },
+        "tracking": {"uri": "none"},
+    }  # fmt: skip
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; one being written is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def last_step(run: Path) -> int:
+    """The last step in the metrics."""
+    return max((line["step"] for line in lines(run / "metrics.jsonl")), default=0)
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    """Every training loss in the metrics, in the order of the file: a repeated step shows twice."""
+    return [(line["step"], line["train/loss"]) for line in lines(run / "metrics.jsonl") if "train/loss" in line]
+
+
+def validations(run: Path) -> list[tuple[int, float]]:
+    """Every validation loss in the metrics."""
+    return [(line["step"], line["val/loss"]) for line in lines(run / "metrics.jsonl") if "val/loss" in line]
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind."""
+    return [e for e in lines(run / "events.jsonl") if e["event"] == kind]

@@ -1,0 +1,331 @@
+"""Strikes real multi-process training at random moments until a number of faults is survived, and judges the curves.
+
+    .venv/bin/python -m tests.faults.harness --faults 50 --seed 1 --out faults.json
+
+A run of 100 steps is one episode: it is struck and restarted until it is finished, then its loss curve is compared with
+the uninterrupted one. Every other episode keeps its layout (world size and ZeRO stage): its curve must be equal bit for
+bit to that layout's; the others draw a layout for each start: theirs must be within 1e-5 of one rank's.
+It moves itself into a mount namespace of its own (`unshare`), so that the small disks are gone with it.
+Exit status: 0 if all faults were survived, 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.faults import experiment, forked
+from tests.faults.disk import small_disk
+from tests.faults.strikes import DAMAGES, STRIKES, Deck, Strike, kill_all
+
+TOLERANCE = 1e-5
+LONGEST_S = 30.0
+DISK_MB = 8
+AT_START = 0.25
+
+_APART = "FAULTS_IN_A_NAMESPACE"
+
+Layout = tuple[int, int]
+LAYOUTS: tuple[Layout, ...] = tuple((world, stage) for world in (1, 2, 4) for stage in (0, 1, 2, 3))
+
+
+@dataclass
+class Fault:
+    """One fault and what came of it.
+
+    Attributes:
+        kind: What was done.
+        layout: World size and ZeRO stage of the ranks it met.
+        at_step: Last step in the metrics at that moment.
+        to_end_s: From the fault until the last rank had ended.
+        lost_steps: Steps in the metrics that the next start took anew.
+        to_step_s: From the next start, its processes forked, to its first step.
+    """
+
+    kind: str
+    layout: Layout
+    at_step: int
+    to_end_s: float
+    lost_steps: int = 0
+    to_step_s: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """What the whole harness found; `problems` is empty if everything was survived."""
+
+    faults: list[Fault] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    episodes: int = 0
+    bitwise_episodes: int = 0
+    worst_difference: float = 0.0
+
+
+class Episode:
+    """One run, from its first step to its last, struck in between."""
+
+    def __init__(
+        self, folder: Path, disk: Path, name: str, deck: Deck, rng: random.Random, fixed: Layout | None
+    ) -> None:
+        self._config = experiment.write_experiment(folder, disk, name)
+        self._folder, self._name, self._deck, self._rng, self._fixed = folder, name, deck, rng, fixed
+        self.run = disk / name
+        self.faults: list[Fault] = []
+        self.problems: list[str] = []
+
+    def go(self, most: int) -> None:
+        """Starts and strikes until the run is finished; after `most` faults it is left alone."""
+        before: Fault | None = None
+        for attempt in range(1000):
+            layout = self._fixed or self._rng.choice(LAYOUTS)
+            strike = self._deck.draw() if len(self.faults) < most else None
+            before, code = self._start(attempt, layout, strike, before)
+            if strike is not None and before is None:
+                self._deck.put_back(strike)
+            if code == 0 or self.problems:
+                return
+
+    def _start(
+        self, attempt: int, layout: Layout, strike: Strike | None, before: Fault | None
+    ) -> tuple[Fault | None, int]:
+        world, stage = layout
+        good = newest_good(self.run)
+        reached = experiment.last_step(self.run)
+        resumes = len(experiment.events(self.run, "resumed"))
+        self._check_promises(before, good, reached)
+        began = time.monotonic()
+        log = self._folder / "logs" / f"{self._name}_{attempt:03d}.log"
+        ranks = forked.start(["train", str(self._config), f"train.zero_stage={stage}"], world, log)
+        try:
+            fault = None
+            at_start = strike is kill_all and self._rng.random() < AT_START
+            if at_start:
+                time.sleep(self._rng.uniform(0, 2))
+            else:
+                first = self._wait_for_first_step(ranks, began, good, resumes)
+                if before is not None and first is not None:
+                    before.to_step_s, before.lost_steps = first, max(0, reached - good)
+            if strike is not None and at_start:
+                fault = self._land(ranks, strike, layout)
+            elif strike is not None and not self.problems:
+                fault = self._strike(ranks, strike, layout)
+            elif not ranks.wait(120):
+                self._problem(ranks, "a start that nobody disturbed did not end in 120 s")
+            if fault is not None:
+                self.faults.append(fault)
+            elif not self.problems and set(ranks.codes.values()) != {0}:
+                self._problem(ranks, f"a start that nobody disturbed ended with {ranks.codes}")
+        finally:
+            ranks.end()
+        return fault, 0 if set(ranks.codes.values()) == {0} else 1
+
+    def _check_promises(self, before: Fault | None, good: int, reached: int) -> None:
+        """A checkpoint that was reported durable is there, and a stop on request loses no step."""
+        if before is None or before.kind in DAMAGES:
+            return
+        journal = experiment.lines(self.run / "events.jsonl")
+        begun = max((i for i, e in enumerate(journal) if e["event"] in ("started", "resumed")), default=0)
+        durable = max((e["step"] for e in journal[begun:] if e["event"] == "checkpointed"), default=0)
+        if good < durable:
+            self.problems.append(f"{self._name}: step {durable} was reported durable, and only step {good} is whole")
+        if before.kind == "SIGUSR2" and good != reached:
+            self.problems.append(f"{self._name}: stopped on request at step {reached}, but only step {good} is whole")
+
+    def _wait_for_first_step(self, ranks: forked.Ranks, began: float, good: int, resumes: int) -> float | None:
+        """Seconds to the first step; None if the run had nothing left to do."""
+
+        def stepping() -> bool:
+            steps = experiment.last_step(self.run)
+            started = len(experiment.events(self.run, "resumed")) > resumes or good == 0
+            return started and steps > good
+
+        if not forked.wait_until(lambda: stepping() or ranks.poll(), LONGEST_S):
+            self._problem(ranks, f"no step within {LONGEST_S:g} s of a start")
+            return None
+        resumed = experiment.events(self.run, "resumed")[resumes:]
+        if good and resumed and resumed[-1]["step"] != good:
+            self._problem(ranks, f"went on from step {resumed[-1]['step']}, though step {good} was whole")
+        return time.monotonic() - began if stepping() else None
+
+    def _strike(self, ranks: forked.Ranks, strike: Strike, layout: Layout) -> Fault | None:
+        """Waits for the moment, strikes, and waits for the end; None if the run was over before."""
+        target = experiment.last_step(self.run) + self._rng.randint(1, 25)
+        delay = self._rng.uniform(0, 0.2)
+        if not forked.wait_until(lambda: experiment.last_step(self.run) >= target or ranks.poll(), 60):
+            self._problem(ranks, f"no step for long while waiting for step {target}")
+            return None
+        time.sleep(delay)
+        return self._land(ranks, strike, layout)
+
+    def _land(self, ranks: forked.Ranks, strike: Strike, layout: Layout) -> Fault | None:
+        if ranks.poll():
+            return None
+        at_step = experiment.last_step(self.run)
+        began = time.monotonic()
+        blow = strike(ranks, self.run, self._rng)
+        if not ranks.wait(LONGEST_S):
+            self._problem(ranks, f"ranks still ran {LONGEST_S:g} s after {blow.kind}")
+        if set(ranks.codes.values()) == {0}:
+            return None  # it was finished before the blow fell
+        if blow.problem or not blow.allowed(ranks.codes):
+            self._problem(ranks, blow.problem or f"after {blow.kind} the ranks ended with {ranks.codes}")
+        ended = max(ranks.ended_at.values(), default=time.monotonic())
+        blow.afterwards()
+        return Fault(blow.kind, layout, at_step, ended - began)
+
+    def _problem(self, ranks: forked.Ranks, what: str) -> None:
+        self.problems.append(f"{self._name}: {what}\n{ranks.words()}")
+
+
+def newest_good(run: Path) -> int:
+    """Step of the newest checkpoint that is whole; 0 if there is none."""
+    from pipeline.checkpoint.layout import published
+    from pipeline.checkpoint.read import verify
+    from pipeline.errors import CheckpointError
+
+    for folder in published(run / "checkpoints"):
+        try:
+            return verify(folder).step
+        except CheckpointError:
+            continue
+    return 0
+
+
+def judge(run: Path, reference: Path, bitwise: bool) -> tuple[list[str], float]:
+    """What is wrong with a finished run's metrics, and its largest relative difference from the reference."""
+    problems, worst = [], 0.0
+    for name, read in (("training", experiment.curve), ("validation", experiment.validations)):
+        found, expected = read(run), read(reference)
+        if [step for step, _ in found] != [step for step, _ in expected]:
+            problems.append(f"{run.name}: the {name} metrics hold the steps {[step for step, _ in found]}")
+            continue
+        for (step, ours), (_, theirs) in zip(found, expected, strict=True):
+            difference = abs(ours - theirs) / abs(theirs)
+            worst = max(worst, difference)
+            if difference > (0.0 if bitwise else TOLERANCE):
+                problems.append(f"{run.name}: {name} loss of step {step} is {ours!r} and not {theirs!r}")
+                break
+    return problems, worst
+
+
+class References:
+    """Uninterrupted runs, one a layout, made when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def of(self, layout: Layout) -> Path:
+        """The run folder of this layout's."""
+        name = f"reference_{layout[0]}_{layout[1]}"
+        run = self._folder / "references" / name
+        if not run.exists():
+            config = experiment.write_experiment(self._folder, run.parent, name)
+            log = self._folder / "logs" / f"{name}.log"
+            ranks = forked.start(["train", str(config), f"train.zero_stage={layout[1]}"], layout[0], log)
+            finished = ranks.wait(200)
+            ranks.end()
+            if not finished or set(ranks.codes.values()) != {0}:
+                raise SystemExit(f"the uninterrupted run failed with {ranks.codes}:\n{ranks.words()}")
+        return run
+
+
+def strike_until(count: int, seed: int, folder: Path) -> Outcome:
+    """Runs episodes until there were `count` faults, or something was not survived."""
+    forked.import_everything()
+    rng = random.Random(seed)
+    outcome, deck, references = Outcome(), Deck(rng), References(folder)
+    prepare = forked.start(
+        ["prepare", str(experiment.write_experiment(folder, folder, "data"))], 1, folder / "logs/p.log"
+    )
+    if not prepare.wait(60) or prepare.codes != {0: 0}:
+        raise SystemExit(f"the data could not be prepared:\n{prepare.words()}")
+    while len(outcome.faults) < count and not outcome.problems:
+        fixed = rng.choice(LAYOUTS) if outcome.episodes % 2 == 0 else None
+        with small_disk(folder / "disk", DISK_MB) as disk:
+            episode = Episode(folder, disk, f"episode_{outcome.episodes:03d}", deck, rng, fixed)
+            episode.go(count - len(outcome.faults))
+            outcome.faults += episode.faults
+            outcome.problems += episode.problems
+            if not episode.problems:
+                problems, worst = judge(episode.run, references.of(fixed or (1, 0)), bitwise=fixed is not None)
+                outcome.problems += problems
+                outcome.worst_difference = max(outcome.worst_difference, worst)
+            if outcome.problems:
+                shutil.copytree(episode.run, folder / "kept" / episode.run.name, dirs_exist_ok=True)
+        outcome.episodes += 1
+        outcome.bitwise_episodes += fixed is not None
+        print(f"{len(outcome.faults)} faults in {outcome.episodes} episodes", file=sys.stderr, flush=True)
+    return outcome
+
+
+def summary(outcome: Outcome, seed: int, seconds: float) -> dict[str, Any]:
+    """The figures of a report."""
+    kinds: dict[str, Any] = {}
+    for kind in sorted(STRIKES):
+        of_kind = [f for f in outcome.faults if f.kind == kind]
+        if of_kind:
+            kinds[kind] = {
+                "faults": len(of_kind),
+                "to_end_s": _spread([f.to_end_s for f in of_kind]),
+                "lost_steps": _spread([f.lost_steps for f in of_kind]),
+                "to_first_step_s": _spread([f.to_step_s for f in of_kind if f.to_step_s]),
+            }
+    return {
+        "seed": seed,
+        "faults": len(outcome.faults),
+        "not_survived": len(outcome.problems),
+        "episodes": outcome.episodes,
+        "episodes_judged_bitwise": outcome.bitwise_episodes,
+        "worst_relative_difference": outcome.worst_difference,
+        "seconds": round(seconds, 1),
+        "kinds": kinds,
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float] | None:
+    return {"median": round(statistics.median(values), 2), "max": round(max(values), 2)} if values else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--folder", type=Path, help="Where runs and logs are left to look at; a temporary one otherwise."
+    )
+    options = parser.parse_args()
+    if os.environ.get(_APART) is None:
+        os.environ[_APART] = "1"
+        # Root may mount in a namespace of its own; anybody else becomes root of one.
+        whoever = [] if os.geteuid() == 0 else ["--map-root-user"]
+        os.execvp(
+            "unshare", ["unshare", *whoever, "--mount", sys.executable, "-m", "tests.faults.harness", *sys.argv[1:]]
+        )
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
+    began = time.monotonic()
+    outcome = strike_until(options.faults, options.seed, folder)
+    report = summary(outcome, options.seed, time.monotonic() - began)
+    options.out.write_text(
+        json.dumps({**report, "each": [asdict(f) for f in outcome.faults], "problems": outcome.problems}, indent=1)
+    )
+    print(json.dumps(report, indent=2))
+    for problem in outcome.problems:
+        print(problem, file=sys.stderr)
+    if not outcome.problems and options.folder is None:
+        shutil.rmtree(folder)
+    sys.exit(1 if outcome.problems else 0)
+
+
+if __name__ == "__main__":
+    main()

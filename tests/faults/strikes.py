@@ -1,0 +1,155 @@
+"""The faults: each strikes running ranks and says with which exit statuses they may end."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
+from tests.faults import experiment
+from tests.faults.disk import full, read_only
+from tests.faults.forked import Ranks, wait_until
+
+KILLED = -signal.SIGKILL
+
+
+@dataclass
+class Blow:
+    """What was done.
+
+    Attributes:
+        kind: Its name.
+        statuses: Exit statuses that ranks may end with; 0 counts where the run was finished meanwhile.
+        afterwards: Done when all ranks have ended.
+        problem: What went wrong already; None if nothing.
+    """
+
+    kind: str
+    statuses: frozenset[int]
+    afterwards: Callable[[], None] = lambda: None
+    problem: str | None = None
+
+    def allowed(self, codes: dict[int, int]) -> bool:
+        """Whether the ranks ended as they should."""
+        return set(codes.values()) <= self.statuses
+
+
+Strike = Callable[[Ranks, Path, random.Random], Blow]
+
+
+def kill_one(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+    """SIGKILL to one rank; the others must end by themselves."""
+    ranks.kill(signal.SIGKILL, [rng.randrange(len(ranks.pids))])
+    return Blow("kill one rank", frozenset({KILLED, EXIT_FAILED}))
+
+
+def kill_all(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+    """SIGKILL to all at once, as at a power failure."""
+    ranks.kill(signal.SIGKILL)
+    return Blow("kill all ranks", frozenset({KILLED}))
+
+
+def ask_to_stop(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+    """SIGUSR2 to one rank or to all: everything is saved, exit 85."""
+    ranks.kill(signal.SIGUSR2, None if rng.random() < 0.5 else [rng.randrange(len(ranks.pids))])
+    return Blow("SIGUSR2", frozenset({EXIT_STOPPED}))
+
+
+def fill_disk(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+    """No room for a checkpoint: saves fail, training goes on; then the machine dies."""
+    with full(run.parent):
+        problem = _saves_fail(ranks, run)
+        ranks.kill(signal.SIGKILL)
+        ranks.wait(10)
+    return Blow("disk full", frozenset({KILLED}), problem=problem)
+
+
+def make_read_only(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+    """The folder of the checkpoints is read-only for a while: saves fail, training goes on; then the machine dies."""
+    with read_only(run / "checkpoints"):
+        problem = _saves_fail(ranks, run)
+        ranks.kill(signal.SIGKILL)
+        ranks.wait(10)
+    return Blow("folder read-only", frozenset({KILLED}), problem=problem)
+
+
+def flip_bit(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+    """All die, and one bit of the newest checkpoint turns over."""
+
+    def flip() -> None:
+        file = _any_file(run, rng)
+        if file is not None:
+            content = bytearray(file.read_bytes())
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            file.write_bytes(content)
+
+    ranks.kill(signal.SIGKILL)
+    return Blow("bit flipped", frozenset({KILLED}), flip)
+
+
+def truncate(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+    """All die, and a file of the newest checkpoint is cut off."""
+
+    def cut() -> None:
+        file = _any_file(run, rng)
+        if file is not None:
+            with file.open("rb+") as out:
+                out.truncate(rng.randrange(file.stat().st_size))
+
+    ranks.kill(signal.SIGKILL)
+    return Blow("file truncated", frozenset({KILLED}), cut)
+
+
+STRIKES: dict[str, Strike] = {
+    "kill one rank": kill_one,
+    "kill all ranks": kill_all,
+    "SIGUSR2": ask_to_stop,
+    "disk full": fill_disk,
+    "folder read-only": make_read_only,
+    "bit flipped": flip_bit,
+    "file truncated": truncate,
+}
+
+DAMAGES = frozenset({"bit flipped", "file truncated"})
+
+
+class Deck:
+    """Deals the strikes in random order, each once before any comes again."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._cards: list[Strike] = []
+
+    def draw(self) -> Strike:
+        """The next one."""
+        if not self._cards:
+            self._cards = list(STRIKES.values())
+            self._rng.shuffle(self._cards)
+        return self._cards.pop()
+
+    def put_back(self, strike: Strike) -> None:
+        """The run was over before it fell; it comes next."""
+        self._cards.append(strike)
+
+
+def _saves_fail(ranks: Ranks, run: Path) -> str | None:
+    """Waits for a failed save and two steps after it; what is wrong if they do not come."""
+    failed = len(experiment.events(run, "checkpoint_failed"))
+    if not wait_until(lambda: len(experiment.events(run, "checkpoint_failed")) > failed or ranks.poll(), 30):
+        return "no failed save was reported within 30 s"
+    step = experiment.last_step(run)
+    wait_until(lambda: experiment.last_step(run) >= min(step + 2, experiment.STEPS) or ranks.poll(), 15)
+    if experiment.last_step(run) < min(step + 2, experiment.STEPS):
+        return "training did not go on after a failed save"
+    return None
+
+
+def _any_file(run: Path, rng: random.Random) -> Path | None:
+    from pipeline.checkpoint.layout import published
+
+    newest = published(run / "checkpoints")[:1]
+    files = sorted(f for folder in newest for f in folder.iterdir())
+    return rng.choice(files) if files else None

@@ -1,0 +1,32 @@
+"""Training survives what happens to it: fifty faults at random moments, judged against runs that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAULTS = 50
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_fifty_faults_cost_only_the_steps_since_the_last_durable_checkpoint(tmp_path: Path) -> None:
+    report = tmp_path / "faults.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.harness", "--faults", str(FAULTS), "--seed", "1", "--out", str(report)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    result = json.loads(report.read_text())
+    assert result["faults"] >= FAULTS
+    assert len(result["kinds"]) == 7
+    assert result["worst_relative_difference"] <= 1e-5
