@@ -109,3 +109,21 @@ def test_cross_entropy_equals_torch_in_any_shape_and_size_of_logits(shape, scale
     loss.backward()
     expected.backward()
     torch.testing.assert_close(logits.grad, other.grad)
+
+
+def test_the_gradient_of_cross_entropy_is_the_one_of_finite_differences_as_often_as_it_is_asked_for():
+    logits = torch.randn(3, 2, 9, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 9, (3, 2))
+    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets), (logits,))
+    loss = cross_entropy(logits, targets)
+    twice = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*twice)
+
+
+def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32():
+    logits = torch.randn(5, 300, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, 300, (5,))
+    loss = cross_entropy(logits, targets)
+    loss.backward()
+    assert loss.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
+    assert torch.equal(loss.detach(), cross_entropy(logits.detach().float(), targets))
