@@ -38,7 +38,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (sums.log() - target_logits).mean()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         weights, sums, targets = ctx.saved_tensors
         share = grad / targets.numel()
         result = weights * (share / sums)
