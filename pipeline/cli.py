@@ -13,6 +13,7 @@ import typer
 
 from pipeline import cli_image, cli_launch
 from pipeline.errors import EXIT_FAILED, PipelineError, StopRequested, UsageError
+from slurm.devcluster import cli as cli_devcluster
 
 app = typer.Typer(
     name="pipeline",
@@ -192,6 +193,7 @@ def ui(
 
 app.add_typer(cli_launch.app)
 app.add_typer(cli_image.app, name="image")
+app.add_typer(cli_devcluster.app, name="devcluster")
 
 
 def _config(config_file: str, overrides: list[str] | None):  # type: ignore[no-untyped-def]  # pydantic stays unimported
