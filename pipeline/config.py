@@ -236,7 +236,7 @@ class ContainerConfig(Section):
     code: Literal["snapshot", "image"] = "snapshot"
     """`snapshot` runs the code that was submitted, from the run folder; `image` runs what the image was built with."""
     environment: Literal["inherit", "clean"] = "inherit"
-    """Variables seen inside: all, or only SLURM_*, MASTER_*, MLFLOW_*, NCCL_* and those the site sets."""
+    """Variables seen inside: all, or only the site's, SLURM_*, MASTER_*, MLFLOW_*, NCCL_*, ranks and device lists."""
     binds: tuple[str, ...] = ()
     """Further folders to see inside, `HOST[:INSIDE[:ro]]`; the config's own paths are bound without being named."""
 

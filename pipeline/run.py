@@ -94,6 +94,11 @@ class Run:
         return self.path / "samples"
 
     @property
+    def code(self) -> Path:
+        """The code that was submitted, so that editing the checkout cannot change a queued job."""
+        return self.path / "code"
+
+    @property
     def exports(self) -> Path:
         """Models in the formats of other programs."""
         return self.path / "export"
