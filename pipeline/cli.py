@@ -50,8 +50,12 @@ def prepare(
     """Turn text into token shards and a manifest; goes on where it was stopped."""
     from pipeline.config_load import load_config
     from pipeline.data.display import parse_slice, prepare_here
+    from pipeline.run import run_for
+    from pipeline.tracking.journal import noted_prepare
 
-    prepare_here(load_config(config_file, overrides or ()), parse_slice(part), whole_process=True)
+    config = load_config(config_file, overrides or ())
+    with noted_prepare(run_for(config).events_file, part):
+        prepare_here(config, parse_slice(part), whole_process=True)
 
 
 @app.command()

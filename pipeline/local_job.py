@@ -66,8 +66,7 @@ def _next_commands(run: Run, config: Config) -> str:
         f"the report:                    pipeline report {shlex.quote(str(run.path))}",
     ]
     if config.tracking.uri.startswith("sqlite:"):
-        command = f"mlflow ui --backend-store-uri {shlex.quote(config.tracking.uri)}"
-        lines.append(f"the MLflow page:               {command}")
+        lines.append(f"the MLflow page:               pipeline ui {shlex.quote(str(run.path))}")
     elif config.tracking.uri != "none":
         lines.append(f"the MLflow page:               {config.tracking.uri}")
     return "\n".join(lines)

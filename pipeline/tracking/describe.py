@@ -13,6 +13,8 @@ from pipeline.config import Config
 from pipeline.files import read_json, sha256_file, write_text
 from pipeline.run import Run
 from pipeline.tracking import journal
+from pipeline.tracking.state import State
+from pipeline.tracking.store import RunStatus
 
 _NEWEST = "pipeline.checkpoint"
 
@@ -64,7 +66,7 @@ def _user() -> str:
 
 
 def checkpoints(run: Run) -> list[dict[str, Any]]:
-    """Every checkpoint that was published, oldest first: step, path, and the digest of its manifest."""
+    """Every checkpoint that was published, oldest first: step, Unix time, path, and the digest of its manifest."""
     by_step: dict[int, dict[str, Any]] = {}
     for line in journal.read(run.events_file):
         event = line.record
@@ -74,8 +76,35 @@ def checkpoints(run: Run) -> list[dict[str, Any]]:
         folder = run.checkpoints / f"step_{step:08d}"
         manifest = folder / "manifest.json"
         digest = event.get("digest") or (sha256_file(manifest) if manifest.is_file() else None)
-        by_step[step] = {"step": step, "path": str(event.get("path") or folder), "digest": digest}
+        path = str(event.get("path") or folder)
+        by_step[step] = {"step": step, "time": event.get("time"), "path": path, "digest": digest}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def evaluation(run: Run) -> dict[str, Any] | None:
+    """The result of the last `pipeline evaluate` as a line of metrics; it has the time of the checkpoint.
+
+    Evaluating a checkpoint again gives the same numbers, and so no second point.
+    """
+    if not run.evaluation_file.is_file():
+        return None
+    found = read_json(run.evaluation_file)
+    made = next((c["time"] for c in checkpoints(run) if c["step"] == found["step"]), None)
+    values = {f"evaluation/{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte")}
+    return {"step": found["step"], "time": made or run.evaluation_file.stat().st_mtime, **values}
+
+
+def status(run: Run, s: State) -> RunStatus:
+    """What MLflow is told: a run that a scheduler will start again is running, unless it was given up."""
+    if s.status != "STOPPED":
+        return s.status
+    newest = "attempt"
+    for line in journal.read(run.events_file):
+        kind = line.record.get("event")
+        if kind in ("attempt", "submitted", "requeued", "cancelled", "gave_up"):
+            newest = kind
+    ended: dict[str, RunStatus] = {"cancelled": "KILLED", "gave_up": "FAILED"}
+    return ended.get(newest, "RUNNING")
 
 
 def files(run: Run) -> Iterator[tuple[Path, str | None]]:

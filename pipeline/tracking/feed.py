@@ -18,7 +18,7 @@ from pipeline.files import read_json, sha256_file, write_json
 from pipeline.run import Run
 from pipeline.tracking import describe, journal, state
 from pipeline.tracking.goodput import goodput
-from pipeline.tracking.store import MAX_POINTS, Point, RunStatus, Store, is_missing, is_refusal, redact
+from pipeline.tracking.store import MAX_POINTS, Point, Store, is_missing, is_refusal, redact
 
 _log = logging.getLogger("pipeline.tracking")
 
@@ -84,36 +84,25 @@ class Feed:
         self._describe(store, run_id)
         self._send_status(store, run_id)
 
-    def behind(self) -> int:
-        """Bytes of metrics.jsonl that the store has not acknowledged."""
-        there = self._run.metrics_file.stat().st_size if self._run.metrics_file.exists() else 0
-        return max(0, there - state.load(self._run).of(self._uri).sent)
-
     # ---- metrics -----------------------------------------------------------------------------
 
     def _send_metrics(self, store: Store, run_id: str, pause: Callable[[float], bool]) -> int:
         sent = 0
         while True:
-            claim = state.load(self._run)
-            offset, generation = claim.of(self._uri).sent, claim.generation
-            points: list[Point] = []
-            end = offset
-            for line in journal.read(self._run.metrics_file, offset):
-                of_line = list(_points(line.record, claim.retry_number(int(line.record["step"]))))
-                if points and len(points) + len(of_line) > MAX_POINTS:
-                    break
-                points += of_line
-                end = line.end
-            if end == offset:
+            claim = state.settled(self._run)
+            batch, end = _batch(self._run.metrics_file, claim.of(self._uri).sent, claim.retry_number)
+            if not batch:
                 return sent
+            # What the store has must not be lost with this node: the next start could not know of it.
+            journal.make_durable(self._run.metrics_file)
             # Written down before anything leaves: from here on these lines may be in the store, and a
             # rewind that comes in between will keep them.
-            if not self._move(generation, sending=end):
+            if not self._move(claim.generation, sending=end):
                 continue
             began = time.monotonic()
-            self._send(store, run_id, points)
-            self._move(generation, sent=end)
-            sent += len(points)
+            self._send(store, run_id, batch)
+            self._move(claim.generation, sent=end)
+            sent += len(batch)
             if pause(time.monotonic() - began):
                 return sent
 
@@ -137,21 +126,13 @@ class Feed:
         for file in sorted((self._run.tracking / "system").glob("*.jsonl")):
             offset = state.load(self._run).of(self._uri).system.get(file.stem, 0)
             while True:
-                points: list[Point] = []
-                end = offset
-                for line in journal.read(file, offset):
-                    of_line = list(_points(line.record, 0))
-                    if points and len(points) + len(of_line) > MAX_POINTS:
-                        break
-                    points += of_line
-                    end = line.end
-                if end == offset:
+                batch, offset = _batch(file, offset, lambda _: 0)
+                if not batch:
                     break
                 began = time.monotonic()
-                self._send(store, run_id, points)
-                offset = end
-                state.update(self._run, lambda s, n=file.stem, o=end: s.of(self._uri).system.update({n: o}))  # type: ignore[misc]
-                sent += len(points)
+                self._send(store, run_id, batch)
+                state.update(self._run, lambda s, n=file.stem, o=offset: s.of(self._uri).system.update({n: o}))  # type: ignore[misc]
+                sent += len(batch)
                 if pause(time.monotonic() - began):
                     return sent
         return sent
@@ -170,7 +151,8 @@ class Feed:
         newest = self._fingerprint()
         if newest == self._described:
             return
-        for part in (self._send_params, self._send_tags, self._send_dataset, self._send_files):
+        parts = (self._send_params, self._send_tags, self._send_dataset, self._send_evaluation, self._send_files)
+        for part in parts:
             try:
                 part(store, run_id)
             except Exception as error:
@@ -209,6 +191,11 @@ class Feed:
         if about is not None:
             store.set_dataset(run_id, *about)
 
+    def _send_evaluation(self, store: Store, run_id: str) -> None:
+        found = describe.evaluation(self._run)
+        if found is not None:
+            self._send(store, run_id, list(_points(found, 0)))
+
     def _send_files(self, store: Store, run_id: str) -> None:
         made = describe.checkpoints(self._run)
         listing = self._run.tracking / "checkpoints.json"
@@ -224,7 +211,7 @@ class Feed:
 
     def _send_status(self, store: Store, run_id: str) -> None:
         s = state.load(self._run)
-        wanted: RunStatus = "RUNNING" if s.status == "STOPPED" else s.status  # type: ignore[assignment]
+        wanted = describe.status(self._run, s)
         key = wanted if wanted == "RUNNING" else f"{wanted} {s.ended}"
         if s.of(self._uri).status == key:
             return
@@ -242,6 +229,19 @@ class Feed:
             if "time" in line.record:
                 return int(float(line.record["time"]) * 1000)
         return int(time.time() * 1000)
+
+
+def _batch(file: Path, offset: int, retry_of: Callable[[int], int]) -> tuple[list[Point], int]:
+    """The points of whole lines from an offset on, as many as one request may hold; and where they end."""
+    points: list[Point] = []
+    end = offset
+    for line in journal.read(file, offset):
+        of_line = list(_points(line.record, retry_of(int(line.record["step"]))))
+        if points and len(points) + len(of_line) > MAX_POINTS:
+            break
+        points += of_line
+        end = line.end
+    return points, end
 
 
 def _points(record: dict[str, Any], retry: int) -> Iterator[Point]:

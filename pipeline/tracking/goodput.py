@@ -2,8 +2,8 @@
 
 Every second belongs to exactly one part:
 
-queue       waiting for the scheduler: from `submitted` or `requeued` until the process began
-startup     from the beginning of the process to the first step (`started`, `resumed`)
+queue       waiting for the scheduler: from `submitted`, `requeued` or the end of a prepare stage until a process began
+startup     preparing data in a job of its own, and from the beginning of the process to its first step
 training    steps done for the first time, validation included
 checkpoint  the loop stood still for a checkpoint (`stall_s` of `checkpointed` and of the last event)
 repeated    steps done again after a kill or a rollback, until `caught_up`
@@ -12,14 +12,18 @@ idle        nothing ran and nothing was queued
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from pipeline.run import Run
 from pipeline.tracking import journal
 
 _ENDS = ("preempted", "finished", "failed", "stopped")
-_QUEUED = ("submitted", "requeued")
+# Written by a launcher or by the prepare stage: no sign of life of a training process.
+_OUTSIDE = ("submitted", "requeued", "node_lost", "cancelled", "gave_up", "prepare_began", "prepare_ended")
+
+Part = Literal["queue", "startup", "training", "checkpoint", "repeated", "idle"]
 
 
 @dataclass(frozen=True)
@@ -58,25 +62,12 @@ class Goodput:
         return f"{100 * self.fraction:.1f}% of {self.wall_s:.0f} s" + (f" ({shares})" if shares else "")
 
 
-@dataclass
-class _Attempt:
-    """One process, from its beginning to its last sign of life."""
-
-    began: float
-    repeats: bool
-    ready: float | None = None
-    end: float | None = None
-    last_sign: float = 0.0
-    stalls: list[tuple[float, float]] | None = None
-    repeated: list[list[float | None]] | None = None
-
-
 def goodput(run: Run, now: float | None = None) -> Goodput | None:
-    """Splits the time of a run; None where no process has begun yet.
+    """Splits the time of a run; None where nothing has happened yet.
 
     Args:
         run: The run.
-        now: End of the account for a run whose last process has not ended, Unix seconds; without it, its
+        now: End of the account of a run that is training or waiting in a queue, Unix seconds; without it, its
             last sign of life (the last event or the last line of metrics.jsonl).
     """
     events = [line.record for line in journal.read(run.events_file) if "time" in line.record]
@@ -86,78 +77,153 @@ def goodput(run: Run, now: float | None = None) -> Goodput | None:
 
 def split(events: list[dict[str, Any]], last_line: float | None = None, now: float | None = None) -> Goodput | None:
     """Like `goodput`, from parsed events in the order they were written."""
-    attempts, queued = _attempts(events)
-    if not attempts:
+    attempts = _attempts(events, last_line, now)
+    waits = list(_waits(events))
+    if not attempts and not waits:
         return None
-    newest = attempts[-1]
-    if newest.end is None:
-        newest.last_sign = max(newest.last_sign, last_line or 0.0)
-        newest.end = now if now is not None else newest.last_sign
-    totals = dict.fromkeys((f.name for f in fields(Goodput)), 0.0)
-    before = min([t for t in queued if t <= attempts[0].began], default=attempts[0].began)
+    totals: dict[Part, float] = dict.fromkeys(("queue", "startup", "training", "checkpoint", "repeated", "idle"), 0.0)
+    at = min([*(w.at for w in waits), *(a.began for a in attempts[:1])])
+    earlier: _Attempt | None = None
     for attempt in attempts:
-        waiting = max(0.0, attempt.began - before)
-        since = max((t for t in queued if before - 1e-9 <= t <= attempt.began), default=None)
-        queue = 0.0 if since is None else attempt.began - since
-        totals["queue_s"] += queue
-        totals["idle_s"] += max(0.0, waiting - queue)
-        before = _account(attempt, max(attempt.began, before), totals)
-    return Goodput(**totals)
+        since = at if earlier is None else earlier.began
+        before = [w for w in waits if since <= w.at <= attempt.began]
+        if attempt.requeued and not any(w.part == "queue" for w in before):
+            before.append(_Wait(at, "queue"))  # Slurm put the job back into the queue by itself
+        _account_of_wait(before, at, attempt.began, totals)
+        at = _account(attempt, max(attempt.began, at), totals)
+        earlier = attempt
+    rest = [w for w in waits if earlier is None or w.at > earlier.began]
+    if rest:
+        waiting = now is not None and rest[-1].part != "idle"
+        _account_of_wait(rest, at, max(at, rest[-1].at, now or 0.0 if waiting else 0.0), totals)
+    return Goodput(**{f"{part}_s": seconds for part, seconds in totals.items()})
 
 
-def _account(attempt: _Attempt, began: float, totals: dict[str, float]) -> float:
+# ---- between two processes -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Wait:
+    """From this moment on, while no process trains, the time belongs to `part`."""
+
+    at: float
+    part: Part
+
+
+def _waits(events: Iterable[dict[str, Any]]) -> Iterator[_Wait]:
+    preparing: set[Any] = set()
+    queued = finished = False
+    for event in events:
+        kind, at = event.get("event"), float(event["time"])
+        if kind in ("attempt", "submitted"):
+            finished = False
+        if kind == "attempt":
+            queued = False
+        elif kind == "finished" or finished:
+            finished = True  # what happens to an evaluation afterwards is no time of the training
+        elif kind in ("submitted", "requeued"):
+            queued = True
+            yield _Wait(at, "startup" if preparing else "queue")
+        elif kind in ("cancelled", "gave_up"):
+            queued = False
+            yield _Wait(at, "idle")
+        elif kind == "prepare_began":
+            preparing.add(event.get("slice"))
+            yield _Wait(at, "startup")
+        elif kind == "prepare_ended":
+            preparing.discard(event.get("slice"))
+            if not preparing:
+                yield _Wait(at, "queue" if queued and event.get("done") else "idle")
+
+
+def _account_of_wait(waits: list[_Wait], began: float, end: float, totals: dict[Part, float]) -> None:
+    part: Part = "idle"
+    at = began
+    for wait in sorted(waits, key=lambda w: w.at):
+        if wait.at > at:
+            totals[part] += min(wait.at, end) - at
+            at = min(wait.at, end)
+        # The second of two submissions changes nothing: the first has been waiting since.
+        part = wait.part
+    totals[part] += max(0.0, end - at)
+
+
+# ---- one process -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Attempt:
+    """One process, from its beginning to its last sign of life; `gone` is when a launcher said that it is no more."""
+
+    began: float
+    repeats: bool
+    requeued: bool
+    last_sign: float
+    gone: float | None = None
+    ready: float | None = None
+    end: float | None = None
+    stalls: list[tuple[float, float]] = field(default_factory=list)
+    repeated: list[list[float | None]] = field(default_factory=list)
+
+
+def _attempts(events: Iterable[dict[str, Any]], last_line: float | None, now: float | None) -> list[_Attempt]:
+    attempts: list[_Attempt] = []
+    for event in events:
+        at = float(event["time"])
+        if event.get("event") == "attempt":
+            if attempts and attempts[-1].end is None:
+                # Killed without a word: it lived until its last event or its last line.
+                attempts[-1].end = max(attempts[-1].last_sign, float(event.get("last_seen") or 0.0))
+            repeats = int(event.get("reached", 0)) > int(event.get("step", 0))
+            attempts.append(_Attempt(float(event.get("began", at)), repeats, bool(event.get("requeued")), at))
+        elif attempts and attempts[-1].end is None:
+            _note(attempts[-1], event, at)
+    if attempts and attempts[-1].end is None:
+        newest = attempts[-1]
+        newest.last_sign = max(newest.last_sign, last_line or 0.0)
+        alive = newest.gone is None or newest.gone < newest.last_sign
+        newest.end = now if alive and now is not None else newest.last_sign
+    return attempts
+
+
+def _note(attempt: _Attempt, event: dict[str, Any], at: float) -> None:
+    """What an event of a process's life says about its time."""
+    kind = event.get("event")
+    if kind in _OUTSIDE:
+        attempt.gone = at if kind in ("requeued", "node_lost") else attempt.gone
+        return
+    attempt.last_sign = at
+    if kind in ("started", "resumed") and attempt.ready is None:
+        attempt.ready = at
+        if attempt.repeats:
+            attempt.repeated.append([at, None])
+    elif kind == "repeating":
+        attempt.repeated.append([at, None])
+    elif kind == "caught_up":
+        for span in attempt.repeated:
+            span[1] = at if span[1] is None else span[1]
+    if event.get("stall_s"):
+        attempt.stalls.append((at, float(event["stall_s"])))
+    if kind in _ENDS:
+        attempt.end = at
+
+
+def _account(attempt: _Attempt, began: float, totals: dict[Part, float]) -> float:
     """Adds one process's time to the totals; returns when it ended."""
     end = max(began, attempt.end if attempt.end is not None else attempt.last_sign)
     ready = end if attempt.ready is None else min(max(attempt.ready, began), end)
-    totals["startup_s"] += ready - began
+    totals["startup"] += ready - began
     repeated = 0.0
     spans: list[tuple[float, float]] = []
-    for first, stop in attempt.repeated or []:
+    for first, stop in attempt.repeated:
         lower, upper = max(first or ready, ready), min(end if stop is None else stop, end)
         if upper > lower:
             spans.append((lower, upper))
             repeated += upper - lower
     # A stall among repeated steps is repeated time.
-    stalled = sum(s for at, s in attempt.stalls or [] if ready <= at <= end and not any(a <= at <= b for a, b in spans))
+    stalled = sum(s for at, s in attempt.stalls if ready <= at <= end and not any(a <= at <= b for a, b in spans))
     stalled = min(stalled, max(0.0, end - ready - repeated))
-    totals["repeated_s"] += repeated
-    totals["checkpoint_s"] += stalled
-    totals["training_s"] += max(0.0, end - ready - repeated - stalled)
+    totals["repeated"] += repeated
+    totals["checkpoint"] += stalled
+    totals["training"] += max(0.0, end - ready - repeated - stalled)
     return end
-
-
-def _attempts(events: list[dict[str, Any]]) -> tuple[list[_Attempt], list[float]]:
-    attempts: list[_Attempt] = []
-    queued: list[float] = []
-    for event in events:
-        kind, at = event.get("event"), float(event["time"])
-        if kind in _QUEUED:
-            queued.append(at)
-        if kind == "attempt":
-            if attempts and attempts[-1].end is None:
-                # Killed without a word: it lived until its last event or its last line.
-                attempts[-1].end = max(attempts[-1].last_sign, float(event.get("last_seen") or 0.0))
-            if attempts and event.get("requeued"):
-                queued.append(attempts[-1].end or at)  # Slurm put the job back into the queue by itself
-            repeats = int(event.get("reached", 0)) > int(event.get("step", 0))
-            attempts.append(_Attempt(float(event.get("began", at)), repeats, last_sign=at, stalls=[], repeated=[]))
-            continue
-        if not attempts or (attempts[-1].end is not None and kind in _QUEUED):
-            continue
-        current = attempts[-1]
-        current.last_sign = at if kind not in _QUEUED else current.last_sign
-        assert current.stalls is not None and current.repeated is not None
-        if kind in ("started", "resumed") and current.ready is None:
-            current.ready = at
-            if current.repeats:
-                current.repeated.append([at, None])
-        elif kind == "repeating":
-            current.repeated.append([at, None])
-        elif kind == "caught_up":
-            for span in current.repeated:
-                span[1] = at if span[1] is None else span[1]
-        if event.get("stall_s"):
-            current.stalls.append((at, float(event["stall_s"])))
-        if kind in _ENDS:
-            current.end = at
-    return attempts, queued

@@ -123,8 +123,8 @@ class History:
                 store.sent, store.sending = min(store.sent, whole), min(store.sending, whole)
             s.generation += 1
 
-        state.update(self._run, lower)
-        journal.replace(self._run.metrics_file, [raw for _, raw in kept])
+        # Cut under the lock: an uploader must not read the old lines for the new position.
+        state.update(self._run, lower, lambda: journal.replace(self._run.metrics_file, [raw for _, raw in kept]))
         self._writer = journal.Writer(self._run.metrics_file)
         self._step, self._keys = step, set()
 
@@ -135,6 +135,7 @@ class History:
         def mark(s: state.State) -> None:
             number = max((r.number for r in s.retries), default=0) + 1
             s.retries.append(state.Retry(number=number, first_step=step, last_step=last))
+            s.generation += 1
 
         state.update(self._run, mark)
         journal.replace(self._pending_file, map(journal.encode, earlier))

@@ -6,6 +6,8 @@ at its end: readers ignore it, and the next writer cuts it off.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import time
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pipeline.files import write_bytes
+from pipeline.files import fsync_file, write_bytes
 
 _BLOCK = 1 << 20
 
@@ -110,6 +112,12 @@ def repair(path: Path) -> None:
             file.truncate(end)
 
 
+def make_durable(path: Path) -> None:
+    """Waits until what is in the file now would survive a power failure."""
+    if path.exists():
+        fsync_file(path)
+
+
 def replace(path: Path, lines: Iterable[bytes]) -> None:
     """Publishes a journal anew; a writer that still has the old file open can no longer be seen."""
     write_bytes(path, b"".join(lines))
@@ -132,7 +140,7 @@ class Writer:
         written = os.write(self._fd, raw)
         if written != len(raw):
             os.ftruncate(self._fd, before)
-            raise OSError(28, "No space left on device")
+            raise _disk_full()
 
     def close(self) -> None:
         """Makes the file durable and closes it."""
@@ -146,6 +154,10 @@ class Writer:
         self.close()
 
 
+def _disk_full() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def append_event(path: Path, kind: str, /, **fields: Any) -> dict[str, Any]:
     """Appends one event; several processes (launcher, trainer, a cancelling user) may write to the file.
 
@@ -156,6 +168,9 @@ def append_event(path: Path, kind: str, /, **fields: Any) -> dict[str, Any]:
 
     Returns:
         The record as written, with its time in Unix seconds.
+
+    Raises:
+        OSError: It cannot be written whole; what is there of it is ignored by readers.
     """
     record = {"time": round(time.time(), 3), "event": kind, **fields}
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -163,7 +178,30 @@ def append_event(path: Path, kind: str, /, **fields: Any) -> dict[str, Any]:
         size = os.fstat(fd).st_size
         # The file has several writers, so a torn end is not cut off but closed by a newline: readers skip it.
         torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-        os.write(fd, (b"\n" if torn else b"") + encode(record))
+        raw = (b"\n" if torn else b"") + encode(record)
+        if os.write(fd, raw) != len(raw):
+            raise _disk_full()
     finally:
         os.close(fd)
     return record
+
+
+@contextlib.contextmanager
+def noted_prepare(path: Path, part: str | None) -> Iterator[None]:
+    """Notes when a job that prepares the data of a submitted run began and ended; nothing outside of a job.
+
+    Args:
+        path: The run's events file; without it there is no run to note anything for.
+        part: Which slice is prepared, `1/8` say; None for all.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or not path.exists():
+        yield
+        return
+    append_event(path, "prepare_began", slice=part, job=job)
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        append_event(path, "prepare_ended", slice=part, job=job, done=done)

@@ -9,7 +9,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -56,9 +56,10 @@ class State(BaseModel):
 
     Attributes:
         identity: Given to the MLflow run as a tag before anything else, so that a run whose id was lost is found again.
-        generation: Raised whenever metrics.jsonl is cut, so that a batch in flight does not move the position.
+        generation: Raised whenever metrics.jsonl is cut or a retry begins: a batch that was read before does not move
+            the position, and is not sent if it has not left yet.
         attempt: How often the run was started.
-        status: Status the run has by its last process; RUNNING until it closed.
+        status: How the last process ended, RUNNING until then; STOPPED where a scheduler will start the next one.
         ended: When it closed, in Unix seconds.
         retries: See `Retry`.
         dataset: What the first start said about the data.
@@ -69,7 +70,7 @@ class State(BaseModel):
     identity: str
     generation: int = 0
     attempt: int = 0
-    status: str = "RUNNING"
+    status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED", "STOPPED"] = "RUNNING"
     ended: float | None = None
     retries: list[Retry] = []
     dataset: dict[str, Any] = {}
@@ -96,12 +97,26 @@ def load(run: Run) -> State:
     return State(identity=uuid.uuid4().hex)
 
 
-def update(run: Run, change: Callable[[State], None]) -> State:
-    """Reads, changes and publishes the state under a lock that is held for milliseconds."""
+def settled(run: Run) -> State:
+    """The state while nobody is changing it: metrics.jsonl, as it is read afterwards, is at least as new."""
+    with file_lock(run.tracking / "state.lock"):
+        return load(run)
+
+
+def update(run: Run, change: Callable[[State], None], then: Callable[[], None] | None = None) -> State:
+    """Reads, changes and publishes the state under a lock that is held for milliseconds.
+
+    Args:
+        run: The run.
+        change: Changes the state it is given.
+        then: What must follow the publishing before anybody else goes on.
+    """
     with file_lock(run.tracking / "state.lock"):
         state = load(run)
         change(state)
         write_json(run.mlflow_file, state.model_dump(mode="json"))
+        if then is not None:
+            then()
     return state
 
 
@@ -118,6 +133,34 @@ def file_lock(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def hold_alive(run: Run, attempt: int) -> int:
+    """An open file whose lock says that a start of the run is alive; each has its own.
+
+    A process on a node that was given up for lost may keep the lock of an earlier start for as long as it likes.
+    """
+    for older in run.tracking.glob("alive.*.lock"):
+        older.unlink(missing_ok=True)
+    fd = os.open(_alive_file(run, attempt), os.O_RDWR | os.O_CREAT, 0o644)
+    lock(fd, wait=True)  # for the moment that somebody who looks may have it
+    return fd
+
+
+def holds_alive(run: Run, attempt: int) -> bool:
+    """Whether a process holds the lock of that start, as far as this machine can see."""
+    try:
+        fd = os.open(_alive_file(run, attempt), os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        return not lock(fd, wait=False)
+    finally:
+        os.close(fd)
+
+
+def _alive_file(run: Run, attempt: int) -> Path:
+    return run.tracking / f"alive.{attempt}.lock"
 
 
 def lock(fd: int, *, wait: bool) -> bool:

@@ -70,9 +70,13 @@ def is_refusal(error: Exception) -> bool:
     return getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
+class RunDeleted(Exception):
+    """Somebody deleted the run in MLflow; opening it again restores it."""
+
+
 def is_missing(error: Exception) -> bool:
-    """Whether a store does not know what it was asked about."""
-    return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+    """Whether a store does not know, or no longer, what it was asked about."""
+    return isinstance(error, RunDeleted) or getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
 
 
 def redact(text: str) -> str:
@@ -136,7 +140,10 @@ class Store:
 
         if known is not None:
             try:
-                return self._client.get_run(known).info.run_id
+                there = self._client.get_run(known).info
+                if there.lifecycle_stage == "deleted":
+                    self._client.restore_run(known)
+                return there.run_id
             except MlflowException as error:
                 if not is_missing(error):
                     raise
@@ -154,6 +161,9 @@ class Store:
 
         Returns:
             The keys of points that the store refuses for good (a name it does not allow).
+
+        Raises:
+            RunDeleted: The run was deleted meanwhile.
         """
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
@@ -164,6 +174,8 @@ class Store:
         except MlflowException as error:
             if not is_refusal(error):
                 raise
+            if self._client.get_run(run_id).info.lifecycle_stage == "deleted":
+                raise RunDeleted(f"the run {run_id} was deleted") from error
             if len(points) == 1:
                 return [points[0].key]
             half = len(points) // 2

@@ -68,7 +68,7 @@ def sync(run: Run, uri: str | None = None) -> Synced:
     if not alive and before.status == "RUNNING" and before.attempt:
         note_killed(run, before.attempt)
     if target is None:
-        return Synced(None, None, 0, state.load(run).status, alive)
+        return Synced(None, None, 0, describe.status(run, state.load(run)), alive)
     feed = Feed(run, run.config(), target)
     fd = _wait_for_lock(run)
     try:
@@ -79,8 +79,7 @@ def sync(run: Run, uri: str | None = None) -> Synced:
         raise PipelineError(f"MLflow at {target}: {redact(str(error)).strip().splitlines()[0][:300]}") from error
     finally:
         os.close(fd)
-    status = state.load(run).status
-    return Synced(target, run_id, points, "RUNNING" if status == "STOPPED" else status, alive)
+    return Synced(target, run_id, points, describe.status(run, state.load(run)), alive)
 
 
 def register_export(run: Run, folder: Path, name: str) -> str:
@@ -118,16 +117,10 @@ def register_export(run: Run, folder: Path, name: str) -> str:
 
 def is_alive(run: Run) -> bool:
     """Whether some process still trains this run, as far as can be seen from here."""
-    file = run.tracking / "alive.lock"
-    if not file.exists():
-        return False
-    fd = os.open(file, os.O_RDWR)
-    try:
-        if not state.lock(fd, wait=False):
-            return True
-    finally:
-        os.close(fd)
-    if state.load(run).status != "RUNNING":
+    s = state.load(run)
+    if state.holds_alive(run, s.attempt):
+        return True
+    if s.status != "RUNNING" or not s.attempt:
         return False
     host = next((e["host"] for e in _events(run, reverse=True) if e.get("event") == "attempt"), None)
     return host != socket.gethostname() and time.time() - _last_sign(run) < _SILENCE_S

@@ -61,13 +61,6 @@ class RunTracker(Tracker):
     ) -> None:
         uri = None if config.tracking.uri == "none" else resolve_uri(config.tracking.uri)
         run.tracking.mkdir(parents=True, exist_ok=True)
-        # Held until the process ends, however it ends: `pipeline sync` sees by it that a run is alive.
-        self._alive = os.open(run.tracking / "alive.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        # Somebody who looks takes it for a moment; a zombie on a lost node may have it for longer than we wait.
-        for _ in range(20):
-            if state.lock(self._alive, wait=False):
-                break
-            time.sleep(0.05)
         if tokenizer_file is not None and tokenizer_file.is_file() and not run.tokenizer_file.exists():
             shutil.copyfile(tokenizer_file, run.tokenizer_file)
         describe.write_environment(run)
@@ -82,8 +75,10 @@ class RunTracker(Tracker):
         def begin(s: state.State) -> None:
             s.status, s.ended, s.store, s.attempt = "RUNNING", None, uri, s.attempt + 1
             s.dataset = dict(dataset) or s.dataset
+            # Held until the process ends, however it ends: others see by it that the run is alive.
+            self._alive = state.hold_alive(run, s.attempt)
 
-        state.update(run, begin)
+        self._attempt = state.update(run, begin).attempt
         super().__init__(Helper(run, uri))
 
     def _begin(self, step: int) -> bool:
@@ -146,9 +141,13 @@ class RunTracker(Tracker):
     def close(self, status: CloseStatus) -> None:
         """Ends tracking and gives the helper a few seconds for the rest; `pipeline sync` can do it later."""
         self._history.close()
+        if status == "STOPPED" and "SLURM_JOB_ID" not in os.environ:
+            status = "KILLED"  # nothing but a person will start it again
 
         def end(s: state.State) -> None:
-            s.status, s.ended = status, round(time.time(), 3)
+            # On a node that was given up for lost an older process may end after a newer one has begun.
+            if s.attempt == self._attempt:
+                s.status, s.ended = status, round(time.time(), 3)
 
         state.update(self._run, end)
         assert self._helper is not None

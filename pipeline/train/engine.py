@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -256,14 +257,26 @@ def _part(whole: OwnedFragment, start: int, length: int) -> OwnedFragment:
     return OwnedFragment(whole.name, whole.shape, start, parts)
 
 
+def _import_deepspeed() -> Any:
+    """DeepSpeed without its autotuner's mlflow, whose import costs every rank two seconds of a processor."""
+    if "mlflow" in sys.modules:
+        import deepspeed.ops
+
+        return deepspeed
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import fails, as if it were not installed
+    try:
+        import deepspeed.ops
+    finally:
+        del sys.modules["mlflow"]
+    return deepspeed
+
+
 def _initialize(model: TransformerLM, optimizer: AdamW, settings: dict[str, Any], device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed calls functions that PyTorch is about to rename; nothing a user could do about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
-    import deepspeed
-    import deepspeed.ops
-
+    deepspeed = _import_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
         # Otherwise it compiles a shared-memory collective for half a minute that training never uses.

@@ -73,7 +73,7 @@ def of_mlflow(run: Run, config: Config) -> Points:
     return {
         key: [(p.step, p.time_ms, p.value) for p in points]
         for key, points in history.items()
-        if not key.startswith(("system/", "wall/"))
+        if not key.startswith(("system/", "wall/", "evaluation/"))
     }
 
 

@@ -63,6 +63,13 @@ def test_idle_until_somebody_submits_again():
     ) == {"queue": 20, "startup": 2, "training": 68, "idle": 30}
 
 
+def test_what_becomes_of_an_evaluation_after_training_is_no_time_of_the_run():
+    events = [attempt(0, 0), event(0, "started"), event(50, "finished")]
+    later = [event(60, "requeued"), event(70, "gave_up"), event(80, "cancelled")]
+    assert parts(*events, *later, now=100.0) == {"training": 50}
+    assert parts(*events, *later, event(90, "submitted"), now=100.0) == {"training": 50, "idle": 40, "queue": 10}
+
+
 def test_a_rollback_counts_as_repeated_until_it_has_caught_up():
     assert parts(
         attempt(0, 0),
@@ -90,7 +97,57 @@ def test_a_run_under_way_is_counted_to_its_last_line_or_to_now():
     events = [attempt(0, 1), event(2, "started")]
     assert split(events, last_line=50.0).wall_s == 50
     assert split(events, last_line=50.0, now=60.0).wall_s == 60
-    assert split([event(0, "submitted")]) is None
+    assert split([]) is None
+
+
+def test_a_run_that_waits_in_a_queue_is_counted_to_now():
+    assert parts(event(0, "submitted"), now=30.0) == {"queue": 30}
+    began = [event(0, "submitted"), attempt(10, 11), event(12, "started"), event(50, "preempted")]
+    assert parts(*began, event(51, "requeued"), now=60.0) == {"queue": 19, "startup": 2, "training": 38, "idle": 1}
+    assert parts(*began, event(51, "cancelled"), now=60.0) == {"queue": 10, "startup": 2, "training": 38, "idle": 1}
+
+
+def test_preparing_in_jobs_of_its_own_is_startup_and_waiting_between_the_stages_is_queue():
+    events = [
+        event(0, "submitted"),
+        event(10, "prepare_began", slice="1/2"),
+        event(12, "prepare_began", slice="2/2"),
+        event(20, "prepare_ended", slice="1/2", done=True),
+        event(21, "prepare_began", slice="2/2"),  # the first try of this slice was killed
+        event(40, "prepare_ended", slice="2/2", done=True),
+        attempt(45, 46),
+        event(50, "started"),
+        event(90, "finished"),
+    ]
+    assert parts(*events) == {"queue": 15, "startup": 35, "training": 40}
+    failed = [*events[:5], event(40, "prepare_ended", slice="2/2", done=False)]
+    assert parts(*failed, now=100.0) == {"queue": 10, "startup": 30}
+
+
+def test_a_lost_node_ends_its_process_at_the_last_sign_of_life():
+    lost = [
+        event(0, "submitted"),
+        attempt(10, 10),
+        event(20, "started"),
+        event(75, "node_lost", nodes=["n1"]),
+        event(76, "requeued"),
+    ]
+    assert parts(*lost, last_line=60.0, now=100.0) == {"queue": 34, "startup": 10, "training": 40, "idle": 16}
+    again = attempt(90, 91, step=5, reached=5, requeued=True, last_seen=60.0)
+    assert parts(*lost, again, event(95, "resumed"), event(100, "finished")) == {
+        "queue": 24, "startup": 15, "training": 45, "idle": 16,
+    }  # fmt: skip
+
+
+def test_a_requeue_that_was_noticed_late_does_not_end_the_process_after_it():
+    events = [
+        attempt(0, 0),
+        event(0, "started"),
+        attempt(50, 50, requeued=True, last_seen=40.0),
+        event(50, "resumed"),
+        event(60, "requeued"),
+    ]
+    assert parts(*events, last_line=80.0, now=90.0) == {"queue": 10, "training": 80}
 
 
 @pytest.mark.parametrize("count", range(1, 12))
@@ -109,9 +166,8 @@ def test_every_second_belongs_to_exactly_one_part(count):
         event(60, "failed"),
     ]
     found = split(events[:count])
-    if found is not None:
-        assert all(v >= 0 for v in found.parts().values())
-        assert found.wall_s == pytest.approx(max(e["time"] for e in events[:count] if e["event"] != "requeued"))
+    assert all(v >= 0 for v in found.parts().values())
+    assert found.wall_s == pytest.approx(events[:count][-1]["time"])
 
 
 def test_a_tracker_writes_the_events_that_the_account_needs(tmp_path):

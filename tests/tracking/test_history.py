@@ -1,11 +1,14 @@
 """The history of a run against a store that keeps every point it was ever given, as MLflow does."""
 
 import math
+import os
 import random
+import threading
 
 import pytest
 
 from pipeline.tracking import journal, state
+from pipeline.tracking.feed import Feed
 from pipeline.tracking.history import History
 from tests.tracking.support import make_run
 
@@ -68,7 +71,8 @@ def loss(step):
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # no power fails here
     return make_run(tmp_path, "none")[0]
 
 
@@ -201,6 +205,68 @@ def test_a_loss_that_is_no_number_agrees_with_itself(run, ticks):
     history.log(1, {"train/loss": math.nan})
     assert state.load(run).retries == []
     assert len(steps(run)) == 1
+
+
+class Listening:
+    """A store of the real feed."""
+
+    def __init__(self):
+        self.points = set()
+
+    def send_points(self, run_id, points):
+        self.points |= {(p.key, p.step, p.time_ms / 1000, p.value) for p in points}
+        return []
+
+
+def feed_of(run, store):
+    feed = Feed(run, run.config(), URI)
+    return lambda: feed._send_metrics(store, "id", lambda _: False)
+
+
+def test_an_uploader_that_looks_while_the_file_is_being_cut_sends_nothing_that_is_cut(run, ticks, monkeypatch):
+    store = Listening()
+    train(History(run, 0), 1, 20)
+    real, uploaders = journal.replace, []
+
+    def replace(path, lines):
+        if path == run.metrics_file:  # the position is lowered already, the lines are still there
+            uploaders.append(threading.Thread(target=feed_of(run, store)))
+            uploaders[0].start()
+            uploaders[0].join(0.3)
+        real(path, lines)
+
+    monkeypatch.setattr(journal, "replace", replace)
+    history = History(run, 12)
+    uploaders[0].join()
+    monkeypatch.undo()
+    train(history, 13, 20)
+    feed_of(run, store)()
+    assert store.points == of_file(run)
+
+
+def test_a_line_of_a_retry_that_was_read_before_the_retry_was_known_is_not_sent_under_the_old_key(
+    run, ticks, monkeypatch
+):
+    store = Listening()
+    history = History(run, 0)
+    train(history, 1, 18)
+    send = feed_of(run, store)
+    send()
+    history.rewind(10)
+    real = state.settled
+
+    def settled(run):
+        found = real(run)
+        monkeypatch.undo()
+        train(history, 11, 18, lambda s: 2 * loss(s))
+        return found
+
+    monkeypatch.setattr(state, "settled", settled)
+    send()
+    by_key = {}
+    for key, step, _, value in store.points:
+        assert by_key.setdefault((key, step), value) == value, "two values for one step"
+    assert by_key["train/loss.retry1", 11] == 2 * loss(11)
 
 
 @pytest.mark.parametrize("seed", range(30))

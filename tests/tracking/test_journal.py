@@ -74,6 +74,39 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     assert records(file) == [{"step": 1}, {"step": 3}]
 
 
+def test_a_job_that_prepares_is_noted_in_the_events_of_a_submitted_run_only(tmp_path, monkeypatch):
+    file = tmp_path / "events.jsonl"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with journal.noted_prepare(file, None):
+        assert not file.exists()
+    journal.append_event(file, "submitted")
+    with journal.noted_prepare(file, "1/2"):
+        pass
+    with pytest.raises(ValueError), journal.noted_prepare(file, "2/2"):
+        raise ValueError
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with journal.noted_prepare(file, None):
+        pass
+    found = [(r["event"], r.get("slice"), r.get("done")) for r in records(file)]
+    assert found == [
+        ("submitted", None, None),
+        ("prepare_began", "1/2", None),
+        ("prepare_ended", "1/2", True),
+        ("prepare_began", "2/2", None),
+        ("prepare_ended", "2/2", False),
+    ]
+
+
+def test_journal_and_goodput_need_neither_torch_nor_mlflow():
+    """A login node has neither, and `pipeline status` runs there."""
+    program = (
+        "import sys\nfor name in ('torch', 'mlflow', 'deepspeed', 'plotly', 'psutil'): sys.modules[name] = None\n"
+        "import pipeline.tracking.journal, pipeline.tracking.goodput, pipeline.tracking.sync\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+
+
 def test_whatever_the_moment_of_a_kill_9_every_line_is_whole(tmp_path):
     file = tmp_path / "metrics.jsonl"
     program = (

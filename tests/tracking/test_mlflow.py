@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import tracking
 from pipeline.errors import PipelineError, UsageError
-from pipeline.files import write_text
+from pipeline.files import write_json, write_text
 from pipeline.tracking import journal, state
 from pipeline.tracking.store import Store, resolve_uri
 from pipeline.tracking.sync import is_alive, register_export, sync
@@ -78,6 +78,23 @@ def test_a_run_is_recorded_with_everything_that_belongs_to_it(folder):
     assert sum(parts) == pytest.approx(goodput["wall/total_s"])
 
 
+def test_an_evaluation_becomes_metrics_of_its_checkpoint_once(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log(tracker, 1, 10)
+    tracker.event("checkpointed", step=10)
+    tracker.close("FINISHED")
+    for _ in range(2):
+        write_json(
+            run.evaluation_file, {"step": 10, "loss": 2.5, "perplexity": 12.2, "bits_per_byte": 1.1, "tokens": 99}
+        )
+        sync(run)
+    store, run_id = open_store(run, config)
+    there = store.read_history(run_id, ["evaluation/loss", "evaluation/bits_per_byte"])
+    assert [(p.step, p.value) for p in there["evaluation/loss"]] == [(10, 2.5)]
+    assert [(p.step, p.value) for p in there["evaluation/bits_per_byte"]] == [(10, 1.1)]
+
+
 def test_points_arrive_while_training_runs(folder):
     run, config = make_run(folder)
     tracker = begin(run, config)
@@ -90,7 +107,8 @@ def test_points_arrive_while_training_runs(folder):
     assert store.read_run(run_id).info.status == "KILLED"
 
 
-def test_a_resumed_run_goes_on_in_the_same_mlflow_run_without_a_point_twice(folder):
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run_without_a_point_twice(folder, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     run, config = make_run(folder)
     tracker = begin(run, config)
     log(tracker, 1, 30)
@@ -108,6 +126,47 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run_without_a_point_twice(fold
     assert [step for step, *_ in of_journal(run)["train/loss"]] == list(range(1, 42))
     assert open_store(run, config)[1] == run_id
     assert store.read_run(run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_was_stopped_is_running_only_while_a_scheduler_has_it(folder, monkeypatch):
+    run, config = make_run(folder)
+    begin(run, config).close("STOPPED")  # Ctrl-C on a laptop
+    store, run_id = open_store(run, config)
+    assert store.read_run(run_id).info.status == "KILLED"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    begin(run, config).close("STOPPED")
+    assert store.read_run(run_id).info.status == "RUNNING"
+    journal.append_event(run.events_file, "cancelled")
+    assert sync(run).status == "KILLED"
+    assert store.read_run(run_id).info.status == "KILLED"
+    journal.append_event(run.events_file, "submitted")
+    assert sync(run).status == "RUNNING"
+    begin(run, config).close("FINISHED")
+    assert store.read_run(run_id).info.status == "FINISHED"
+
+
+def test_a_process_that_ends_after_its_successor_began_does_not_change_the_status(folder):
+    run, config = make_run(folder)
+    left_behind = begin(run, config)  # on a node that was given up for lost
+    successor = begin(run, config)
+    left_behind.close("FAILED")
+    assert sync(run).status == "RUNNING"
+    successor.close("FINISHED")
+    assert sync(run).status == "FINISHED"
+
+
+def test_a_run_that_somebody_deleted_in_mlflow_is_restored_and_misses_nothing(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log(tracker, 1, 10)
+    until(lambda: state.load(run).stores and any(s.sent for s in state.load(run).stores.values()))
+    store, run_id = open_store(run, config)
+    store._client.delete_run(run_id)
+    log(tracker, 11, 20)
+    tracker.close("FINISHED")
+    sync(run)
+    assert of_mlflow(run, config) == of_journal(run)
+    assert store.read_run(run_id).info.lifecycle_stage == "active"
 
 
 def test_the_metrics_that_a_store_refuses_do_not_keep_the_others_back(folder, caplog):

@@ -1,0 +1,55 @@
+"""The helper process itself (see `helper.py`): `python -m pipeline.tracking.helper_process RUN [URI]`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+
+from pipeline.run import Run
+from pipeline.tracking import state
+from pipeline.tracking.helper import EVERYTHING_SENT, POINTS_LEFT
+from pipeline.tracking.sync import note_killed
+from pipeline.tracking.system import NodeSampler, node_name
+from pipeline.tracking.uploader import Uploader
+
+_NICE = 10
+_LAST_ROUND_S = 20.0  # for the rest of the points of a training that was killed
+
+
+def main(folder: str, uri: str) -> int:
+    """Samples this node and feeds the store at `uri`, if there is one, until the training has ended.
+
+    Returns:
+        The exit status.
+    """
+    os.nice(_NICE)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    run = Run(Path(folder))
+    attempt = state.load(run).attempt
+    closing = threading.Event()
+    told: list[bytes] = []
+
+    def listen() -> None:
+        told.append(sys.stdin.buffer.read())  # returns when the training says so or is gone
+        if not told[0]:
+            note_killed(run, attempt)
+            threading.Timer(_LAST_ROUND_S, os._exit, [POINTS_LEFT]).start()
+        sampler.close()
+        closing.set()
+
+    sampler = NodeSampler(run, node_name())
+    threading.Thread(target=listen, name="end-of-training", daemon=True).start()
+    if not uri:
+        closing.wait()
+        return EVERYTHING_SENT
+    sent = Uploader(run, run.config(), uri, closing).work()
+    return EVERYTHING_SENT if sent else POINTS_LEFT
+
+
+if __name__ == "__main__":
+    status = main(*sys.argv[1:])
+    # Without the interpreter's own end, which would wait for a timer or a request that nobody needs any more.
+    os._exit(status)
