@@ -28,7 +28,7 @@ lint: $(VENV)/.dev  ## linters, type checker, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-schema: $(VENV)/.dev  ## write configs/schema.json and docs/config.md anew from pipeline/config.py
+schema: $(VENV)/.dev  ## write the schemas and reference pages of config and site anew from their code
 	$(BIN)/python -m pipeline.config_docs
 
 lock: $(VENV)/.dev  ## resolve the newest versions that pyproject.toml allows into the lock file

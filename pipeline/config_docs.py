@@ -1,4 +1,4 @@
-"""Generates configs/schema.json and docs/config.md from the config's own descriptions."""
+"""Generates the JSON schemas and reference pages of config and site from their own descriptions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pipeline.config import Config
-from pipeline.config_load import json_schema
+from pipeline.config_load import CONFIG
+from pipeline.launch.site import Site
+from pipeline.launch.site_load import SITE
+from pipeline.section_load import Vocabulary
 
 SCHEMA_FILE = Path("configs/schema.json")
 REFERENCE_FILE = Path("docs/config.md")
+SITE_SCHEMA_FILE = Path("slurm/sites/schema.json")
+SITE_REFERENCE_FILE = Path("docs/sites.md")
 
 _INTRODUCTION = """# The config
 
@@ -28,15 +33,31 @@ lists go by their index: `data.sources.0.weight=2`. Unknown keys, wrong types an
 are all reported at once, and nothing is started (exit status 2).
 """
 
+_SITE_INTRODUCTION = """# The site file
 
-def schema_text() -> str:
-    """The JSON schema as committed."""
-    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+One cluster is one YAML file: `pipeline submit CONFIG --site SITE`. This page is generated from
+`pipeline/launch/site.py` (`make schema`), and so is `slurm/sites/schema.json`, by which editors complete and check the
+YAML. Start from a copy of `slurm/sites/gpu.yaml` or `slurm/sites/cpu.yaml`, where every field is commented;
+[slurm.md](slurm.md) shows what becomes of it.
+"""
 
 
-def reference_text() -> str:
-    """The reference page as committed."""
-    return _INTRODUCTION + "".join(_section_text(path, model) for path, model in _sections(Config, ""))
+def generated() -> dict[Path, str]:
+    """Every generated file with its text."""
+    return {
+        SCHEMA_FILE: _schema_text(CONFIG),
+        REFERENCE_FILE: _reference_text(_INTRODUCTION, Config),
+        SITE_SCHEMA_FILE: _schema_text(SITE),
+        SITE_REFERENCE_FILE: _reference_text(_SITE_INTRODUCTION, Site),
+    }
+
+
+def _schema_text(vocabulary: Vocabulary[Any]) -> str:
+    return json.dumps(vocabulary.json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _reference_text(introduction: str, model: type[BaseModel]) -> str:
+    return introduction + "".join(_section_text(path, section) for path, section in _sections(model, ""))
 
 
 def _sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -95,6 +116,6 @@ def _limits(info: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    SCHEMA_FILE.write_text(schema_text(), encoding="utf-8")
-    REFERENCE_FILE.write_text(reference_text(), encoding="utf-8")
-    print(f"wrote {SCHEMA_FILE} and {REFERENCE_FILE}")
+    for file, text in generated().items():
+        file.write_text(text, encoding="utf-8")
+        print(f"wrote {file}")

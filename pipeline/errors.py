@@ -38,7 +38,7 @@ class StopRequested(PipelineError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a config.
+    """One thing that is wrong with a config or a site file.
 
     Attributes:
         path: Dotted path of the value, `train.batch_size` say; empty for the whole file.
@@ -50,11 +50,11 @@ class Problem:
 
 
 class ConfigError(UsageError):
-    """Everything that is wrong with a config, reported at once."""
+    """Everything that is wrong with a config or a site file, reported at once."""
 
-    def __init__(self, source: str, problems: list[Problem]) -> None:
+    def __init__(self, source: str, problems: list[Problem], kind: str = "config") -> None:
         self.source = source
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = [f"  {p.path or '(file)'}: {p.message}" for p in problems]
-        super().__init__("\n".join([f"{source}: {count} in the config", *lines]))
+        super().__init__("\n".join([f"{source}: {count} in the {kind}", *lines]))

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
+from pipeline.files import read_json
 
+SNAPSHOT_RECORD = "snapshot.json"
 _PACKAGES = ("torch", "numpy", "deepspeed", "mlflow", "tokenizers", "gigatoken", "safetensors", "submitit", "pydantic")
 
 
@@ -33,7 +35,13 @@ def collect_provenance() -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Commit and dirty flag of the checkout that holds the code; both None where there is none."""
+    """Commit and dirty flag of the checkout that holds the code; both None where there is none.
+
+    Code that was submitted says itself what it was copied from: the checkout around a run folder moves on.
+    """
+    record = folder.parent / SNAPSHOT_RECORD
+    if record.is_file():
+        return read_json(record)["git"]
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}

@@ -109,6 +109,31 @@ class Run:
         return self.path / "evaluation.json"
 
     @property
+    def code(self) -> Path:
+        """The code that was submitted: what jobs import, whatever happens to the checkout."""
+        return self.path / "code"
+
+    @property
+    def launch(self) -> Path:
+        """What jobs are made of: batch scripts, what submitit keeps, and the two files below."""
+        return self.path / "launch"
+
+    @property
+    def jobs_file(self) -> Path:
+        """The Slurm jobs that were submitted for the run."""
+        return self.launch / "jobs.json"
+
+    @property
+    def attempts_file(self) -> Path:
+        """What became of every attempt of a job; a line each time."""
+        return self.launch / "attempts.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """What jobs printed: a folder a Slurm job, a file an attempt and rank."""
+        return self.path / "logs"
+
+    @property
     def report_file(self) -> Path:
         """The self-contained report page."""
         return self.path / "report.html"

@@ -13,22 +13,27 @@ from pipeline.config import Count, Name, NonNegativeInt, Positive, Section
 
 
 class Resources(Section):
-    """What one stage asks Slurm for."""
+    """What a stage of one process asks Slurm for."""
 
     partition: str | None = None
     """Partition; the cluster's default without it."""
+    cpus_per_task: Count = 1
+    """CPU cores of each process."""
+    gpus_per_node: NonNegativeInt = 0
+    """GPUs a node; 0 computes on the CPU."""
+    mem_gb: Positive | None = None
+    """Memory a node, in GiB; the partition's default without it."""
+    time_limit_min: Count = 60
+    """Wall-clock limit of one attempt, in minutes; a stage that meets it is requeued and goes on."""
+
+
+class TrainResources(Resources):
+    """What training asks for: nodes x tasks_per_node processes."""
+
     nodes: Count = 1
     """Nodes."""
     tasks_per_node: Count = 1
     """Processes a node: one a GPU."""
-    cpus_per_task: Count = 1
-    """CPU cores of each process."""
-    gpus_per_node: NonNegativeInt = 0
-    """GPUs a node; 0 trains on the CPU."""
-    mem_gb: Positive | None = None
-    """Memory a node, in GiB; the partition's default without it."""
-    time_limit_min: Count = 60
-    """Wall-clock limit of one attempt, in minutes; training is requeued and goes on."""
 
 
 class PrepareResources(Resources):
@@ -58,12 +63,12 @@ class SiteContainer(Section):
 
 
 class RequeuePolicy(Section):
-    """What happens when a training job ends before the run is finished."""
+    """What happens when a job ends before its work is done."""
 
     max_restarts: Count = 100
     """Restarts of one job, for whatever reason, before it is left alone."""
     same_step_failures: Count = 3
-    """Failures at the same step without progress before the run is `failed`."""
+    """Failures without a new checkpoint (or slice) between them before the run is `failed`."""
     exclude_lost_nodes: bool = True
     """A retry does not go to a node that was lost, or that preflight found bad."""
 
@@ -84,20 +89,20 @@ class Site(Section):
     gpu_type: str | None = None
     """Type in the GPU request, `a100` say."""
     prepare: PrepareResources = PrepareResources()
-    train: Resources
+    train: TrainResources
     evaluate: Resources = Resources()
     signal_before_end_s: Annotated[int, Field(ge=10)] | None = None
-    """Seconds before the time limit at which Slurm sends the signal; derived from measured times without it."""
+    """Seconds before the time limit at which Slurm sends the signal to stop; derived from measured times without it."""
     environment: dict[str, str] = Field(default={})
     """Variables every job gets."""
     modules: tuple[str, ...] = ()
     """`module load` lines."""
     setup: tuple[str, ...] = ()
-    """Shell lines before the job's own work."""
+    """Shell lines before the job's own work, in the batch script on the first node."""
     scratch: str | None = None
     """Node-local or parallel scratch folder for caches, visible in the job."""
-    extra_sbatch: dict[str, str] = Field(default={})
-    """Further sbatch options by name, without dashes: `licenses: scratch`."""
+    extra_sbatch: dict[str, str | bool] = Field(default={})
+    """Further sbatch options by name, without dashes: `licenses: scratch`; true for one without a value."""
     container: SiteContainer = SiteContainer()
     requeue: RequeuePolicy = RequeuePolicy()
     accounting: bool = True

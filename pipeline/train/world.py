@@ -55,7 +55,7 @@ def world_from_environment(environ: Mapping[str, str] = os.environ) -> World:
     if any(name in environ for name in _TORCHRUN):
         return _from_torchrun(environ)
     if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
-        return _from_srun(environ)
+        return world_from_srun(environ)
     return World()
 
 
@@ -72,13 +72,20 @@ def _from_torchrun(environ: Mapping[str, str]) -> World:
     return World(rank, local_rank, size, environ.get("MASTER_ADDR", "127.0.0.1"), port)
 
 
-def _from_srun(environ: Mapping[str, str]) -> World:
+def world_from_srun(environ: Mapping[str, str]) -> World:
+    """The task's place in an srun step, whatever RANK and its like say.
+
+    Raises:
+        UsageError: The variables are incomplete or no numbers.
+    """
     rank, size, local_rank = (
         _number(environ, name) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     )
     nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-    # Derived from the job, so that all ranks agree without talking and two jobs on a node do not meet.
-    port = 20000 + (_number(environ, "SLURM_JOB_ID") * 7 + _number(environ, "SLURM_STEP_ID")) % 20000
+    # Derived from the job, so that all ranks agree without talking and two jobs on a node do not meet; and from
+    # the restart, for ranks of the attempt before may still be alive on a node that Slurm gave up too early.
+    attempt = int(environ.get("SLURM_RESTART_COUNT", 0))
+    port = 20000 + (_number(environ, "SLURM_JOB_ID") * 7 + _number(environ, "SLURM_STEP_ID") + attempt) % 20000
     return World(
         rank, local_rank, size, environ.get("MASTER_ADDR", first_host(nodes)), int(environ.get("MASTER_PORT", port))
     )

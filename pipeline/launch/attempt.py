@@ -1,0 +1,219 @@
+"""Once an attempt, in the batch script: what happened to the one before, and what comes after this one.
+
+    python -m pipeline.launch.attempt begin WORK     prints shell lines for the tasks; status 1: do not start
+    python -m pipeline.launch.attempt end WORK RC    requeues or not; its status is the job's
+
+It runs on the first node, outside the image, where Slurm's commands are.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.checkpoint.layout import published, step_of
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, PipelineError
+from pipeline.launch import records, slurm
+from pipeline.launch.work import Attempt, this_attempt
+from pipeline.tracking import journal
+from pipeline.train.stop import DEADLINE_VARIABLE
+
+# Slurm ends the batch script when it has requeued the job; ending earlier would look like the job's own end.
+_KILLED_WITHIN_S = 120.0
+_REQUEUE_TRIES, _REQUEUE_WAIT_S = 30, 5.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an attempt ended.
+
+    Attributes:
+        outcome: `done`, `stopped` on request with everything saved, or `failed`.
+        reason: In words; empty for `done`.
+        status: Exit status of the job, if it is not requeued.
+    """
+
+    outcome: Literal["done", "stopped", "failed"]
+    reason: str
+    status: int
+
+
+def begin(attempt: Attempt) -> str:
+    """Notes that an attempt begins and what became of the one before; shell lines for the batch script.
+
+    Raises:
+        PipelineError: The job was restarted too often.
+    """
+    earlier = _killed_before(attempt)
+    if earlier is not None:
+        lost = slurm.lost_nodes(slurm.hostnames(earlier["nodes"]))
+        if lost:
+            journal.append_event(attempt.run.events_file, "node_lost", job=attempt.job, nodes=lost)
+    records.note(attempt.run, "began", **attempt.about(), nodes=attempt.nodes)
+    limit = attempt.site.requeue.max_restarts
+    if attempt.number > limit:
+        why = f"the job was restarted {attempt.number} times; requeue.max_restarts of the site allows {limit}"
+        _give_up(attempt, why)
+        raise PipelineError(why)
+    ends = slurm.end_time(attempt.raw_job)
+    return "" if ends is None else f"export {DEADLINE_VARIABLE}={math.floor(ends)}\n"
+
+
+def end(attempt: Attempt, code: int) -> int:
+    """Decides what follows an attempt whose tasks ended with this status; returns the job's.
+
+    Where the job is requeued this does not return: Slurm ends the batch script.
+    """
+    verdict = judge(attempt, code)
+    lost = [] if verdict.outcome == "done" else slurm.lost_nodes(slurm.hostnames(attempt.nodes))
+    records.note(
+        attempt.run, "ended", **attempt.about(), outcome=verdict.outcome, reason=verdict.reason, code=code,
+        progress=progress(attempt), lost=lost,
+    )  # fmt: skip
+    if verdict.outcome == "done":
+        return EXIT_OK
+    why_not = _reason_to_give_up(attempt, verdict)
+    if why_not is not None:
+        _give_up(attempt, why_not)
+        return verdict.status
+    if lost:
+        journal.append_event(attempt.run.events_file, "node_lost", job=attempt.job, nodes=lost)
+    journal.append_event(attempt.run.events_file, "requeued", job=attempt.job, reason=verdict.reason)
+    _requeue(attempt, sorted({*lost, *_named_by_preflight(attempt)}))
+    return verdict.status
+
+
+def judge(attempt: Attempt, code: int) -> Verdict:
+    """How this attempt ended.
+
+    srun's status alone does not tell: when the first rank ends, it kills the others and returns the highest status.
+    What training itself recorded comes first, then ranks that ended without having been asked to.
+    """
+    events = _events(attempt) if attempt.stage == "train" else []
+    words = {e["event"]: e for e in events}
+    if code == EXIT_OK or "finished" in words:
+        return Verdict("done", "", EXIT_OK)
+    if "preempted" in words:
+        return Verdict("stopped", str(words["preempted"].get("reason") or "asked to stop"), EXIT_STOPPED)
+    culprits = [n for n in _own_notes(attempt) if n["event"] == "rank_failed"]
+    said = str(words["failed"]["error"]) if "failed" in words else ""
+    if culprits:
+        first = culprits[0]
+        return Verdict("failed", said or _rank_in_words(first), int(first["status"]))
+    if said:
+        return Verdict("failed", said, EXIT_FAILED)
+    if code == EXIT_STOPPED:
+        return Verdict("stopped", "asked to stop", EXIT_STOPPED)
+    return Verdict("failed", f"srun ended with status {code}; see the job's _log.err in {attempt.run.launch}", code)
+
+
+def progress(attempt: Attempt) -> int:
+    """What no failure takes away again: the step of the newest checkpoint, or the number of finished slices."""
+    run = attempt.run
+    if attempt.stage == "train":
+        return max((step_of(path) or 0 for path in published(run.checkpoints)), default=0)
+    if attempt.stage == "prepare":
+        from pathlib import Path
+
+        return len(list((Path(run.config().data.path) / "slices").glob("[0-9]*")))
+    return 0
+
+
+def _reason_to_give_up(attempt: Attempt, verdict: Verdict) -> str | None:
+    policy = attempt.site.requeue
+    if attempt.number >= policy.max_restarts:
+        return f"{verdict.reason}; the job was restarted {attempt.number} times, as often as the site allows"
+    if verdict.outcome == "stopped":
+        return None
+    if verdict.status == EXIT_USAGE:
+        return f"{verdict.reason}; trying again would not help"
+    failures = _failures_without_progress(attempt)
+    if failures >= policy.same_step_failures:
+        where = f" at step {progress(attempt)}" if attempt.stage == "train" else ""
+        return f"failed {failures} times{where} without progress: {verdict.reason}"
+    return None
+
+
+def _failures_without_progress(attempt: Attempt) -> int:
+    """Failures of this job, this one included, since it last got further; lost nodes are nobody's failure."""
+    ended = [n for n in records.notes(attempt.run, attempt.stage) if n["event"] == "ended" and n["job"] == attempt.job]
+    now = ended[-1]["progress"]
+    return sum(1 for n in ended if n["outcome"] == "failed" and n["progress"] == now and not n.get("lost"))
+
+
+def _killed_before(attempt: Attempt) -> dict[str, Any] | None:
+    """The attempt before this one, if it ended without a word: its node died, or Slurm killed it."""
+    before = [n for n in records.notes(attempt.run, attempt.stage) if n["job"] == attempt.job]
+    began = [n for n in before if n["event"] == "began"]
+    if not began or any(n["event"] == "ended" and n["attempt"] == began[-1]["attempt"] for n in before):
+        return None
+    return began[-1]
+
+
+def _own_notes(attempt: Attempt) -> list[dict[str, Any]]:
+    notes = records.notes(attempt.run, attempt.stage)
+    return [n for n in notes if n["job"] == attempt.job and n["attempt"] == attempt.number]
+
+
+def _events(attempt: Attempt) -> list[dict[str, Any]]:
+    """What training recorded since this attempt began."""
+    began = max((n["time"] for n in _own_notes(attempt) if n["event"] == "began"), default=0.0)
+    return [e.record for e in journal.read(attempt.run.events_file) if float(e.record.get("time", 0)) >= began]
+
+
+def _named_by_preflight(attempt: Attempt) -> list[str]:
+    return [str(node) for e in _events(attempt) if e["event"] == "bad_node" for node in e["nodes"]]
+
+
+def _requeue(attempt: Attempt, exclude: list[str]) -> None:
+    """Puts the job back into the queue and waits to be killed; gives the controller time to come back."""
+    for _ in range(_REQUEUE_TRIES):
+        try:
+            slurm.call("scontrol", "requeue", attempt.raw_job)
+            break
+        except slurm.SlurmError as error:
+            print(f"pipeline: {error}; trying again", file=sys.stderr, flush=True)
+            time.sleep(_REQUEUE_WAIT_S)
+    else:
+        _give_up(attempt, "the job could not be requeued; submit it again, it goes on where it was")
+        return
+    if exclude and attempt.site.requeue.exclude_lost_nodes:
+        _exclude(attempt, exclude)
+    time.sleep(_KILLED_WITHIN_S)
+
+
+def _exclude(attempt: Attempt, nodes: list[str]) -> None:
+    try:
+        slurm.call("scontrol", "update", f"JobId={attempt.raw_job}", f"ExcNodeList={','.join(nodes)}")
+    except slurm.SlurmError as error:
+        print(f"pipeline: {', '.join(nodes)} could not be excluded: {error}", file=sys.stderr, flush=True)
+
+
+def _give_up(attempt: Attempt, why: str) -> None:
+    journal.append_event(attempt.run.events_file, "gave_up", job=attempt.job, stage=attempt.stage, reason=why)
+    print(f"pipeline: error: {attempt.stage}: {why}", file=sys.stderr, flush=True)
+
+
+def _rank_in_words(note: dict[str, Any]) -> str:
+    status = int(note["status"])
+    how = f"was killed by signal {status - 128}" if status > 128 else f"ended with status {status}"
+    return f"rank {note['rank']} on {note['host']} {how}"
+
+
+def main(arguments: list[str]) -> int:
+    """The two verbs of the batch script."""
+    attempt = this_attempt(arguments[1])
+    if arguments[0] == "end":
+        return end(attempt, int(arguments[2]))
+    try:
+        print(begin(attempt), end="")
+    except PipelineError:
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""What sbatch says when it refuses a job, as one message that names the field to change."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pipeline.errors import PipelineError, UsageError
+from pipeline.launch import slurm
+from pipeline.launch.records import Stage
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """sbatch's words, the field of the site file they are about, and the cure."""
+
+    words: str
+    field: str
+    cure: str
+
+
+# {stage} is the section of the stage. Order matters: Slurm often says a general thing after a special one.
+_RULES = (
+    _Rule("invalid partition", "{stage}.partition", "partitions here: {partitions}"),
+    _Rule("invalid account", "account", "your accounts: `sacctmgr show associations user=$USER format=account`"),
+    _Rule("invalid qos", "qos", "yours: `sacctmgr show associations user=$USER format=account,qos`"),
+    _Rule("invalid feature", "constraint", "features here: `sinfo --format '%N %f'`"),
+    _Rule("time limit", "{stage}.time_limit_min", "limits here: `sinfo --format '%P %l'`"),
+    _Rule("memory", "{stage}.mem_gb", "memory of the nodes here: `sinfo --format '%P %N %m'` (in MB)"),
+    _Rule("gres|gpu", "{stage}.gpus_per_node", "GPUs here: `sinfo --format '%P %N %G'` (gpu_request and gpu_type too)"),
+    _Rule(
+        "node configuration|node count|processors|cpu count|partitionnodelimit|nodes? required",
+        "{stage}.nodes" + ", tasks_per_node, cpus_per_task",
+        "nodes and cores here: `sinfo --format '%P %D %c'`",
+    ),
+    _Rule("dependency", "the chain", "a job it waits for is gone; submit again"),
+)
+_LIMITS = r"submit.*limit|violates accounting|qos policy|max(imum)? (number of )?jobs"
+
+
+def refused(words: str, stage: Stage, site_file: str) -> PipelineError:
+    """The error for what sbatch wrote on stderr; exit status 2 where the request is to be changed, else 1."""
+    said = "; ".join(re.sub(r"^sbatch: (error: )?", "", line) for line in words.splitlines() if line.strip())
+    said = said.replace("Batch job submission failed: ", "")
+    if re.search("unable to contact|connection refused|connect failure|timed out", words, re.IGNORECASE):
+        return PipelineError(
+            f"Slurm's controller does not answer ({said}); nothing was submitted. "
+            "Look with `scontrol ping` and submit again when it is back"
+        )
+    if re.search(_LIMITS, words, re.IGNORECASE):
+        return PipelineError(
+            f"{stage}: Slurm refuses more jobs of yours ({said}); nothing was submitted. "
+            "Wait until some have ended (`squeue --me`), or ask for a higher limit"
+        )
+    for rule in _RULES:
+        if re.search(rule.words, words, re.IGNORECASE):
+            field = rule.field.format(stage=stage)
+            cure = rule.cure.replace("{partitions}", _partitions())
+            return UsageError(f"{site_file}: {field}: Slurm refuses it ({said}); {cure}. Nothing was submitted")
+    return PipelineError(f"{stage}: sbatch failed ({said or 'without a word'}); nothing was submitted")
+
+
+def _partitions() -> str:
+    try:
+        return ", ".join(slurm.call("sinfo", "--noheader", "--format", "%R").split())
+    except slurm.SlurmError:
+        return "`sinfo --format %R`"

@@ -1,0 +1,273 @@
+"""`pipeline submit`: the whole pipeline as a chain of Slurm jobs, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from pipeline.checkpoint.layout import published, step_of
+from pipeline.config import Config
+from pipeline.errors import PipelineError, UsageError
+from pipeline.files import read_json
+from pipeline.launch import records, slurm
+from pipeline.launch.job import command_line
+from pipeline.launch.lead import lead_s
+from pipeline.launch.records import Job, Stage
+from pipeline.launch.refusal import refused
+from pipeline.launch.script import StageJob, executor, submit_tasks
+from pipeline.launch.site import Site
+from pipeline.launch.site_load import load_site
+from pipeline.launch.snapshot import take_snapshot
+from pipeline.launch.sweep import experiments
+from pipeline.launch.work import Task, Work
+from pipeline.run import Run, create_run, run_for
+from pipeline.tracking import journal
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a submission consists of.
+
+    Attributes:
+        configs: One a run.
+        site: The cluster.
+        site_file: As it was given, for messages.
+        jobs: In the order in which they wait for each other.
+        skipped: Stages that are done already, with the reason.
+        home: Where the files of the jobs are: the run, or a folder for the whole sweep.
+    """
+
+    configs: list[Config]
+    site: Site
+    site_file: str
+    jobs: list[StageJob]
+    skipped: dict[Stage, str]
+    home: Run
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs, in the order of the configs."""
+        return [run_for(config) for config in self.configs]
+
+
+def plan_chain(config_file: str, site_file: str, overrides: Sequence[str], sweeps: Sequence[str]) -> Chain:
+    """Reads config and site and decides which jobs there are to be; changes nothing.
+
+    Raises:
+        ConfigError: Everything that is wrong with the config or the site file.
+        UsageError: They do not fit together.
+    """
+    site = load_site(site_file)
+    configs = experiments(config_file, overrides, sweeps, site.train.nodes * site.train.tasks_per_node)
+    home = run_for(configs[0]) if len(configs) == 1 else Run(Path(configs[0].runs_dir) / f"{_base(configs)}-sweep")
+    commands, skipped = _stages(configs, site)
+    jobs = [_stage_job(stage, tasks, configs, site, home) for stage, tasks in commands.items()]
+    return Chain(configs, site, site_file, jobs, skipped, home)
+
+
+def submit(chain: Chain) -> list[Job]:
+    """Submits the jobs; if one of them is refused, those before it are taken back.
+
+    Raises:
+        UsageError: A run is in the queue already, or Slurm refuses what the site file asks for.
+        PipelineError: Slurm or the run folder's disk does not do its part.
+    """
+    if shutil.which("sbatch") is None:
+        raise PipelineError(
+            "sbatch: not found on this machine, so nothing can be submitted from here; "
+            "`pipeline run` does the same work here, and `--dry-run` shows the jobs"
+        )
+    _refuse_active(chain.runs)
+    with _taken_back_on_failure(chain) as submitted:
+        _make_folders(chain)
+        now = round(time.time(), 3)
+        for job in chain.jobs:
+            submitted.append(_submit_job(chain, job, submitted, now))
+        for index, run in enumerate(chain.runs):
+            own = [_of_run(job, chain, index) for job in submitted]
+            records.add_jobs(run, own)
+            journal.append_event(run.events_file, "submitted", jobs=[job.id for job in own], site=chain.site.name)
+    return submitted
+
+
+def dry_run(chain: Chain) -> str:
+    """Every batch script, and the command each task runs inside it; nothing is written or submitted."""
+    parts = []
+    for job, dependency in zip(chain.jobs, _placeholders(chain), strict=True):
+        text = executor(job, chain.site, dependency).text(len(job.work.tasks))
+        parts.append(f"### {job.stage}: {job.name}\n{text.rstrip()}\n")
+        lines = [f"#   {line}" for line in _inner_commands(chain, job)]
+        parts.append("\n".join(["# each task runs, on the host", *lines]) + "\n")
+    return "\n".join(parts)
+
+
+# ---- what is to be done --------------------------------------------------------------------------
+
+
+def _stages(configs: list[Config], site: Site) -> tuple[dict[Stage, list[Task]], dict[Stage, str]]:
+    """The tasks of every stage that is not done, and why the others are left out."""
+    todo: dict[Stage, list[Task]] = {}
+    skipped: dict[Stage, str] = {}
+    manifest = Path(configs[0].data.path) / "manifest.json"
+    if manifest.is_file():
+        skipped["prepare"] = f"{manifest} is there"
+    else:
+        slices, run = site.prepare.slices, run_for(configs[0])
+        todo["prepare"] = [
+            Task(str(run.path), (("prepare", str(run.config_file), "--slice", f"{i}/{slices}"),))
+            for i in range(1, slices + 1)
+        ]
+    untrained = [c for c in configs if not _trained(c)]
+    if untrained:
+        todo["train"] = [Task(str(run_for(c).path), (("train", str(run_for(c).config_file)),)) for c in configs]
+    else:
+        skipped["train"] = f"step {configs[0].train.max_iters} is saved"
+    if untrained or not all(_evaluated(c) for c in configs):
+        todo["evaluate"] = [
+            Task(str(run_for(c).path), (("evaluate", str(run_for(c).path)), ("report", str(run_for(c).path))))
+            for c in configs
+        ]
+    else:
+        skipped["evaluate"] = "evaluation.json and report.html are there"
+    return todo, skipped
+
+
+def _trained(config: Config) -> bool:
+    return any((step_of(path) or 0) >= config.train.max_iters for path in published(run_for(config).checkpoints))
+
+
+def _evaluated(config: Config) -> bool:
+    run = run_for(config)
+    if not run.evaluation_file.is_file() or not run.report_file.is_file():
+        return False
+    return int(read_json(run.evaluation_file)["step"]) >= config.train.max_iters
+
+
+def _stage_job(stage: Stage, tasks: list[Task], configs: list[Config], site: Site, home: Run) -> StageJob:
+    resources = {"prepare": site.prepare, "train": site.train, "evaluate": site.evaluate}[stage]
+    folder = home.launch.absolute()
+    lead = max(lead_s(run_for(c), site) for c in configs) if stage == "train" else 30
+    return StageJob(
+        name=f"{_base(configs)}-{stage}",
+        work=Work(stage, tuple(tasks), json.loads(site.model_dump_json())),
+        work_file=folder / f"{stage}.json",
+        resources=resources,
+        parallel=site.prepare.max_parallel,
+        lead_s=lead,
+        code=home.code.absolute(),
+        folder=folder,
+    )
+
+
+def _base(configs: list[Config]) -> str:
+    """What the names of these runs have in common: the config's own name."""
+    if len(configs) == 1:
+        return configs[0].name
+    first, last = min(c.name for c in configs), max(c.name for c in configs)
+    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[:common].rpartition("-")[0].rpartition("-")[0] or first[:common]
+
+
+# ---- submitting ----------------------------------------------------------------------------------
+
+
+def _refuse_active(runs: list[Run]) -> None:
+    known = {job.id: run for run in runs for job in records.jobs(run)}
+    bases = {slurm.base(job) for job in known}
+    active = {slurm.base(info.id) for info in slurm.queued(bases).values() if info.active}
+    for job, run in known.items():
+        if slurm.base(job) in active:
+            raise UsageError(
+                f"{run.path}: is in the queue already as job {job}; wait for it (`pipeline status {run.path}`), "
+                f"or take it out first (`pipeline cancel {run.path}`)"
+            )
+
+
+@contextlib.contextmanager
+def _taken_back_on_failure(chain: Chain) -> Iterator[list[Job]]:
+    """Collects jobs; after a failure, or Ctrl-C, none of them is left, nor a run folder that was not there before."""
+    fresh = [run.path for run in (*chain.runs, chain.home) if not run.path.exists()]
+    submitted: list[Job] = []
+    try:
+        yield submitted
+    except BaseException as error:
+        if submitted:
+            slurm.cancel(job.id for job in submitted)
+        for run in chain.runs:
+            if run.path.exists() and run.path not in fresh:
+                records.forget_jobs(run, {job.id for job in submitted})
+        for folder in fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise PipelineError(
+                f"{error.filename or chain.home.path}: cannot be written ({error.strerror}); nothing was submitted. "
+                "Make room, or choose another runs_dir"
+            ) from error
+        raise
+
+
+def _make_folders(chain: Chain) -> None:
+    for config in chain.configs:
+        run = create_run(config)
+        run.launch.mkdir(exist_ok=True)
+        take_snapshot(run.code)
+    chain.home.launch.mkdir(parents=True, exist_ok=True)
+    if chain.home.path not in [run.path for run in chain.runs]:
+        take_snapshot(chain.home.code)
+    for job in chain.jobs:
+        job.work.save(job.work_file)
+
+
+def _submit_job(chain: Chain, job: StageJob, before: list[Job], now: float) -> Job:
+    words = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(words):  # submitit prints what it also raises
+            made = executor(job, chain.site, _dependency(chain, job, before))
+            job_id = submit_tasks(made, job)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise refused(str(error), job.stage, chain.site_file) from error
+    return Job(job_id, job.stage, len(job.work.tasks), now, chain.site.name, chain.site.accounting)
+
+
+def _dependency(chain: Chain, job: StageJob, before: list[Job]) -> str | None:
+    if not before:
+        return None
+    # In a sweep, the evaluation of a run waits for the training of that run only.
+    kind = "aftercorr" if job.stage == "evaluate" and len(chain.configs) > 1 else "afterok"
+    return f"{kind}:{before[-1].id}"
+
+
+def _placeholders(chain: Chain) -> list[str | None]:
+    before: list[Job] = []
+    found: list[str | None] = []
+    for job in chain.jobs:
+        found.append(_dependency(chain, job, before))
+        before.append(Job(f"<{job.stage}>", job.stage, 1, 0.0, chain.site.name, False))
+    return found
+
+
+def _of_run(job: Job, chain: Chain, index: int) -> Job:
+    """A job as one run of a sweep sees it: its own task of the array."""
+    if len(chain.configs) == 1 or job.stage == "prepare":
+        return job
+    fields: dict[str, Any] = {**vars(job), "id": f"{job.id}_{index}", "tasks": 1}
+    return Job(**fields)
+
+
+def _inner_commands(chain: Chain, job: StageJob) -> list[str]:
+    by_run = {str(run.path): config for run, config in zip(chain.runs, chain.configs, strict=True)}
+    return [
+        shlex.join(command_line(by_run[task.run], chain.site, Run(Path(task.run)), command, chain.site.environment))
+        for task in job.work.tasks
+        for command in task.commands
+    ]
