@@ -6,7 +6,7 @@ import json
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -95,7 +95,7 @@ def _type_text(annotation: Any) -> str:
         return f"list of {_type_text(inner[0])}" + ("" if Ellipsis in get_args(annotation) else f" ({len(inner)})")
     if get_origin(annotation) is dict:
         return "mapping"
-    if isinstance(annotation, types.UnionType):
+    if get_origin(annotation) in (types.UnionType, Union):
         return " or ".join(_type_text(a) for a in get_args(annotation) if a is not type(None))
     if hasattr(annotation, "__metadata__"):
         return _type_text(get_args(annotation)[0])

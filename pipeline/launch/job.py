@@ -68,7 +68,7 @@ def run_rank(work_file: str) -> None:
 
 def _environment(attempt: Attempt, world: World) -> dict[str, str]:
     """The variables a rank is given by the launcher, inside the image and outside."""
-    variables = dict(attempt.site.environment)
+    variables = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **attempt.site.environment}
     world.export(variables)
     # Every process would start a thread for each core of the node, not of its own share.
     threads = os.environ.get("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
@@ -88,8 +88,7 @@ def command_line(
 ) -> list[str]:
     """What a task starts: a command of `pipeline`, in the container where the config names an image."""
     if config.container.image is None:
-        # -P: the working folder is the checkout, whose package must not be found before the submitted one.
-        return [site.python or sys.executable, "-P", "-m", "pipeline", *command]
+        return [site.python or sys.executable, "-m", "pipeline", *command]
     from pipeline.launch.container import container_argv
 
     return container_argv(config, site.container, run, list(command), environment=environment, code=run.code)
@@ -102,7 +101,7 @@ def _run(attempt: Attempt, world: World, argv: list[str], environment: dict[str,
     with log.open("ab") as out:
         child = subprocess.Popen(
             argv,
-            env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,

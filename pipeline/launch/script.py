@@ -84,10 +84,9 @@ def submit_tasks(made: Executor, job: StageJob) -> str:
 
 
 def _python(site: Site) -> str:
-    # -P: the working folder is the checkout, whose package must not be found before the submitted one.
     # USR2 kills a process that does not handle it, and Python needs half a second until it does.
     python = shlex.quote(site.python or sys.executable)
-    return f"""sh -c 'trap "" USR2; exec "$@"' sh {python} -P"""
+    return f"""sh -c 'trap "" USR2; exec "$@"' sh {python}"""
 
 
 def _parameters(job: StageJob, site: Site, dependency: str | None) -> dict[str, Any]:
@@ -134,6 +133,8 @@ def _setup(job: StageJob, site: Site) -> list[str]:
         *(f"module load {shlex.quote(name)}" for name in site.modules),
         *(f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()),
         *site.setup,
+        # The working folder is the checkout, whose package must not be found before the submitted one.
+        "export PYTHONSAFEPATH=1",
         f"export PYTHONPATH={_quoted(job.code)}${{PYTHONPATH:+:$PYTHONPATH}}",
         begin,
         'eval "$begun"',
@@ -150,7 +151,7 @@ def _teardown(job: StageJob, site: Site) -> list[str]:
 
 
 def _launcher(site: Site) -> str:
-    return f"{shlex.quote(site.python or sys.executable)} -P -m pipeline.launch.attempt"
+    return f"{shlex.quote(site.python or sys.executable)} -m pipeline.launch.attempt"
 
 
 def _quoted(path: Path) -> str:
