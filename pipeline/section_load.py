@@ -48,7 +48,7 @@ class Vocabulary(Generic[S]):
 
     Attributes:
         model: Its outermost section.
-        kind: What messages call the file.
+        kind: What messages call its content.
         example: A file to start from.
     """
 
@@ -65,10 +65,10 @@ class Vocabulary(Generic[S]):
         try:
             return Path(path).read_text(encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"{path}: the {self.kind} cannot be read ({error.strerror})") from error
+            raise UsageError(f"{path}: the {self.kind} file cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:
             raise UsageError(
-                f"{path}: the {self.kind} is not UTF-8 text ({error.reason} at byte {error.start})"
+                f"{path}: the {self.kind} file is not UTF-8 text ({error.reason} at byte {error.start})"
             ) from error
 
     def parse(self, text: str, overrides: Sequence[str], source: str) -> tuple[S | None, list[Problem]]:

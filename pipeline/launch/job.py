@@ -132,8 +132,9 @@ def _wait(child: subprocess.Popen[bytes], attempt: Attempt, world: World, signal
 
 
 def _note_cancelled(attempt: Attempt) -> None:
-    """`scancel` and preemption send the same signal; Slurm knows which it was."""
-    if (slurm.show(attempt.raw_job) or {}).get("JobState") == "CANCELLED":
+    """`scancel` and preemption send the same signal; Slurm's accounting knows at once which it was."""
+    info = slurm.ended([attempt.job], attempt.site.accounting).get(attempt.job)
+    if info is not None and info.state == "CANCELLED":
         note_cancelled(attempt.run.events_file, attempt.job)
 
 

@@ -9,7 +9,7 @@ from pipeline.errors import Problem
 from pipeline.launch.site import Site
 from pipeline.section_load import Vocabulary, shown
 
-SITE = Vocabulary(Site, "site file", "slurm/sites/cpu.yaml")
+SITE = Vocabulary(Site, "site", "slurm/sites/cpu.yaml")
 
 # What the launcher decides itself: a second value under `extra_sbatch` would contradict it.
 _OWN_OPTIONS = {
