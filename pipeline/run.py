@@ -109,11 +109,6 @@ class Run:
         return self.path / "evaluation.json"
 
     @property
-    def code(self) -> Path:
-        """The code that was submitted: what jobs import, whatever happens to the checkout."""
-        return self.path / "code"
-
-    @property
     def launch(self) -> Path:
         """What jobs are made of: batch scripts, what submitit keeps, and the two files below."""
         return self.path / "launch"

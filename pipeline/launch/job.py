@@ -22,6 +22,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.errors import EXIT_STOPPED
 from pipeline.launch import records, slurm
+from pipeline.launch.container import container_argv, container_environment
 from pipeline.launch.site import Site
 from pipeline.launch.work import Attempt, this_attempt
 from pipeline.run import Run
@@ -59,7 +60,7 @@ def run_rank(work_file: str) -> None:
     world = world_from_srun(os.environ)
     environment = _environment(attempt, world)
     for command in attempt.task.commands:
-        code = _run(attempt, world, _argv(attempt, command, environment), environment, signals)
+        code = _run(attempt, world, command, environment, signals)
         if code == 0 and signals.asked and command is not attempt.task.commands[-1]:
             code = EXIT_STOPPED
         if code != 0:
@@ -78,30 +79,27 @@ def _environment(attempt: Attempt, world: World) -> dict[str, str]:
     return variables
 
 
-def _argv(attempt: Attempt, command: Sequence[str], environment: dict[str, str]) -> list[str]:
-    config = attempt.run.config()
-    return command_line(config, attempt.site, attempt.run, command, environment)
-
-
 def command_line(
     config: Config, site: Site, run: Run, command: Sequence[str], environment: dict[str, str]
 ) -> list[str]:
     """What a task starts: a command of `pipeline`, in the container where the config names an image."""
     if config.container.image is None:
         return [site.python or sys.executable, "-m", "pipeline", *command]
-    from pipeline.launch.container import container_argv
+    return container_argv(
+        config, site.container, run, ["pipeline", *command], environment=environment, code=run.code,
+        scratch=Path(site.scratch) if site.scratch else None,
+    )  # fmt: skip
 
-    return container_argv(config, site.container, run, list(command), environment=environment, code=run.code)
 
-
-def _run(attempt: Attempt, world: World, argv: list[str], environment: dict[str, str], signals: _Signals) -> int:
+def _run(attempt: Attempt, world: World, command: Sequence[str], environment: dict[str, str], signals: _Signals) -> int:
     """Starts a command and waits for it; returns the status this task ends with."""
+    config = attempt.run.config()
     log = log_file(attempt, world.rank)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         child = subprocess.Popen(
-            argv,
-            env={**os.environ, **environment},
+            command_line(config, attempt.site, attempt.run, command, environment),
+            env=container_environment(config, attempt.site.container, {**os.environ, **environment}),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,

@@ -20,6 +20,7 @@ from pipeline.config import Config
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import read_json
 from pipeline.launch import records, slurm
+from pipeline.launch.binds import check_visible, create_folders
 from pipeline.launch.job import command_line
 from pipeline.launch.lead import lead_s
 from pipeline.launch.records import Job, Stage
@@ -70,6 +71,7 @@ def plan_chain(config_file: str, site_file: str, overrides: Sequence[str], sweep
     site = load_site(site_file)
     configs = experiments(config_file, overrides, sweeps, site.train.nodes * site.train.tasks_per_node)
     home = run_for(configs[0]) if len(configs) == 1 else Run(Path(configs[0].runs_dir) / f"{_base(configs)}-sweep")
+    _refuse_invisible(configs, site)
     commands, skipped = _stages(configs, site)
     jobs = [_stage_job(stage, tasks, configs, site, home) for stage, tasks in commands.items()]
     return Chain(configs, site, site_file, jobs, skipped, home)
@@ -153,6 +155,19 @@ def _evaluated(config: Config) -> bool:
     return int(read_json(run.evaluation_file)["step"]) >= config.train.max_iters
 
 
+def _refuse_invisible(configs: list[Config], site: Site) -> None:
+    problems = [
+        problem
+        for config in configs
+        if config.container.image is not None
+        for problem in check_visible(config, site.container, run_for(config))
+    ]
+    if problems:
+        raise UsageError(
+            "\n  ".join(["the jobs could not see everything in their container:", *dict.fromkeys(problems)])
+        )
+
+
 def _stage_job(stage: Stage, tasks: list[Task], configs: list[Config], site: Site, home: Run) -> StageJob:
     resources = {"prepare": site.prepare, "train": site.train, "evaluate": site.evaluate}[stage]
     folder = home.launch.absolute()
@@ -220,6 +235,8 @@ def _make_folders(chain: Chain) -> None:
     for config in chain.configs:
         run = create_run(config)
         run.launch.mkdir(exist_ok=True)
+        if config.container.image is not None:
+            create_folders(config, run)  # Apptainer cannot bind what is not there
         take_snapshot(run.code)
     chain.home.launch.mkdir(parents=True, exist_ok=True)
     if chain.home.path not in [run.path for run in chain.runs]:
