@@ -162,6 +162,7 @@ _OWN_DEEPSPEED_KEYS = {
     "zero_optimization.offload_param": "the project: weights stay on the device",
     "zero_optimization.overlap_comm": "train.overlap_comm",
     "zero_optimization.cpu_offload": "train.offload_optimizer",
+    "zero_optimization.compute_grad_norm": "the project: it clips itself",
 }
 
 

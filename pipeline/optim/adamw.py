@@ -13,6 +13,8 @@ from torch import Tensor
 # the passes of the update. On one flat tensor that halves the time (benchmarks/adamw.py).
 CPU_CHUNK = 1 << 18
 
+Count = int | Tensor  # of steps
+
 
 class AdamW(torch.optim.Optimizer):
     """Own AdamW: elementwise, so that it works on ZeRO's flat partitions as on whole parameters.
@@ -23,6 +25,10 @@ class AdamW(torch.optim.Optimizer):
         betas: Decay rates of the first and the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled: the weights shrink by lr * weight_decay a step.
+
+    Attributes:
+        counts: Whether the next step changes anything. A tensor `()` is never read by the host: a device that runs
+            behind it decides for itself, and weights, moments and step count stay where it says no.
 
     Raises:
         ValueError: A setting is out of range.
@@ -46,6 +52,7 @@ class AdamW(torch.optim.Optimizer):
             if not is_allowed:
                 raise ValueError(f"AdamW: {name} = {locals()[name]} is out of range")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.counts: bool | Tensor = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -54,18 +61,23 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        counts = self.counts if isinstance(self.counts, Tensor) else None
+        if counts is None and not self.counts:
+            return loss
         for group in self.param_groups:
             for (step, device), tensors in self._by_step_and_device(group).items():
                 if device.type == "cpu":
                     for one in zip(*tensors, strict=True):
-                        _update_in_chunks(one, group, step)
+                        _update_in_chunks(one, group, step, counts)
                 else:
-                    _update(tensors, group, step)
+                    _update(tensors, group, step, counts)
         return loss
 
-    def _by_step_and_device(self, group: dict[str, Any]) -> dict[tuple[int, torch.device], list[list[Tensor]]]:
+    def _by_step_and_device(self, group: dict[str, Any]) -> dict[tuple[Count, torch.device], list[list[Tensor]]]:
         """Lists of weights, gradients and both moments that share a step count and a device."""
-        batches: dict[tuple[int, torch.device], list[list[Tensor]]] = {}
+        batches: dict[tuple[Count, torch.device], list[list[Tensor]]] = {}
+        one = self.counts.double() if isinstance(self.counts, Tensor) else 1
+        after: dict[Count, Count] = {}  # parameters that shared a count go on sharing one, also if it is a tensor
         for param in group["params"]:
             if param.grad is None:
                 continue
@@ -76,22 +88,28 @@ class AdamW(torch.optim.Optimizer):
                 state["step"] = 0
                 state["exp_avg"] = torch.zeros_like(param)
                 state["exp_avg_sq"] = torch.zeros_like(param)
-            state["step"] += 1
-            lists = batches.setdefault((int(state["step"]), param.device), [[], [], [], []])
+            before = state["step"]
+            if before not in after:
+                after[before] = before + one
+            state["step"] = after[before]
+            lists = batches.setdefault((state["step"], param.device), [[], [], [], []])
             for target, tensor in zip(lists, (param, param.grad, state["exp_avg"], state["exp_avg_sq"]), strict=True):
                 target.append(tensor)
         return batches
 
 
-def _update_in_chunks(tensors: tuple[Tensor, ...], group: dict[str, Any], step: int) -> None:
+def _update_in_chunks(tensors: tuple[Tensor, ...], group: dict[str, Any], step: Count, counts: Tensor | None) -> None:
     if tensors[0].numel() <= CPU_CHUNK or not all(t.is_contiguous() for t in tensors):
-        _update([[t] for t in tensors], group, step)
+        _update([[t] for t in tensors], group, step, counts)
         return
     for chunks in zip(*(t.view(-1).split(CPU_CHUNK) for t in tensors), strict=True):
-        _update([[c] for c in chunks], group, step)
+        _update([[c] for c in chunks], group, step, counts)
 
 
-def _update(tensors: list[list[Tensor]], group: dict[str, Any], step: int) -> None:
+def _update(tensors: list[list[Tensor]], group: dict[str, Any], step: Count, counts: Tensor | None) -> None:
+    if counts is not None:
+        _update_where(counts, tensors, group, torch.as_tensor(step))
+        return
     params, grads, exp_avgs, exp_avg_sqs = tensors
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     if group["weight_decay"] != 0:
@@ -103,6 +121,30 @@ def _update(tensors: list[list[Tensor]], group: dict[str, Any], step: int) -> No
     torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
     torch._foreach_add_(denominators, group["eps"])
     torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr / (1 - beta1**step))
+
+
+def _update_where(counts: Tensor, tensors: list[list[Tensor]], group: dict[str, Any], step: Tensor) -> None:
+    """The same update with factors that are tensors: where `counts` is False, no line changes a bit.
+
+    No number passes from the host's memory to the device or back, so that neither waits for the other.
+    """
+    params, grads, exp_avgs, exp_avg_sqs = tensors
+    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    one = counts.double()
+    started = step.clamp(min=1)  # before the first step that counts the corrections would be zero
+    if group["weight_decay"] != 0:
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"] * one)
+    towards = [torch.where(counts, g, m) for g, m in zip(grads, exp_avgs, strict=True)]
+    torch._foreach_lerp_(exp_avgs, towards, 1 - beta1)
+    towards = [g.masked_fill(~counts, 0.0) for g in grads]
+    torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * one)
+    torch._foreach_addcmul_(exp_avg_sqs, towards, towards, 1 - beta2)
+    del towards
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denominators, (1 - beta2**started).sqrt())
+    torch._foreach_add_(denominators, group["eps"])
+    torch._foreach_mul_(denominators, (1 - beta1**started) / one)  # infinite where nothing counts
+    torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr)
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float, decay_norms: bool = False) -> list[dict[str, Any]]:

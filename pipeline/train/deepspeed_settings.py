@@ -21,15 +21,18 @@ def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_settings(config),
-        "steps_per_print": 1 << 62,
     }
-    merged = {**config.deepspeed, **own}
+    merged = {"steps_per_print": 1 << 62, **config.deepspeed, **own}
     merged["zero_optimization"] = {**config.deepspeed.get("zero_optimization", {}), **own["zero_optimization"]}
     return merged
 
 
 def _zero_settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {"stage": config.train.zero_stage, "overlap_comm": config.train.overlap_comm}
+    if config.train.zero_stage in (1, 2) and not config.train.offload_optimizer:
+        settings["compute_grad_norm"] = (
+            False  # ours is known already, and DeepSpeed would make the host wait for its own
+        )
     if config.train.offload_optimizer:
         settings["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return settings

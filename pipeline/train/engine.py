@@ -30,22 +30,41 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """What all ranks know after backward, by one all-reduce; tensors stay on the device until they are read.
+class Numbers:
+    """What all ranks know about a step, by one all-reduce.
 
     Attributes:
         loss: Mean loss of the global batch.
         norm: Global L2 norm of the gradients before clipping.
-        stop: Above zero if any rank was asked to stop.
+        stop: Whether any rank was asked to stop.
     """
 
-    loss: Tensor
-    norm: Tensor
-    stop: Tensor
+    loss: float
+    norm: float
+    stop: bool
 
-    def on_host(self) -> tuple[float, float]:
-        """Loss and norm as numbers; the host waits for the device, the first time."""
-        return float(self.loss), float(self.norm)
+
+class Agreed:
+    """The numbers of a step on their way to the host.
+
+    Args:
+        numbers: Loss, norm and the number of ranks that were asked to stop, on the device.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers, self._arrived = numbers, None
+        if numbers.is_cuda:
+            # Into pinned memory: a copy into any other holds the host up until the device has come this far.
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> Numbers:
+        """The numbers; the host waits until the device has come to this step's clipping."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, norm, stop = self._numbers.tolist()
+        return Numbers(loss, norm, stop > 0)
 
 
 class Engine:
@@ -105,6 +124,9 @@ class Engine:
         Own clipping at every stage: the gradients are `p.grad` at stage 0 (the same on all ranks) and this rank's
         partition of the averaged gradients at stages 1-3. DeepSpeed's own clipping is switched off.
 
+        A step whose loss or norm is not finite will change nothing. Where the optimiser works on the device, the
+        device decides that and the host does not wait for it.
+
         Args:
             max_norm: Largest norm; 0 leaves the gradients alone.
             losses: Mean losses of this rank's micro-batches.
@@ -118,23 +140,15 @@ class Engine:
             numbers[1] /= self._world.size
         if self._world.size > 1:
             dist.all_reduce(numbers)
-        agreed = Agreed(numbers[0], numbers[1].sqrt(), numbers[2])
+        numbers[1].sqrt_()
+        finite = numbers.isfinite().all()
+        self._optimizer.counts = finite if finite.is_cuda and not self._offloads else bool(finite)
         if max_norm > 0:
-            scale_to_norm(grads, agreed.norm, max_norm)
-        return agreed
+            scale_to_norm(grads, numbers[1], max_norm)
+        return Agreed(numbers)
 
     def step(self) -> None:
-        """Moves the weights."""
-        self._engine.step()
-
-    def skip_step(self) -> None:
-        """Drops the gradients of a step without moving weights or moments, on all ranks alike."""
-        if self._stage == 0:
-            for parameter in self.module.parameters():
-                parameter.grad = None
-        else:
-            for gradient in self._gradients():
-                gradient.fill_(float("nan"))  # DeepSpeed takes no step at stages 1-3 with a non-finite gradient
+        """Moves weights and moments, unless `clip` found the step not finite; then none of them, on all ranks alike."""
         self._engine.step()
 
     def _gradients(self) -> list[Tensor]:

@@ -45,20 +45,19 @@ def run_loop(session: Session, config: Config) -> None:
         clock.lap("optimizer")
         session.saver.wait_for_copy()  # an earlier save may still be copying what the step is about to change
         clock.lap("checkpoint_stall")
-        session.take_step(agreed)
+        engine.step()
         clock.lap("optimizer")
 
         step += 1
         session.log(step, lr, agreed)
-        if session.spiked(step, agreed):
-            step = session.roll_back(step)
+        seen = session.look(step, agreed)
+        if seen.spike is not None:
+            step = session.roll_back(seen.spike)
             continue
         if every(step, train.val_interval) or step == train.max_iters:
             session.validate(step)
-        # Read here and not earlier: by now the host has launched the whole step.
-        stopping = bool(agreed.stop > 0)
-        if every(step, train.checkpoint_interval) or step == train.max_iters or stopping:
+        if every(step, train.checkpoint_interval) or step == train.max_iters or seen.stop:
             session.save(step)
-        if stopping:
+        if seen.stop:
             session.wait_until_durable()
             raise StopRequested(session.stop_message(step))

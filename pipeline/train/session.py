@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from pipeline.checkpoint.read import CheckpointReader
 from pipeline.checkpoint.write import CheckpointSaver, Saved
 from pipeline.config import Config
 from pipeline.data.dataset import BatchReader, TokenDataset, ValidationWindows
-from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.model.flops import flops_per_token
 from pipeline.run import Run
@@ -25,17 +23,21 @@ from pipeline.train import ranks
 from pipeline.train.clock import StepClock
 from pipeline.train.engine import Agreed, Engine
 from pipeline.train.evaluate import Evaluation, evaluate
-from pipeline.train.guard import Guard, data_index, record_batch
+from pipeline.train.guard import data_index
 from pipeline.train.hardware import peak_flops_per_s
 from pipeline.train.progress import Progress
 from pipeline.train.recover import set_aside
 from pipeline.train.stop import StopRequest
+from pipeline.train.watch import Seen, Watch
 from pipeline.train.world import World
 
 Batch = tuple[Tensor, Tensor]
 
 # A save may wait for the file of a rank that is gone; the ranks that are left must not.
 FAILED_SAVE_S = 5.0
+
+# What a save is taken to need before the first one was measured.
+UNKNOWN_SAVE_S = 10.0
 
 
 def every(step: int, interval: int) -> bool:
@@ -88,7 +90,7 @@ class Session:
     step: int
     tokens_seen: int
     data_digest: str
-    guard: Guard
+    watch: Watch
     clock: StepClock = field(default_factory=StepClock)
     saves: list[Saved] = field(default_factory=list)
     evaluation: Evaluation | None = None
@@ -100,82 +102,36 @@ class Session:
         share = self.config.train.batch_size // self.world.size
         size = self.config.train.micro_batch_size
         first = share * self.world.rank
-        index = data_index(step, self.guard.skipped)
+        index = data_index(step, self.watch.guard.skipped)
         for start in range(first, first + share, size):
             x, y = self.reader.batch(index, start, start + size)
             yield x.to(self.engine.device, non_blocking=True), y.to(self.engine.device, non_blocking=True)
 
-    def take_step(self, agreed: Agreed) -> None:
-        """Moves the weights, unless loss or gradient is not finite: then the step is skipped, alike on all ranks."""
-        # The one place where the host waits for the device: a bad gradient must not reach the weights.
-        loss, norm = agreed.on_host()
-        if self.guard.is_bad(loss, norm):
-            self.engine.skip_step()
-            self._report_batch("bad_step", self.reached, "loss or gradient is not finite; the step is skipped", agreed)
-            self.guard.check_patience(self.run.bad_batches)
-        else:
-            self.engine.step()
-        self.clock.step_done()
-
-    def spiked(self, step: int, agreed: Agreed) -> bool:
-        """Whether the loss of a finished step jumped and training has to go back; also reports a jump."""
-        loss, _ = agreed.on_host()
-        if not self.guard.is_spike(loss):
-            return False
-        going_back = self.config.guard.on_spike == "rollback" and bool(self._checkpoints_before(step))
-        self._report_batch("spike", step - 1, "the loss jumped" + ("; going back" if going_back else ""), agreed)
-        return going_back
+    def look(self, step: int, agreed: Agreed) -> Seen:
+        """Looks at the numbers of the step before, and at this one's where something is due that needs them."""
+        train = self.config.train
+        intervals = (train.log_interval, train.val_interval, train.checkpoint_interval)
+        return self.watch.look(step, agreed, step == train.max_iters or any(every(step, i) for i in intervals))
 
     def roll_back(self, step: int) -> int:
-        """Goes back to the checkpoint before a spike and leaves its batches out; returns the step to go on from."""
+        """Goes back to the checkpoint before a jump at `step`, leaves its batches out; the step to go on from."""
         self.saver.wait()
         ranks.barrier(self.world)
-        culprits = range(step - self.config.guard.rollback_skip, step)
-        bad = [data_index(s, self.guard.skipped) for s in culprits]
-        checkpoint = self._checkpoints_before(step)[0]
+        checkpoint = self.watch.checkpoints_before(step)[0]
         reader = CheckpointReader(checkpoint)
         self.engine.load(reader)
         state = reader.manifest.state
         reader.close()
-        skipped = self.guard.skipped
-        self.guard = Guard(self.config.guard, state["guard"])
-        self.guard.leave_out([*skipped, *bad])
+        self.watch.leave_out(step, state["guard"])
         if self.world.is_first:
             for newer in published(self.run.checkpoints):
                 if newer > checkpoint:
                     set_aside(newer)
         ranks.barrier(self.world)
         self.reached, self.tokens_seen = reader.manifest.step, state["tokens_seen"]
-        self.tracker.event("rollback", step=step, to=self.reached, skipped=list(self.guard.skipped))
+        self.tracker.event("rollback", step=step, to=self.reached, skipped=list(self.watch.guard.skipped))
         self.tracker.rewind(self.reached)
         return self.reached
-
-    def _checkpoints_before(self, step: int) -> list[Path]:
-        """Published checkpoints, newest first, whose weights no batch that a rollback leaves out has touched."""
-        newest = step - self.config.guard.rollback_skip
-        found = published(self.run.checkpoints) if self.world.is_first else []
-        return ranks.broadcast([f for f in found if (layout.step_of(f) or 0) <= newest], self.world)
-
-    def _report_batch(self, kind: str, step: int, what: str, agreed: Agreed) -> None:
-        """Records the batch of a step (from 0) that made trouble."""
-        if not self.world.is_first:
-            return
-        loss, norm = agreed.on_host()
-        index = data_index(step, self.guard.skipped)
-        tokenizer = Tokenizer.load(self.run.tokenizer_file, self.config.tokenizer.end_of_text)
-        path = record_batch(
-            self.run.bad_batches,
-            f"{kind}_{step + 1:08d}",
-            self.reader,
-            index,
-            self.config.train.batch_size,
-            tokenizer,
-            step=step + 1,
-            loss=loss,
-            norm=norm,
-        )
-        self.tracker.event(kind, step=step + 1, loss=str(loss), norm=str(norm), batch=index, path=str(path))
-        self.progress.message(f"step {step + 1}: {what} (loss {loss:.4g}, norm {norm:.4g}); the batch is in {path}")
 
     def log(self, step: int, lr: float, agreed: Agreed) -> None:
         """Counts a finished step, and records it where one is due."""
@@ -183,6 +139,8 @@ class Session:
         self.reached = step
         self.tokens_seen += train.batch_size * self.config.model.context_length
         self.progress.advance(step)
+        self.clock.step_done()
+        self.stop.check_time(self.clock.step_s, max((s.seconds for s in self.saves), default=UNKNOWN_SAVE_S))
         if not (every(step, train.log_interval) or step in (1, train.max_iters)):
             return
         seconds = self.clock.read()
@@ -191,10 +149,11 @@ class Session:
         flops = rate * flops_per_token(
             shape.vocab_size, shape.context_length, shape.d_model, shape.num_layers, shape.d_ff
         )
+        numbers = agreed.read()  # the host waits here, as far as the interval goes
         metrics = {
-            "train/loss": float(agreed.loss),
+            "train/loss": numbers.loss,
             "train/lr": lr,
-            "train/grad_norm": float(agreed.norm),
+            "train/grad_norm": numbers.norm,
             "train/tokens_per_s": rate,
             "train/flops_per_s": flops,
             "train/tokens_seen": self.tokens_seen,
@@ -205,7 +164,6 @@ class Session:
             metrics["train/mfu"] = flops / (peak * self.world.size)
         self.tracker.log(step, metrics)
         self.progress.step(step, metrics)
-        self.stop.check_time(seconds["step"], max((s.seconds for s in self.saves), default=0.0))
 
     def validate(self, step: int) -> None:
         """Evaluates on the first `num_val_batches` batches of validation windows."""
@@ -239,7 +197,7 @@ class Session:
         state = {
             "optimizer_steps": self.engine.optimizer_steps,
             "tokens_seen": self.tokens_seen,
-            "guard": self.guard.state(),
+            "guard": self.watch.guard.state(),
             "val_loss": self.evaluation.loss if known and self.evaluation else None,
             "dataset": self.data_digest,
             "rng": torch.get_rng_state().numpy().tobytes().hex(),

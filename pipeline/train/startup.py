@@ -32,6 +32,7 @@ from pipeline.train.progress import Progress
 from pipeline.train.recover import Recovery, find_checkpoint
 from pipeline.train.session import Session
 from pipeline.train.stop import StopRequest
+from pipeline.train.watch import Watch
 from pipeline.train.world import World, world_from_environment
 
 
@@ -60,12 +61,14 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
     torch.manual_seed(train.seed)
     engine = Engine(TransformerLM(**config.model.model_dump()), config, world, device)
     recovery = find_checkpoint(run.checkpoints, world)
-    state = _resume(engine, recovery)
+    state = _resume(engine, recovery, data["train"].manifest.digest)
     step = state.get("step", 0)
     attempt = ranks.broadcast(secrets.token_hex(4), world)
     if world.is_first:
         begin_attempt(run.checkpoints, attempt)
     ranks.barrier(world)
+    tracker = _start_tracking(config, run, world, data["train"], step)
+    progress = Progress(config.name, step, train.max_iters, enabled=world.is_first)
     session = Session(
         config=config,
         world=world,
@@ -81,12 +84,12 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
             lambda saved: session.report_save(saved),
         ),
         stop=stop,
-        tracker=_start_tracking(config, run, world, data["train"], step),
-        progress=Progress(config.name, step, train.max_iters, enabled=world.is_first),
+        tracker=tracker,
+        progress=progress,
+        watch=Watch(config, world, run, reader, tracker, progress, Guard(config.guard, state.get("guard"))),
         step=step,
         tokens_seen=state.get("tokens_seen", 0),
         data_digest=data["train"].manifest.digest,
-        guard=Guard(config.guard, state.get("guard")),
         reached=step,
     )
     _announce(session, recovery)
@@ -135,11 +138,17 @@ def _check_tokenizer(run: Run, config: Config) -> None:
     open_dataset(config.data.path, "train", tokenizer_digest=sha256_file(run.tokenizer_file))
 
 
-def _resume(engine: Engine, recovery: Recovery) -> dict[str, Any]:
+def _resume(engine: Engine, recovery: Recovery, data_digest: str) -> dict[str, Any]:
     """Loads the checkpoint, if there is one; its step and the rest of its state."""
     if recovery.checkpoint is None:
         return {}
     reader = CheckpointReader(recovery.checkpoint)
+    trained_on = reader.manifest.state["dataset"]
+    if trained_on != data_digest:
+        raise DataError(
+            f"{recovery.checkpoint}: was trained on the dataset {trained_on[:12]}, and data.path holds "
+            f"{data_digest[:12]} now; restore that dataset, or give the new experiment another `name`"
+        )
     engine.load(reader)
     reader.close()
     state = reader.manifest.state

@@ -21,7 +21,7 @@ class StopRequest:
     """Whether this process was asked to stop; while it is entered, signals ask and do nothing else.
 
     SIGUSR2, SIGTERM and SIGINT ask; a second Ctrl-C leaves at once. The launcher may give a wall-clock limit
-    in PIPELINE_DEADLINE (Unix seconds): the request is made while there is time for one more step and a save.
+    in PIPELINE_DEADLINE (Unix seconds): the request is made while there is time for the last steps and a save.
 
     Attributes:
         reason: The signal's name or `time limit`; None as long as nobody asked.
@@ -44,8 +44,11 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def check_time(self, step_s: float, save_s: float) -> None:
-        """Asks if the time left is less than what two steps and a save take, by the measured seconds."""
-        if self._deadline is not None and time.time() + 2 * step_s + 1.5 * save_s > self._deadline:
+        """Asks if the time left is less than what three steps and a save take, by the measured seconds.
+
+        The ranks agree in the next step and may learn of it in the one after; the third is for one that takes longer.
+        """
+        if self._deadline is not None and time.time() + 3 * step_s + 1.5 * save_s > self._deadline:
             self.ask("time limit")
 
     def __enter__(self) -> Self:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.faults import experiment, forked
+from tests import experiment, processes
 from tests.faults.disk import small_disk
 from tests.faults.strikes import DAMAGES, STRIKES, Deck, Strike, kill_all
 
@@ -105,7 +105,7 @@ class Episode:
         self._check_promises(before, good, reached)
         began = time.monotonic()
         log = self._folder / "logs" / f"{self._name}_{attempt:03d}.log"
-        ranks = forked.start(["train", str(self._config), f"train.zero_stage={stage}"], world, log)
+        ranks = processes.start(["train", str(self._config), f"train.zero_stage={stage}"], world, log)
         try:
             fault = None
             at_start = strike is kill_all and self._rng.random() < AT_START
@@ -141,7 +141,7 @@ class Episode:
         if before.kind == "SIGUSR2" and good != reached:
             self.problems.append(f"{self._name}: stopped on request at step {reached}, but only step {good} is whole")
 
-    def _wait_for_first_step(self, ranks: forked.Ranks, began: float, good: int, resumes: int) -> float | None:
+    def _wait_for_first_step(self, ranks: processes.Ranks, began: float, good: int, resumes: int) -> float | None:
         """Seconds to the first step; None if the run had nothing left to do."""
 
         def stepping() -> bool:
@@ -149,7 +149,7 @@ class Episode:
             started = len(experiment.events(self.run, "resumed")) > resumes or good == 0
             return started and steps > good
 
-        if not forked.wait_until(lambda: stepping() or ranks.poll(), LONGEST_S):
+        if not processes.wait_until(lambda: stepping() or ranks.poll(), LONGEST_S):
             self._problem(ranks, f"no step within {LONGEST_S:g} s of a start")
             return None
         resumed = experiment.events(self.run, "resumed")[resumes:]
@@ -157,17 +157,17 @@ class Episode:
             self._problem(ranks, f"went on from step {resumed[-1]['step']}, though step {good} was whole")
         return time.monotonic() - began if stepping() else None
 
-    def _strike(self, ranks: forked.Ranks, strike: Strike, layout: Layout) -> Fault | None:
+    def _strike(self, ranks: processes.Ranks, strike: Strike, layout: Layout) -> Fault | None:
         """Waits for the moment, strikes, and waits for the end; None if the run was over before."""
         target = experiment.last_step(self.run) + self._rng.randint(1, 25)
         delay = self._rng.uniform(0, 0.2)
-        if not forked.wait_until(lambda: experiment.last_step(self.run) >= target or ranks.poll(), 60):
+        if not processes.wait_until(lambda: experiment.last_step(self.run) >= target or ranks.poll(), 60):
             self._problem(ranks, f"no step for long while waiting for step {target}")
             return None
         time.sleep(delay)
         return self._land(ranks, strike, layout)
 
-    def _land(self, ranks: forked.Ranks, strike: Strike, layout: Layout) -> Fault | None:
+    def _land(self, ranks: processes.Ranks, strike: Strike, layout: Layout) -> Fault | None:
         if ranks.poll():
             return None
         at_step = experiment.last_step(self.run)
@@ -183,7 +183,7 @@ class Episode:
         blow.afterwards()
         return Fault(blow.kind, layout, at_step, ended - began)
 
-    def _problem(self, ranks: forked.Ranks, what: str) -> None:
+    def _problem(self, ranks: processes.Ranks, what: str) -> None:
         self.problems.append(f"{self._name}: {what}\n{ranks.words()}")
 
 
@@ -231,24 +231,16 @@ class References:
         if not run.exists():
             config = experiment.write_experiment(self._folder, run.parent, name)
             log = self._folder / "logs" / f"{name}.log"
-            ranks = forked.start(["train", str(config), f"train.zero_stage={layout[1]}"], layout[0], log)
-            finished = ranks.wait(200)
-            ranks.end()
-            if not finished or set(ranks.codes.values()) != {0}:
-                raise SystemExit(f"the uninterrupted run failed with {ranks.codes}:\n{ranks.words()}")
+            processes.run(["train", str(config), f"train.zero_stage={layout[1]}"], layout[0], log, timeout_s=200)
         return run
 
 
 def strike_until(count: int, seed: int, folder: Path) -> Outcome:
     """Runs episodes until there were `count` faults, or something was not survived."""
-    forked.import_everything()
     rng = random.Random(seed)
     outcome, deck, references = Outcome(), Deck(rng), References(folder)
-    prepare = forked.start(
-        ["prepare", str(experiment.write_experiment(folder, folder, "data"))], 1, folder / "logs/p.log"
-    )
-    if not prepare.wait(60) or prepare.codes != {0: 0}:
-        raise SystemExit(f"the data could not be prepared:\n{prepare.words()}")
+    config = experiment.write_experiment(folder, folder, "data")
+    processes.run(["prepare", str(config)], 1, folder / "logs" / "prepare.log")
     while len(outcome.faults) < count and not outcome.problems:
         fixed = rng.choice(LAYOUTS) if outcome.episodes % 2 == 0 else None
         with small_disk(folder / "disk", DISK_MB) as disk:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
-from tests.faults import experiment
+from tests import experiment
 from tests.faults.disk import full, read_only
-from tests.faults.forked import Ranks, wait_until
+from tests.processes import Ranks, wait_until
 
 KILLED = -signal.SIGKILL
 
@@ -42,7 +42,7 @@ Strike = Callable[[Ranks, Path, random.Random], Blow]
 
 def kill_one(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
     """SIGKILL to one rank; the others must end by themselves."""
-    ranks.kill(signal.SIGKILL, [rng.randrange(len(ranks.pids))])
+    ranks.kill(signal.SIGKILL, [rng.randrange(len(ranks.processes))])
     return Blow("kill one rank", frozenset({KILLED, EXIT_FAILED}))
 
 
@@ -54,7 +54,7 @@ def kill_all(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
 
 def ask_to_stop(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
     """SIGUSR2 to one rank or to all: everything is saved, exit 85."""
-    ranks.kill(signal.SIGUSR2, None if rng.random() < 0.5 else [rng.randrange(len(ranks.pids))])
+    ranks.kill(signal.SIGUSR2, None if rng.random() < 0.5 else [rng.randrange(len(ranks.processes))])
     return Blow("SIGUSR2", frozenset({EXIT_STOPPED}))
 
 

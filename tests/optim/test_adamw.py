@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -74,3 +75,39 @@ def test_norm_gains_do_not_decay_unless_asked():
 def test_a_setting_out_of_range_is_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         AdamW(parameters(), **bad)
+
+
+def test_a_step_that_does_not_count_changes_nothing_and_the_others_are_as_if_it_had_not_been():
+    """The host's decision (a bool) and the device's (a tensor), with gradients that are not finite in between."""
+    for kind in (bool, torch.tensor):
+        ours, plain = parameters(), parameters()
+        optimizer, reference = AdamW(ours, lr=1e-2, weight_decay=0.1), AdamW(plain, lr=1e-2, weight_decay=0.1)
+        steps_seen = 0
+        for counts in (False, True, True, False, False, True):
+            generator = torch.Generator().manual_seed(steps_seen)
+            for p, q in zip(ours, plain, strict=True):
+                q.grad = torch.randn(p.shape, generator=generator)
+                p.grad = q.grad.clone() if counts else torch.full_like(p, math.nan if steps_seen else math.inf)
+            before = [p.detach().clone() for p in ours]
+            optimizer.counts = kind(counts)
+            optimizer.step()
+            if counts:
+                steps_seen += 1
+                reference.step()
+            else:
+                assert all(torch.equal(p, b) for p, b in zip(ours, before, strict=True))
+        for p, q in zip(ours, plain, strict=True):
+            assert int(optimizer.state[p]["step"]) == int(reference.state[q]["step"]) == 3
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-6 if kind is torch.tensor else 0)
+            torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], reference.state[q]["exp_avg_sq"])
+
+
+def test_a_decision_on_the_device_gives_torchs_steps():
+    ours, theirs = parameters(), parameters()
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    optimizer = AdamW(ours, **settings)
+    optimizer.counts = torch.tensor(True)
+    steps(optimizer, ours, 100)
+    steps(torch.optim.AdamW(theirs, **settings), theirs, 100)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The tiny experiment that the faults strike: text, tokens, a config, and what a run folder says came of it."""
+"""A tiny experiment that real ranks train: text, tokens, a config, and what a run folder says came of it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ STEPS = 100
 CHECKPOINT_INTERVAL = 5
 
 
-def write_experiment(folder: Path, runs_dir: Path, name: str) -> Path:
-    """Text and a config below `folder`; the run goes to `runs_dir`. Returns the config's path."""
+def write_experiment(folder: Path, runs_dir: Path, name: str, **changes: Any) -> Path:
+    """Text and a config below `folder`; the run goes to `runs_dir`. Returns the config's path.
+
+    Args:
+        folder: Shared by experiments on the same data.
+        runs_dir: Holds the run.
+        name: Of the run.
+        changes: Values by their dotted keys.
+    """
     text = folder / "text"
     if not text.exists():
         text.mkdir(parents=True)
@@ -45,6 +52,12 @@ def write_experiment(folder: Path, runs_dir: Path, name: str) -> Path:
         },
         "tracking": {"uri": "none"},
     }  # fmt: skip
+    for dotted, value in changes.items():
+        *sections, key = dotted.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[key] = value
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

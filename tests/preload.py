@@ -1,0 +1,20 @@
+"""Imported once, by the process that ranks are forked from; starts no threads, which would not survive a fork."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", MLFLOW_DISABLE_TELEMETRY="true")
+warnings.simplefilter("ignore", FutureWarning)
+
+import deepspeed  # noqa: E402, F401
+import pytest  # noqa: E402, F401
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402 - every optimiser imports it, which takes a second
+
+import pipeline.cli  # noqa: E402
+import pipeline.data.display  # noqa: E402
+import pipeline.train.loop  # noqa: E402, F401
+
+torch.set_num_threads(1)

@@ -1,0 +1,178 @@
+"""Ranks as forks of a process that has imported everything: a start costs a second, not the ten of four imports.
+
+They are real processes: each joins its process group over TCP, can be killed alone, and ends with an exit status.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.preload"])
+
+
+@dataclass
+class Ranks:
+    """Processes that work together.
+
+    Attributes:
+        processes: One a rank.
+        log: Takes what they print.
+        codes: Exit status of each that has ended; minus the signal's number if one killed it.
+        ended_at: When each ended, by the monotonic clock.
+    """
+
+    processes: list[BaseProcess]
+    log: Path
+    codes: dict[int, int] = field(default_factory=dict)
+    ended_at: dict[int, float] = field(default_factory=dict)
+
+    def poll(self) -> bool:
+        """Whether all have ended."""
+        for rank, process in enumerate(self.processes):
+            if rank not in self.codes and process.exitcode is not None:
+                self.codes[rank] = process.exitcode
+                self.ended_at[rank] = time.monotonic()
+        return len(self.codes) == len(self.processes)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits until all have ended; False if the time was over before."""
+        return wait_until(self.poll, timeout_s)
+
+    def kill(self, number: int, ranks: Sequence[int] | None = None) -> None:
+        """Sends a signal to these ranks, or to all, as far as they run."""
+        self.poll()
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            pid = self.processes[rank].pid
+            if rank not in self.codes and pid is not None:
+                os.kill(pid, number)
+
+    def end(self) -> None:
+        """Leaves no process behind."""
+        self.kill(signal.SIGKILL)
+        self.wait(10)
+
+    def words(self) -> str:
+        """The end of what the ranks printed."""
+        return self.log.read_text(errors="replace")[-4000:]
+
+
+def start(arguments: Sequence[str], world_size: int, log: Path, environ: Mapping[str, str] | None = None) -> Ranks:
+    """Starts `pipeline ARGUMENTS` on every rank.
+
+    Args:
+        arguments: Of the command.
+        world_size: Number of ranks.
+        log: Takes what they print.
+        environ: Further variables.
+    """
+    return _start(_command, (list(arguments),), world_size, log, dict(environ or {}))
+
+
+def run(arguments: Sequence[str], world_size: int, log: Path, timeout_s: float = 120) -> None:
+    """Runs `pipeline ARGUMENTS` on every rank to a good end."""
+    ranks = start(arguments, world_size, log)
+    finished = ranks.wait(timeout_s)
+    ranks.end()
+    assert finished and set(ranks.codes.values()) == {0}, f"{ranks.codes}\n{ranks.words()}"
+
+
+def on_ranks(function: Callable[..., Any], world_size: int, log: Path, *args: Any, timeout_s: float = 120) -> list[Any]:
+    """What `function(world, *args)` returns on each rank, called inside their process group.
+
+    Args:
+        function: Of a module's top level.
+        world_size: Number of ranks.
+        log: Takes what they print.
+        args: Plain values.
+        timeout_s: For all together.
+    """
+    pipes = [_FORKS.Pipe(duplex=False) for _ in range(world_size)]
+    ranks = _start(_called, (function, [send for _, send in pipes], args), world_size, log, {})
+    try:
+        deadline = time.monotonic() + timeout_s
+        for receive, send in pipes:
+            send.close()
+            assert receive.poll(max(0.0, deadline - time.monotonic())), f"no answer in {timeout_s} s\n{ranks.words()}"
+        answers = [receive.recv() for receive, _ in pipes]
+        assert ranks.wait(30) and set(ranks.codes.values()) == {0}, f"{ranks.codes}\n{ranks.words()}"
+        return answers
+    except EOFError:
+        raise AssertionError(f"a rank gave no answer\n{ranks.words()}") from None
+    finally:
+        ranks.end()
+
+
+def _start(
+    target: Callable[..., None], args: tuple[Any, ...], world_size: int, log: Path, environ: dict[str, str]
+) -> Ranks:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environ |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes: list[BaseProcess] = []
+    for rank in range(world_size):
+        mine = {**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(_FORKS.Process(target=_rank, args=(target, args, log, mine)))
+        processes[-1].start()
+    return Ranks(processes, log)
+
+
+def _rank(target: Callable[..., None], args: tuple[Any, ...], log: Path, environ: dict[str, str]) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ.update(environ)
+    target(*args)
+
+
+def _command(arguments: list[str]) -> None:
+    from pipeline.cli import main
+
+    sys.argv = ["pipeline", *arguments]
+    main()
+
+
+def _called(function: Callable[..., Any], answers: list[Connection], args: tuple[Any, ...]) -> None:
+    import torch
+
+    from pipeline.train.ranks import process_group
+    from pipeline.train.world import world_from_environment
+
+    world = world_from_environment()
+    for rank, answer in enumerate(answers):
+        if rank != world.rank:
+            answer.close()  # else nobody would see that its owner died
+    try:
+        with process_group(world, torch.device("cpu")):
+            answers[world.rank].send(function(world, *args))
+    except BaseException:
+        traceback.print_exc()
+        raise
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Polls; False if the time was over first."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

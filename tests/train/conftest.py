@@ -1,0 +1,43 @@
+"""Experiments on real ranks, each trained once for all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import experiment, processes
+
+
+class Lab:
+    """Trains one tiny experiment on any number of ranks at any ZeRO stage.
+
+    Args:
+        folder: Of the text, the tokens and the runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        processes.run(["prepare", str(self.config("data"))], 1, folder / "prepare.log")
+
+    def config(self, name: str, **changes: Any) -> Path:
+        """The experiment's file, for a run of this name."""
+        small = {"model.num_layers": 1, "optimizer.gradient_clip_val": 0.8, "train.checkpoint_interval": 50}
+        return experiment.write_experiment(self._folder, self._folder / "runs", name, **(small | changes))
+
+    def train(self, name: str, world: int, stage: int, *overrides: str, **changes: Any) -> Path:
+        """Starts or resumes a run; its folder."""
+        arguments = ["train", str(self.config(name, **changes)), f"train.zero_stage={stage}", *overrides]
+        processes.run(arguments, world, self._folder / "logs" / f"{name}.log", timeout_s=250)
+        return self._folder / "runs" / name
+
+    def uninterrupted(self, world: int, stage: int) -> Path:
+        """The run of this layout that nobody disturbed."""
+        run = self._folder / "runs" / f"whole_{world}_{stage}"
+        return run if run.exists() else self.train(run.name, world, stage)
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("lab"))
