@@ -78,7 +78,7 @@ def start(arguments: Sequence[str], world_size: int, log: Path, environ: Mapping
         log: Takes what they print.
         environ: Further variables.
     """
-    return _start(_command, (list(arguments),), world_size, log, dict(environ or {}))
+    return fork(command, (list(arguments),), world_size, log, environ)
 
 
 def run(arguments: Sequence[str], world_size: int, log: Path, timeout_s: float = 120) -> None:
@@ -100,7 +100,7 @@ def on_ranks(function: Callable[..., Any], world_size: int, log: Path, *args: An
         timeout_s: For all together.
     """
     pipes = [_FORKS.Pipe(duplex=False) for _ in range(world_size)]
-    ranks = _start(_called, (function, [send for _, send in pipes], args), world_size, log, {})
+    ranks = fork(_called, (function, [send for _, send in pipes], args), world_size, log)
     try:
         deadline = time.monotonic() + timeout_s
         for receive, send in pipes:
@@ -115,14 +115,27 @@ def on_ranks(function: Callable[..., Any], world_size: int, log: Path, *args: An
         ranks.end()
 
 
-def _start(
-    target: Callable[..., None], args: tuple[Any, ...], world_size: int, log: Path, environ: dict[str, str]
+def fork(
+    target: Callable[..., None],
+    args: tuple[Any, ...],
+    world_size: int,
+    log: Path,
+    environ: Mapping[str, str] | None = None,
 ) -> Ranks:
+    """Calls `target(*args)` on every rank, with the variables that a launcher would set.
+
+    Args:
+        target: Of a module's top level.
+        args: Plain values.
+        world_size: Number of ranks.
+        log: Takes what they print.
+        environ: Further variables.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    environ |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meeting = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes: list[BaseProcess] = []
     for rank in range(world_size):
-        mine = {**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        mine = {**(environ or {}), **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(_FORKS.Process(target=_rank, args=(target, args, log, mine)))
         processes[-1].start()
     return Ranks(processes, log)
@@ -136,7 +149,8 @@ def _rank(target: Callable[..., None], args: tuple[Any, ...], log: Path, environ
     target(*args)
 
 
-def _command(arguments: list[str]) -> None:
+def command(arguments: list[str]) -> None:
+    """The command line, in this process."""
     from pipeline.cli import main
 
     sys.argv = ["pipeline", *arguments]
