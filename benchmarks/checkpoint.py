@@ -97,7 +97,8 @@ class Bench:
     def __init__(self, size: str, folder: Path) -> None:
         import torch
 
-        from pipeline.checkpoint.write import CheckpointSaver, Writer, begin_attempt
+        from pipeline.checkpoint.draft import Writer, begin_attempt
+        from pipeline.checkpoint.write import CheckpointSaver
         from pipeline.config_load import parse_config
         from pipeline.model.transformer import TransformerLM
         from pipeline.train.engine import Engine

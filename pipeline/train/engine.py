@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.read import CheckpointReader
-from pipeline.checkpoint.write import OwnedFragment
 from pipeline.config import Config
 from pipeline.model.transformer import TransformerLM
 from pipeline.optim.adamw import AdamW, decay_groups

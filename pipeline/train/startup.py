@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 
 from pipeline import tracking
+from pipeline.checkpoint.draft import Writer, begin_attempt
 from pipeline.checkpoint.read import CheckpointReader
-from pipeline.checkpoint.write import CheckpointSaver, Writer, begin_attempt
+from pipeline.checkpoint.write import CheckpointSaver
 from pipeline.config import Config
 from pipeline.data.dataset import BatchReader, TokenDataset, open_dataset, validation_windows
 from pipeline.data.manifest import TOKENIZER

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from pipeline.checkpoint.draft import Writer
+from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.layout import KEYS
-from pipeline.checkpoint.write import CheckpointSaver, OwnedFragment, Saved, Writer
+from pipeline.checkpoint.write import CheckpointSaver, Saved
 from pipeline.config import CheckpointConfig
 
 NUMEL = 1000

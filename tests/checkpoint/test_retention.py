@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import retention
+from pipeline.checkpoint.draft import begin_attempt
 from pipeline.checkpoint.layout import published, step_of
-from pipeline.checkpoint.write import Saved, begin_attempt
+from pipeline.checkpoint.write import Saved
 from tests.checkpoint.support import fragments, save, saver
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoint.draft import begin_attempt
 from pipeline.checkpoint.read import newest_checkpoint, verify
-from pipeline.checkpoint.write import begin_attempt
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.verify import verify_path
 from tests.checkpoint.support import save

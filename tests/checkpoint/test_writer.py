@@ -14,10 +14,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline.checkpoint import write
+from pipeline.checkpoint import draft
+from pipeline.checkpoint.draft import begin_attempt
 from pipeline.checkpoint.layout import published
 from pipeline.checkpoint.read import CheckpointReader, newest_checkpoint, verify
-from pipeline.checkpoint.write import Saved, begin_attempt
+from pipeline.checkpoint.write import Saved
 from pipeline.errors import CheckpointError
 from tests.checkpoint.support import NUMEL, fragments, save, saver
 
@@ -106,7 +107,7 @@ def test_a_disk_that_fills_while_a_file_is_written_is_reported_too(
     save(small_disk, 1)
     reports: list[Saved] = []
     one = saver(small_disk, reports)
-    monkeypatch.setattr(write.CheckpointSaver, "_check_space", lambda self, own_bytes: None)
+    monkeypatch.setattr(draft.Draft, "check_space", lambda self, own_bytes: None)
     one.save(2, fragments(2.0, numel=200_000), {})
     one.wait()
     assert "No space left" in str(reports[0].error)
@@ -225,7 +226,7 @@ def test_after_a_failed_save_the_run_goes_on_or_ends(
     reports: list[Saved] = []
     one = saver(folder, reports, on_failure=policy)
     with monkeypatch.context() as patched:
-        patched.setattr(write, "publish_dir", lambda temp, final: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patched.setattr(draft, "publish_dir", lambda temp, final: (_ for _ in ()).throw(OSError(28, "No space left")))
         one.save(2, fragments(2.0), {})
         one.wait()
     assert reports[0].error and steps(folder) == ["step_00000001"]
