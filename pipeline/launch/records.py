@@ -27,6 +27,7 @@ class Job:
         submitted: When, Unix seconds.
         site: Name of the site.
         accounting: Whether sacct knows it.
+        shared: Whether it works for other runs of a sweep too.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Job:
     submitted: float
     site: str
     accounting: bool
+    shared: bool = False
 
 
 def jobs(run: Run) -> list[Job]:

@@ -9,9 +9,8 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -235,6 +234,7 @@ def _make_folders(chain: Chain) -> None:
     for config in chain.configs:
         run = create_run(config)
         run.launch.mkdir(exist_ok=True)
+        run.events_file.touch()  # the first job may write to it before this process does
         if config.container.image is not None:
             create_folders(config, run)  # Apptainer cannot bind what is not there
         take_snapshot(run.code)
@@ -275,10 +275,11 @@ def _placeholders(chain: Chain) -> list[str | None]:
 
 def _of_run(job: Job, chain: Chain, index: int) -> Job:
     """A job as one run of a sweep sees it: its own task of the array."""
-    if len(chain.configs) == 1 or job.stage == "prepare":
+    if len(chain.configs) == 1:
         return job
-    fields: dict[str, Any] = {**vars(job), "id": f"{job.id}_{index}", "tasks": 1}
-    return Job(**fields)
+    if job.stage == "prepare":
+        return replace(job, shared=True)
+    return replace(job, id=f"{job.id}_{index}", tasks=1)
 
 
 def _inner_commands(chain: Chain, job: StageJob) -> list[str]:

@@ -63,7 +63,7 @@ class Progress:
         """
         if not self._enabled:
             return
-        columns = [*_columns(metrics), f"eta {_duration(self._seconds_left(step))}"]
+        columns = [*_columns(metrics), f"eta {duration(self._seconds_left(step))}"]
         if self._live:
             self._bar.update(self._task, completed=step, figures=" · ".join(columns))
         else:
@@ -91,22 +91,24 @@ def _columns(metrics: Mapping[str, float]) -> list[str]:
     if "train/grad_norm" in metrics:
         columns.append(f"norm {metrics['train/grad_norm']:.2f}")
     if "train/tokens_per_s" in metrics:
-        columns.append(f"{_short(metrics['train/tokens_per_s'])} tok/s")
+        columns.append(f"{short(metrics['train/tokens_per_s'])} tok/s")
     if "train/mfu" in metrics:
         columns.append(f"MFU {metrics['train/mfu']:.1%}")
     elif "train/flops_per_s" in metrics:
-        columns.append(f"{_short(metrics['train/flops_per_s'])}FLOP/s")
+        columns.append(f"{short(metrics['train/flops_per_s'])}FLOP/s")
     return columns
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """A rate in three or four characters: 12.3k."""
     for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.1f}{unit}"
     return f"{value:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,231 @@
+"""How runs are: from their folders, and from Slurm where it is there and answers."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.checkpoint.layout import published, step_of
+from pipeline.errors import UsageError
+from pipeline.launch import records, slurm
+from pipeline.launch.records import Job
+from pipeline.launch.slurm import JobInfo
+from pipeline.run import Run, open_run
+from pipeline.tracking import journal
+from pipeline.tracking.goodput import goodput
+from pipeline.tracking.sync import is_alive
+
+State = Literal["queued", "running", "finished", "cancelled", "failed", "stopped"]
+
+# Where the last logged step is looked for: lines are about 400 bytes.
+_TAIL_BYTES = 1 << 16
+_LAUNCHER_ENDS = ("gave_up", "cancelled", "failed", "preempted", "finished")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How a run is.
+
+    Attributes:
+        run: Its folder.
+        state: In one word; `stopped` goes on when it is submitted or started again.
+        reason: Why it waits, failed or stopped; empty if there is nothing to say.
+        stage: What runs, waits or failed; empty where there is no job.
+        job: Its Slurm job; None for a run that is trained here.
+        nodes: Where it runs, or ran last.
+        step: Finished steps, as far as they were logged.
+        max_iters: Steps in all.
+        loss: Training loss at `step`.
+        tokens_per_s: Throughput at `step`.
+        eta_s: Seconds until the last step; None unless it is training.
+        restarts: How often training was started again.
+        goodput: Part of the wall time since submission in which training got further.
+        checkpoint: Step of the newest checkpoint; None before the first.
+        updated: When something was last logged, Unix seconds.
+    """
+
+    run: str
+    state: State
+    reason: str
+    stage: str
+    job: str | None
+    nodes: str
+    step: int
+    max_iters: int
+    loss: float | None
+    tokens_per_s: float | None
+    eta_s: float | None
+    restarts: int
+    goodput: float | None
+    checkpoint: int | None
+    updated: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for programs."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known about the run's work: its state, why, and which job it is about."""
+
+    state: State
+    reason: str = ""
+    stage: str = ""
+    job: str | None = None
+    nodes: str = ""
+
+
+def find_runs(paths: Sequence[str]) -> list[Run]:
+    """The runs at these places, each a run folder or a folder of run folders.
+
+    Raises:
+        UsageError: There is none.
+    """
+    found: list[Run] = []
+    for path in paths:
+        inside = sorted(Path(path).glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
+        if (Path(path) / "config.yaml").is_file() or not inside:
+            found.append(open_run(path))
+        else:
+            found += [Run(p.parent) for p in inside]
+    if not found:
+        raise UsageError("there is no run")
+    return found
+
+
+def statuses(runs: Sequence[Run]) -> list[RunStatus]:
+    """How each of these runs is; Slurm is asked once for all."""
+    chains = {run.path: records.last_chain(run) for run in runs}
+    infos = _ask_slurm([job for chain in chains.values() for job in chain])
+    return [_status(run, _known(run, chains[run.path], infos)) for run in runs]
+
+
+def _ask_slurm(jobs: Sequence[Job]) -> dict[str, JobInfo]:
+    """What Slurm knows of these jobs; nothing where it is not there or does not answer."""
+    if not jobs or not slurm.installed():
+        return {}
+    try:
+        infos = slurm.queued(job.id for job in jobs)
+    except slurm.SlurmError as error:
+        print(f"pipeline: {error}; what follows is from the run folder alone", file=sys.stderr)
+        return {}
+    gone = [job for job in jobs if not any(_belongs(info, job) for info in infos.values())]
+    for accounting in (True, False):
+        infos |= slurm.ended([job.id for job in gone if job.accounting is accounting], accounting)
+    return infos
+
+
+def _belongs(info: JobInfo, job: Job) -> bool:
+    return info.id == job.id or slurm.base(info.id) == job.id
+
+
+def _known(run: Run, chain: Sequence[Job], infos: dict[str, JobInfo]) -> _Known:
+    of_job = {job.id: [info for info in infos.values() if _belongs(info, job)] for job in chain}
+    active = [(job, info) for job in chain for info in of_job[job.id] if info.active]
+    for job, info in active:
+        if info.state not in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+            return _Known("running", "", job.stage, info.id, info.nodes)
+    if active:
+        job, info = active[0]
+        return _Known("queued", _why_it_waits(run, info), job.stage, info.id)
+    for job in chain:
+        for info in of_job[job.id]:
+            if info.state == "CANCELLED":
+                return _Known("cancelled", _said(run, ("gave_up",)), job.stage, info.id, info.nodes)
+            if info.state != "COMPLETED":
+                return _Known("failed", _said(run, ("gave_up", "failed")) or info.state, job.stage, info.id, info.nodes)
+    if chain and all(of_job[job.id] for job in chain):
+        return _Known("finished", stage=chain[-1].stage, job=chain[-1].id)
+    return _from_folder(run, chain[-1] if chain else None)
+
+
+def _from_folder(run: Run, job: Job | None) -> _Known:
+    """What the run folder alone tells: on a machine without Slurm, or about jobs that Slurm has forgotten."""
+    stage, job_id = (job.stage, job.id) if job else ("", None)
+    if is_alive(run):
+        return _Known("running", stage="train", job=job_id)
+    ends = [e for e in _events_since_submission(run) if e.get("event") in _LAUNCHER_ENDS]
+    kinds = [e["event"] for e in ends]
+    # A cancelled training still saves, and says afterwards that it was stopped.
+    kind = "cancelled" if "cancelled" in kinds and "finished" not in kinds else kinds[-1] if kinds else ""
+    if kind == "finished":
+        return _Known("finished", stage=stage, job=job_id)
+    if kind == "cancelled":
+        return _Known("cancelled", stage=stage, job=job_id)
+    if kind in ("gave_up", "failed"):
+        return _Known("failed", _said(run, (kind,)), stage, job_id)
+    if kind == "preempted":
+        return _Known("stopped", "everything is saved; the same command goes on", stage, job_id)
+    if job is not None:
+        return _Known("stopped", "its jobs are not in the queue any more", stage, job_id)
+    return _Known("stopped", "its process ended without a word", stage, job_id)
+
+
+def _status(run: Run, known: _Known) -> RunStatus:
+    config = run.config()
+    lines = _last_lines(run)
+    last = lines[-1] if lines else {}
+    step = int(last.get("step", 0))
+    running = known.state == "running" and known.stage == "train"
+    left = config.train.max_iters - step
+    recent = [float(line["time/step_s"]) for line in lines[-10:] if "time/step_s" in line]
+    account = goodput(run, now=time.time() if running else None)
+    saved = [step_of(path) or 0 for path in published(run.checkpoints)]
+    began = [note for note in records.notes(run, "train") if note["event"] == "began"]
+    return RunStatus(
+        run=str(run.path),
+        state=known.state,
+        reason=known.reason,
+        stage=known.stage,
+        job=known.job,
+        nodes=known.nodes or (began[-1]["nodes"] if began and known.stage == "train" else ""),
+        step=step,
+        max_iters=config.train.max_iters,
+        loss=last.get("train/loss"),
+        tokens_per_s=last.get("train/tokens_per_s"),
+        eta_s=left * sum(recent) / len(recent) if running and recent else None,
+        restarts=max(0, sum(1 for e in _events(run) if e.get("event") == "attempt") - 1),
+        goodput=account.fraction if account is not None else None,
+        checkpoint=max(saved, default=None),
+        updated=last.get("time"),
+    )
+
+
+def _last_lines(run: Run) -> list[dict[str, Any]]:
+    """The last logged steps, without reading the whole history."""
+    if not run.metrics_file.exists():
+        return []
+    start = max(0, run.metrics_file.stat().st_size - _TAIL_BYTES)
+    # The first line is cut where the tail begins within it; no JSON object, it is left out.
+    found = (line.record for line in journal.read(run.metrics_file, start))
+    return [record for record in found if "train/loss" in record]
+
+
+def _events(run: Run) -> list[dict[str, Any]]:
+    return [line.record for line in journal.read(run.events_file)]
+
+
+def _events_since_submission(run: Run) -> list[dict[str, Any]]:
+    events = _events(run)
+    last = max((i for i, e in enumerate(events) if e.get("event") == "submitted"), default=0)
+    return events[last:]
+
+
+def _said(run: Run, kinds: Sequence[str]) -> str:
+    """The reason in the newest event of these kinds since the run was submitted."""
+    for event in reversed(_events_since_submission(run)):
+        if event.get("event") in kinds:
+            return str(event.get("reason") or event.get("error") or "")
+    return ""
+
+
+def _why_it_waits(run: Run, info: JobInfo) -> str:
+    if info.reason == "Dependency":
+        return "waits for the stage before"
+    again = _said(run, ("requeued",))
+    return f"requeued after: {again}" if again and info.reason in ("BeginTime", "None", "") else info.reason
