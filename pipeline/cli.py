@@ -83,11 +83,17 @@ def verify(
 
 
 @app.command()
-def train(config_file: ConfigFile, overrides: Overrides = None) -> None:
+def train(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    allow_image_change: Annotated[
+        bool, typer.Option("--allow-image-change", help="Resume in another image than the run was trained in.")
+    ] = False,
+) -> None:
     """Train here; resumes the run if it exists."""
     from pipeline.train.loop import train as train_run
 
-    train_run(_config(config_file, overrides))
+    train_run(_config(config_file, overrides), allow_image_change)
 
 
 @app.command()

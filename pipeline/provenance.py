@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
+from pipeline.errors import UsageError
 from pipeline.files import read_json
+
+# By which the launcher tells the process inside a container what it runs in.
+IMAGE_VARIABLE = "PIPELINE_IMAGE"
+IMAGE_SHA256_VARIABLE = "PIPELINE_IMAGE_SHA256"
 
 SNAPSHOT_RECORD = "snapshot.json"
 _PACKAGES = ("torch", "numpy", "deepspeed", "mlflow", "tokenizers", "gigatoken", "safetensors", "submitit", "pydantic")
@@ -30,8 +35,41 @@ def collect_provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": _versions(),
+        "image": _image(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
+
+
+def _image() -> dict[str, str | None] | None:
+    """The image this process runs in, and whether its code is the image's; None outside a container."""
+    # Apptainer's own variable: somebody may have started the image by hand.
+    path = os.environ.get(IMAGE_VARIABLE) or os.environ.get("APPTAINER_CONTAINER")
+    if path is None:
+        return None
+    own = Path(pipeline.__file__).is_relative_to(sys.prefix)
+    return {"path": path, "sha256": os.environ.get(IMAGE_SHA256_VARIABLE), "code": "image" if own else "snapshot"}
+
+
+def refuse_other_image(starts: list[dict[str, Any]]) -> None:
+    """Refuses to go on with a run in another image than it was last trained in.
+
+    A start outside any image is no other image: whoever goes on by hand sees what is installed there.
+
+    Args:
+        starts: The provenance of the run so far.
+
+    Raises:
+        UsageError: This image is another.
+    """
+    image = _image()
+    before = [s["image"] for s in starts if s.get("image") and s["image"]["sha256"] is not None]
+    if image is None or not before or image["sha256"] == before[-1]["sha256"]:
+        return
+    raise UsageError(
+        f"this run was trained in the image {before[-1]['path']} (sha256 {before[-1]['sha256']}), and this is "
+        f"{image['path']} (sha256 {image['sha256'] or 'unknown'}); go on in that one, or accept the other with "
+        "`--allow-image-change`: both are recorded"
+    )
 
 
 def git_state(folder: Path) -> dict[str, Any]:

@@ -10,14 +10,18 @@ from pipeline.train.session import Session, TrainResult, every
 from pipeline.train.startup import open_session
 
 
-def train(config: Config) -> TrainResult:
+def train(config: Config, allow_image_change: bool = False) -> TrainResult:
     """Trains in this process, together with the other ranks; goes on where the run was left.
+
+    Args:
+        config: The experiment.
+        allow_image_change: Go on in another image than the run was last trained in.
 
     Raises:
         StopRequested: Somebody asked to stop; everything is saved.
         PipelineError: The data or the run folder cannot be used.
     """
-    with open_session(config) as session:
+    with open_session(config, allow_image_change) as session:
         run_loop(session, config)
         return session.result()
 

@@ -21,8 +21,8 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import DataError, PipelineError, StopRequested
 from pipeline.files import sha256_file
 from pipeline.model.transformer import TransformerLM
-from pipeline.provenance import collect_provenance
-from pipeline.run import Run, create_run
+from pipeline.provenance import collect_provenance, refuse_other_image
+from pipeline.run import Run, create_run, run_for
 from pipeline.train import ranks
 from pipeline.train.clock import StepClock
 from pipeline.train.engine import Engine
@@ -38,19 +38,19 @@ from pipeline.train.world import World, world_from_environment
 
 
 @contextlib.contextmanager
-def open_session(config: Config) -> Iterator[Session]:
+def open_session(config: Config, allow_image_change: bool = False) -> Iterator[Session]:
     """Everything ready for the next step: ranks joined, data open, the newest whole checkpoint loaded."""
     world = world_from_environment()
     device = pick_device(config, world)
     with StopRequest() as stop, ranks.process_group(world, device), _watched(world) as peers:
-        session = _start(config, world, device, stop)
+        session = _start(config, world, device, stop, allow_image_change)
         peers.at_exit = session.fail
         with session.progress, _ended(session, peers):
             session.clock = StepClock()  # start-up is no part of the first step
             yield session
 
 
-def _start(config: Config, world: World, device: torch.device, stop: StopRequest) -> Session:
+def _start(config: Config, world: World, device: torch.device, stop: StopRequest, allow_image_change: bool) -> Session:
     data = _open_data(config)
     windows = validation_windows(data["validation"], config.model.context_length)
     train = config.train
@@ -58,7 +58,7 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
         data["train"], config.data, seed=train.seed, context_length=config.model.context_length,
         batch_size=train.batch_size,
     )  # fmt: skip
-    run = _shared_run(config, world)
+    run = _shared_run(config, world, allow_image_change)
     torch.manual_seed(train.seed)
     engine = Engine(TransformerLM(**config.model.model_dump()), config, world, device)
     recovery = find_checkpoint(run.checkpoints, world)
@@ -118,11 +118,13 @@ def _open_data(config: Config) -> dict[Literal["train", "validation"], TokenData
     return opened
 
 
-def _shared_run(config: Config, world: World) -> Run:
+def _shared_run(config: Config, world: World, allow_image_change: bool) -> Run:
     """The run folder, made by the first rank; its failure is everybody's."""
     run, problem = None, None
     if world.is_first:
         try:
+            if not allow_image_change:
+                refuse_other_image(run_for(config).provenance())
             run = create_run(config)
         except PipelineError as error:
             problem = error

@@ -1,0 +1,107 @@
+"""What an image is built on: the argument files of `containers/`, checked before anything is fetched."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from pipeline.files import sha256_file
+
+_BOOTSTRAPS = ("debootstrap", "docker", "docker-archive")
+_ACCELERATORS = ("cpu", "cuda", "rocm")
+_PINNED = re.compile(r".+@(sha256:[0-9a-f]{64})")
+
+
+@dataclass(frozen=True)
+class Base:
+    """One argument file.
+
+    Attributes:
+        name: In the names of images: the file's, without `.args`.
+        arguments: Build arguments of Apptainer.def.
+        digest: What pins the base; None for debootstrap, where the list of packages is recorded instead.
+    """
+
+    name: str
+    arguments: dict[str, str]
+    digest: str | None
+
+    @property
+    def accelerator(self) -> str:
+        """`cpu`, `cuda` or `rocm`."""
+        return self.arguments["ACCELERATOR"]
+
+
+def read_base(name: str, root: Path) -> Base:
+    """Reads and checks the argument file that `--base` names.
+
+    Args:
+        name: One of `containers/`, or the path of another file.
+        root: The checkout.
+
+    Raises:
+        UsageError: There is no such file, or an image of it could not be told from another.
+    """
+    file = Path(name) if name.endswith(".args") else root / "containers" / f"{name}.args"
+    if not file.is_file():
+        known = ", ".join(sorted(f.stem for f in (root / "containers").glob("*.args")))
+        raise UsageError(f"--base {name}: there is no {file}; allowed: {known}, or the path of an .args file")
+    arguments = _parse(file)
+    for key, allowed in (("BOOTSTRAP", _BOOTSTRAPS), ("ACCELERATOR", _ACCELERATORS)):
+        if arguments.get(key) not in allowed:
+            raise UsageError(f"{file}: {key}={arguments.get(key, '')}, allowed: {', '.join(allowed)}")
+    if "FROM" not in arguments:
+        raise UsageError(f"{file}: FROM is missing; it names the base")
+    if arguments["BOOTSTRAP"] == "debootstrap":
+        arguments.setdefault("MIRROR", _apt_mirror(file))
+        if shutil.which("debootstrap") is None:
+            raise UsageError(f"{file}: needs debootstrap, which is not installed here; apt-get install debootstrap")
+    return Base(file.stem, arguments, _digest(file, arguments))
+
+
+def _parse(file: Path) -> dict[str, str]:
+    arguments = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        key, equals, value = line.strip().partition("=")
+        if not equals or not re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
+            raise UsageError(f"{file}, line {number}: {line.strip()!r}, allowed: NAME=VALUE")
+        arguments[key] = value
+    return arguments
+
+
+def _digest(file: Path, arguments: dict[str, str]) -> str | None:
+    base = arguments["FROM"]
+    if arguments["BOOTSTRAP"] == "debootstrap":
+        return None
+    if arguments["BOOTSTRAP"] == "docker-archive":
+        if not Path(base).is_file():
+            raise UsageError(f"{file}: FROM={base}: there is no such file")
+        return f"sha256:{sha256_file(Path(base))}"
+    pinned = _PINNED.fullmatch(base)
+    if pinned is None:
+        raise UsageError(
+            f"{file}: FROM={base} is not pinned, so that two builds could differ; write NAME@sha256:..., "
+            f"which `skopeo inspect --format '{{{{.Digest}}}}' docker://{base}` prints"
+        )
+    return pinned[1]
+
+
+def _apt_mirror(file: Path) -> str:
+    """The Debian mirror that apt on this machine uses."""
+    system = platform.freedesktop_os_release() if Path("/etc/os-release").exists() else {}
+    if system.get("ID") == "debian" and shutil.which("apt-get") is not None:
+        form = ("--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Created-By: Packages")
+        done = subprocess.run(["apt-get", "indextargets", *form], capture_output=True, text=True)
+        # Of the release itself: the archive of its security updates holds too little to start from.
+        wanted = f" {system['VERSION_CODENAME']} main"
+        mirrors = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(wanted)]
+        if mirrors:
+            return mirrors[0]
+    raise UsageError(f"{file}: apt here names no Debian mirror; add a line MIRROR=ADDRESS to a copy of the file")

@@ -1,0 +1,71 @@
+"""`pipeline image info`: what an image was built from, and whether it still is what was built."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError, UsageError
+from pipeline.files import sha256_file
+from pipeline.launch.image_build import COMMAND, LOCK, apptainer_version, checkout, commit_of
+from pipeline.launch.image_record import digest, read_record
+
+_SHOWN = ("accelerator", "architecture", "version", "commit", "lock_sha256", "date", "apptainer", "size_mb", "sha256")
+_LABELS = {"org.opencontainers.image.revision": "commit", "pipeline.lock.sha256": "lock_sha256"}
+
+
+def print_info(image: Path) -> None:
+    """Prints the record of an image and how it differs from this checkout.
+
+    Raises:
+        UsageError: There is no image at this place.
+        PipelineError: It has no record, or is not what its record says.
+    """
+    if not image.exists():
+        raise UsageError(f"{image}: does not exist; `pipeline image build` makes one")
+    record = read_record(image)
+    base = record["base"]
+    print(f"{'base':<13} {base['name']} by {base['bootstrap']}, {base['digest']}")
+    for key in _SHOWN:
+        print(f"{key:<13} {record[key]}")
+    print(
+        f"{'packages':<13} {len(record['python_packages'])} of Python, {len(record['system_packages'])} of the system"
+    )
+    for line in _differences_from_checkout(record):
+        print(line)
+    problems = _contradictions(image, record)
+    if problems:
+        raise PipelineError("\n  ".join([f"{image}: is not what its record says:", *problems]))
+    print("the image is what its record says")
+
+
+def _differences_from_checkout(record: dict[str, Any]) -> list[str]:
+    try:
+        root = checkout()
+    except UsageError:  # installed without one: there is nothing to compare with
+        return []
+    here = {"commit": commit_of(root), "lock_sha256": sha256_file(root / LOCK)}
+    return [f"{key} of this checkout is another: {value}" for key, value in here.items() if record[key] != value]
+
+
+def _contradictions(image: Path, record: dict[str, Any]) -> list[str]:
+    problems = []
+    found = digest(image)
+    if found != record["sha256"]:
+        problems.append(f"its sha256 is {found}: it was changed or damaged after it was built")
+    labels = _labels(image)
+    for label, key in _LABELS.items():
+        if labels.get(label) != record[key]:
+            problems.append(f"its label {label} is {labels.get(label)}: the record is another image's")
+    return problems
+
+
+def _labels(image: Path) -> dict[str, str]:
+    apptainer_version()
+    done = subprocess.run([COMMAND, "inspect", "--json", str(image)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise PipelineError(f"{image}: {COMMAND} cannot inspect it: {done.stderr.strip()}")
+    labels: dict[str, str] = json.loads(done.stdout)["data"]["attributes"]["labels"]
+    return labels
