@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.errors import UsageError
 from pipeline.launch.binds import absolute, binds, working_folder
+from pipeline.launch.image import image_identity, image_path
 from pipeline.launch.site import SiteContainer
 from pipeline.run import Run
 
@@ -47,6 +47,7 @@ def container_argv(
 
     Raises:
         UsageError: The config names no image.
+        PipelineError: The image cannot be read.
     """
     image = image_path(config)
     code = code if config.container.code == "snapshot" else None
@@ -59,6 +60,7 @@ def container_argv(
         # Without it `python -m` in a checkout would run the checkout's code, whatever container.code says.
         "PYTHONSAFEPATH": "1",
         **_caches(scratch or Path("/tmp")),
+        **image_identity(image).variables(),
         **environment,
     }
     return [
@@ -86,17 +88,6 @@ def container_environment(config: Config, site: SiteContainer, environment: Mapp
     prefix = "SINGULARITYENV_" if Path(site.command).name == "singularity" else "APPTAINERENV_"
     passed = {f"{prefix}{k}": v for k, v in environment.items() if k.startswith(_PASSED_PREFIXES) or k in _PASSED}
     return {**environment, **passed}
-
-
-def image_path(config: Config) -> Path:
-    """The image, as an absolute path.
-
-    Raises:
-        UsageError: The config names none.
-    """
-    if config.container.image is None:
-        raise UsageError("container.image: is not set; build one with `pipeline image build` and name it there")
-    return absolute(Path(config.container.image).expanduser())
 
 
 def _gpu_option(site: SiteContainer) -> list[str]:

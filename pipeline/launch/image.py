@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import read_json, sha256_bytes, sha256_file, write_json
-from pipeline.launch.container import image_path
+from pipeline.launch.binds import absolute
 from pipeline.launch.image_record import read_record
 from pipeline.launch.site import SiteContainer
 from pipeline.provenance import IMAGE_SHA256_VARIABLE, IMAGE_VARIABLE
@@ -54,6 +54,17 @@ class ImageIdentity:
     def variables(self) -> dict[str, str]:
         """By which the process inside knows what it runs in, and provenance records it."""
         return {IMAGE_VARIABLE: str(self.path), IMAGE_SHA256_VARIABLE: self.sha256}
+
+
+def image_path(config: Config) -> Path:
+    """The image, as an absolute path.
+
+    Raises:
+        UsageError: The config names none.
+    """
+    if config.container.image is None:
+        raise UsageError("container.image: is not set; build one with `pipeline image build` and name it there")
+    return absolute(Path(config.container.image).expanduser())
 
 
 def image_identity(path: Path) -> ImageIdentity:
