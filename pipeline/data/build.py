@@ -21,7 +21,7 @@ from pipeline.data.bad import check_fraction
 from pipeline.data.changes import refuse_changed_content, touched_files
 from pipeline.data.chunks import Chunk, Piece
 from pipeline.data.join import make_manifest
-from pipeline.data.manifest import TOKENIZER, Manifest
+from pipeline.data.manifest import MANIFEST, TOKENIZER, Manifest
 from pipeline.data.memory import WordCaches
 from pipeline.data.plan import Plan, Task, agree, make_plan, record, share
 from pipeline.data.readers import read_task
@@ -84,16 +84,27 @@ def prepare(
         raise UsageError(f"--slice {slice_spec[0]}/{slice_spec[1]}: is no part, allowed: I/N with I from 1 to N")
     report = progress or (lambda _: None)
     folder = Path(config.data.path)
-    plan = make_plan(config)
     with _writable(folder):
-        recorded = agree(folder, plan)
-        tokenizer = _tokenizer(config, plan, folder, report)
-        build = _Build(config, plan, folder, tokenizer, report)
-        build.check(touched_files(recorded, plan))
-        if recorded.files != plan.files:
-            record(folder, plan)
-        build.run(share(plan.tasks, slice_spec))
-        return build.join()
+        while True:
+            try:
+                return _prepare(config, folder, slice_spec, report)
+            except FileNotFoundError as error:
+                # Another process that did the same work has finished the dataset, and cleared the temporary files away,
+                # this one's too. It publishes the manifest first, and what is left to do is looked up again.
+                if not (_is_inside(folder, error) and (folder / MANIFEST).exists()):
+                    raise
+
+
+def _prepare(config: Config, folder: Path, slice_spec: tuple[int, int] | None, report: Report) -> Manifest | None:
+    plan = make_plan(config)
+    recorded = agree(folder, plan)
+    tokenizer = _tokenizer(config, plan, folder, report)
+    build = _Build(config, plan, folder, tokenizer, report)
+    build.check(touched_files(recorded, plan))
+    if recorded.files != plan.files:
+        record(folder, plan)
+    build.run(share(plan.tasks, slice_spec))
+    return build.join()
 
 
 class _Build:
@@ -135,7 +146,7 @@ class _Build:
         self._total = sum(self._bytes_of(t) for t in missing)
         # Each has a thread beside it that reads ahead; more encoders would only warm more caches of words.
         with ThreadPoolExecutor(min(self._cores, len(missing)), thread_name_prefix="prepare") as pool:
-            futures = [pool.submit(self._do_or_find_done, task, len(missing) < self._cores) for task in missing]
+            futures = [pool.submit(self._do, task, len(missing) < self._cores) for task in missing]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
@@ -145,14 +156,6 @@ class _Build:
             for future in futures:
                 if not future.cancelled():
                     future.result()
-
-    def _do_or_find_done(self, task: Task, parallel: bool) -> None:
-        try:
-            self._do(task, parallel)
-        except FileNotFoundError:
-            # Another process that did the same work has joined it, and cleared this one's temporary folder away.
-            if not finished(self._published(task)):
-                raise
 
     def _do(self, task: Task, parallel: bool) -> None:
         """One task: publishes a slice at its end, and one whenever a piece ends if it is a stream."""
@@ -242,8 +245,9 @@ class _Build:
                 return None
             records += found
         manifest = make_manifest(records, self._plan, self._config.data, self._tokenizer, self._dtype)
-        remove_leftovers(self._folder)
+        # In this order: a process whose temporary file is cleared away can rely on the manifest being there.
         manifest.save(self._folder)
+        remove_leftovers(self._folder)
         self._report(Progress("done"))
         return manifest
 
@@ -285,9 +289,13 @@ def _writable(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        if error.filename is not None and not str(error.filename).startswith(str(folder)):
+        if error.filename is not None and not _is_inside(folder, error):
             raise
         raise DataError(
             f"{folder}: the dataset folder cannot be written ({error.strerror or error}); "
             "choose another data.path, or make room"
         ) from error
+
+
+def _is_inside(folder: Path, error: OSError) -> bool:
+    return isinstance(error.filename, str | bytes) and Path(os.fsdecode(error.filename)).is_relative_to(folder)

@@ -31,8 +31,9 @@ def read_parquet(
     with contextlib.ExitStack() as stack:
         try:
             table = stack.enter_context(_open(file))
-        except (pyarrow.ArrowInvalid, DamagedArchiveError) as error:
-            reason = bad.UNREADABLE if isinstance(error, pyarrow.ArrowInvalid) else bad.TRUNCATED
+        except (pyarrow.ArrowInvalid, OSError, DamagedArchiveError) as error:
+            _reraise_of_system(error)
+            reason = bad.TRUNCATED if isinstance(error, DamagedArchiveError) else bad.UNREADABLE
             gatherer.report(reason, lambda: "the whole file", _first_line(error))
             table = None
         if table is not None:
@@ -57,8 +58,8 @@ def row_group_sizes(file: SourceFile) -> list[int] | None:
     try:
         with _open(file) as table:
             return [table.metadata.row_group(g).total_byte_size for g in range(table.num_row_groups)]
-    except pyarrow.ArrowInvalid:
-        return None
+    except (pyarrow.ArrowInvalid, OSError):
+        return None  # reading it will say what is wrong
 
 
 @contextlib.contextmanager
@@ -92,8 +93,7 @@ def _read_group(table: Any, group: int, first_row: int, field: str, gatherer: Ga
             if gatherer.size >= CHUNK_BYTES:
                 yield gatherer.take()
     except (pyarrow.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
+        _reraise_of_system(error)
         gatherer.report(bad.UNREADABLE, _row(row), _first_line(error), records=end - row)
 
 
@@ -130,6 +130,12 @@ def _column_problem(table: Any, field: str) -> tuple[str, str] | None:
 def _row(row: int, byte: int | None = None) -> Callable[[], str]:
     within = "" if byte is None else f", byte {byte} of the text"
     return lambda: f"row {row} (from 0){within}"
+
+
+def _reraise_of_system(error: Exception) -> None:
+    """An error of the disk says nothing about the file; Arrow's own OSErrors, about damage, have no number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.data.plan import Task
 from pipeline.data.records import add_json_lines, add_texts
 from pipeline.data.sources import SourceFile
 from pipeline.data.text import Documents
+from pipeline.errors import DataError
 
 Events = Iterator[Chunk | Piece]
 
@@ -38,17 +40,30 @@ def read_task(
         file = files[number]
         last = place == len(task.files) - 1
         gatherer.begin_file(file.path)
-        if file.format == "parquet":
-            from pipeline.data.parquet import read_parquet
+        with _naming(file.path):
+            if file.format == "parquet":
+                from pipeline.data.parquet import read_parquet
 
-            yield from read_parquet(file, number, source, gatherer, task.start, task.stop, last)
-        elif source.separator is None and file.format == "txt":
-            yield from _read_whole(file, number, gatherer, int(data.max_document_mb * 1e6), last)
-        else:
-            reader = _RecordReader(file, number, source, gatherer, int(data.max_document_mb * 1e6))
-            start = resume_at if task.kind == "stream" else task.start
-            yield from reader.read(start, step, one_slice=task.kind == "range", last=last)
+                yield from read_parquet(file, number, source, gatherer, task.start, task.stop, last)
+            elif source.separator is None and file.format == "txt":
+                yield from _read_whole(file, number, gatherer, int(data.max_document_mb * 1e6), last)
+            else:
+                reader = _RecordReader(file, number, source, gatherer, int(data.max_document_mb * 1e6))
+                start = resume_at if task.kind == "stream" else task.start
+                yield from reader.read(start, step, one_slice=task.kind == "range", last=last)
     yield gatherer.take()
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Names the file that the operating system could not read."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}); "
+            "run `pipeline prepare` again when it can: what is finished is not done again"
+        ) from error
 
 
 class _RecordReader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,10 +69,16 @@ def _describe(path: str, source: SourceConfig) -> SourceFile:
         raise DataError(f"{path}: the file of source {source.name} cannot be read ({error.strerror})") from error
     if found.st_size == 0:
         raise DataError(f"{path}: the file of source {source.name} is empty; remove it or leave it out of `paths`")
-    return SourceFile(path, kind, compression, found.st_size, stamp_of(path))
+    return SourceFile(path, kind, compression, found.st_size, _stamp(found))
 
 
-def stamp_of(path: str) -> tuple[int, int, int]:
-    """What no change of a file leaves as it was."""
-    found = Path(path).stat()
+def stamp_of(path: str) -> tuple[int, int, int] | None:
+    """What no change of a file leaves as it was; None if the file is gone."""
+    try:
+        return _stamp(Path(path).stat())
+    except FileNotFoundError:
+        return None
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_mtime_ns, found.st_ctime_ns, found.st_ino

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import random
@@ -286,6 +287,28 @@ def test_two_processes_that_do_the_same_slice_agree(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").rglob("*.tmp"))
     prepare(_config(tmp_path, "alone"))
     assert dataset_digest(tmp_path / "out") == dataset_digest(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("moment", ["plan.json", "tokenizer.json", "000003-00000", "manifest.json"])
+def test_a_process_that_is_overtaken_at_any_moment_agrees(
+    moment: str, whole: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, digests = whole
+    made = _config(folder, f"overtaken-{moment}")
+    overtaken = []
+
+    def publish(self: Path, target: Path, rename: Any) -> Path:
+        if Path(target).name == moment and not overtaken:
+            overtaken.append(moment)
+            prepare(made)  # as another process would: to the end, temporary files cleared away
+            assert not self.exists()
+        return rename(self, target)
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, functools.partialmethod(publish, rename=getattr(Path, name)))
+    prepare(made)
+    assert overtaken
+    assert dataset_digest(Path(made.data.path)) == digests
 
 
 def test_the_split_depends_on_the_document_alone(tmp_path: Path) -> None:
