@@ -12,7 +12,8 @@ from pipeline.data.tokenizer import Tokenizer
 # glibc's <malloc.h>
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
-_LIMIT_BYTES, _LIMIT_BYTES_A_WORKER = 256 << 20, 160 << 20
+# What a build may grow by before the caches are emptied, and the text that must be encoded before they are again.
+_ALLOWED_BYTES, _ALLOWED_BYTES_A_WORKER = 128 << 20, 192 << 20
 _LEAST_TEXT_BETWEEN = 64_000_000
 
 
@@ -26,8 +27,9 @@ class WordCaches:
 
     def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
         self._tokenizer = tokenizer
-        self._limit = _LIMIT_BYTES + workers * _LIMIT_BYTES_A_WORKER
-        self._since = 0
+        self._limit = resident_bytes() + _ALLOWED_BYTES + workers * _ALLOWED_BYTES_A_WORKER
+        self._workers = workers
+        self._since = self._chunks_to_trim = 0
         self._lock = threading.Lock()
 
     def encoded(self, text_bytes: int) -> None:
@@ -36,7 +38,12 @@ class WordCaches:
             self._since += text_bytes
             if self._since >= _LEAST_TEXT_BETWEEN and resident_bytes() > self._limit:
                 self._tokenizer.forget_words()
-                self._since = 0
+                self._since, self._chunks_to_trim = 0, self._workers
+            elif self._chunks_to_trim:
+                # The old caches go when the last worker that uses them has finished its chunk.
+                self._chunks_to_trim -= 1
+                if not self._chunks_to_trim:
+                    return_freed_memory()
 
 
 def resident_bytes() -> int:
@@ -65,3 +72,10 @@ def keep_freed_memory() -> None:
         (_M_TRIM_THRESHOLD, 1 << 30),
     ):
         mallopt(parameter, value)
+
+
+def return_freed_memory() -> None:
+    """Without it the holes that the caches leave are filled with other things, and the next caches need new memory."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -17,15 +17,13 @@ from pipeline.data.text import Documents
 
 def add_texts(block: bytes, separator: bytes, gatherer: Gatherer, place: Place) -> None:
     """Takes documents that are separated by `separator`; what follows the last one is a document if it is not empty."""
-    starts, stops = [0], []
-    while (found := block.find(separator, starts[-1])) >= 0:
-        stops.append(found)
-        starts.append(found + len(separator))
-    if starts[-1] == len(block):
-        starts.pop()
-    else:
-        stops.append(len(block))
-    gatherer.add(Documents.cut(block, starts, stops), lambda index, byte: place(starts[index] + byte))
+    texts = block.split(separator)
+    if not texts[-1]:
+        texts.pop()
+    documents = Documents.of(texts)
+    gatherer.add(
+        documents, lambda index, byte: place(int(documents.offsets[index]) + index * len(separator) + byte)
+    )
 
 
 def add_json_lines(block: bytes, field: str, gatherer: Gatherer, place: Place) -> None:

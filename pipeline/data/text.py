@@ -38,17 +38,6 @@ class Documents:
         return cls(np.frombuffer(b"".join(documents), np.uint8), offsets)
 
     @classmethod
-    def cut(cls, content: bytes, starts: Sequence[int], stops: Sequence[int]) -> Documents:
-        """The documents that lie in `content`, without what is between them."""
-        source = np.frombuffer(content, np.uint8)
-        offsets = np.zeros(len(starts) + 1, np.int64)
-        np.cumsum(np.subtract(stops, starts), out=offsets[1:])
-        data = np.empty(int(offsets[-1]), np.uint8)
-        for start, stop, place in zip(starts, stops, offsets.tolist(), strict=False):
-            data[place : place + stop - start] = source[start:stop]
-        return cls(data, offsets)
-
-    @classmethod
     def joined(cls, parts: Sequence[Documents]) -> Documents:
         """The documents of several buffers, one after the other."""
         if len(parts) == 1:

@@ -1,0 +1,83 @@
+"""A build takes the same memory however large the corpus is."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import memory
+from pipeline.data.build import prepare
+from pipeline.data.memory import WordCaches
+from pipeline.data.tokenizer import Tokenizer
+from tests.data.helpers import config, dataset_digest, documents, jsonl, write
+
+TEXTS = documents(400, seed=8)
+
+
+def test_forgetting_words_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = write(tmp_path / "a.jsonl", jsonl(TEXTS))
+    made = [
+        config(
+            tmp_path / name,
+            [{"name": "s", "paths": [str(text)]}],
+            tokenizer={"kind": "bpe"},
+            slice_size_mb=0.004,
+            validation_fraction=0.1,
+        )
+        for name in ("never", "always")
+    ]
+    prepare(made[0])
+    forgotten: list[int] = []
+    forget = Tokenizer.forget_words
+    monkeypatch.setattr(Tokenizer, "forget_words", lambda self: (forgotten.append(1), forget(self)))
+    monkeypatch.setattr(memory, "_LEAST_TEXT_BETWEEN", 0)
+    monkeypatch.setattr(memory, "_ALLOWED_BYTES", -(1 << 40))
+    prepare(made[1])
+    assert len(forgotten) > 5
+    assert dataset_digest(tmp_path / "never") == dataset_digest(tmp_path / "always")
+
+
+def test_words_are_forgotten_when_memory_has_grown_and_not_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = 500 << 20
+    forgotten: list[int] = []
+
+    class Encoder:
+        def forget_words(self) -> None:
+            forgotten.append(resident)
+
+    monkeypatch.setattr(memory, "resident_bytes", lambda: resident)
+    caches = WordCaches(Encoder(), workers=2)  # type: ignore[arg-type]
+    for _ in range(100):
+        caches.encoded(4_000_000)
+    assert not forgotten
+    resident += 513 << 20
+    caches.encoded(4_000_000)
+    assert len(forgotten) == 1
+    for _ in range(15):  # still too large, but too little text since to have come from words
+        caches.encoded(4_000_000)
+    assert len(forgotten) == 1
+    caches.encoded(4_000_000)
+    assert len(forgotten) == 2
+
+
+def test_memory_is_given_back_where_words_are_forgotten() -> None:
+    from pipeline.data.text import Documents
+    from pipeline.data.tokenizer import train_bpe
+
+    made = Tokenizer(train_bpe(b"some words", b"\xff", 300, ["<|endoftext|>"], "gpt2").encode(), "here")
+    rng = random.Random(0)
+
+    def encode_new_words() -> int:
+        for _ in range(3):
+            made.encode_batch(Documents.of([b" ".join(rng.randbytes(6).hex().encode() for _ in range(150_000))]))
+        return memory.resident_bytes()
+
+    sizes = []
+    for _ in range(4):
+        sizes.append(encode_new_words())
+        made.forget_words()
+        memory.return_freed_memory()
+    assert sizes[0] - memory.resident_bytes() > 40 << 20
+    assert max(sizes) - sizes[0] < 20 << 20
