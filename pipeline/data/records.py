@@ -21,9 +21,7 @@ def add_texts(block: bytes, separator: bytes, gatherer: Gatherer, place: Place) 
     if not texts[-1]:
         texts.pop()
     documents = Documents.of(texts)
-    gatherer.add(
-        documents, lambda index, byte: place(int(documents.offsets[index]) + index * len(separator) + byte)
-    )
+    gatherer.add(documents, lambda index, byte: place(int(documents.offsets[index]) + index * len(separator) + byte))
 
 
 def add_json_lines(block: bytes, field: str, gatherer: Gatherer, place: Place) -> None:

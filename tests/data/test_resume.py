@@ -80,7 +80,7 @@ def test_a_finished_build_is_left_alone(whole: tuple[Path, dict[str, str]]) -> N
     assert dataset_digest(folder / "out") == digests
 
 
-@pytest.mark.parametrize("parts", [1, 3, 100])
+@pytest.mark.parametrize("parts", [1, 3, 40])
 def test_any_number_of_parts_in_any_order_gives_the_same_bytes(parts: int, whole: tuple[Path, dict[str, str]]) -> None:
     folder, digests = whole
     order = random.Random(parts).sample(range(1, parts + 1), parts)
