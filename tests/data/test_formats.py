@@ -76,7 +76,7 @@ def test_a_separator_that_can_overlap_itself_is_read_from_the_left(tmp_path: Pat
 
 @pytest.mark.parametrize("slice_size_mb", [0.00001, 0.00007, 0.001])
 def test_records_much_longer_than_a_slice_are_whole_and_once(tmp_path: Path, slice_size_mb: float) -> None:
-    texts = documents(30, seed=2, longest=200)
+    texts = documents(8, seed=2, longest=200)
     path = write(tmp_path / "all.jsonl", jsonl(texts))
     assert _build(tmp_path, path, slice_size_mb=slice_size_mb) == texts
 

@@ -1,0 +1,104 @@
+"""What a user of other tools runs instead of `pipeline prepare`: one process each, for benchmarks/prepare.py.
+
+`encode tokenizers|tiktoken TEXT TOKENIZER OUT` or `train pipeline|tokenizers|rustbpe TEXT MEGABYTES OUT`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.corpus import SEPARATOR
+
+VOCAB_SIZE = 32_000
+END_OF_TEXT = "<|endoftext|>"
+_BATCH_CHARACTERS = 8 << 20
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+def encode(name: str, text: str, tokenizer: str, out: str) -> None:
+    """Reads, encodes in batches on all cores and writes a memmap; no index, no digests, no checks, no split."""
+    import numpy as np
+
+    documents = Path(text).read_bytes().decode().split(SEPARATOR)[:-1]
+    end = json.loads(Path(tokenizer).read_text())["added_tokens"][0]["id"]
+    encode_batch = {"tokenizers": _by_tokenizers, "tiktoken": _by_tiktoken}[name](tokenizer)
+    pieces = []
+    for batch in _batches(documents):
+        for ids in encode_batch(batch):
+            ids.append(end)
+            pieces.append(np.array(ids, np.uint16))
+    tokens = np.memmap(out, np.uint16, "w+", shape=(sum(map(len, pieces)),))
+    np.concatenate(pieces, out=tokens)
+    tokens.flush()
+
+
+def _by_tokenizers(tokenizer: str) -> Callable[[list[str]], list[list[int]]]:
+    import tokenizers
+
+    fast = tokenizers.Tokenizer.from_file(tokenizer)
+    return lambda batch: [e.ids for e in fast.encode_batch_fast(batch)]
+
+
+def _by_tiktoken(tokenizer: str) -> Callable[[list[str]], list[list[int]]]:
+    import tiktoken
+
+    ranks = _ranks(tokenizer)
+    encoding = tiktoken.Encoding("own", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return lambda batch: encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1)
+
+
+def _ranks(tokenizer: str) -> dict[bytes, int]:
+    """The vocabulary as tiktoken wants it: the ids are the order of the merges already."""
+    from pipeline.data.tokenizer_json import byte_characters
+
+    byte_of = {c: b for b, c in enumerate(byte_characters())}
+    vocab = json.loads(Path(tokenizer).read_text())["model"]["vocab"]
+    return {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
+
+
+def _batches(documents: list[str]) -> list[list[str]]:
+    made: list[list[str]] = [[]]
+    size = 0
+    for document in documents:
+        made[-1].append(document)
+        size += len(document)
+        if size >= _BATCH_CHARACTERS:
+            made.append([])
+            size = 0
+    return made
+
+
+def train(name: str, text: str, megabytes: str, out: str) -> None:
+    """Trains a BPE on the first megabytes of a text; the pipeline's is written to `out`."""
+    with Path(text).open("rb") as source:
+        content = source.read(int(megabytes) * 10**6)
+    content = content[: content.rindex(SEPARATOR.encode())]
+    if name == "pipeline":
+        from pipeline.data.tokenizer import train_bpe
+
+        made = train_bpe(content, SEPARATOR.encode(), VOCAB_SIZE, [END_OF_TEXT], "gpt2")
+        Path(out).write_text(made, encoding="utf-8")
+        return
+    documents = content.decode().split(SEPARATOR)
+    if name == "rustbpe":
+        import rustbpe
+
+        pattern = _GPT2_PATTERN.replace("++", "+").replace(r"|\s+$", "")
+        rustbpe.Tokenizer().train_from_iterator(iter(documents), VOCAB_SIZE - 1, pattern=pattern)
+        return
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
+
+    blank = tokenizers.Tokenizer(models.BPE())
+    blank.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE - 1, initial_alphabet=alphabet, show_progress=False)
+    blank.train_from_iterator(documents, trainer)
+
+
+if __name__ == "__main__":
+    {"encode": encode, "train": train}[sys.argv[1]](*sys.argv[2:])
