@@ -144,17 +144,16 @@ def _needs(config: Config, run: Run) -> Iterator[_Need]:
     for number, source in enumerate(config.data.sources):
         for pattern in source.paths:
             folder = _fixed_part(pattern)
-            # Text that is gone after it was prepared is not missed.
-            if folder.exists():
+            if folder is not None:
                 yield _Need(f"data.sources.{number}.paths", folder, False)
 
 
-def _fixed_part(pattern: str) -> Path:
-    """The deepest folder of a glob that has no wildcard in it."""
+def _fixed_part(pattern: str) -> Path | None:
+    """The deepest folder of a glob without a wildcard; None where it is gone, as text may be that is prepared."""
     path = absolute(Path(pattern))
     while glob.has_magic(str(path)):
         path = path.parent
-    return path if path.is_dir() else path.parent
+    return path if path.is_dir() else path.parent if path.exists() else None
 
 
 def _named(config: Config, site: SiteContainer) -> list[tuple[str, Bind]]:
