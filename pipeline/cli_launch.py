@@ -51,6 +51,7 @@ def status(
 ) -> None:
     """Show how runs are: state, step, loss, speed, time left, restarts, goodput, last checkpoint."""
     import json
+    import sys
 
     from rich.console import Console
 
@@ -60,12 +61,14 @@ def status(
     def look() -> list[RunStatus]:
         return statuses(find_runs(paths or ["runs"]))
 
+    # Into a pipe nothing is cut off to fit a screen that is not there.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     if as_json:
         print(json.dumps([found.as_json() for found in look()], indent=2))
     elif watch:
-        status_view.watch(look, Console(highlight=False))
+        status_view.watch(look, console)
     else:
-        Console(highlight=False).print(status_view.view(look()))
+        console.print(status_view.view(look()))
 
 
 @app.command()

@@ -9,9 +9,11 @@ It runs on the first node, outside the image, where Slurm's commands are.
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.checkpoint.layout import published, step_of
@@ -116,8 +118,6 @@ def progress(attempt: Attempt) -> int:
     if attempt.stage == "train":
         return max((step_of(path) or 0 for path in published(run.checkpoints)), default=0)
     if attempt.stage == "prepare":
-        from pathlib import Path
-
         return len(list((Path(run.config().data.path) / "slices").glob("[0-9]*")))
     return 0
 
@@ -170,6 +170,8 @@ def _named_by_preflight(attempt: Attempt) -> list[str]:
 
 def _requeue(attempt: Attempt, exclude: list[str]) -> None:
     """Puts the job back into the queue and waits to be killed; gives the controller time to come back."""
+    # Slurm ends the batch script as soon as the job is requeued; what is left to do takes less than KillWait.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for _ in range(_REQUEUE_TRIES):
         try:
             slurm.call("scontrol", "requeue", attempt.raw_job)
@@ -186,8 +188,17 @@ def _requeue(attempt: Attempt, exclude: list[str]) -> None:
 
 
 def _exclude(attempt: Attempt, nodes: list[str]) -> None:
+    """Keeps the waiting job from nodes, if enough others are left; Slurm changes this for waiting jobs only."""
+    job = slurm.show(attempt.raw_job) or {}
+    before = job.get("ExcNodeList", "(null)")
+    excluded = {*nodes, *(slurm.hostnames(before) if before != "(null)" else [])}
+    left = [node for node in slurm.usable_nodes(job.get("Partition", "")) if node not in excluded]
+    needed = int(job.get("NumNodes", "1").partition("-")[0])
+    if len(left) < needed:
+        print(f"pipeline: {', '.join(nodes)} not excluded: only {len(left)} other nodes are left", file=sys.stderr)
+        return
     try:
-        slurm.call("scontrol", "update", f"JobId={attempt.raw_job}", f"ExcNodeList={','.join(nodes)}")
+        slurm.call("scontrol", "update", f"JobId={attempt.raw_job}", f"ExcNodeList={','.join(sorted(excluded))}")
     except slurm.SlurmError as error:
         print(f"pipeline: {', '.join(nodes)} could not be excluded: {error}", file=sys.stderr, flush=True)
 

@@ -136,12 +136,26 @@ def lost_nodes(names: Sequence[str]) -> list[str]:
     """Which of these nodes cannot be used now: down, draining, or not answering."""
     if not names:
         return []
+    states = _node_states("--nodes", ",".join(names))
+    return sorted({name for name, state in states if _is_lost(state)})
+
+
+def usable_nodes(partition: str) -> list[str]:
+    """The nodes of a partition that work, busy or not; none where Slurm does not answer."""
+    states = _node_states("--partition", partition) if partition else []
+    return sorted({name for name, state in states if not _is_lost(state)})
+
+
+def _node_states(*which: str) -> list[tuple[str, str]]:
     try:
-        text = call("sinfo", "--noheader", "--Node", "--nodes", ",".join(names), "--format", "%N %T")
+        text = call("sinfo", "--noheader", "--Node", *which, "--format", "%N %T")
     except SlurmError:
         return []
-    rows = [line.split() for line in text.splitlines()]
-    return sorted({name for name, state in rows if state.endswith("*") or state.lower().startswith(_LOST_STATES)})
+    return [(name, state) for name, state in (line.split() for line in text.splitlines())]
+
+
+def _is_lost(state: str) -> bool:
+    return state.endswith("*") or state.lower().startswith(_LOST_STATES)
 
 
 def cancel(ids: Iterable[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -38,7 +37,10 @@ def view(found: Sequence[RunStatus]) -> RenderableType:
 
 
 def _table(found: Sequence[RunStatus]) -> Table:
-    table = Table("run", "state", "step", "loss", "tok/s", "eta", "restarts", "goodput", "saved", box=SIMPLE_HEAD)
+    # Narrow enough for 80 columns with usual names; the name of the run gives way first.
+    table = Table(
+        "run", "state", "step", "loss", "tok/s", "eta", "restarts", "goodput", "saved", box=None, pad_edge=False
+    )
     for column in table.columns[2:]:
         column.justify = "right"
     for column in table.columns:
