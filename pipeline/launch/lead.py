@@ -33,6 +33,8 @@ class Measured:
 
 def measured(run: Run) -> Measured | None:
     """What the run has measured; None before its first logged step and first save."""
+    if not run.path.is_dir():
+        return None
     steps = [
         float(line.record["time/step_s"]) for line in journal.read(run.metrics_file) if "time/step_s" in line.record
     ]

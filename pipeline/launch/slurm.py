@@ -67,7 +67,8 @@ def call(*command: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{command[0]}: no answer within {_TIMEOUT_S:.0f} seconds; try `scontrol ping`") from error
     if done.returncode != 0:
-        raise SlurmError(f"{' '.join(command)}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+        said = "; ".join(dict.fromkeys(line.strip() for line in done.stderr.splitlines() if line.strip()))
+        raise SlurmError(f"{command[0]}: {said or f'exit status {done.returncode}'}")
     return done.stdout
 
 

@@ -107,8 +107,10 @@ def dry_run(chain: Chain) -> str:
     for job, dependency in zip(chain.jobs, _placeholders(chain), strict=True):
         text = executor(job, chain.site, dependency).text(len(job.work.tasks))
         parts.append(f"### {job.stage}: {job.name}\n{text.rstrip()}\n")
+        count = len(job.work.tasks)
+        whose = f"the first of {count} array tasks" if count > 1 else "every process"
         lines = [f"#   {line}" for line in _inner_commands(chain, job)]
-        parts.append("\n".join(["# each task runs, on the host", *lines]) + "\n")
+        parts.append("\n".join([f"# {whose} starts, with the variables of its rank added:", *lines]) + "\n")
     return "\n".join(parts)
 
 
@@ -176,7 +178,7 @@ def _stage_job(stage: Stage, tasks: list[Task], configs: list[Config], site: Sit
         work=Work(stage, tuple(tasks), json.loads(site.model_dump_json())),
         work_file=folder / f"{stage}.json",
         resources=resources,
-        parallel=site.prepare.max_parallel,
+        parallel=site.prepare.max_parallel if stage == "prepare" else len(tasks),
         lead_s=lead,
         code=home.code.absolute(),
         folder=folder,
@@ -283,9 +285,10 @@ def _of_run(job: Job, chain: Chain, index: int) -> Job:
 
 
 def _inner_commands(chain: Chain, job: StageJob) -> list[str]:
-    by_run = {str(run.path): config for run, config in zip(chain.runs, chain.configs, strict=True)}
+    """What the first task starts; the others differ in their slice or their run only."""
+    task = job.work.tasks[0]
+    run = Run(Path(task.run))
     return [
-        shlex.join(command_line(by_run[task.run], chain.site, Run(Path(task.run)), command, chain.site.environment))
-        for task in job.work.tasks
+        shlex.join(command_line(chain.configs[0], chain.site, run, command, chain.site.environment))
         for command in task.commands
     ]

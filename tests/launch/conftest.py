@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launch.support import FakeSlurm, fake_slurm
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    fake = fake_slurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", fake.path)
+    return fake

@@ -1,0 +1,230 @@
+"""Submitting: what the jobs look like, and that a refusal leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.dry_runs import CASES, GOLDEN, render
+from tests.launch.support import SITE, FakeSlurm, events, pipeline, submit, write_files
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_dry_run_is_the_golden_file_and_writes_nothing(case):
+    assert render(case) == (GOLDEN / f"{case}.txt").read_text(), "python -m tests.launch.dry_runs"
+
+
+def test_the_scripts_that_are_submitted_are_those_of_the_dry_run(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    shown = submit(tmp_path, slurm, "--dry-run").out
+    done = submit(tmp_path, slurm)
+    assert done.status == 0, done.err
+    ids = {"<prepare>": "101", "<train>": "102"}
+    for stage, job in (("prepare", "101"), ("train", "102"), ("evaluate", "103")):
+        script = (tmp_path / f"runs/tiny/launch/{job}_submission.sh").read_text()
+        for placeholder, known in ids.items():
+            shown = shown.replace(f"'afterok:{placeholder}'", f"afterok:{known}")
+        assert script.rstrip() in shown, stage
+
+
+def test_the_stages_are_chained_and_remembered(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    done = submit(tmp_path, slurm)
+    jobs = json.loads((tmp_path / "runs/tiny/launch/jobs.json").read_text())["jobs"]
+    assert [(j["stage"], j["id"], j["tasks"]) for j in jobs] == [
+        ("prepare", "101", 2), ("train", "102", 1), ("evaluate", "103", 1),
+    ]  # fmt: skip
+    assert [e["event"] for e in events(tmp_path / "runs/tiny")] == ["submitted"]
+    for words in ("job 101", "job 102", "after job 101", "after job 102", "pipeline status runs/tiny"):
+        assert words in done.out
+
+
+def test_stages_that_are_done_are_skipped(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens/manifest.json").write_text("{}")
+    done = submit(tmp_path, slurm)
+    assert "prepare   skipped: tokens/manifest.json is there" in done.out
+    assert len(slurm.calls("sbatch")) == 2
+    assert "dependency" not in (tmp_path / "runs/tiny/launch/101_submission.sh").read_text()
+
+    run = tmp_path / "runs/tiny"
+    (run / "checkpoints/step_00000100").mkdir()
+    (run / "checkpoints/step_00000100/manifest.json").write_text("{}")
+    (run / "evaluation.json").write_text('{"step": 100}')
+    (run / "report.html").write_text("")
+    done = submit(tmp_path, slurm)
+    assert "Everything is done; nothing was submitted." in done.out
+    assert len(slurm.calls("sbatch")) == 2
+
+
+def test_a_run_in_the_queue_is_not_submitted_a_second_time(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    assert submit(tmp_path, slurm).status == 0
+    slurm.says("squeue", "102|RUNNING|None|n[1-2]|10:00\n")
+    done = submit(tmp_path, slurm)
+    assert done.status == 2
+    assert "is in the queue already as job 102" in done.err
+    assert len(slurm.calls("sbatch")) == 3
+
+
+REFUSALS = {
+    "partition": ("error: invalid partition specified: nope\nsbatch: error: Batch job submission failed: Invalid "
+                  "partition name specified", 2, ["prepare.partition", "nope", "partitions here: main, high"]),
+    "nodes": ("error: Batch job submission failed: Node count specification invalid", 2, ["prepare.nodes", "%D"]),
+    "nodes of the partition": ("error: Batch job submission failed: Requested node configuration is not available", 2,
+                               ["prepare.nodes"]),
+    "memory": ("error: Memory specification can not be satisfied\nsbatch: error: Batch job submission failed: "
+               "Requested node configuration is not available", 2, ["prepare.mem_gb"]),
+    "account": ("error: Batch job submission failed: Invalid account or account/partition combination specified", 2,
+                ["site.yaml: account", "sacctmgr"]),
+    "qos": ("error: Batch job submission failed: Invalid qos specification", 2, ["site.yaml: qos"]),
+    "time": ("error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)", 2,
+             ["prepare.time_limit_min"]),
+    "controller": ("error: Batch job submission failed: Unable to contact slurm controller (connect failure)", 1,
+                   ["controller does not answer", "scontrol ping"]),
+    "quota": ("error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates "
+              "accounting/QOS policy (job submit limit, user's size and/or time limits)", 1, ["squeue --me"]),
+    "other": ("error: Batch job submission failed: I/O error writing script/environment to file", 1, ["I/O error"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_refusal_is_one_message_with_its_cure_and_leaves_nothing(tmp_path: Path, slurm: FakeSlurm, kind: str):
+    words, status, expected = REFUSALS[kind]
+    write_files(tmp_path)
+    slurm.says("sbatch", err=f"sbatch: {words}\n", status=1, call=1)
+    slurm.says("sinfo", "main\nhigh\n")
+    done = submit(tmp_path, slurm)
+    assert done.status == status
+    assert done.err.startswith("pipeline: error: ")
+    assert done.err.count("\n") == 1
+    for word in (*expected, "othing was submitted"):
+        assert word in done.err
+    assert not (tmp_path / "runs/tiny").exists()
+
+
+def test_a_chain_that_fails_in_the_middle_is_taken_back(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    slurm.says("sbatch", err="sbatch: error: invalid partition specified: nope\n", status=1, call=3)
+    done = submit(tmp_path, slurm)
+    assert done.status == 2
+    assert "evaluate.partition" in done.err
+    assert slurm.calls("scancel") == ["101 102"]
+    assert not (tmp_path / "runs/tiny").exists()
+
+
+def test_a_run_that_was_there_before_survives_a_refusal(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    assert submit(tmp_path, slurm).status == 0
+    before = sorted(p.name for p in (tmp_path / "runs/tiny").iterdir())
+    slurm.says("sbatch", err="sbatch: error: Unable to contact slurm controller\n", status=1, call=5)
+    assert submit(tmp_path, slurm).status == 1
+    assert slurm.calls("scancel") == ["104"]
+    assert sorted(p.name for p in (tmp_path / "runs/tiny").iterdir()) == before
+    jobs = json.loads((tmp_path / "runs/tiny/launch/jobs.json").read_text())["jobs"]
+    assert [j["id"] for j in jobs] == ["101", "102", "103"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"acount": "me"}, "did you mean `account` at the top level?"),
+        ({"train": {"node": 2}}, "did you mean `nodes` in the section `train`?"),
+        ({"train": {"gpus_per_node": 4}}, "one process a GPU, gpus_per_node = 4"),
+        ({"extra_sbatch": {"time": "60"}}, "decided by time_limit_min"),
+        ({"extra_sbatch": {"--exclusive": True}}, "a name without dashes"),
+        ({"environment": {"A B": "1"}}, "no name of a variable"),
+        ({"train": {"time_limit_min": 1}, "signal_before_end_s": 90}, "leaves no time to train"),
+    ],
+)
+def test_a_wrong_site_file_is_refused_before_anything_is_written(tmp_path: Path, slurm: FakeSlurm, changes, words):
+    write_files(tmp_path, site={**SITE, **changes})
+    done = submit(tmp_path, slurm)
+    assert done.status == 2
+    assert words in done.err
+    assert not (tmp_path / "runs").exists()
+    assert slurm.calls("sbatch") == []
+
+
+def test_the_global_batch_is_checked_against_the_processes_of_the_site(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path, site={**SITE, "train": {"nodes": 3}})
+    done = submit(tmp_path, slurm)
+    assert done.status == 2
+    assert "2 x 3 = 6" in done.err
+
+
+def test_a_runs_folder_that_cannot_be_made_is_one_message(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    (tmp_path / "runs").write_text("a file")
+    done = submit(tmp_path, slurm)
+    assert done.status == 1
+    assert "cannot be written" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_without_slurm_a_dry_run_works_and_a_submission_says_what_to_do(tmp_path: Path, monkeypatch):
+    write_files(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/git").symlink_to("/usr/bin/git")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    arguments = ("submit", "config.yaml", "--site", "site.yaml")
+    assert "#SBATCH --nodes=2" in pipeline(tmp_path, *arguments, "--dry-run").out
+    done = pipeline(tmp_path, *arguments)
+    assert done.status == 1
+    assert "sbatch: not found" in done.err
+
+
+def test_a_sweep_is_one_array_and_a_run_folder_for_every_value(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    done = submit(tmp_path, slurm, "--sweep", "optimizer.learning_rate=1e-2,3e-3", "--sweep", "train.seed=1,2")
+    assert done.status == 0, done.err
+    names = sorted(p.name for p in (tmp_path / "runs").glob("*-seed-*"))
+    assert names == [f"tiny-learning_rate-{rate}-seed-{seed}" for rate in ("1e_2", "3e_3") for seed in (1, 2)]
+    script = (tmp_path / "runs/tiny-sweep/launch/102_submission.sh").read_text()
+    assert "#SBATCH --array=0-3%4" in script
+    assert "aftercorr:102" in (tmp_path / "runs/tiny-sweep/launch/103_submission.sh").read_text()
+    for index, name in enumerate(names):
+        jobs = json.loads((tmp_path / "runs" / name / "launch/jobs.json").read_text())["jobs"]
+        assert [j["id"] for j in jobs] == ["101", f"102_{index}", f"103_{index}"]
+        config = (tmp_path / "runs" / name / "config.yaml").read_text()
+        assert f"seed: {1 + index % 2}" in config
+        assert f"learning_rate: {(0.01, 0.003)[index // 2]}" in config
+
+
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        ("optimizer.learning_rate", "dotted.key=value,value"),
+        ("optimizer.learning_rate=1,,2", "dotted.key=value,value"),
+        ("train.seed=1,1", "names a value twice"),
+        ("train.sed=1,2", "did you mean `seed`"),
+        ("model.vocab_size=257,300", "shares one dataset"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(tmp_path: Path, slurm: FakeSlurm, sweep: str, words: str):
+    write_files(tmp_path)
+    done = submit(tmp_path, slurm, "--sweep", sweep)
+    assert done.status == 2
+    assert words in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_submitting_takes_less_than_its_time_and_no_torch(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    # CPU seconds: how long other programs keep the processor is not the question.
+    assert submit(tmp_path, slurm, "--dry-run").cpu_s < 1.0
+    assert submit(tmp_path, slurm).cpu_s < 3.0
+    probe = (
+        "import sys\nfrom pipeline.cli import main\n"
+        "sys.argv = ['pipeline', 'submit', 'config.yaml', '--site', 'site.yaml', 'name=other']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print('HEAVY', [m for m in ('torch', 'deepspeed', 'mlflow', 'tokenizers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+    assert (tmp_path / "runs/other").is_dir()
