@@ -79,7 +79,7 @@ def fake_slurm(folder: Path) -> FakeSlurm:
         script.write_text(_FAKE.format(folder=folder, name=name))
         script.chmod(0o755)
     fake = FakeSlurm(folder)
-    for number in range(1, 5):
+    for number in range(1, 10):
         fake.says("sbatch", f"Submitted batch job {100 + number}\n", call=number)
     return fake
 
