@@ -20,10 +20,15 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import machine
+from pipeline.files import write_text
+from pipeline.provenance import collect_provenance
 from tests import experiment, processes
 from tests.faults.disk import small_disk
 from tests.faults.strikes import DAMAGES, STRIKES, Deck, Strike, kill_all
@@ -235,8 +240,8 @@ class References:
         return run
 
 
-def strike_until(count: int, seed: int, folder: Path) -> Outcome:
-    """Runs episodes until there were `count` faults, or something was not survived."""
+def strike_until(count: int, seed: int, folder: Path, report: Callable[[Outcome], None]) -> Outcome:
+    """Runs episodes until there were `count` faults, or something was not survived; reports after each."""
     rng = random.Random(seed)
     outcome, deck, references = Outcome(), Deck(rng), References(folder)
     config = experiment.write_experiment(folder, folder, "data")
@@ -257,6 +262,7 @@ def strike_until(count: int, seed: int, folder: Path) -> Outcome:
         outcome.episodes += 1
         outcome.bitwise_episodes += fixed is not None
         print(f"{len(outcome.faults)} faults in {outcome.episodes} episodes", file=sys.stderr, flush=True)
+        report(outcome)
     return outcome
 
 
@@ -306,12 +312,15 @@ def main() -> None:
         )
     folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     began = time.monotonic()
-    outcome = strike_until(options.faults, options.seed, folder)
-    report = summary(outcome, options.seed, time.monotonic() - began)
-    options.out.write_text(
-        json.dumps({**report, "each": [asdict(f) for f in outcome.faults], "problems": outcome.problems}, indent=1)
-    )
-    print(json.dumps(report, indent=2))
+    about = {"date": datetime.now(UTC).date().isoformat(), "commit": collect_provenance()["git"], "machine": machine()}
+
+    def report(outcome: Outcome) -> None:
+        figures = {**about, **summary(outcome, options.seed, time.monotonic() - began)}
+        each = [asdict(fault) for fault in outcome.faults]
+        write_text(options.out, json.dumps({**figures, "each": each, "problems": outcome.problems}, indent=1) + "\n")
+
+    outcome = strike_until(options.faults, options.seed, folder, report)
+    print(json.dumps(summary(outcome, options.seed, time.monotonic() - began), indent=2))
     for problem in outcome.problems:
         print(problem, file=sys.stderr)
     if not outcome.problems and options.folder is None:
