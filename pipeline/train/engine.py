@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,48 +22,12 @@ from pipeline.config import Config
 from pipeline.model.transformer import TransformerLM
 from pipeline.optim.adamw import AdamW, decay_groups
 from pipeline.optim.clipping import scale_to_norm, squared_norm
+from pipeline.train.agreed import Agreed
 from pipeline.train.deepspeed_settings import deepspeed_settings
 from pipeline.train.world import World
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """What all ranks know about a step, by one all-reduce.
-
-    Attributes:
-        loss: Mean loss of the global batch.
-        norm: Global L2 norm of the gradients before clipping.
-        stop: Whether any rank was asked to stop.
-    """
-
-    loss: float
-    norm: float
-    stop: bool
-
-
-class Agreed:
-    """The numbers of a step on their way to the host.
-
-    Args:
-        numbers: Loss, norm and the number of ranks that were asked to stop, on the device.
-    """
-
-    def __init__(self, numbers: Tensor) -> None:
-        self._numbers, self._arrived = numbers, None
-        if numbers.is_cuda:
-            # Into pinned memory: a copy into any other holds the host up until the device has come this far.
-            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def read(self) -> Numbers:
-        """The numbers; the host waits until the device has come to this step's clipping."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        loss, norm, stop = self._numbers.tolist()
-        return Numbers(loss, norm, stop > 0)
+_GATHERED_AT_ONCE = 1 << 18  # elements of each rank
 
 
 class Engine:
@@ -251,7 +214,11 @@ class Engine:
         """Working weights from the partitions just loaded."""
         zero = self._engine.optimizer
         if self._stage in (1, 2):
-            zero.update_lp_params()
+            for parts, own in zip(
+                zero.parallel_partitioned_bit16_groups, zero.single_partition_of_fp32_groups, strict=True
+            ):
+                parts[self._world.rank].copy_(own)
+                _gather(parts, self._world)
         elif self._stage == 3:
             zero._partition_all_parameters()
             for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
@@ -259,6 +226,13 @@ class Engine:
                 zero._unflatten_partitioned_parameters(index)
             if zero.persistent_parameters:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def _gather(parts: list[Tensor], world: World) -> None:
+    """Fills every rank's part in; in pieces, for gloo gathers into a buffer as large as what it gathers."""
+    if world.size > 1:
+        for pieces in zip(*(part.split(_GATHERED_AT_ONCE) for part in parts), strict=True):
+            dist.all_gather(list(pieces), pieces[world.rank])
 
 
 def _replica(name: str, parameter: Tensor, state: dict[str, Tensor]) -> OwnedFragment:

@@ -20,8 +20,9 @@ from pipeline.errors import CheckpointError
 from pipeline.model.flops import flops_per_token
 from pipeline.run import Run
 from pipeline.train import ranks
+from pipeline.train.agreed import Agreed
 from pipeline.train.clock import StepClock
-from pipeline.train.engine import Agreed, Engine
+from pipeline.train.engine import Engine
 from pipeline.train.evaluate import Evaluation, evaluate
 from pipeline.train.guard import data_index
 from pipeline.train.hardware import peak_flops_per_s

@@ -15,7 +15,7 @@ from pipeline.data.dataset import BatchReader
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.run import Run
 from pipeline.train import ranks
-from pipeline.train.engine import Agreed, Numbers
+from pipeline.train.agreed import Agreed, Numbers
 from pipeline.train.guard import Guard, data_index, record_batch
 from pipeline.train.progress import Progress
 from pipeline.train.world import World

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from pipeline.errors import PipelineError
 from pipeline.model.loss import cross_entropy
 from pipeline.run import run_for
 from pipeline.train.guard import Guard, data_index
-from tests.test_bad_input import experiment
+from tests import experiment, processes
+from tests.test_bad_input import experiment as tiny_experiment
+from tests.train.conftest import Lab
 
 
 @given(st.integers(0, 200), st.sets(st.integers(0, 150), max_size=30))
@@ -66,7 +69,7 @@ def tiny(folder: Path, **changes: Any) -> Config:
         "train.max_iters": 40, "train.log_interval": 1, "train.val_interval": 1000, "train.checkpoint_interval": 10,
         "optimizer.cosine_cycle_iters": 40, "optimizer.learning_rate": 1e-3, "optimizer.min_learning_rate": 1e-4,
     }  # fmt: skip
-    config = load_config(experiment(folder, **settings | changes))
+    config = load_config(tiny_experiment(folder, **settings | changes))
     prepare_here(config, None)
     return config
 
@@ -151,3 +154,47 @@ def test_a_rollback_leaves_the_batches_out_and_a_resumed_run_does_too(tmp_path, 
     assert losses(other) == losses(config)
     ours, theirs = load_weights(final), load_weights(run_for(other).checkpoints / step_name(40))
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+# ---- several ranks ---------------------------------------------------------------------------
+
+
+def spoil_on_one_rank(config: str, calls: list[int], factor: float) -> None:
+    """Trains; the loss of rank 1 is spoilt when it is computed for these times."""
+    if os.environ["RANK"] == "1":
+        loop.cross_entropy = Sabotage(set(calls), factor)  # type: ignore[assignment]
+    processes.command(["train", config])
+
+
+def spoilt(lab: Lab, tmp_path: Path, name: str, calls: list[int], factor: float, **changes: Any) -> Path:
+    """The run folder after training on two ranks with one micro-batch a step each."""
+    config = lab.config(name, **{"train.micro_batch_size": 4, "train.max_iters": 40, **changes})
+    ranks = processes.fork(spoil_on_one_rank, (str(config), calls, factor), 2, tmp_path / "log")
+    assert ranks.wait(120) and set(ranks.codes.values()) == {0}, ranks.words()
+    return config.parent / "runs" / name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all(lab: Lab, tmp_path: Path, stage: int) -> None:
+    """Seen one step late (nothing is logged there), and yet without a trace: the next steps are finite."""
+    settings = {"train.zero_stage": stage, "train.log_interval": 5, "train.checkpoint_interval": 20}
+    run = spoilt(lab, tmp_path, f"bad_{stage}", [7, 20, 33], math.inf, **settings)
+    found = experiment.events(run, "bad_step")
+    assert [e["step"] for e in found] == [7, 20, 33]
+    assert [json.loads(Path(e["path"]).read_text())["batch"] for e in found] == [6, 19, 32]
+    states = {step: Manifest.load(run / "checkpoints" / step_name(step)).state for step in (20, 40)}
+    assert [states[step]["optimizer_steps"] for step in (20, 40)] == [18, 37]
+    assert [states[step]["guard"]["bad_steps"] for step in (20, 40)] == [2, 3]
+    weights = load_weights(run / "checkpoints" / step_name(40))
+    assert all(torch.isfinite(w).all() for w in weights.values())
+
+
+@pytest.mark.slow
+def test_a_jump_on_one_rank_takes_all_ranks_back_to_the_same_checkpoint(lab: Lab, tmp_path: Path) -> None:
+    settings = {"guard": {"on_spike": "rollback"}, "train.log_interval": 7, "train.checkpoint_interval": 10}
+    run = spoilt(lab, tmp_path, "jump", [32], 40.0, **settings)
+    (rollback,) = experiment.events(run, "rollback")
+    assert (rollback["step"], rollback["to"], rollback["skipped"]) == (32, 30, [30, 31])
+    assert Manifest.load(run / "checkpoints" / step_name(40)).state["guard"]["skipped"] == [30, 31]
+    assert [step for step, _ in experiment.curve(run)] == [1, 7, 14, 21, 28, 35, 40]
