@@ -12,6 +12,7 @@ Exit status: 0 if all faults were survived, 1 if not.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -136,7 +137,9 @@ class Episode:
 
     def _check_promises(self, before: Fault | None, good: int, reached: int) -> None:
         """A checkpoint that was reported durable is there, and a stop on request loses no step."""
-        if before is None or before.kind in DAMAGES:
+        # A start that was killed before its first step has not set aside what an earlier fault damaged.
+        unseen = itertools.takewhile(lambda fault: not fault.to_step_s, reversed(self.faults))
+        if before is None or any(fault.kind in DAMAGES for fault in unseen):
             return
         journal = experiment.lines(self.run / "events.jsonl")
         begun = max((i for i, e in enumerate(journal) if e["event"] in ("started", "resumed")), default=0)
