@@ -15,9 +15,19 @@ from pipeline.tracking import journal, report_page
 from pipeline.tracking.describe import checkpoints, flatten
 from pipeline.tracking.goodput import goodput
 from pipeline.tracking.report_charts import Curve, Series, goodput_chart, line_chart, time_chart, to_html
+from pipeline.train.progress import short
 
 _QUIET = frozenset(["started", "resumed", "checkpointed"])  # shown elsewhere, or once more than needed
 _UNTOLD = ("time", "event", "began", "last_seen")
+_CURVES = (  # metric, title, unit, note
+    ("train/lr", "Learning rate", "learning rate", "Warm-up, then a cosine."),
+    ("train/grad_norm", "Gradient norm", "L2 norm", "Of the global batch, before clipping."),
+    ("train/tokens_per_s", "Throughput", "tokens per second", "All processes together, mean of a log interval."),
+    ("train/mfu", "MFU", "fraction of the peak", "Model FLOP/s over the devices' peak."),
+    ("val/bits_per_byte", "Validation, bits per byte", "bits per byte of text", "No tokenizer can flatter it."),
+)
+_TIME_NOTE = "Mean of a log interval, on the first rank."
+_GOODPUT_NOTE = "Training: steps done for the first time. Everything else is overhead."
 _EVENTS = 200
 _SAMPLES = 5
 
@@ -42,8 +52,11 @@ def write_report(runs: Sequence[Run], output: Path | None = None) -> Path:
 
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     title = " · ".join(s.name for s in series)
-    parts = [_tiles(runs[0], series[0])] if len(runs) == 1 else [_comparison(series)]
-    parts.append(report_page.grid([*_charts(series), *_differences(runs, series), *_details(runs, series)]))
+    alone = len(runs) == 1
+    sections = [*_charts(series), *_details(runs, series)]
+    if not alone:
+        sections = [_comparison(series), _differences(runs, series), *sections]
+    parts = [*([_tiles(runs[0], series[0])] if alone else []), report_page.grid(sections)]
     target = output or runs[0].report_file
     try:
         write_text(target, report_page.page(title, f"made {made} by pipeline report", get_plotlyjs(), parts))
@@ -75,29 +88,24 @@ def _charts(series: Sequence[Series]) -> list[str]:
     def has(key: str) -> bool:
         return any(key in s.curves for s in series)
 
-    made = []
     loss = [("train/loss", "training"), ("val/loss", "validation")]
-    made.append(("Loss", "nats per token", line_chart(series, loss, "nats per token"), True))
-    for key, title, unit in (
-        ("train/lr", "Learning rate", "learning rate"),
-        ("train/grad_norm", "Gradient norm before clipping", "L2 norm"),
-        ("train/tokens_per_s", "Throughput", "tokens per second"),
-        ("train/mfu", "Model FLOP/s utilisation", "fraction of the peak"),
-        ("val/bits_per_byte", "Validation, bits per byte", "bits per byte"),
-    ):
+    restarted = any(s.restarts for s in series)
+    dotted = "Dotted: a run was started again there, or went back to there." if restarted else ""
+    made = [("Loss", dotted, line_chart(series, loss, "nats per token"), True)]
+    for key, title, unit, note in _CURVES:
         if has(key):
-            log = key == "train/grad_norm"
-            made.append((title, unit, line_chart(series, [(key, title.lower())], unit, log=log), False))
+            chart = line_chart(series, [(key, title)], unit, log=key == "train/grad_norm")
+            made.append((title, note, chart, False))
     made += [
-        (f"Time of a step{'' if len(series) == 1 else ': ' + s.name}", "", time_chart(s), len(series) == 1)
+        (f"Time of a step{'' if len(series) == 1 else ': ' + s.name}", _TIME_NOTE, time_chart(s), len(series) == 1)
         for s in series
         if "time/data_s" in s.curves or "time/forward_backward_s" in s.curves
     ]
     if any(s.goodput for s in series):
-        made.append(("Goodput", "", goodput_chart(series), True))
+        made.append(("Goodput", _GOODPUT_NOTE, goodput_chart(series), True))
     return [
-        report_page.section(title, to_html(figure, f"chart-{number}"), wide=wide)
-        for number, (title, _, figure, wide) in enumerate(made)
+        report_page.section(title, to_html(figure, f"chart-{number}"), wide=wide, note=note)
+        for number, (title, note, figure, wide) in enumerate(made)
     ]
 
 
@@ -108,12 +116,13 @@ def _tiles(run: Run, series: Series) -> str:
         ("val/loss", "last validation loss", "{:.4f}"),
         ("val/perplexity", "validation perplexity", "{:.1f}"),
         ("val/bits_per_byte", "bits per byte", "{:.3f}"),
-        ("train/tokens_seen", "tokens seen", "{:,.0f}"),
     ):
         if key in series.curves:
             figures.append((label, form.format(series.curves[key].values[-1])))
     last = max((c.steps[-1] for c in series.curves.values()), default=0)
-    figures.insert(0, ("step", f"{last:,} of {run.config().train.max_iters:,}"))
+    figures.insert(0, (f"of {run.config().train.max_iters:,} steps", f"{last:,}"))
+    if "train/tokens_seen" in series.curves:
+        figures.append(("tokens seen", short(series.curves["train/tokens_seen"].values[-1])))
     if series.goodput is not None:
         figures.append(("goodput", f"{100 * series.goodput.fraction:.1f}%"))
         figures.append(("wall time", _duration(series.goodput.wall_s)))
@@ -124,19 +133,17 @@ def _tiles(run: Run, series: Series) -> str:
 def _comparison(series: Sequence[Series]) -> str:
     rows = []
     for s in series:
-        best = [f"{s.curves[k].values[-1]:.4f}" if k in s.curves else "" for k in ("train/loss", "val/loss")]
+        losses = [f"{s.curves[k].values[-1]:.4f}" if k in s.curves else "" for k in ("train/loss", "val/loss")]
         speed = s.curves.get("train/tokens_per_s")
         middle = f"{sorted(speed.values)[len(speed.values) // 2]:,.0f}" if speed else ""
         last = max((c.steps[-1] for c in s.curves.values()), default=0)
         good = f"{100 * s.goodput.fraction:.1f}% of {_duration(s.goodput.wall_s)}" if s.goodput else ""
-        rows.append([s.name, f"{last:,}", *best, middle, good, str(len(s.restarts))])
+        rows.append([s.name, f"{last:,}", *losses, middle, good, str(len(s.restarts))])
     head = ["run", "step", "training loss", "validation loss", "tokens/s (median)", "goodput", "restarts"]
-    return report_page.grid([report_page.section("Runs", report_page.table(head, rows), wide=True)])
+    return report_page.section("Runs", report_page.table(head, rows), wide=True)
 
 
-def _differences(runs: Sequence[Run], series: Sequence[Series]) -> list[str]:
-    if len(runs) == 1:
-        return []
+def _differences(runs: Sequence[Run], series: Sequence[Series]) -> str:
     configs = [dict(flatten(run.config().model_dump(mode="json"))) for run in runs]
     rows = []
     for key in dict.fromkeys(k for config in configs for k in config):
@@ -146,7 +153,7 @@ def _differences(runs: Sequence[Run], series: Sequence[Series]) -> list[str]:
     inside = (
         report_page.table(["setting", *(s.name for s in series)], rows) if rows else "<p>The configs are the same.</p>"
     )
-    return [report_page.section("Differences of the configs", inside, wide=True)]
+    return report_page.section("Differences of the configs", inside, wide=True)
 
 
 def _details(runs: Sequence[Run], series: Sequence[Series]) -> list[str]:
@@ -154,10 +161,14 @@ def _details(runs: Sequence[Run], series: Sequence[Series]) -> list[str]:
     for run, s in zip(runs, series, strict=True):
         of = "" if len(runs) == 1 else f": {s.name}"
         made.append(report_page.section(f"Samples{of}", _samples(run)))
+        evaluation = _evaluation(run)
+        if evaluation:
+            table = report_page.table(["on the whole validation split", ""], evaluation)
+            made.append(report_page.section(f"Evaluation{of}", table))
         made.append(report_page.section(f"Starts, stops and incidents{of}", _incidents(run)))
         made.append(report_page.section(f"Provenance{of}", _provenance(run)))
         config = run.config_file.read_text(encoding="utf-8")
-        made.append(report_page.section(f"Config{of}", report_page.folded("config.yaml", config)))
+        made.append(report_page.section(f"Config{of}", report_page.folded("config.yaml", config), wide=True))
         saved = [[f"{c['step']:,}", c["path"], (c["digest"] or "")[:16]] for c in checkpoints(run)]
         if saved:
             table = report_page.table(["step", "path", "SHA-256 of its manifest"], saved[-20:])
@@ -172,21 +183,27 @@ def _samples(run: Run) -> str:
         report_page.folded(f.stem, text, opened=f == found[-1])
         for f, text in zip(found[-_SAMPLES:], texts, strict=True)
     )
-    if run.evaluation_file.is_file():
-        result = read_json(run.evaluation_file)
-        inside += report_page.folded("evaluation.json", json.dumps(result, indent=2), opened=False)
     return inside or "<p>None yet: <code>pipeline sample RUN</code></p>"
+
+
+def _evaluation(run: Run) -> list[list[str]]:
+    if not run.evaluation_file.is_file():
+        return []
+    found = read_json(run.evaluation_file)
+    return [
+        ["step", f"{found['step']:,}"],
+        ["loss, nats per token", f"{found['loss']:.4f}"],
+        ["perplexity", f"{found['perplexity']:.2f}"],
+        ["bits per byte of text", f"{found['bits_per_byte']:.4f}"],
+        ["tokens", f"{found['tokens']:,}"],
+    ]
 
 
 def _incidents(run: Run) -> str:
     rows = []
     for event in [e for e in _events(run) if e.get("event") not in _QUIET][-_EVENTS:]:
         when = datetime.fromtimestamp(float(event.get("time", 0)), UTC).strftime("%Y-%m-%d %H:%M:%S")
-        rest = ", ".join(
-            f"{k}: {v}"
-            for k, v in event.items()
-            if k not in ("time", "event", "began", "last_seen") and v not in (None, False)
-        )
+        rest = ", ".join(f"{k}: {v}" for k, v in event.items() if k not in _UNTOLD and v not in (None, False))
         rows.append([when, str(event["event"]), rest])
     return report_page.table(["time (UTC)", "event", ""], rows)
 

@@ -20,6 +20,7 @@ _PART_COLOURS = {
     "repeated": "#c8553d",
     "idle": "#8a5a9e",
 }
+_LABELLED = 8  # per cent of a bar: a narrower part has no room for its name
 _POINTS = 2000  # of one curve: enough for any screen, and a page of a few megabytes for a run of a million steps
 
 
@@ -73,14 +74,20 @@ def line_chart(runs: Sequence[Series], keys: Sequence[tuple[str, str]], unit: st
             figure.add_scatter(
                 x=list(curve.steps),
                 y=list(curve.values),
-                name=label if len(runs) == 1 else f"{run.name} {label}",
+                name=_legend(run, label, alone=len(runs) == 1, only=len(keys) == 1),
                 mode="lines" if place == 0 else "lines+markers",
                 line={"color": colour if len(runs) > 1 else _COLOURS[place], "width": 1.6, "dash": _dash(place)},
                 marker={"size": 5},
             )
         for step in run.restarts:
             figure.add_vline(x=step, line={"color": colour, "width": 1, "dash": "dot"}, opacity=0.7)
-    return _styled(figure, "step", unit, log=log)
+    return _styled(figure, "step", unit, log=log, legend=len(runs) > 1 or len(keys) > 1)
+
+
+def _legend(run: Series, label: str, *, alone: bool, only: bool) -> str:
+    if alone:
+        return label
+    return run.name if only else f"{run.name} {label}"
 
 
 def time_chart(run: Series) -> go.Figure:
@@ -119,20 +126,26 @@ def goodput_chart(runs: Sequence[Series]) -> go.Figure:
             name=part,
             orientation="h",
             marker={"color": colour},
+            text=[f"{part} {share:.0f}%" if share >= _LABELLED else "" for share in shares],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
             customdata=seconds,
             hovertemplate="%{fullData.name}: %{customdata:.1f} s (%{x:.1f}%)<extra>%{y}</extra>",
         )
     figure.update_layout(barmode="stack")
     _styled(figure, "% of the wall time since submission", "")
+    figure.update_layout(legend={"traceorder": "normal"})
     figure.update_xaxes(range=[0, 100])
     figure.update_yaxes(type="category", autorange="reversed")
-    figure.update_layout(height=150 + 34 * len(shown), hovermode="closest")
+    figure.update_layout(height=170 + 34 * len(shown), hovermode="closest")
     return figure
 
 
 def to_html(figure: go.Figure, name: str) -> str:
     """The chart as an element of a page that has plotly's script already."""
-    settings: dict[str, Any] = {"displaylogo": False, "responsive": True, "showSendToCloud": False}
+    buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]  # the default ones also offer to upload the chart
+    settings: dict[str, Any] = {"displaylogo": False, "responsive": True, "modeBarButtons": buttons}
     return figure.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id=name, config=settings)
 
 
@@ -140,15 +153,16 @@ def _dash(place: int) -> str:
     return ("solid", "dash", "dot")[min(place, 2)]
 
 
-def _styled(figure: go.Figure, across: str, up: str, *, log: bool = False) -> go.Figure:
+def _styled(figure: go.Figure, across: str, up: str, *, log: bool = False, legend: bool = True) -> go.Figure:
     figure.update_layout(
         template="plotly_white",
         height=340,
-        margin={"l": 60, "r": 16, "t": 12, "b": 46},
+        # Room above the plot: the buttons stand there, and the legend below them.
+        margin={"l": 64, "r": 16, "t": 56 if legend else 32, "b": 46},
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#24292f"},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         hovermode="x unified",
-        showlegend=True,
+        showlegend=legend,
     )
     figure.update_xaxes(title=across, gridcolor="#eceff1", zeroline=False)
     figure.update_yaxes(title=up, gridcolor="#eceff1", zeroline=False, type="log" if log else "linear")

@@ -14,14 +14,16 @@ _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #24292f; background: #f5f6f7; margin: 0; }
 main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 60px; }
-h1 { font-size: 24px; margin: 0 0 2px; } h2 { font-size: 16px; margin: 0 0 8px; }
+h1 { font-size: 24px; margin: 0 0 2px; } h2 { font-size: 16px; margin: 0 0 4px; }
 .sub { color: #5b6570; margin: 0 0 18px; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 16px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 16px;
+        align-items: start; }
 .wide { grid-column: 1 / -1; }
 section { background: #fff; border: 1px solid #e3e6e8; border-radius: 8px; padding: 14px 16px; min-width: 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; margin-bottom: 16px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(112px, 1fr)); gap: 12px; margin-bottom: 16px; }
 .tile { background: #fff; border: 1px solid #e3e6e8; border-radius: 8px; padding: 10px 14px; }
 .tile b { display: block; font-size: 20px; font-weight: 600; } .tile span { color: #5b6570; font-size: 13px; }
+.note { color: #5b6570; font-size: 13px; margin: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: left; padding: 4px 10px 4px 0; border-bottom: 1px solid #eceff1; vertical-align: top; }
@@ -74,9 +76,10 @@ def grid(sections: Iterable[str]) -> str:
     return f'<div class="grid">{"".join(sections)}</div>'
 
 
-def section(title: str, inside: str, *, wide: bool = False) -> str:
-    """A titled box; `inside` is HTML."""
-    return f'<section class="{"wide" if wide else ""}"><h2>{html.escape(title)}</h2>{inside}</section>'
+def section(title: str, inside: str, *, wide: bool = False, note: str = "") -> str:
+    """A titled box; `inside` is HTML, `note` a plain line below the title."""
+    below = f'<p class="note">{html.escape(note)}</p>' if note else ""
+    return f'<section class="{"wide" if wide else ""}"><h2>{html.escape(title)}</h2>{below}{inside}</section>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

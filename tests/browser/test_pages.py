@@ -1,60 +1,91 @@
 """What a person sees: MLflow's page and the report, of a run that was killed once and resumed."""
 
+import hashlib
 import math
 import random
+import time
 
 import pytest
 
-from pipeline.files import write_text
+from pipeline.files import write_json, write_text
+from pipeline.tracking import journal
 from pipeline.tracking.report import write_report
 from pipeline.tracking.sync import sync
 from pipeline.tracking.ui import local_server
+from tests.tracking.conftest import InThread
 from tests.tracking.support import begin, make_run, open_store
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
+class Clock:
+    """An hour of training that takes no time; steps take half a second by it."""
+
+    def __init__(self):
+        self.now = time.time() - 3600
+
+    def __call__(self):
+        return self.now
+
+    def wait(self, seconds):
+        self.now += seconds
+
+
 def trained(folder, *overrides, floor=2.2, seed=1):
-    """A run with curves like those of a training, stopped and resumed."""
-    run, config = make_run(folder, None, "train.max_iters=600", *overrides)
+    """A run with curves like those of a training: submitted, killed, started again, evaluated, sampled."""
+    run, config = make_run(folder, "none", "train.max_iters=600", *overrides)
 
     def steps(tracker, first, last):
         for step in range(first, last + 1, 5):
+            clock.wait(2.5)
             noise = random.Random(1000 * seed + step)  # a step is a function of its number, as in a training
             loss = floor + 5 * math.exp(-step / 90) + 0.05 * noise.random()
-            times = {"time/data_s": 0.002, "time/forward_backward_s": 0.05 + 0.005 * noise.random()}
-            times |= {"time/optimizer_s": 0.01, "time/checkpoint_stall_s": 0.02 if step % 100 == 0 else 0.0}
+            times = {"time/data_s": 0.002, "time/forward_backward_s": 0.45 + 0.01 * noise.random()}
+            times |= {"time/optimizer_s": 0.03, "time/checkpoint_stall_s": 0.02 if step % 100 == 0 else 0.0}
             rates = {"train/tokens_per_s": 9000 + 500 * noise.random(), "train/flops_per_s": 2e9}
             norm = {"train/lr": 1e-3 * min(1, step / 50), "train/grad_norm": 0.5 + 3 * math.exp(-step / 50)}
             tracker.log(step, {"train/loss": loss, **norm, **rates, **times, "train/tokens_seen": 4096 * step})
             if step % 100 == 0:
                 val = {"val/loss": loss + 0.1, "val/perplexity": math.exp(loss + 0.1), "val/bits_per_byte": loss / 3}
                 tracker.log(step, val)
+                path, digest = str(run.checkpoints / f"step_{step:08d}"), hashlib.sha256(bytes(step)).hexdigest()
+                tracker.event("checkpointed", step=step, path=path, digest=digest)
 
-    tracker = begin(run, config)
-    tracker.event("started", step=0)
-    steps(tracker, 5, 360)
-    tracker.event("preempted", step=360)
-    tracker.close("FAILED")
-    tracker = begin(run, config, 300)
-    tracker.event("resumed", step=300)
-    steps(tracker, 305, 600)
-    tracker.event("checkpointed", step=600)
-    tracker.event("finished", step=600)
-    tracker.close("FINISHED")
-    sync(run)  # a busy machine may have needed longer than a process waits at its end
+    clock = Clock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.time", clock)
+        patch.setattr("pipeline.tracking.tracker._process_began", lambda: clock.now - 8)
+        patch.setattr("pipeline.tracking.tracker.Helper", InThread)
+        journal.append_event(run.events_file, "submitted", jobs=["41"])
+        clock.wait(50)
+        tracker = begin(run, config)
+        tracker.event("started", step=0)
+        steps(tracker, 5, 360)  # and killed
+        tracker._history.close()
+        clock.wait(20)
+        journal.append_event(run.events_file, "requeued", job="41")
+        clock.wait(30)
+        tracker = begin(run, config, 300)
+        tracker.event("resumed", step=300)
+        steps(tracker, 305, 600)
+        tracker.event("finished", step=600)
+        tracker.close("FINISHED")
     write_text(run.samples / "step_00000600.txt", "My fellow citizens, the state of the union is <b>strong</b>.")
+    result = {"step": 600, "loss": floor + 0.1, "perplexity": math.exp(floor + 0.1), "bits_per_byte": 0.74}
+    write_json(run.evaluation_file, {**result, "tokens": 123_456})
     return run, config
 
 
 def test_the_mlflow_page_shows_the_run_with_its_loss_chart_and_its_params(browser, tmp_path):
     run, config = trained(tmp_path)
+    sync(run, f"sqlite:///{tmp_path}/mlflow.db")
     store, run_id = open_store(run, config)
     experiment = store.read_run(run_id).info.experiment_id
     with local_server(f"sqlite:///{tmp_path}/mlflow.db") as server:
         page = f"{server.url}/#/experiments/{experiment}/runs/{run_id}"
+        training = "?workflowType=machine_learning"
         browser.driver.set_window_size(1700, 1300)
-        browser.open(f"{server.url}/#/experiments/{experiment}/runs")
+        browser.open(f"{server.url}/#/experiments/{experiment}/runs{training}")
         browser.until("document.body.innerText.includes('try')")
         browser.shot("mlflow-runs")
         browser.open(page)
