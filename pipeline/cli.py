@@ -196,9 +196,9 @@ def ui(
 ) -> None:
     """Start MLflow's own page for the store, on this machine only, and print its address."""
     from pipeline.run import open_run
-    from pipeline.tracking.ui import serve, store_of
+    from pipeline.tracking.ui import serve
 
-    serve(store_of(open_run(run_folder) if run_folder else None), port)
+    serve(open_run(run_folder) if run_folder else None, port)
 
 
 app.add_typer(cli_launch.app)

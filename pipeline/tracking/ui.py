@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -23,6 +24,8 @@ from pipeline.tracking.store import resolve_uri
 
 _START_S = 90.0
 _STOP_S = 10.0
+# No proxy: these addresses are on this machine.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -72,28 +75,45 @@ def local_server(uri: str, port: int | None = None, log: Path | None = None) -> 
         yield Server(url, process)
 
 
-def store_of(run: Run | None) -> str:
-    """The store a run was recorded in; the default one of the config without a run."""
-    if run is None:
-        return str(TrackingConfig().uri)
-    return state.load(run).store or run.config().tracking.uri
+def serve(run: Run | None, port: int | None) -> None:
+    """Serves MLflow's page until Ctrl-C and prints its address; of a run that is on a server, the address only.
 
+    Args:
+        run: The run whose store is shown; the config's default store without one.
+        port: Port on loopback; a free one if None.
 
-def serve(uri: str, port: int | None) -> None:
-    """Runs the page until Ctrl-C and prints its address; of a server it prints the address only."""
+    Raises:
+        UsageError: There is no store to show, or the port is taken.
+        PipelineError: The server did not come up.
+    """
+    uri = TrackingConfig().uri if run is None else state.load(run).store or run.config().tracking.uri
     if uri == "none":
         raise UsageError("tracking.uri is none: there is no store to show; try `pipeline report`")
+    uri = resolve_uri(uri)
     if not uri.startswith("sqlite:"):
-        print(f"MLflow: {resolve_uri(uri)}")
+        print(f"MLflow: {uri}")
         return
-    file = Path(resolve_uri(uri).removeprefix("sqlite:///"))
+    file = Path(uri.removeprefix("sqlite:///"))
     if not file.is_file():
         raise UsageError(f"{file}: there is no such store yet; train a run first, or name one: pipeline ui RUN")
     # Ended by a signal it must take the server with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with local_server(uri, port) as server, contextlib.suppress(KeyboardInterrupt):
-        print(f"MLflow: {server.url} (Ctrl-C ends it)", flush=True)
+        run_id = None if run is None else state.load(run).of(uri).run_id
+        print(f"MLflow: {page_of(server.url, run_id)} (Ctrl-C ends it)", flush=True)
         server.process.wait()
+
+
+def page_of(url: str, run_id: str | None) -> str:
+    """The address to open: on the run if there is one, and not on MLflow's pages for language agents."""
+    path = "/experiments"
+    if run_id is not None:
+        with (
+            contextlib.suppress(urllib.error.HTTPError),  # somebody has purged the run from the store
+            _OPENER.open(f"{url}/api/2.0/mlflow/runs/get?run_id={run_id}", timeout=30) as answer,
+        ):
+            path = f"/experiments/{json.load(answer)['run']['info']['experiment_id']}/runs/{run_id}"
+    return f"{url}/#{path}?workflowType=machine_learning"
 
 
 def _free_port(wanted: int | None) -> int:
@@ -108,13 +128,11 @@ def _free_port(wanted: int | None) -> int:
 
 def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + _START_S
-    # No proxy: this address is on this machine.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < until:
         if process.poll() is not None:
             raise PipelineError(f"mlflow server ended with status {process.returncode} before it answered")
         try:
-            with opener.open(f"{url}/health", timeout=5) as answer:
+            with _OPENER.open(f"{url}/health", timeout=5) as answer:
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, OSError):

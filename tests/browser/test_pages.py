@@ -11,7 +11,7 @@ from pipeline.files import write_json, write_text
 from pipeline.tracking import journal
 from pipeline.tracking.report import write_report
 from pipeline.tracking.sync import sync
-from pipeline.tracking.ui import local_server
+from pipeline.tracking.ui import local_server, page_of
 from tests.tracking.conftest import InThread
 from tests.tracking.support import begin, make_run, open_store
 
@@ -82,20 +82,19 @@ def test_the_mlflow_page_shows_the_run_with_its_loss_chart_and_its_params(browse
     store, run_id = open_store(run, config)
     experiment = store.read_run(run_id).info.experiment_id
     with local_server(f"sqlite:///{tmp_path}/mlflow.db") as server:
-        page = f"{server.url}/#/experiments/{experiment}/runs/{run_id}"
-        training = "?workflowType=machine_learning"
         browser.driver.set_window_size(1700, 1300)
-        browser.open(f"{server.url}/#/experiments/{experiment}/runs{training}")
+        page, _, training = page_of(server.url, run_id).partition("?")
+        browser.open(f"{server.url}/#/experiments/{experiment}/runs?{training}")
         browser.until("document.body.innerText.includes('try')")
         browser.shot("mlflow-runs")
-        browser.open(page)
+        browser.open(f"{page}?{training}")
         browser.until("document.body.innerText.includes('model.d_model')")
         text = browser.text()
         assert "Finished" in text and "train.max_iters" in text and "0123abc" in text
         browser.shot("mlflow-run")
         # A chart is drawn when it comes into view: the window is made tall enough for all of them.
         browser.driver.set_window_size(1700, 3600)
-        browser.open(f"{page}/model-metrics")
+        browser.open(f"{page}/model-metrics?{training}")
         cards = "[...document.querySelectorAll('[data-testid=\"experiment-view-compare-runs-card\"]')]"
         loss = f"{cards}.find(c => c.innerText.includes('train/loss'))"
         drawn = browser.until(

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -31,12 +32,12 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_helper")]
 
 
-def pipeline(*args, cwd, **environment):
+def pipeline(*args, cwd, stdout=subprocess.DEVNULL, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", *args],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.DEVNULL,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -209,21 +210,25 @@ def test_without_any_server_training_ends_well_and_sync_fills_it_completely(expe
     port = unused_port()
     url = f"http://127.0.0.1:{port}"
     run = run_of(experiment)
-    training = pipeline("train", str(experiment), f"tracking.uri={url}", cwd=experiment.parent)
-    _, errors = training.communicate(timeout=240)
+    secret = {"MLFLOW_TRACKING_USERNAME": "ada-lovelace", "MLFLOW_TRACKING_PASSWORD": "difference-engine"}
+    training = pipeline(
+        "train", str(experiment), f"tracking.uri={url}", cwd=experiment.parent, stdout=subprocess.PIPE, **secret
+    )
+    output, errors = training.communicate(timeout=240)
     assert training.returncode == 0, errors
     assert "Training goes on" in errors and f"pipeline sync {run.path}" in errors
     with pytest.raises(PipelineError):
         sync(run)
     with local_server(f"sqlite:///{tmp_path}/server.db", port=port):
-        done = pipeline("sync", str(run.path), cwd=tmp_path)
-        finish(done)
+        finish(pipeline("sync", str(run.path), cwd=tmp_path, **secret))
         assert of_mlflow(run, run.config()) == of_journal(run)
         store, run_id = open_store(run, run.config())
         there = store.read_run(run_id)
         assert there.info.status == "FINISHED" and there.data.params["model.d_model"] == "16"
         names = {f.path for f in store._client.list_artifacts(run_id)}
         assert {"config.yaml", "tokenizer.json", "environment.txt", "provenance.json", "checkpoints.json"} <= names
+    for content in (output.encode(), errors.encode(), *(f.read_bytes() for f in run.path.rglob("*") if f.is_file())):
+        assert b"difference-engine" not in content and b"ada-lovelace" not in content
 
 
 def test_credentials_reach_the_server_and_no_file_and_no_message(server, tmp_path, monkeypatch, caplog, capfd):
@@ -298,22 +303,19 @@ def test_training_does_not_import_mlflow(experiment):
 def test_the_page_of_a_store_starts_on_loopback_and_leaves_no_process(tmp_path):
     run, config = make_run(tmp_path)
     begin(run, config).close("FINISHED")
-    sync(run)
-    page = pipeline("ui", str(run.path), cwd=tmp_path)
-    page.stderr.close()
-    children = []
-    end = time.monotonic() + 90
+    run_id = sync(run).run_id
+    page = pipeline("ui", str(run.path), cwd=tmp_path, stdout=subprocess.PIPE)
     try:
-        address = None
-        while address is None:
-            assert time.monotonic() < end and page.poll() is None
-            children = psutil.Process(page.pid).children(recursive=True)
-            ports = [c.laddr for p in children for c in p.net_connections() if c.status == "LISTEN"]
-            assert all(a.ip == "127.0.0.1" for a in ports)
-            address = ports[0] if ports else None
-            time.sleep(0.2)
-        wait_for(lambda: requests.get(f"http://127.0.0.1:{address.port}/health", timeout=5).status_code == 200, 60)
+        address = page.stdout.readline()
+        url, experiment = re.match(
+            r"MLflow: (http://127\.0\.0\.1:\d+)/#/experiments/(\d+)/runs/" + run_id, address
+        ).groups()
+        assert requests.get(f"{url}/health", timeout=30).status_code == 200
+        assert requests.get(f"{url}/api/2.0/mlflow/experiments/get?experiment_id={experiment}", timeout=30).ok
+        children = psutil.Process(page.pid).children(recursive=True)
+        ports = [c.laddr for p in children for c in p.net_connections() if c.status == "LISTEN"]
+        assert ports and all(a.ip == "127.0.0.1" for a in ports)
     finally:
         page.terminate()
-        page.wait(30)
+        page.communicate(timeout=30)
     assert not [p for p in children if p.is_running() and p.status() != "zombie"]
