@@ -3,14 +3,18 @@
     python -m benchmarks.tracking [CONDITION ...]
 
 Two processes train the same model with one thread each, one of them with logging off. They take turns of a
-second (each stops itself at a step's end and is woken by the other's stop), so that whatever else the machine
-does meets both alike. Every step logs a line of eleven metrics, ten times what the default asks for. The server
-is a real `mlflow server` behind a relay that can be shut, or hold answers back.
+second (each stops itself at a step's end, and the one that logs takes its helper process with it), so that
+whatever else the machine does meets both alike. Every step logs a line of eleven metrics, ten times what the
+default asks for. The server is a real `mlflow server` behind a relay that can be shut, or hold answers back.
+
+Of each pair of turns the ratio of the median step times is taken; the figure is the median of the ratios, with
+the interval that holds the true median with 95% probability (by order statistics).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import statistics
@@ -22,6 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.harness import save
 from pipeline.run import Run
 from pipeline.tracking import state
@@ -31,11 +37,11 @@ from tests.tracking.support import gate, make_run, of_journal, of_mlflow, unused
 
 TURN_S = 1.0
 SECONDS = {
-    "sqlite": 60,
-    "server": 60,
-    "server away for a minute": 150,
-    "server answers after 30 s": 150,
-    "no server": 60,
+    "sqlite": 120,
+    "server": 120,
+    "server away for a minute": 180,
+    "server answers after 30 s": 180,
+    "no server": 120,
 }
 AWAY = (40.0, 100.0)
 
@@ -55,16 +61,20 @@ def child(folder: Path, uri: str, enabled: bool) -> None:
     optimizer = AdamW(model.parameters(), lr=1e-3)
     x = torch.randint(512, (8, 65))
     run, config = make_run(folder, uri)
-    tracker = tracking.start(
-        run, config, step=0, provenance={}, dataset={"digest": "0" * 64}, tokenizer_file=None, enabled=enabled
-    )
-    steps: list[float] = []
+    tracker = tracking.Tracker()
+    if enabled:
+        about = {"digest": "0" * 64}
+        tracker = tracking.start(run, config, step=0, provenance={}, dataset=about, tokenizer_file=None)
+    turns: list[list[float]] = []
+    cpu: list[list[float]] = []
     calls: list[float] = []
-    first_turn = True
+    step = 0
     while not (folder / "end").exists():
+        turns.append([])
+        cpu.append([])
         until = time.perf_counter() + TURN_S
         while time.perf_counter() < until:
-            began = time.perf_counter()
+            began, began_cpu = time.perf_counter(), time.thread_time()
             loss = cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
             loss.backward()
             optimizer.step()
@@ -72,18 +82,18 @@ def child(folder: Path, uri: str, enabled: bool) -> None:
             metrics = {f"train/metric_{i}": i + began for i in range(10)}
             value = loss.item()
             logging = time.perf_counter()
+            step += 1
             if enabled:
-                tracker.log(len(steps) + 1, {"train/loss": value, **metrics})
+                tracker.log(step, {"train/loss": value, **metrics})
             ended = time.perf_counter()
-            steps.append(ended - began)
+            turns[-1].append(ended - began)
+            cpu[-1].append(time.thread_time() - began_cpu)
             calls.append(ended - logging)
-        if first_turn:
-            steps, calls, first_turn = steps[:0], calls[:0], False
-            tracker.rewind(0)
         os.kill(os.getpid(), signal.SIGSTOP)
     began = time.perf_counter()
     tracker.close("STOPPED")
-    result = {"steps": steps, "calls": calls, "close_s": time.perf_counter() - began}
+    # The first turn warms up.
+    result = {"turns": turns[1:], "cpu": cpu[1:], "calls": calls, "close_s": time.perf_counter() - began}
     (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -93,12 +103,18 @@ def start_child(folder: Path, uri: str, enabled: bool) -> subprocess.Popen[bytes
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def turn(process: subprocess.Popen[bytes]) -> None:
-    """Lets a process train until it stops itself."""
+def turn(process: subprocess.Popen[bytes]) -> float:
+    """Lets a process train, with its helper, until it stops itself; returns CPU seconds of the helper so far."""
+    helpers = psutil.Process(process.pid).children(recursive=True)
+    for helper in helpers:
+        helper.resume()
     os.kill(process.pid, signal.SIGCONT)
     _, status = os.waitpid(process.pid, os.WUNTRACED)
     if not os.WIFSTOPPED(status):
         raise SystemExit(f"a training ended with status {status}")
+    for helper in helpers:
+        helper.suspend()
+    return sum(sum(helper.cpu_times()[:2]) for helper in helpers)
 
 
 def take_turns(folder: Path, uri: str, seconds: float, at: Callable[[float], None]) -> tuple[Any, Any]:
@@ -110,32 +126,41 @@ def take_turns(folder: Path, uri: str, seconds: float, at: Callable[[float], Non
         began = time.monotonic()
         while time.monotonic() - began < seconds:
             at(time.monotonic() - began)
-            for process in processes.values():
-                turn(process)
+            helper_s = [turn(process) for process in processes.values()]
         for name, process in processes.items():
             (folder / name / "end").touch()
+            for paused in psutil.Process(process.pid).children(recursive=True):
+                paused.resume()
             os.kill(process.pid, signal.SIGCONT)
             os.waitpid(process.pid, 0)
     finally:
         for process in processes.values():
             process.kill()
     off, on = (json.loads((folder / name / "result.json").read_text()) for name in ("off", "on"))
-    return off, on
+    return off, {**on, "helper_s": helper_s[1]}
+
+
+def paired(off: list[list[float]], on: list[list[float]]) -> dict[str, Any]:
+    """Median over pairs of turns of the ratio of their median steps, with a 95% interval of that median."""
+    pairs = zip(off, on, strict=False)
+    ratios = sorted(statistics.median(b) / statistics.median(a) for a, b in pairs if a and b)
+    # The ranks between which the median lies: a binomial distribution, by its normal approximation.
+    reach = 0.98 * math.sqrt(len(ratios))
+    low, high = math.floor(len(ratios) / 2 - reach), math.ceil(len(ratios) / 2 + reach)
+    interval = [round(ratios[max(0, low)], 4), round(ratios[min(len(ratios) - 1, high)], 4)]
+    return {"on_over_off": round(statistics.median(ratios), 4), "interval_95": interval, "pairs": len(ratios)}
 
 
 def summary(off: Any, on: Any) -> dict[str, Any]:
-    def steady(values: list[float]) -> float:
-        middle = statistics.median(values)
-        return statistics.fmean(v for v in values if v < 3 * middle)
-
-    medians = [1000 * statistics.median(r["steps"]) for r in (off, on)]
-    means = [1000 * steady(r["steps"]) for r in (off, on)]
+    steps = [[s for turn in r["turns"] for s in turn] for r in (off, on)]
+    medians = [1000 * statistics.median(s) for s in steps]
     calls = sorted(on["calls"])
     return {
-        "steps": [len(off["steps"]), len(on["steps"])],
+        "steps": {"off": len(steps[0]), "on": len(steps[1])},
         "median_step_ms": {"off": round(medians[0], 3), "on": round(medians[1], 3)},
-        "median_on_over_off": round(medians[1] / medians[0], 4),
-        "mean_on_over_off_without_outliers": round(means[1] / means[0], 4),
+        "step_time": paired(off["turns"], on["turns"]),
+        "cpu_time_of_the_training_thread": paired(off["cpu"], on["cpu"]),
+        "helper_cpu_s": round(on["helper_s"], 1),
         "log_call_us": {"median": round(1e6 * statistics.median(calls)), "p99": round(1e6 * calls[-len(calls) // 100])},
         "close_s": round(on["close_s"], 2),
     }
