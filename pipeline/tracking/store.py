@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import tracking_uri_problem
 from pipeline.errors import UsageError
+from pipeline.files import fsync_dir, fsync_file
 from pipeline.tracking.state import file_lock
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def quiet_environment() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 
@@ -87,6 +89,19 @@ def redact(text: str) -> str:
     return text
 
 
+def _make_tables(file: Path) -> None:
+    """Publishes a new sqlite store whole: of one that a kill left with half its tables MLflow never makes the rest."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    temp = file.with_name(f".{file.name}.tmp")
+    temp.unlink(missing_ok=True)  # of a process that was killed; the lock says that nobody is making it now
+    maker = SqlAlchemyStore(f"sqlite:///{temp}", file.parent.as_uri())
+    maker.engine.dispose()
+    fsync_file(temp)
+    temp.replace(file)
+    fsync_dir(file.parent)
+
+
 class Store:
     """A tracking store that answers; opening one may create a sqlite file.
 
@@ -108,6 +123,8 @@ class Store:
             file.parent.mkdir(parents=True, exist_ok=True)
             # Two processes that make the tables of one file at once: one of them dies.
             with file_lock(file.with_name(f"{file.name}.lock")):
+                if not file.exists():
+                    _make_tables(file)
                 self._client = MlflowClient(uri, registry_uri=uri)
                 self._experiment = self._experiment_id(experiment, Path(artifact_location).resolve())
         else:

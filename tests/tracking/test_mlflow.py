@@ -226,6 +226,28 @@ def test_a_store_that_was_thrown_away_is_filled_again(folder, empty_store):
     assert of_mlflow(run, config) == of_journal(run)
 
 
+def test_a_kill_while_a_new_sqlite_store_is_being_made_leaves_no_half_of_one(tmp_path, monkeypatch):
+    import sqlite3
+
+    from mlflow.store.tracking import sqlalchemy_store
+
+    class Killed(BaseException):
+        pass
+
+    def die(uri, *_):
+        with sqlite3.connect(uri.removeprefix("sqlite:///")) as db:
+            db.execute("CREATE TABLE webhooks (webhook_id INTEGER)")
+        raise Killed
+
+    file = tmp_path / "mlflow.db"
+    monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", die)
+    with pytest.raises(Killed):
+        Store(f"sqlite:///{file}", "tests", str(tmp_path / "artifacts"))
+    assert not file.exists()
+    monkeypatch.undo()
+    Store(f"sqlite:///{file}", "tests", str(tmp_path / "artifacts"))
+
+
 def test_a_param_that_changed_between_two_starts_is_told_by_a_tag(folder):
     run, config = make_run(folder)
     begin(run, config).close("STOPPED")
