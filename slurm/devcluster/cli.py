@@ -37,10 +37,11 @@ def up(
     began = time.monotonic()
     settings = start(state_folder(state), nodes)
     print(f"login, {', '.join(settings.nodes)}: up in {time.monotonic() - began:.1f} s. Next, in this shell:")
-    print('  eval "$(pipeline devcluster env)"    Slurm\'s commands lead to this cluster' + _where(state))
-    print("  sinfo                                its nodes")
+    where = "" if state == _DEFAULT_STATE else f" --state {shlex.quote(state)}"
+    print(f'  eval "$(pipeline devcluster env{where})"    # Slurm\'s commands lead to it from then on')
+    print("  sinfo")
     print("  pipeline submit configs/demo.yaml --site slurm/sites/devcluster.yaml")
-    print("  pipeline devcluster down" + _where(state))
+    print(f"  pipeline devcluster down{where}")
 
 
 @app.command()
@@ -118,7 +119,3 @@ def _load(state: str) -> Settings:
     from slurm.devcluster.settings import load, state_folder
 
     return load(state_folder(state))
-
-
-def _where(state: str) -> str:
-    return "" if state == _DEFAULT_STATE else f" --state {shlex.quote(state)}"
