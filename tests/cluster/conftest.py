@@ -1,7 +1,9 @@
-"""One devcluster of four nodes for all tests here; on a failure its logs stay in build/cluster-logs."""
+"""One devcluster for all tests here, and what they measured; on a failure its logs stay in build/cluster-logs."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.support import ROOT, Cluster, open_cluster, pipeline
+from tests.cluster.support import ROOT, Cluster, Figures, open_cluster, pipeline
+
+_FIGURES = pytest.StashKey[Figures]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_FIGURES] = Figures()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,14 +26,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    figures = config.stash[_FIGURES].seconds
+    if not figures:
+        return
+    terminalreporter.section("seconds, measured on the devcluster")
+    for what, seconds in sorted(figures.items()):
+        terminalreporter.write_line(f"{seconds:8.2f}  {what}")
+    if "CLUSTER_FIGURES" in os.environ:
+        Path(os.environ["CLUSTER_FIGURES"]).write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
+
+
+@pytest.fixture(scope="session")
+def figures(request: pytest.FixtureRequest) -> Figures:
+    """Where tests put the seconds that they measured."""
+    return request.config.stash[_FIGURES]
+
+
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """Four nodes that are up. Whoever kills a node starts it again."""
+    """Five nodes that are up. Whoever kills a node starts it again."""
     # On the shared tree, since each node has a /tmp of its own; short, since sockets are in it.
     (ROOT / "build").mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="cl-", dir=ROOT / "build"))
     failed_before = request.session.testsfailed
-    pipeline("devcluster", "up", "--state", str(folder / "state"), "--nodes", "4")
+    pipeline("devcluster", "up", "--state", str(folder / "state"), "--nodes", "5")
     try:
         yield open_cluster(folder / "state", folder / "work")
     finally:
@@ -33,9 +58,3 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
             shutil.copytree(folder / "state" / "log", ROOT / "build" / "cluster-logs", dirs_exist_ok=True)
         pipeline("devcluster", "down", "--state", str(folder / "state"))
         shutil.rmtree(folder)
-
-
-@pytest.fixture(autouse=True)
-def _no_jobs_left(cluster: Cluster) -> Iterator[None]:
-    yield
-    cluster.cancel_all()

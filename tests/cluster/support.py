@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from slurm.devcluster import cluster as devcluster
-from slurm.devcluster.hosts import environment
+from slurm.devcluster.hosts import environment, run_on
 from slurm.devcluster.settings import Settings, load, state_folder
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,17 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: Callable[[],
     while not condition():
         assert time.monotonic() < end, f"after {seconds:g} s: {what()}"
         time.sleep(0.1)
+
+
+@dataclass
+class Figures:
+    """Seconds that tests measured, by what was measured; shown when they have ended."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, what: str, seconds: float) -> None:
+        """Notes a measurement."""
+        self.seconds[what] = round(seconds, 2)
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,13 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """Cuts a node's power."""
         devcluster.kill_node(self.settings, node)
+
+    def slow_down(self, nodes: list[str], megabits: int) -> None:
+        """Gives nodes a slow network, until they lose their power: what waits for it costs no computing time."""
+        shape = f"tc qdisc add dev eth0 root tbf rate {megabits}mbit burst 64kb latency 400ms"
+        for node in nodes:
+            done = run_on(self.settings, node, shape.split())
+            assert done.returncode == 0, done.stderr
 
     def start_node(self, node: str) -> None:
         """Brings a node back."""

@@ -7,16 +7,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.cluster.support import ENDED, ROOT, Cluster, open_cluster, pipeline, wait_until
 
 PYTHON = sys.executable
 
 
+@pytest.fixture(autouse=True)
+def _no_jobs_left(cluster: Cluster) -> Iterator[None]:
+    yield
+    cluster.cancel_all()
+
+
 def test_every_host_has_its_own_name_address_and_tmp(cluster: Cluster) -> None:
     seen = cluster.run(
-        "srun", "--nodes=4", "sh", "-c",
+        "srun", "--nodes=5", "sh", "-c",
         "touch /tmp/of-$SLURMD_NODENAME; sleep 1; "
         "echo $(hostname) $(ip -oneline -4 address show eth0 | grep -o '10[0-9.]*' | head -1) /tmp/of-*",
     ).splitlines()  # fmt: skip
@@ -65,10 +74,10 @@ def test_a_job_of_a_node_without_power_starts_again_elsewhere(cluster: Cluster) 
 
 def test_a_preempted_job_gets_its_signal_before_it_is_ended(cluster: Cluster) -> None:
     (cluster.work / "trap.sh").write_text("trap 'echo signal; exit 0' USR2; echo ready; while :; do sleep 0.1; done\n")
-    low = cluster.sbatch("srun sh trap.sh", "--partition=low", "--exclusive", "--nodes=4", "--signal=USR2@60")
-    cluster.wait_for_output(low, "ready\n" * 4)
+    low = cluster.sbatch("srun sh trap.sh", "--partition=low", "--exclusive", "--nodes=5", "--signal=USR2@60")
+    cluster.wait_for_output(low, "ready\n" * 5)
     high = cluster.sbatch("sleep 1", "--partition=high", "--exclusive")
-    cluster.wait_for_output(low, "signal\n" * 4, 30)
+    cluster.wait_for_output(low, "signal\n" * 5, 30)
     assert cluster.wait_for_state(high, ENDED, 60)["JobState"] == "COMPLETED"
 
 
@@ -146,7 +155,7 @@ def test_mistakes_are_one_clear_message(cluster: Cluster) -> None:
     for args, status, message in [
         (["kill-node", "7", "--state", state], 2, f"7: no such node; there are {', '.join(cluster.nodes)}"),
         (["start-node", "1", "--state", state], 2, f"{cluster.nodes[0]} is up already"),
-        (["up", "--state", state], 2, "a cluster of 4 nodes runs here"),
+        (["up", "--state", state], 2, "a cluster of 5 nodes runs here"),
         (["up", "--state", str(ROOT / "tests")], 2, "holds other files"),
         (["up", "--state", "/" + "x" * 99], 2, "longer than the 80 characters"),
         (["status", "--state", "nowhere"], 1, "no devcluster in"),

@@ -1,0 +1,162 @@
+"""Whatever becomes of a training job of two nodes, the run ends with the loss curve of one that nothing happened to.
+
+Nobody lends a hand: a test strikes once and then only watches.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.cluster import training
+from tests.cluster.support import Cluster, Figures
+from tests.cluster.training import MIDDLE, STEPS, Training, assert_same_beginning, assert_same_training, now, start
+from tests.faults import experiment
+
+
+@pytest.fixture(scope="module")
+def reference(cluster: Cluster) -> Training:
+    """The whole chain, undisturbed: prepare, train, evaluate."""
+    whole = start(cluster, "undisturbed", f"tracking.uri=sqlite:///{cluster.work}/mlflow.db")
+    whole.wait_for_end("evaluate", 300)
+    return whole
+
+
+@pytest.fixture(scope="module")
+def limited(cluster: Cluster, reference: Training) -> Training:
+    """A run with a limit of one minute, on two nodes whose network is slow: it meets the limit, again and again.
+
+    It goes on while other tests strike at runs on the other nodes.
+    """
+    slow = cluster.nodes[3:]
+    cluster.slow_down(slow, megabits=4)
+    site = {"time_limit_min": 1, "partition": "main"}
+    return start(
+        cluster, "limited", train=site, signal_before_end_s=15, extra_sbatch={"exclude": ",".join(cluster.nodes[:3])}
+    )
+
+
+@pytest.fixture
+def submit(cluster: Cluster, limited: Training) -> Iterator[Callable[..., Training]]:
+    """Submits a run on the nodes that `limited` does not use, and waits until it is in the middle of training."""
+    started: list[Training] = []
+
+    def submit_and_wait(name: str, **train: object) -> Training:
+        run = start(cluster, name, train=train, extra_sbatch={"exclude": ",".join(cluster.nodes[3:])})
+        started.append(run)
+        run.wait_for_step(MIDDLE)
+        return run
+
+    yield submit_and_wait
+    for run in started:  # their evaluation shows nothing new
+        cluster.run("scancel", *(run.job(stage) for stage in ("train", "evaluate")))
+
+
+def test_prepare_array_training_on_two_nodes_and_evaluation_are_one_mlflow_run(
+    cluster: Cluster, reference: Training
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    states = {stage: cluster.show(reference.job(stage))["JobState"] for stage in ("prepare", "train", "evaluate")}
+    assert set(states.values()) == {"COMPLETED"}, reference.words()
+    assert reference.events("started")[0]["world_size"] == 2
+    assert len(cluster.nodes_of(reference.job("train"))) == 2
+    assert [step for step, _ in experiment.curve(reference.run)] == list(range(1, STEPS + 1))
+    assert (reference.run / "evaluation.json").exists()
+    assert (reference.run / "report.html").exists()
+    client = MlflowClient(f"sqlite:///{cluster.work}/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert [(r.info.run_name, r.info.status) for r in runs] == [("undisturbed", "FINISHED")]
+    assert len(client.get_metric_history(runs[0].info.run_id, "train/loss")) == STEPS
+
+
+def test_preemption_loses_no_step(
+    cluster: Cluster, reference: Training, submit: Callable[..., Training], figures: Figures
+) -> None:
+    run = submit("preempted", partition="low")
+    nodes = cluster.nodes_of(run.job("train"))
+    struck = now()
+    cluster.sbatch("sleep 2", "--partition=high", "--exclusive", f"--nodelist={','.join(nodes)}")
+    ended = run.wait_for_end("train")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), run.words()
+    (stopped,) = run.events("preempted")
+    saved = next(e for e in run.events("checkpointed") if e["step"] == stopped["step"])
+    assert [e["step"] for e in run.events("resumed")] == [stopped["step"]]
+    assert_same_training(run.run, reference.run)
+    figures.add("a job in `high` is submitted -> the preempted run's checkpoint is durable", saved["time"] - struck)
+    figures.add("a job in `high` is submitted -> first new step", run.new_step_after(struck) - struck)
+
+
+def test_a_killed_rank_ends_all_and_the_job_starts_again(
+    cluster: Cluster, reference: Training, submit: Callable[..., Training], figures: Figures
+) -> None:
+    run = submit("rank-killed")
+    _, second = cluster.nodes_of(run.job("train"))
+    (rank,) = training.processes_of(cluster, second, "pipeline train")
+    struck = now()
+    os.kill(rank, signal.SIGKILL)
+    ended = run.wait_for_end("train")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), run.words()
+    assert f"rank 1 on {second}" in run.events("requeued")[0]["reason"]
+    assert_same_training(run.run, reference.run)
+    figures.add("SIGKILL of a rank -> first new step", run.new_step_after(struck) - struck)
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_a_node_without_power_is_replaced(
+    cluster: Cluster, reference: Training, submit: Callable[..., Training], figures: Figures, which: str
+) -> None:
+    run = submit(f"lost-{which}")
+    lost = cluster.nodes_of(run.job("train"))[["first", "second"].index(which)]
+    struck = now()
+    cluster.kill_node(lost)
+    try:
+        ended = run.wait_for_end("train")
+        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), run.words()
+        assert lost not in cluster.nodes_of(run.job("train"))
+    finally:
+        cluster.start_node(lost)
+    assert [e["nodes"] for e in run.events("node_lost")] == [[lost]]
+    assert_same_training(run.run, reference.run)
+    figures.add(f"power failure of the {which} node -> first new step", run.new_step_after(struck) - struck)
+
+
+def test_training_goes_on_while_the_controller_restarts(
+    cluster: Cluster, reference: Training, submit: Callable[..., Training]
+) -> None:
+    run = submit("controller")
+    cluster.restart_controller()
+    ended = run.wait_for_end("train")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), run.words()
+    assert_same_training(run.run, reference.run)
+
+
+def test_a_cancelled_run_stays_cancelled_until_it_is_submitted_again(
+    cluster: Cluster, reference: Training, submit: Callable[..., Training]
+) -> None:
+    run = submit("cancelled")
+    job, evaluation = run.job("train"), run.job("evaluate")
+    cluster.run("scancel", job)
+    ended = run.wait_for_end("train")
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), run.words()
+    run.wait_for(lambda: cluster.show(evaluation)["JobState"] == "CANCELLED", 30, "the evaluation is not taken back")
+    assert [e["job"] for e in run.events("cancelled")] == [job]
+    assert_same_beginning(run.run, reference.run)
+    run.submit()
+    assert run.wait_for_end("train")["JobState"] == "COMPLETED", run.words()
+    assert_same_training(run.run, reference.run)
+
+
+def test_a_time_limit_met_several_times_in_a_row_loses_no_step(
+    limited: Training, reference: Training, figures: Figures
+) -> None:
+    ended = limited.wait_for_end("train", 600)
+    assert ended["JobState"] == "COMPLETED", limited.words()
+    stops = limited.events("preempted")
+    assert len(stops) >= 2
+    assert int(ended["Restarts"]) == len(stops)
+    assert [e["step"] for e in limited.events("resumed")] == [e["step"] for e in stops]
+    assert_same_training(limited.run, reference.run)
