@@ -62,7 +62,7 @@ def test_a_job_of_a_node_without_power_starts_again_elsewhere(cluster: Cluster) 
     _, lost = cluster.nodes_of(job)
     cluster.kill_node(lost)
     try:
-        cluster.wait_for_output(job, "restarts: 1\nrestarts: 1\n", 60)
+        cluster.wait_for_output(job, "restarts: 1\nrestarts: 1\n", 120)
         after = cluster.wait_for_state(job, {"RUNNING"})
         assert after["Restarts"] == "1"
         assert lost not in cluster.nodes_of(job)

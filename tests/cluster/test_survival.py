@@ -16,12 +16,15 @@ from tests.cluster.support import Cluster, Figures
 from tests.cluster.training import MIDDLE, STEPS, Training, assert_same_beginning, assert_same_training, now, start
 from tests.faults import experiment
 
+# The first test waits for the whole chain; the last for a run that meets its limit several times.
+pytestmark = pytest.mark.timeout(1200)
+
 
 @pytest.fixture(scope="module")
 def reference(cluster: Cluster) -> Training:
     """The whole chain, undisturbed: prepare, train, evaluate."""
     whole = start(cluster, "undisturbed", f"tracking.uri=sqlite:///{cluster.work}/mlflow.db")
-    whole.wait_for_end("evaluate", 300)
+    whole.wait_for_end("evaluate", 600)
     return whole
 
 

@@ -70,7 +70,7 @@ class Training:
         """The events of one kind."""
         return experiment.events(self.run, kind)
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+    def wait_for_step(self, step: int, seconds: float = 240) -> None:
         """Waits until training has logged this step."""
         wait_until(lambda: experiment.last_step(self.run) >= step, seconds, lambda: f"no step {step}\n{self.words()}")
 
@@ -78,7 +78,7 @@ class Training:
         """Waits until the condition holds; fails with everything that the jobs said."""
         wait_until(condition, seconds, lambda: f"{what}\n{self.words()}")
 
-    def wait_for_end(self, stage: records.Stage, seconds: float = 180) -> dict[str, str]:
+    def wait_for_end(self, stage: records.Stage, seconds: float = 300) -> dict[str, str]:
         """Waits until the stage's job has ended for good; returns what Slurm knows of it."""
         job = self.job(stage)
 

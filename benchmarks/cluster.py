@@ -1,0 +1,32 @@
+"""From a blow to a durable checkpoint and to the first new step, on a real Slurm: python -m benchmarks.cluster
+
+Runs the cluster's survival tests, which strike and measure, and keeps what they measured. Needs root and Slurm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.harness import save
+
+_NOTES = (
+    "Two processes on two nodes of a devcluster of five, all on this machine: start-up, imports above all, shares its "
+    "cores with a second run and the tests. A lost node includes the seconds until Slurm notices, 10 to 20 here."
+)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figures.json"
+        tests = [sys.executable, "-m", "pytest", "tests/cluster/test_survival.py", "--timeout=1800"]
+        subprocess.run(tests, env={**os.environ, "CLUSTER_FIGURES": str(path)}, check=True)
+        save("cluster", json.loads(path.read_text()), _NOTES)
+
+
+if __name__ == "__main__":
+    main()
