@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests import experiment
 from tests.cluster import training
 from tests.cluster.support import Cluster, Figures
 from tests.cluster.training import MIDDLE, STEPS, Training, assert_same_beginning, assert_same_training, now, start
-from tests.faults import experiment
 
 # The first test waits for the whole chain; the last for a run that meets its limit several times.
 pytestmark = pytest.mark.timeout(1200)

@@ -15,8 +15,8 @@ import yaml
 from pipeline.checkpoint.layout import Manifest, step_name
 from pipeline.launch import records
 from pipeline.run import Run
+from tests import experiment
 from tests.cluster.support import ENDED, ROOT, Cluster, wait_until
-from tests.faults import experiment
 
 STEPS = 400
 CHECKPOINT_INTERVAL = 50
