@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.launch.status import RunStatus
@@ -103,3 +106,53 @@ def cancel(run_folders: Annotated[list[str], typer.Argument(metavar="RUN...", he
     for run in [open_run(folder) for folder in run_folders]:
         ids = cancel_run(run)
         print(f"{run.path}: " + (f"cancelled job {', '.join(ids)}" if ids else "nothing of it is in the queue"))
+
+
+@app.command()
+def plan(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of nodes.")] = "1,8,64,512",
+    device: Annotated[str, typer.Option(help="From the table of devices: h100, a100, mi300x, cpu ...")] = "h100",
+    per_node: Annotated[int | None, typer.Option(min=1, help="Devices a node; the device's usual node's.")] = None,
+    intra_gb_per_s: Annotated[float | None, typer.Option(min=0.001, help="Between devices of a node.")] = None,
+    inter_gb_per_s: Annotated[float | None, typer.Option(min=0.001, help="From a node to others, in all.")] = None,
+    storage_gb_per_s: Annotated[float, typer.Option(min=0.001, help="Of the shared file system, in all.")] = 20.0,
+    mtbf_node_hours: Annotated[
+        float | None, typer.Option(min=0.001, help="Hours until a node fails; 6,334 as published for Llama 3.")
+    ] = None,
+    restart_s: Annotated[float, typer.Option(min=0, help="Seconds from a failure to the first new step.")] = 300.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what a config needs and reaches on many nodes: memory, step time, efficiency, goodput."""
+    from rich.console import Console
+
+    from pipeline.config_load import load_config
+    from pipeline.launch.plan import MTBF_NODE_HOURS, Cluster
+    from pipeline.launch.plan import plan as make_plan
+    from pipeline.launch.plan_tables import print_plan
+    from pipeline.train.devices import device_named
+
+    found = device_named(device)
+    cluster = Cluster(
+        found,
+        per_node=per_node or found.per_node,
+        intra_gb_per_s=intra_gb_per_s or found.intra_gb_per_s,
+        inter_gb_per_s=inter_gb_per_s or found.inter_gb_per_s,
+        storage_gb_per_s=storage_gb_per_s,
+        mtbf_node_hours=mtbf_node_hours or MTBF_NODE_HOURS,
+        restart_s=restart_s,
+    )
+    config = load_config(config_file, overrides or ())
+    rows = make_plan(config, _counts(nodes), cluster)
+    if as_json:
+        print(json.dumps([row.to_json() for row in rows], indent=2))
+    else:
+        print_plan(config, rows, cluster, Console(highlight=False))
+
+
+def _counts(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"--nodes {text}: numbers from 1 on, separated by commas, `1,8,64` say")
+    return [int(part) for part in parts]
