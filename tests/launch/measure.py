@@ -1,7 +1,7 @@
 """What an engine really holds and sends at each ZeRO stage: run by torchrun, prints JSON on rank 0.
 
-Live tensors are counted by walking Python's objects, peaks by the profiler's record of every allocation in between. (The
-record alone drifts: gloo frees its buffers in a thread that is not recorded.)
+Live tensors are counted by walking Python's objects, peaks by the profiler's record of every allocation in between.
+(The record alone drifts: gloo frees its buffers in a thread that is not recorded.)
 """
 
 from __future__ import annotations

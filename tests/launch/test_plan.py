@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -135,7 +136,7 @@ def test_goodput_of_llama_3():
 
 def test_more_nodes_never_make_a_step_slower_nor_efficiency_better():
     rows = plan(llama("7B", zero_stage=2, activation_checkpointing=True), [1, 8, 64, 256], a100_cluster())
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in itertools.pairwise(rows):
         assert after.step_s[0] < before.step_s[0] and after.step_s[1] < before.step_s[1]
         assert after.efficiency[0] <= before.efficiency[0] and after.efficiency[1] <= before.efficiency[1]
         assert after.goodput < before.goodput
