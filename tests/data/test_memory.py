@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from benchmarks.processes import measure
+from pipeline.config_load import dump_config
 from pipeline.data import memory
 from pipeline.data.build import prepare
 from pipeline.data.memory import WordCaches
-from pipeline.data.tokenizer import Tokenizer
-from tests.data.helpers import config, dataset_digest, documents, jsonl, write
+from pipeline.data.text import Documents
+from pipeline.data.tokenizer import Tokenizer, train_bpe
+from tests.data.helpers import COMPRESS, config, dataset_digest, documents, jsonl, write
 
 TEXTS = documents(400, seed=8)
 
@@ -63,9 +69,6 @@ def test_words_are_forgotten_when_memory_has_grown_and_not_too_often(monkeypatch
 
 
 def test_memory_is_given_back_where_words_are_forgotten() -> None:
-    from pipeline.data.text import Documents
-    from pipeline.data.tokenizer import train_bpe
-
     made = Tokenizer(train_bpe(b"some words", b"\xff", 300, ["<|endoftext|>"], "gpt2").encode(), "here")
     rng = random.Random(0)
 
@@ -81,3 +84,43 @@ def test_memory_is_given_back_where_words_are_forgotten() -> None:
         memory.return_freed_memory()
     assert sizes[0] - memory.resident_bytes() > 40 << 20
     assert max(sizes) - sizes[0] < 20 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.zst", "parquet"])
+def test_eight_times_the_text_takes_the_same_memory(ending: str, tmp_path: Path) -> None:
+    sample = b"\xff".join(text.encode() for text in TEXTS)
+    vocabulary = train_bpe(sample, b"\xff", 300, ["<|endoftext|>"], "gpt2")
+    tokenizer = write(tmp_path / "tokenizer.json", vocabulary.encode())
+    peaks = []
+    for times in (1, 8):
+        path = tmp_path / f"{times}.{ending}"
+        _write_megabytes(path, 20 * times)
+        entry = {"name": "s", "paths": [str(path)], **({"separator": "\x1e"} if ending == "txt" else {})}
+        made = config(
+            tmp_path / f"out{times}",
+            [entry],
+            tokenizer={"kind": "file", "path": str(tokenizer)},
+            slice_size_mb=8.0,
+            validation_fraction=0.01,
+        )
+        file = write(tmp_path / f"{times}.yaml", dump_config(made).encode())
+        peaks.append(measure([sys.executable, "-m", "pipeline", "prepare", str(file)]).peak_mb)
+    print(peaks)
+    assert max(peaks) < 600
+    assert peaks[1] - peaks[0] < 50
+
+
+def _write_megabytes(path: Path, megabytes: int) -> None:
+    """The same texts over and over: what grows is the corpus, not its vocabulary."""
+    texts = documents(1_000_000 // 500, seed=3, longest=160)
+    kind = path.suffixes[0]
+    if kind == ".parquet":
+        table = pyarrow.table({"text": texts})
+        with pyarrow.parquet.ParquetWriter(path, table.schema) as writer:
+            while path.stat().st_size < 1_000_000 * megabytes:
+                writer.write_table(table)
+        return
+    once = jsonl(texts) if kind == ".jsonl" else "\x1e".join([*texts, ""]).encode()
+    packed = COMPRESS["zst"](once) if path.suffix == ".zst" else once
+    path.write_bytes(packed * (1_000_000 * megabytes // len(once)))

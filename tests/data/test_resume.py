@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -149,42 +150,43 @@ def test_a_failure_anywhere_leaves_work_that_is_gone_on_with(
 @pytest.mark.slow
 def test_kill_9_at_twenty_random_moments_gives_the_same_bytes(whole: tuple[Path, dict[str, str]]) -> None:
     folder, digests = whole
-    made = _config(folder, "killed")
-    file = write(folder / "killed.yaml", dump_config(made).encode())
+    out = folder / "killed"
+    file = write(folder / "killed.yaml", dump_config(_config(folder, "killed")).encode())
     command = [sys.executable, "-m", "pipeline", "prepare", str(file)]
-    began = time.monotonic()
-    timed = _config(folder, "timed")
-    subprocess.run(
-        [*command[:-1], str(write(folder / "timed.yaml", dump_config(timed).encode()))], check=True, capture_output=True
-    )
-    seconds = time.monotonic() - began
+    slices = len([name for name in digests if name.endswith("slice.json")])
     rng = random.Random(0)
-    seen: set[int] = set()
-    for kill in range(20):
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        # The last start-up seconds only: a kill while Python is imported proves nothing.
-        time.sleep(seconds * rng.uniform(0.3, 1.0))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        seen.add(
-            len(list((folder / "killed" / "slices").glob("[0-9]*"))) if (folder / "killed" / "slices").exists() else 0
-        )
-        finished = (folder / "killed" / "manifest.json").exists()
-        if finished:
-            assert Manifest.load(folder / "killed").tokens
-            if kill % 2:
-                # Finished already: take some of the work away, so that the next kill has something to hit.
-                (folder / "killed" / "manifest.json").unlink()
-                for lost in rng.sample(sorted((folder / "killed" / "slices").iterdir()), 15):
+    # One in each twentieth of the work; by progress, not by the clock, so that a loaded machine is no matter.
+    moments = [int(slices * (twentieth + rng.random()) / 20) for twentieth in range(20)]
+    left_behind = []
+    for moment in moments:
+        part = rng.choice([[], [], ["--slice", "1/2"], ["--slice", "2/2"]])
+        while not _killed(command + part, out, moment, rng.uniform(0, 0.03)):
+            assert _published(out) >= moment or part, "ended by itself, long before"
+            part = []
+            if (out / "manifest.json").exists():  # too late by a hair: take some of the work away again
+                (out / "manifest.json").unlink()
+                for lost in sorted((out / "slices").iterdir())[moment // 2 :]:
                     shutil.rmtree(lost)
-            else:
-                shutil.rmtree(folder / "killed")
+        left_behind.append(len(list(out.rglob(".*.tmp"))))
+        assert not (out / "manifest.json").exists()
+    assert sum(count > 0 for count in left_behind) > 5  # in the middle of writing
     subprocess.run(command, check=True, capture_output=True)
-    assert dataset_digest(folder / "killed") == digests
-    assert len(seen) > 3
+    assert dataset_digest(out) == digests
+
+
+def _killed(command: list[str], out: Path, moment: int, later: float) -> bool:
+    """Runs until `moment` slices are published and `later` seconds more; whether it had to be killed."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and (_published(out) < moment or not (out / "plan.json").exists()):
+        time.sleep(0.001)
+    time.sleep(later)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
+def _published(out: Path) -> int:
+    return len(list((out / "slices").glob("[0-9]*")))
 
 
 def test_a_part_that_does_not_exist_is_refused(tmp_path: Path) -> None:
