@@ -31,9 +31,11 @@ lint: $(VENV)/.dev  ## linters, type checker, import rules
 schema: $(VENV)/.dev  ## write the schemas and reference pages of config and site anew from their code
 	$(BIN)/python -m pipeline.config_docs
 
-lock: $(VENV)/.dev  ## resolve the newest versions that pyproject.toml allows into the lock file
+lock: $(VENV)/.dev  ## resolve the newest versions that pyproject.toml allows into the lock files
 	$(BIN)/uv pip compile pyproject.toml --extra train --extra dev --universal --python-version 3.11 --upgrade \
 	  --custom-compile-command "make lock" --output-file $(LOCK)
+	$(BIN)/uv pip compile pyproject.toml --extra train --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --constraint $(LOCK) --no-annotate --custom-compile-command "make lock" --output-file containers/image.lock
 
 clean:  ## remove what the demo and the tests made; .venv stays
 	rm -rf runs data mlflow.db mlartifacts build .pytest_cache .mypy_cache .ruff_cache .hypothesis

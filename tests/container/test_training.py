@@ -1,0 +1,130 @@
+"""Training in the image: the same curve as on the host, clean stops, nothing left behind, provenance."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint.layout import published
+from pipeline.files import sha256_file
+from pipeline.launch.container import container_environment
+from pipeline.launch.site import SiteContainer
+from tests.container.support import ROOT, Jobs
+
+pytestmark = pytest.mark.container
+
+
+def test_a_run_moves_between_image_and_host_without_a_trace_in_its_curve(jobs: Jobs):
+    def here(name: str, steps: int) -> None:
+        done = jobs.on_host(name, "train", f"train.max_iters={steps}")
+        assert done.returncode == 0, done.stderr
+
+    def inside(name: str, steps: int) -> None:
+        done = jobs.inside(name, "train", f"train.max_iters={steps}")
+        assert done.returncode == 0, done.stderr
+
+    here("whole", 8)
+    inside("out", 4), here("out", 8)
+    here("in", 4), inside("in", 8)
+    assert sorted(jobs.losses("whole")) == list(range(1, 9))
+    assert jobs.losses("out") == jobs.losses("whole")
+    assert jobs.losses("in") == jobs.losses("whole")
+    images = [start["image"] for start in jobs.run("out").provenance()]
+    assert images == [{"path": str(jobs.image), "sha256": sha256_file(jobs.image), "code": "image"}, None]
+    assert [start["image"] is None for start in jobs.run("in").provenance()] == [True, False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_to_the_containers_process_saves_once_and_ends_with_85(jobs: Jobs, number: signal.Signals):
+    name = f"stopped-by-{number.name}"
+    process = _training(jobs, name)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 85, err
+    assert f"stopped on request ({number.name})" in err
+    [saved] = jobs.events(name, "checkpointed")
+    assert [c.name for c in published(jobs.run(name).checkpoints)] == [f"step_{saved['step']:08d}"]
+    [preempted] = jobs.events(name, "preempted")
+    assert preempted["step"] == saved["step"] == max(jobs.losses(name))
+
+
+def test_kill_leaves_no_process_behind(jobs: Jobs):
+    process = _training(jobs, "killed")
+    inside = _processes_of(jobs.run("killed").path)
+    assert len(inside) >= 2, "the trainer and the helper that feeds MLflow"
+    process.kill()
+    process.communicate(timeout=60)
+    _wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in inside), 10)
+
+
+def test_another_image_is_refused_until_it_is_allowed_and_both_are_recorded(jobs: Jobs, tmp_path: Path):
+    assert jobs.inside("moved", "train", "train.max_iters=1").returncode == 0
+    other = tmp_path / "other.sif"
+    shutil.copy(jobs.image, other)
+    with other.open("ab") as file:  # the runtime does not read what is behind the last part
+        file.write(b"another image")
+    moved = Jobs(jobs.folder, other, jobs.text)
+    refused = moved.inside("moved", "train", "train.max_iters=2")
+    assert refused.returncode == 2
+    assert sha256_file(jobs.image) in refused.stderr and sha256_file(other) in refused.stderr
+    assert "--allow-image-change" in refused.stderr and "Traceback" not in refused.stderr
+    assert max(jobs.losses("moved")) == 1
+
+    allowed = moved.inside("moved", "train", "train.max_iters=2", "--allow-image-change")
+    assert allowed.returncode == 0, allowed.stderr
+    recorded = [start["image"]["sha256"] for start in jobs.run("moved").provenance()]
+    assert recorded == [sha256_file(jobs.image), sha256_file(other)]
+
+
+def test_the_snapshot_of_the_run_is_what_runs_and_the_images_own_code_when_asked(jobs: Jobs, tmp_path: Path):
+    code = jobs.run("snapshot").path / "code"
+    shutil.copytree(ROOT / "pipeline", code / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    where = ("python3", "-c", "import pipeline; print(pipeline.__file__)")
+
+    def file(*overrides: str) -> str:
+        argv = jobs.argv("snapshot", *where, code=code, overrides=overrides)
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert file() == f"{code}/pipeline/__init__.py"
+    assert file("container.code=image").startswith("/opt/hpc-pipeline/venv/")
+    assert jobs.inside("snapshot", "train", "train.max_iters=1", code=code).returncode == 0
+    [start] = jobs.run("snapshot").provenance()
+    assert start["image"]["code"] == "snapshot"
+
+
+def _training(jobs: Jobs, name: str) -> subprocess.Popen[str]:
+    """A training run in the image that has taken its first step."""
+    argv = jobs.argv(name, *jobs.command(name, "train", "train.max_iters=1000"))
+    environment = container_environment(jobs.config(name), SiteContainer(), os.environ)
+    process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = jobs.run(name).metrics_file
+    _wait(lambda: process.poll() is not None or (metrics.exists() and bool(jobs.losses(name))), 120)
+    assert process.poll() is None, process.communicate()[1]
+    return process
+
+
+def _processes_of(run: Path) -> list[int]:
+    """Processes whose command line or working folder tells that they belong to a run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:  # it has ended meanwhile
+            continue
+        if f"name={run.name}\0" in words or str(run) in words or f"runs/{run.name}\0" in words:
+            found.append(int(folder.name))
+    return found
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {seconds:g} s"
+        time.sleep(0.05)
