@@ -17,7 +17,8 @@ from pipeline.run import Run
 # What a job is told by its surroundings, in a clean environment too: Slurm's word, where the ranks meet,
 # which devices are theirs, and how tracking and communication are set up.
 _PASSED_PREFIXES = ("SLURM_", "MASTER_", "MLFLOW_", "NCCL_", "GLOO_", "PIPELINE_")
-_PASSED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+_PASSED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
+           "HIP_VISIBLE_DEVICES")  # fmt: skip
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _AMD_DRIVER = Path("/dev/kfd")
@@ -78,13 +79,12 @@ def container_argv(
     ]
 
 
-def container_environment(config: Config, site: SiteContainer, environment: Mapping[str, str]) -> dict[str, str]:
+def container_environment(site: SiteContainer, environment: Mapping[str, str]) -> dict[str, str]:
     """The environment to start the command with, made from that of the job.
 
-    With `container.environment: clean` what has to pass all the same is handed over by Apptainer's own prefix.
+    What a job is told by its surroundings is handed over by Apptainer's own prefix: a clean environment would cut it
+    off, and the defaults of the image would win over it.
     """
-    if config.container.environment == "inherit":
-        return dict(environment)
     prefix = "SINGULARITYENV_" if Path(site.command).name == "singularity" else "APPTAINERENV_"
     passed = {f"{prefix}{k}": v for k, v in environment.items() if k.startswith(_PASSED_PREFIXES) or k in _PASSED}
     return {**environment, **passed}

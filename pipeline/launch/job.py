@@ -99,7 +99,7 @@ def _run(attempt: Attempt, world: World, command: Sequence[str], environment: di
     with log.open("ab") as out:
         child = subprocess.Popen(
             command_line(config, attempt.site, attempt.run, command, environment),
-            env=container_environment(config, attempt.site.container, {**os.environ, **environment}),
+            env=container_environment(attempt.site.container, {**os.environ, **environment}),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,

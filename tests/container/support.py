@@ -112,7 +112,7 @@ class Jobs:
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command in the image."""
         argv = self.argv(name, *self.command(name, verb, *overrides), code=code)
-        environment = container_environment(self.config(name), SiteContainer(), os.environ)
+        environment = container_environment(SiteContainer(), os.environ)
         return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=280)
 
     def on_host(self, name: str, verb: str, *overrides: str) -> subprocess.CompletedProcess[str]:

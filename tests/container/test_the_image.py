@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.files import sha256_file
+from pipeline.launch.container import container_environment
 from pipeline.launch.image import check_image
 from pipeline.launch.image_build import commit_of
 from pipeline.launch.image_record import read_record
@@ -66,16 +67,23 @@ def test_the_image_holds_no_daemon_no_users_no_secrets_and_no_caches(image: Path
     assert not [name for name in inside if name.startswith("/var/cache/apt/archives/") and name.endswith(".deb")]
     for development in ("pytest", "ruff", "mypy", "selenium"):
         assert not [name for name in inside if f"/site-packages/{development}/" in name]
-    users = _inside(image, "cat", "/etc/passwd", contain=True).splitlines()
+    users = _inside(image, "cat", "/etc/passwd").splitlines()
     assert not [user for user in users if 1000 <= int(user.split(":")[2]) < 60000]
 
 
-def test_a_variable_of_the_host_overrides_a_default_of_the_image(image: Path):
-    show = ("sh", "-c", "echo $NCCL_DEBUG ${OMP_NUM_THREADS-unset} $PYTHONNOUSERSITE")
-    assert _inside(image, *show, env={"OMP_NUM_THREADS": None}) == "WARN unset 1\n"
-    in_job = {"OMP_NUM_THREADS": None, "SLURM_CPUS_PER_TASK": "3", "NCCL_DEBUG": "INFO"}
-    assert _inside(image, *show, env=in_job) == "INFO 3 1\n"
-    assert _inside(image, *show, env={**in_job, "OMP_NUM_THREADS": "2"}) == "INFO 2 1\n"
+@pytest.mark.parametrize("kind", ["inherit", "clean"])
+def test_what_the_job_says_wins_over_the_defaults_of_the_image(jobs: Jobs, kind: str):
+    show = ("sh", "-c", "echo $NCCL_DEBUG $OMP_NUM_THREADS $PYTHONNOUSERSITE $SLURM_JOB_NODELIST ${EDITOR-none}")
+    argv = jobs.argv("variables", *show, overrides=(f"container.environment={kind}",))
+    around = {k: v for k, v in os.environ.items() if not k.startswith("NCCL_")} | {"EDITOR": "vi"}
+
+    def seen(**more: str) -> list[str]:
+        environment = container_environment(SiteContainer(), {**around, **more})
+        return subprocess.run(argv, capture_output=True, text=True, check=True, env=environment).stdout.split()
+
+    editor = "vi" if kind == "inherit" else "none"
+    assert seen() == ["WARN", "1", "1", editor]
+    assert seen(NCCL_DEBUG="INFO", SLURM_JOB_NODELIST="n[1,3]") == ["INFO", "1", "1", "n[1,3]", editor]
 
 
 def test_the_image_runs_as_the_command_pipeline(image: Path):
@@ -125,17 +133,15 @@ def _bare_sandbox(folder: Path) -> Path:
     return folder
 
 
-def _inside(image: Path, *command: str, contain: bool = False, env: dict[str, str | None] | None = None) -> str:
-    environment = {k: v for k, v in {**os.environ, **(env or {})}.items() if v is not None}
-    option = ["--containall"] if contain else []
-    argv = ["apptainer", "exec", *option, str(image), *command]
-    return subprocess.run(argv, capture_output=True, text=True, check=True, env=environment).stdout
+def _inside(image: Path, *command: str) -> str:
+    argv = ["apptainer", "exec", "--containall", str(image), *command]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
 
 
 def _files(image: Path) -> list[str]:
     """Every file and folder of the image itself, nothing of the host's."""
     command = ("find", "/", "-xdev", "-not", "-path", "/proc/*", "-print")
-    return _inside(image, *command, contain=True).splitlines()
+    return _inside(image, *command).splitlines()
 
 
 def _normal(pin: str) -> str:

@@ -102,7 +102,7 @@ def test_the_snapshot_of_the_run_is_what_runs_and_the_images_own_code_when_asked
 def _training(jobs: Jobs, name: str) -> subprocess.Popen[str]:
     """A training run in the image that has taken its first step."""
     argv = jobs.argv(name, *jobs.command(name, "train", "train.max_iters=1000"))
-    environment = container_environment(jobs.config(name), SiteContainer(), os.environ)
+    environment = container_environment(SiteContainer(), os.environ)
     process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = jobs.run(name).metrics_file
     _wait(lambda: process.poll() is not None or (metrics.exists() and bool(jobs.losses(name))), 120)
