@@ -32,12 +32,15 @@ def submit(
         list[str] | None,
         typer.Option(metavar="KEY=V1,V2", help="A run for every value, as an array; several options are combined."),
     ] = None,
+    allow_image_change: Annotated[
+        bool, typer.Option("--allow-image-change", help="Resume in another image than the run was trained in.")
+    ] = False,
 ) -> None:
     """Submit the whole pipeline to Slurm: prepare, then train, then evaluate and report."""
     from pipeline.launch import submit as launch
     from pipeline.launch.summary import summary
 
-    chain = launch.plan_chain(config_file, site_file, overrides or (), sweep or ())
+    chain = launch.plan_chain(config_file, site_file, overrides or (), sweep or (), allow_image_change)
     if dry_run:
         print(launch.dry_run(chain), end="")
         return

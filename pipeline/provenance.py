@@ -7,6 +7,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -35,12 +36,12 @@ def collect_provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": _versions(),
-        "image": _image(),
+        "image": current_image(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
 
 
-def _image() -> dict[str, str | None] | None:
+def current_image() -> dict[str, str | None] | None:
     """The image this process runs in, and whether its code is the image's; None outside a container."""
     # Apptainer's own variable: somebody may have started the image by hand.
     path = os.environ.get(IMAGE_VARIABLE) or os.environ.get("APPTAINER_CONTAINER")
@@ -50,18 +51,18 @@ def _image() -> dict[str, str | None] | None:
     return {"path": path, "sha256": os.environ.get(IMAGE_SHA256_VARIABLE), "code": "image" if own else "snapshot"}
 
 
-def refuse_other_image(starts: list[dict[str, Any]]) -> None:
+def refuse_other_image(starts: list[dict[str, Any]], image: Mapping[str, str | None] | None) -> None:
     """Refuses to go on with a run in another image than it was last trained in.
 
     A start outside any image is no other image: whoever goes on by hand sees what is installed there.
 
     Args:
         starts: The provenance of the run so far.
+        image: Path and sha256 of the image that it is to go on in; None outside any.
 
     Raises:
         UsageError: This image is another.
     """
-    image = _image()
     before = [s["image"] for s in starts if s.get("image") and s["image"]["sha256"] is not None]
     if image is None or not before or image["sha256"] == before[-1]["sha256"]:
         return

@@ -102,17 +102,29 @@ def _cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "hpc-pipeline" / "images"
 
 
-def check_image(config: Config, site: SiteContainer) -> list[str]:
-    """What keeps the config's image from being used on this machine, each with its cure; starts it once."""
+def check_image(config: Config, site: SiteContainer, *, brought: bool = False) -> list[str]:
+    """What keeps the config's image from being used on this machine, each with its cure; starts it once.
+
+    Args:
+        config: Names the image.
+        site: How Apptainer is run here.
+        brought: The job itself brings the runtime (a module, say): where it is not here, the image is judged by its
+            file alone.
+    """
     try:
         image = image_path(config)
     except UsageError as error:
         return [str(error)]
-    problem = _runtime_problem(site) or _file_problem(image) or _start_problem(image, site)
+    missing = runtime_problem(site)
+    if missing and brought:
+        problem = _file_problem(image)
+    else:
+        problem = missing or _file_problem(image) or _start_problem(image, site)
     return [problem] if problem else []
 
 
-def _runtime_problem(site: SiteContainer) -> str | None:
+def runtime_problem(site: SiteContainer) -> str | None:
+    """Says that the container runtime is not on this machine, with the cure; None where it is."""
     if shutil.which(site.command) is not None:
         return None
     return (

@@ -20,9 +20,10 @@ from types import FrameType
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.errors import EXIT_STOPPED
+from pipeline.errors import EXIT_STOPPED, EXIT_USAGE
 from pipeline.launch import records, slurm
 from pipeline.launch.container import container_argv, container_environment
+from pipeline.launch.image import runtime_problem
 from pipeline.launch.site import Site
 from pipeline.launch.work import Attempt, this_attempt
 from pipeline.run import Run
@@ -96,6 +97,11 @@ def _run(attempt: Attempt, world: World, command: Sequence[str], environment: di
     config = attempt.run.config()
     log = log_file(attempt, world.rank)
     log.parent.mkdir(parents=True, exist_ok=True)
+    problem = runtime_problem(attempt.site.container) if config.container.image is not None else None
+    if problem is not None:
+        log.write_text(f"pipeline: error: {problem}\n", encoding="utf-8")
+        _note_failed(attempt, world, EXIT_USAGE)
+        return EXIT_USAGE
     with log.open("ab") as out:
         child = subprocess.Popen(
             command_line(config, attempt.site, attempt.run, command, environment),
@@ -111,10 +117,13 @@ def _run(attempt: Attempt, world: World, command: Sequence[str], environment: di
         return EXIT_STOPPED  # it died of the signal before it could listen: there was nothing to save yet
     status = code if code >= 0 else 128 - code
     if status not in (0, EXIT_STOPPED) and signals.asked is None:
-        records.note(
-            attempt.run, "rank_failed", **attempt.about(), rank=world.rank, host=socket.gethostname(), status=status
-        )
+        _note_failed(attempt, world, status)
     return status
+
+
+def _note_failed(attempt: Attempt, world: World, status: int) -> None:
+    host = socket.gethostname()
+    records.note(attempt.run, "rank_failed", **attempt.about(), rank=world.rank, host=host, status=status)
 
 
 def _wait(child: subprocess.Popen[bytes], attempt: Attempt, world: World, signals: _Signals) -> None:

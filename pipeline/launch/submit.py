@@ -19,7 +19,8 @@ from pipeline.config import Config
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import read_json
 from pipeline.launch import records, slurm
-from pipeline.launch.binds import check_visible, create_folders
+from pipeline.launch.admission import refuse_invisible, refuse_unfit_images
+from pipeline.launch.binds import create_folders
 from pipeline.launch.job import command_line
 from pipeline.launch.lead import lead_s
 from pipeline.launch.records import Job, Stage
@@ -45,6 +46,7 @@ class Chain:
         jobs: In the order in which they wait for each other.
         skipped: Stages that are done already, with the reason.
         home: Where the files of the jobs are: the run, or a folder for the whole sweep.
+        allow_image_change: Whether a run may go on in another image than it was trained in.
     """
 
     configs: list[Config]
@@ -53,6 +55,7 @@ class Chain:
     jobs: list[StageJob]
     skipped: dict[Stage, str]
     home: Run
+    allow_image_change: bool
 
     @property
     def runs(self) -> list[Run]:
@@ -60,7 +63,13 @@ class Chain:
         return [run_for(config) for config in self.configs]
 
 
-def plan_chain(config_file: str, site_file: str, overrides: Sequence[str], sweeps: Sequence[str]) -> Chain:
+def plan_chain(
+    config_file: str,
+    site_file: str,
+    overrides: Sequence[str],
+    sweeps: Sequence[str],
+    allow_image_change: bool = False,
+) -> Chain:
     """Reads config and site and decides which jobs there are to be; changes nothing.
 
     Raises:
@@ -70,17 +79,18 @@ def plan_chain(config_file: str, site_file: str, overrides: Sequence[str], sweep
     site = load_site(site_file)
     configs = experiments(config_file, overrides, sweeps, site.train.nodes * site.train.tasks_per_node)
     home = run_for(configs[0]) if len(configs) == 1 else Run(Path(configs[0].runs_dir) / f"{_base(configs)}-sweep")
-    _refuse_invisible(configs, site)
-    commands, skipped = _stages(configs, site)
+    refuse_invisible(configs, site)
+    commands, skipped = _stages(configs, site, ("--allow-image-change",) if allow_image_change else ())
     jobs = [_stage_job(stage, tasks, configs, site, home) for stage, tasks in commands.items()]
-    return Chain(configs, site, site_file, jobs, skipped, home)
+    return Chain(configs, site, site_file, jobs, skipped, home, allow_image_change)
 
 
 def submit(chain: Chain) -> list[Job]:
     """Submits the jobs; if one of them is refused, those before it are taken back.
 
     Raises:
-        UsageError: A run is in the queue already, or Slurm refuses what the site file asks for.
+        UsageError: A run is in the queue already, its image cannot be used, or Slurm refuses what the site file asks
+            for.
         PipelineError: Slurm or the run folder's disk does not do its part.
     """
     if shutil.which("sbatch") is None:
@@ -89,6 +99,7 @@ def submit(chain: Chain) -> list[Job]:
             "`pipeline run` does the same work here, and `--dry-run` shows the jobs"
         )
     _refuse_active(chain.runs)
+    refuse_unfit_images(chain.configs, chain.site, chain.allow_image_change)
     with _taken_back_on_failure(chain) as submitted:
         _make_folders(chain)
         now = round(time.time(), 3)
@@ -117,7 +128,9 @@ def dry_run(chain: Chain) -> str:
 # ---- what is to be done --------------------------------------------------------------------------
 
 
-def _stages(configs: list[Config], site: Site) -> tuple[dict[Stage, list[Task]], dict[Stage, str]]:
+def _stages(
+    configs: list[Config], site: Site, train_options: tuple[str, ...]
+) -> tuple[dict[Stage, list[Task]], dict[Stage, str]]:
     """The tasks of every stage that is not done, and why the others are left out."""
     todo: dict[Stage, list[Task]] = {}
     skipped: dict[Stage, str] = {}
@@ -132,7 +145,9 @@ def _stages(configs: list[Config], site: Site) -> tuple[dict[Stage, list[Task]],
         ]
     untrained = [c for c in configs if not _trained(c)]
     if untrained:
-        todo["train"] = [Task(str(run_for(c).path), (("train", str(run_for(c).config_file)),)) for c in configs]
+        todo["train"] = [
+            Task(str(run_for(c).path), (("train", str(run_for(c).config_file), *train_options),)) for c in configs
+        ]
     else:
         skipped["train"] = f"step {configs[0].train.max_iters} is saved"
     if untrained or not all(_evaluated(c) for c in configs):
@@ -154,19 +169,6 @@ def _evaluated(config: Config) -> bool:
     if not run.evaluation_file.is_file() or not run.report_file.is_file():
         return False
     return int(read_json(run.evaluation_file)["step"]) >= config.train.max_iters
-
-
-def _refuse_invisible(configs: list[Config], site: Site) -> None:
-    problems = [
-        problem
-        for config in configs
-        if config.container.image is not None
-        for problem in check_visible(config, site.container, run_for(config))
-    ]
-    if problems:
-        raise UsageError(
-            "\n  ".join(["the jobs could not see everything in their container:", *dict.fromkeys(problems)])
-        )
 
 
 def _stage_job(stage: Stage, tasks: list[Task], configs: list[Config], site: Site, home: Run) -> StageJob:

@@ -21,7 +21,7 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import DataError, PipelineError, StopRequested
 from pipeline.files import sha256_file
 from pipeline.model.transformer import TransformerLM
-from pipeline.provenance import collect_provenance, refuse_other_image
+from pipeline.provenance import collect_provenance, current_image, refuse_other_image
 from pipeline.run import Run, create_run, run_for
 from pipeline.train import ranks
 from pipeline.train.clock import StepClock
@@ -124,7 +124,7 @@ def _shared_run(config: Config, world: World, allow_image_change: bool) -> Run:
     if world.is_first:
         try:
             if not allow_image_change:
-                refuse_other_image(run_for(config).provenance())
+                refuse_other_image(run_for(config).provenance(), current_image())
             run = create_run(config)
         except PipelineError as error:
             problem = error

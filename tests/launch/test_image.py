@@ -16,7 +16,7 @@ from pipeline.launch.image import check_image, image_identity
 from pipeline.launch.image_base import read_base
 from pipeline.launch.image_record import digest, read_record, write_record
 from pipeline.launch.site import SiteContainer
-from pipeline.provenance import collect_provenance, refuse_other_image
+from pipeline.provenance import collect_provenance, current_image, refuse_other_image
 from tests.test_bad_input import experiment, run_here
 from tests.test_cli import ROOT
 
@@ -127,13 +127,13 @@ def _start_in(monkeypatch: pytest.MonkeyPatch, sha256: str | None) -> dict:
 
 def test_a_run_goes_on_in_its_image_and_outside_any_but_not_in_another(monkeypatch):
     starts = [_start_in(monkeypatch, "a" * 64)]
-    refuse_other_image(starts)
+    refuse_other_image(starts, current_image())
     starts.append(_start_in(monkeypatch, None))
     assert starts[-1]["image"] is None
-    refuse_other_image(starts)
+    refuse_other_image(starts, current_image())
     _start_in(monkeypatch, "b" * 64)
     with pytest.raises(UsageError, match=f"sha256 {'a' * 64}.*sha256 {'b' * 64}.*`--allow-image-change`"):
-        refuse_other_image(starts)
+        refuse_other_image(starts, current_image())
 
 
 @pytest.mark.slow

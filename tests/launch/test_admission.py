@@ -1,0 +1,106 @@
+"""What is refused before anything is queued: images that no job could use, or that a run was not trained in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.run import Run
+from tests.launch.support import ROOT, SITE, FakeSlurm, submit, write_files
+from tests.launch.test_image import HERE, sif
+
+OTHER_ARCHITECTURE = b"11"
+# A runtime that finds the command `pipeline` in any image, and one that finds it in none.
+APPTAINERS = {"whole": "#!/bin/sh\n", "bare": "#!/bin/sh\nexit 127\n"}
+IMAGES = {
+    "missing": (None, "whole", "does not exist; build it with `pipeline image build`"),
+    "damaged": (b"no image", "whole", "is no SIF file, or a damaged one"),
+    "of another machine": (OTHER_ARCHITECTURE, "whole", "is built for s390x, and this machine is"),
+    "somebody else's": (HERE, "bare", "holds no command `pipeline`; build an image with `pipeline image build`"),
+    "without a runtime": (HERE, None, "is not there on"),
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_an_image_that_no_job_could_use_is_refused_before_anything_is_queued(
+    tmp_path: Path, slurm: FakeSlurm, kind: str
+):
+    image, runtime, expected = IMAGES[kind]
+    site = _contained(tmp_path, slurm, image, runtime)
+    write_files(tmp_path, site=site)
+    done = submit(tmp_path, slurm, "container.image=image.sif")
+    assert done.status == 2
+    assert expected in done.err and "nothing was submitted" in done.err
+    assert done.err.count("error:") == 1 and "Traceback" not in done.err
+    assert not slurm.calls("sbatch") and not (tmp_path / "runs").exists()
+
+
+def test_a_runtime_that_the_job_loads_need_not_be_here_and_the_file_is_judged_all_the_same(
+    tmp_path: Path, slurm: FakeSlurm
+):
+    site = {**_contained(tmp_path, slurm, HERE, None), "modules": ["apptainer"]}
+    write_files(tmp_path, site=site)
+    assert submit(tmp_path, slurm, "container.image=image.sif").status == 0
+    done = submit(tmp_path, slurm, "name=other", "container.image=not-there.sif")
+    assert done.status == 2 and "does not exist" in done.err
+
+
+def test_another_image_than_the_runs_is_refused_until_it_is_allowed(tmp_path: Path, slurm: FakeSlurm, monkeypatch):
+    write_files(tmp_path, site=_contained(tmp_path, slurm, HERE, "whole"))
+    monkeypatch.chdir(tmp_path)
+    run = Run(Path("runs/tiny"))
+    run.path.mkdir(parents=True)
+    run.add_provenance({"image": {"path": "/images/before.sif", "sha256": "a" * 64, "code": "image"}})
+    done = submit(tmp_path, slurm, "container.image=image.sif")
+    assert done.status == 2 and not slurm.calls("sbatch")
+    assert "/images/before.sif" in done.err and "--allow-image-change" in done.err
+
+    done = submit(tmp_path, slurm, "container.image=image.sif", "--allow-image-change")
+    assert done.status == 0, done.err
+    [task] = json.loads((run.launch / "train.json").read_text())["tasks"]
+    assert task["commands"] == [["train", str(run.config_file), "--allow-image-change"]]
+
+
+def test_a_node_without_the_runtime_is_one_message_in_the_log_of_the_rank(tmp_path: Path, slurm: FakeSlurm):
+    site = {**_contained(tmp_path, slurm, HERE, None), "modules": ["apptainer"]}
+    write_files(tmp_path, site=site)
+    assert submit(tmp_path, slurm, "container.image=image.sif").status == 0
+    rank = {
+        "SLURM_JOB_ID": "102",
+        "SLURM_PROCID": "0",
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_ID": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from pipeline.launch.job import run_rank; run_rank('runs/tiny/launch/train.json')"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), **rank}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr == ""
+    [log] = (tmp_path / "runs" / "tiny" / "logs").rglob("*rank_0.log")
+    [line] = log.read_text().splitlines()
+    assert line.startswith("pipeline: error: container.command: ") and "load its module (`modules`" in line
+
+
+def _contained(folder: Path, slurm: FakeSlurm, image: bytes | None, runtime: str | None) -> dict[str, Any]:
+    """A site whose Apptainer is a script; `image.sif` has the given content, or is not there."""
+    if image in (HERE, OTHER_ARCHITECTURE):
+        sif(folder / "image.sif", image)
+    elif image is not None:
+        (folder / "image.sif").write_bytes(image)
+    command = slurm.folder / "apptainer"
+    if runtime is not None:
+        command.write_text(APPTAINERS[runtime])
+        command.chmod(0o755)
+    return {**SITE, "container": {"command": str(command)}}
