@@ -92,7 +92,7 @@ def logs(
 
     run = open_run(run_folder)
     if follow:
-        pieces = job_logs.follow(run, rank, lambda: statuses([run])[0].state not in ("queued", "running"))
+        pieces = job_logs.follow(run, rank, lambda: statuses([run])[0].state not in ("queued", "running", "unknown"))
     else:
         pieces = job_logs.printed(run, rank)
     for piece in pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from pipeline.run import Run
 
 _NAME = re.compile(r"attempt_(\d+)_rank_(\d+)\.log$")
 _POLL_S = 0.5
+# Slurm's controller serves everybody.
+_ASK_S = 5.0
 # submitit's own lines in the file that holds Slurm's messages.
 _CHATTER = re.compile(r"^submitit (INFO|WARNING)|^\s*$")
 
@@ -74,8 +77,11 @@ def follow(run: Run, rank: int, ended: Callable[[], bool]) -> Iterator[str]:
     """
     positions: dict[Path, int] = {}
     current: Path | None = None
+    asked = -math.inf
     while True:
-        last_round = ended()
+        last_round = False
+        if time.monotonic() - asked >= _ASK_S:
+            asked, last_round = time.monotonic(), ended()
         for file in log_files(run, rank):
             with file.path.open("rb") as source:
                 source.seek(positions.get(file.path, 0))

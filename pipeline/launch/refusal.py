@@ -30,8 +30,8 @@ _RULES = (
     _Rule("gres|gpu", "{stage}.gpus_per_node", "GPUs here: `sinfo --format '%P %N %G'` (gpu_request and gpu_type too)"),
     _Rule(
         "node configuration|node count|processors|cpu count|partitionnodelimit|nodes? required",
-        "{stage}.nodes" + ", tasks_per_node, cpus_per_task",
-        "nodes and cores here: `sinfo --format '%P %D %c'`",
+        "{stage}.nodes" + ", tasks_per_node, cpus_per_task, gpus_per_node",
+        "nodes, cores and GPUs here: `sinfo --format '%P %D %c %G'`",
     ),
     _Rule("dependency", "the chain", "a job it waits for is gone; submit again"),
 )

@@ -19,11 +19,12 @@ from pipeline.tracking import journal
 from pipeline.tracking.goodput import goodput
 from pipeline.tracking.sync import is_alive
 
-State = Literal["queued", "running", "finished", "cancelled", "failed", "stopped"]
+State = Literal["queued", "running", "finished", "cancelled", "failed", "stopped", "unknown"]
 
 # Where the last logged step is looked for: lines are about 400 bytes.
 _TAIL_BYTES = 1 << 16
-_LAUNCHER_ENDS = ("gave_up", "cancelled", "failed", "preempted", "finished")
+# `requeued` is no end: what was said before it does not hold any more.
+_LAUNCHER_ENDS = ("gave_up", "cancelled", "failed", "preempted", "requeued", "finished")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class RunStatus:
 
     Attributes:
         run: Its folder.
-        state: In one word; `stopped` goes on when it is submitted or started again.
+        state: In one word; `stopped` goes on when it is submitted or started again; `unknown` where Slurm does not
+            answer and the run folder does not tell.
         reason: Why it waits, failed or stopped; empty if there is nothing to say.
         stage: What runs, waits or failed; empty where there is no job.
         job: Its Slurm job; None for a run that is trained here.
@@ -105,15 +107,17 @@ def statuses(runs: Sequence[Run]) -> list[RunStatus]:
     return [_status(run, _known(run, chains[run.path], infos)) for run in runs]
 
 
-def _ask_slurm(jobs: Sequence[Job]) -> dict[str, JobInfo]:
-    """What Slurm knows of these jobs; nothing where it is not there or does not answer."""
-    if not jobs or not slurm.installed():
+def _ask_slurm(jobs: Sequence[Job]) -> dict[str, JobInfo] | None:
+    """What Slurm knows of these jobs; None where it is not there or does not answer."""
+    if not jobs:
         return {}
+    if not slurm.installed():
+        return None
     try:
         infos = slurm.queued(job.id for job in jobs)
     except slurm.SlurmError as error:
         print(f"pipeline: {error}; what follows is from the run folder alone", file=sys.stderr)
-        return {}
+        return None
     gone = [job for job in jobs if not any(_belongs(info, job) for info in infos.values())]
     for accounting in (True, False):
         infos |= slurm.ended([job.id for job in gone if job.accounting is accounting], accounting)
@@ -124,7 +128,12 @@ def _belongs(info: JobInfo, job: Job) -> bool:
     return info.id == job.id or slurm.base(info.id) == job.id
 
 
-def _known(run: Run, chain: Sequence[Job], infos: dict[str, JobInfo]) -> _Known:
+def _known(run: Run, chain: Sequence[Job], infos: dict[str, JobInfo] | None) -> _Known:
+    newest = chain[-1] if chain else None
+    if newest is None:
+        return _from_folder(run, None) or _Known("stopped", "its process ended without a word")
+    if infos is None:
+        return _from_folder(run, newest) or _Known("unknown", "Slurm does not answer here", newest.stage, newest.id)
     of_job = {job.id: [info for info in infos.values() if _belongs(info, job)] for job in chain}
     active = [(job, info) for job in chain for info in of_job[job.id] if info.active]
     for job, info in active:
@@ -139,13 +148,14 @@ def _known(run: Run, chain: Sequence[Job], infos: dict[str, JobInfo]) -> _Known:
                 return _Known("cancelled", _said(run, ("gave_up",)), job.stage, info.id, info.nodes)
             if info.state != "COMPLETED":
                 return _Known("failed", _said(run, ("gave_up", "failed")) or info.state, job.stage, info.id, info.nodes)
-    if chain and all(of_job[job.id] for job in chain):
-        return _Known("finished", stage=chain[-1].stage, job=chain[-1].id)
-    return _from_folder(run, chain[-1] if chain else None)
+    if all(of_job[job.id] for job in chain):
+        return _Known("finished", stage=newest.stage, job=newest.id)
+    gone = _Known("stopped", "its jobs are not in the queue any more", newest.stage, newest.id)
+    return _from_folder(run, newest) or gone
 
 
-def _from_folder(run: Run, job: Job | None) -> _Known:
-    """What the run folder alone tells: on a machine without Slurm, or about jobs that Slurm has forgotten."""
+def _from_folder(run: Run, job: Job | None) -> _Known | None:
+    """What the run folder alone tells, on a machine without Slurm, or about jobs that Slurm has forgotten; or None."""
     stage, job_id = (job.stage, job.id) if job else ("", None)
     if is_alive(run):
         return _Known("running", stage="train", job=job_id)
@@ -161,9 +171,7 @@ def _from_folder(run: Run, job: Job | None) -> _Known:
         return _Known("failed", _said(run, (kind,)), stage, job_id)
     if kind == "preempted":
         return _Known("stopped", "everything is saved; the same command goes on", stage, job_id)
-    if job is not None:
-        return _Known("stopped", "its jobs are not in the queue any more", stage, job_id)
-    return _Known("stopped", "its process ended without a word", stage, job_id)
+    return None
 
 
 def _status(run: Run, known: _Known) -> RunStatus:

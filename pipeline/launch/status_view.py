@@ -15,7 +15,7 @@ from pipeline.train.progress import duration, short
 
 _COLOURS = {
     "queued": "yellow", "running": "green", "finished": "blue", "cancelled": "magenta", "failed": "red",
-    "stopped": "yellow",
+    "stopped": "yellow", "unknown": "yellow",
 }  # fmt: skip
 _WATCH_S = 5.0
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from slurm.devcluster import cluster as devcluster
+from slurm.devcluster import services
 from slurm.devcluster.hosts import environment, run_on
 from slurm.devcluster.settings import Settings, load, state_folder
 
@@ -136,6 +138,16 @@ class Cluster:
     def restart_controller(self) -> None:
         """Ends slurmctld and starts it again."""
         devcluster.restart_controller(self.settings)
+
+    @contextlib.contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """Ends slurmctld, and starts it again afterwards."""
+        services.stop_controller(self.settings)
+        try:
+            yield
+        finally:
+            services.start_controller(self.settings)
+            services.wait_for_nodes(self.settings, self.nodes)
 
 
 def open_cluster(state: Path, work: Path) -> Cluster:

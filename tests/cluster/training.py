@@ -16,7 +16,7 @@ from pipeline.checkpoint.layout import Manifest, step_name
 from pipeline.launch import records
 from pipeline.run import Run
 from tests import experiment
-from tests.cluster.support import ENDED, ROOT, Cluster, wait_until
+from tests.cluster.support import ENDED, ROOT, Cluster, pipeline, wait_until
 
 STEPS = 400
 CHECKPOINT_INTERVAL = 50
@@ -41,6 +41,7 @@ class Training:
         config: Its config file.
         site: The site file.
         overrides: Dotted ones.
+        checkout: Whose code is submitted.
     """
 
     cluster: Cluster
@@ -48,18 +49,25 @@ class Training:
     config: Path
     site: Path
     overrides: tuple[str, ...]
+    checkout: Path = ROOT
 
     def submit(self) -> str:
         """Submits all stages that are not done; returns what was printed."""
-        done = self.pipeline("submit", str(self.config), "--site", str(self.site), *self.overrides)
+        done = self.try_to_submit()
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def pipeline(self, *args: str) -> subprocess.CompletedProcess[str]:
-        """Runs the command line of this checkout in a shell of the cluster."""
+    def try_to_submit(self) -> subprocess.CompletedProcess[str]:
+        """Like `submit`, where a refusal is what is looked for."""
+        submission = ("submit", str(self.config), "--site", str(self.site), *self.overrides)
+        return self.pipeline(*submission, checkout=self.checkout)
+
+    def pipeline(self, *args: str, checkout: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        """Runs the command line of a checkout, this one by default, in a shell of the cluster."""
         return subprocess.run(
             [sys.executable, "-m", "pipeline", *args],
-            cwd=ROOT, env=self.cluster.env, capture_output=True, text=True, timeout=60,
+            cwd=checkout, env={**self.cluster.env, "PYTHONPATH": str(checkout)},
+            capture_output=True, text=True, timeout=120,
         )  # fmt: skip
 
     def job(self, stage: records.Stage) -> str:
@@ -102,21 +110,32 @@ class Training:
         return "\n".join([self.cluster.run("squeue", check=False), *parts])
 
 
-def start(cluster: Cluster, name: str, *overrides: str, **site: Any) -> Training:
-    """Submits a run of the small experiment.
+def start(cluster: Cluster, name: str, *overrides: str, checkout: Path = ROOT, **site: Any) -> Training:
+    """Submits a run of the small experiment, as `describe` describes it."""
+    training = describe(cluster, name, *overrides, checkout=checkout, **site)
+    training.submit()
+    return training
+
+
+def describe(cluster: Cluster, name: str, *overrides: str, checkout: Path = ROOT, **site: Any) -> Training:
+    """The files of a run of the small experiment, which is not submitted yet.
 
     Args:
         cluster: Where.
         name: Of the run.
         overrides: Dotted ones, after the experiment's own.
+        checkout: Whose code is submitted.
         site: Values that replace those of the site file; a mapping is merged.
     """
     config = experiment.write_experiment(cluster.work, cluster.work / "runs", name)
-    training = Training(
-        cluster, cluster.work / "runs" / name, config, _site_file(cluster, name, site), (*_OVERRIDES, *overrides)
-    )
-    training.submit()
-    return training
+    site_file = _site_file(cluster, name, site)
+    return Training(cluster, cluster.work / "runs" / name, config, site_file, (*_OVERRIDES, *overrides), checkout)
+
+
+def prepare(cluster: Cluster) -> None:
+    """Prepares the data of all runs in this working folder, here and now."""
+    config = experiment.write_experiment(cluster.work, cluster.work / "runs", "prepared")
+    pipeline("prepare", str(config))
 
 
 def assert_same_training(run: Path, reference: Path) -> None:
