@@ -113,7 +113,8 @@ class Bench:
         self.engine = Engine(self.model, self.config, World(), torch.device("cpu"))
         self.tokens = torch.randint(0, self.config.model.vocab_size, (BATCH, CONTEXT + 1))
         begin_attempt(self.folder, "bench")
-        self.saver = CheckpointSaver(self.folder, Writer(0, 1, 0, "bench"), self.config.checkpoint, lambda saved: None)
+        writer = Writer(0, 1, 0, "bench", torch.distributed.HashStore())
+        self.saver = CheckpointSaver(self.folder, writer, self.config.checkpoint, lambda saved: None)
         self.saves = 0
 
     def step(self, before_step: Callable[[], object]) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.layout import Manifest, rank_file, step_name
@@ -23,7 +24,6 @@ from pipeline.files import fsync_file, publish_dir, sha256_file, write_json, wri
 ATTEMPT_FILE = ".attempt"
 
 _PART_SUFFIX = ".part.json"
-_FAILED_SUFFIX = ".failed"
 _POLL_S = 0.02
 
 
@@ -36,12 +36,15 @@ class Writer:
         world_size: Number of processes.
         zero_stage: The ZeRO stage of the fragments.
         attempt: Names this start of the run; an earlier one that still runs somewhere cannot publish any more.
+        store: Shared by all ranks of this start. By it a rank says that it failed: a disk that takes no file takes no
+            message either, and rank 0 would wait for it in vain.
     """
 
     rank: int
     world_size: int
     zero_stage: int
     attempt: str
+    store: Store
 
 
 class RankFailed(CheckpointError):
@@ -49,7 +52,7 @@ class RankFailed(CheckpointError):
 
 
 class Draft:
-    """One save's hidden folder; ranks tell each other by files in it, for a thread must not meet collectives.
+    """One save's hidden folder; rank 0 finds the others' files in it, for a thread must not meet collectives.
 
     Args:
         checkpoints: The folder of the run's checkpoints.
@@ -64,6 +67,7 @@ class Draft:
         self._writer = writer
         self._step = step
         self._folder = checkpoints / f".{step_name(step)}.{writer.attempt}.{number}.tmp"
+        self._failure = f"checkpoint/{writer.attempt}/{number}/failed"
 
     def check_space(self, own_bytes: int) -> None:
         """Looks whether all ranks' files fit, each of about `own_bytes`.
@@ -125,9 +129,8 @@ class Draft:
         names = [rank_file(rank) for rank in range(self._writer.world_size)]
         deadline = time.monotonic() + timeout_s
         while True:
-            for name in names:
-                if (temp / (name + _FAILED_SUFFIX)).exists():
-                    raise RankFailed((temp / (name + _FAILED_SUFFIX)).read_text())
+            if self._writer.store.check([self._failure]):
+                raise RankFailed(self._writer.store.get(self._failure).decode())
             if all((temp / (name + _PART_SUFFIX)).exists() for name in names):
                 return [json.loads((temp / (name + _PART_SUFFIX)).read_bytes()) for name in names]
             if time.monotonic() > deadline:
@@ -143,10 +146,10 @@ class Draft:
         if self._writer.rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
             return problem
-        # A full disk has no room for this file either, unless what was written so far goes first.
         with contextlib.suppress(OSError):
             (self._folder / rank_file(self._writer.rank)).unlink(missing_ok=True)
-            write_text(self._folder / (rank_file(self._writer.rank) + _FAILED_SUFFIX), problem)
+        with contextlib.suppress(RuntimeError):  # the store is gone with rank 0, and nobody waits any more
+            self._writer.store.set(self._failure, problem)
         return problem
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
 from pipeline.train.world import World
 
@@ -46,6 +46,11 @@ def _destroy_process_group() -> None:
         return
     comm.destroy_process_group()
     setattr(comm, "cdb", None)  # noqa: B010 - a global of a module that is not typed
+
+
+def store() -> Store:
+    """What all ranks write to and read from without a collective, in any thread, as long as the group is there."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def broadcast(value: T, world: World) -> T:

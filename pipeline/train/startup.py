@@ -80,7 +80,7 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
         engine=engine,
         saver=CheckpointSaver(
             run.checkpoints,
-            Writer(world.rank, world.size, train.zero_stage, attempt),
+            Writer(world.rank, world.size, train.zero_stage, attempt, ranks.store()),
             config.checkpoint,
             lambda saved: session.report_save(saved),
         ),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import HashStore
 
 from pipeline.checkpoint.draft import Writer
 from pipeline.checkpoint.host_copy import OwnedFragment
@@ -14,6 +15,9 @@ from pipeline.checkpoint.write import CheckpointSaver, Saved
 from pipeline.config import CheckpointConfig
 
 NUMEL = 1000
+
+# One a folder: the savers of several ranks share it.
+_STORES: dict[Path, HashStore] = {}
 
 
 def fragments(value: float, rank: int = 0, world_size: int = 1, numel: int = NUMEL) -> list[OwnedFragment]:
@@ -27,7 +31,7 @@ def saver(
     folder: Path, reports: list[Saved], rank: int = 0, world_size: int = 1, attempt: str = "a1", **config: Any
 ) -> CheckpointSaver:
     """A saver of this rank that appends what it reports."""
-    writer = Writer(rank, world_size, 0, attempt)
+    writer = Writer(rank, world_size, 0, attempt, _STORES.setdefault(folder, HashStore()))
     return CheckpointSaver(folder, writer, CheckpointConfig(**config), reports.append)
 
 

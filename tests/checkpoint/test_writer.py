@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import pipeline.files
 from pipeline.checkpoint import draft
 from pipeline.checkpoint.draft import begin_attempt
 from pipeline.checkpoint.layout import published
@@ -127,8 +128,15 @@ def test_an_unforeseen_error_is_reported_and_never_swallowed(folder: Path, monke
     assert [(r.path, r.error) for r in reports] == [(None, "something new")]
 
 
-def test_a_rank_that_fails_is_named_and_nothing_is_published(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = safetensors.torch.save_file
+def test_a_rank_whose_disk_takes_nothing_is_named_and_nothing_is_published(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, real_write = safetensors.torch.save_file, pipeline.files.write_bytes
+
+    def second_writes_nothing(path: Path, content: bytes) -> None:
+        if path.name.startswith("rank_00001"):
+            raise OSError(30, "Read-only file system")
+        real_write(path, content)
 
     def second_fails(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if path.name.startswith("rank_00001"):
@@ -136,6 +144,7 @@ def test_a_rank_that_fails_is_named_and_nothing_is_published(folder: Path, monke
         real(tensors, path)
 
     monkeypatch.setattr(safetensors.torch, "save_file", second_fails)
+    monkeypatch.setattr(pipeline.files, "write_bytes", second_writes_nothing)
     reports: list[Saved] = []
     both = [saver(folder, reports, rank, 2) for rank in range(2)]
     for rank, one in enumerate(both):

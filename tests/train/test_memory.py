@@ -73,7 +73,7 @@ def save_state(world: World, config_file: str, folder: str, stage: int) -> None:
     if world.is_first:
         begin_attempt(Path(folder), "a")
     ranks.barrier(world)
-    writer = Writer(world.rank, world.size, stage, "a")
+    writer = Writer(world.rank, world.size, stage, "a", ranks.store())
     saver = CheckpointSaver(Path(folder), writer, CheckpointConfig(), reports.append)
     saver.save(1, engine.fragments(), {"optimizer_steps": 1})
     saver.wait()
