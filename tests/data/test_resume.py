@@ -160,7 +160,8 @@ def test_kill_9_at_twenty_random_moments_gives_the_same_bytes(whole: tuple[Path,
     left_behind = []
     for moment in moments:
         part = rng.choice([[], [], ["--slice", "1/2"], ["--slice", "2/2"]])
-        while not _killed(command + part, out, moment, rng.uniform(0, 0.03)):
+        # A kill between the manifest and the end of the process comes too late as well.
+        while not _killed(command + part, out, moment, rng.uniform(0, 0.03)) or (out / "manifest.json").exists():
             assert _published(out) >= moment or part, "ended by itself, long before"
             part = []
             if (out / "manifest.json").exists():  # too late by a hair: take some of the work away again
@@ -168,7 +169,6 @@ def test_kill_9_at_twenty_random_moments_gives_the_same_bytes(whole: tuple[Path,
                 for lost in sorted((out / "slices").iterdir())[moment // 2 :]:
                     shutil.rmtree(lost)
         left_behind.append(len(list(out.rglob(".*.tmp"))))
-        assert not (out / "manifest.json").exists()
     assert sum(count > 0 for count in left_behind) > 5  # in the middle of writing
     subprocess.run(command, check=True, capture_output=True)
     assert dataset_digest(out) == digests

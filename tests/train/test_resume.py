@@ -71,8 +71,9 @@ def test_a_swapped_dataset_is_refused(lab: Lab, tmp_path: Path) -> None:
     run = lab.train("swapped", 1, 0, **{"train.max_iters": 2, "data.path": str(tokens)})
     before = [f.name for f in published(run / "checkpoints")]
 
-    (tmp_path / "other.txt").write_text("A different text of peace and war and of the law of the people. " * 400)
-    sources = [{"name": s, "paths": [str(tmp_path / "other.txt")], "split": s} for s in ("train", "validation")]
+    sources = [{"name": s, "paths": [str(tmp_path / f"{s}.txt")], "split": s} for s in ("train", "validation")]
+    for source in sources:
+        Path(source["paths"][0]).write_text("A different text of peace and war and of the law of the people. " * 400)
     other = lab.config("swapped", **{"data.path": str(tokens), "data.sources": sources})
     shutil.rmtree(tokens)
     processes.run(["prepare", str(other)], 1, tmp_path / "prepare.log")
