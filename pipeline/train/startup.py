@@ -29,6 +29,7 @@ from pipeline.train.engine import Engine
 from pipeline.train.guard import Guard
 from pipeline.train.hardware import pick_device
 from pipeline.train.peers import Peers
+from pipeline.train.preflight import preflight
 from pipeline.train.progress import Progress
 from pipeline.train.recover import Recovery, find_checkpoint
 from pipeline.train.session import Session
@@ -59,6 +60,7 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
         batch_size=train.batch_size,
     )  # fmt: skip
     run = _shared_run(config, world, allow_image_change)
+    preflight(config, world, device, run, data["train"].manifest.digest)
     torch.manual_seed(train.seed)
     engine = Engine(TransformerLM(**config.model.model_dump()), config, world, device)
     recovery = find_checkpoint(run.checkpoints, world)

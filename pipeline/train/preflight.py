@@ -1,0 +1,179 @@
+"""What the ranks check before the first step, in a fraction of a second: a bad node is named, and the job ends at once.
+
+Without it a broken device, a node that cannot reach the others or a wrong clock shows after minutes, as a timeout of
+some collective that names nobody.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import statistics
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pipeline.checkpoint.layout import KEYS
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+from pipeline.model.flops import num_parameters
+from pipeline.provenance import IMAGE_SHA256_VARIABLE
+from pipeline.run import Run
+from pipeline.tracking import journal
+from pipeline.train import ranks
+from pipeline.train.world import World
+
+# Ranks have met just before; one that needs longer than this hangs.
+MEET_LIMIT_S = 60.0
+# Deadlines and the times of events are compared between nodes.
+MOST_SKEW_S = 5.0
+
+_SIZE = 256
+_SLOWEST_S = 10.0
+_POLL_S = 0.01
+_ELEMENTS = 1 << 18  # a megabyte: more than fits a message that needs no real transfer
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank found and knows.
+
+    Attributes:
+        host: Its node, by Slurm's name for it where there is one.
+        faults: What is wrong with its node.
+        problems: What is wrong, but would be the same on another node.
+        clock: Unix seconds at a moment that all ranks share.
+        image: SHA-256 of the image it runs in; empty outside.
+        dataset: Digest of the data it opened.
+    """
+
+    host: str
+    faults: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    clock: float = 0.0
+    image: str = ""
+    dataset: str = ""
+
+
+def preflight(config: Config, world: World, device: torch.device, run: Run, dataset: str) -> None:
+    """Checks this rank's device, the network, disk, clocks and digests, together with all ranks.
+
+    Args:
+        config: The experiment.
+        world: This process's place.
+        device: Where it trains.
+        run: The run; its folder exists.
+        dataset: Digest of the manifest this rank has read.
+
+    Raises:
+        PipelineError: Something is wrong; the message is the same on all ranks and names node and rank. A fault of a
+            node is also recorded as the event `bad_node`, so that a retry can keep away from it.
+    """
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    store = ranks.store()
+    store.set(f"preflight/{world.rank}", host)  # known to the others even if the device never answers
+    faults = _device_faults(device)
+    problems = _disk_problems(config, run)
+    missing = _meet(world)
+    if not missing:
+        faults += _network_faults(world, device)
+        report = Report(
+            host, faults, problems, time.time(), os.environ.get(IMAGE_SHA256_VARIABLE, ""), dataset
+        )  # fmt: skip
+        _judge(ranks.gather(report, world), world, run)
+        return
+    hosts = {rank: store.get(f"preflight/{rank}").decode() for rank in missing}
+    what = f"did not get through its checks in {MEET_LIMIT_S:.0f} s (its device or its network hangs)"
+    _refuse(world.rank == min(set(range(world.size)) - set(missing)), run, {r: (hosts[r], what) for r in missing}, [])
+
+
+def _device_faults(device: torch.device) -> list[str]:
+    """Multiplies small matrices of whole numbers, whose product is exact in any order of summation."""
+    began = time.monotonic()
+    rows = torch.arange(_SIZE).unsqueeze(1)
+    a, b = (rows * 7 + rows.T * 3) % 5 - 2, (rows * 5 + rows.T * 11) % 7 - 3
+    try:
+        found = (a.float().to(device) @ b.float().to(device)).cpu()
+    except RuntimeError as error:
+        return [f"{device} cannot multiply matrices: {str(error).splitlines()[0]}"]
+    wrong = int((found != (a @ b).float()).sum())
+    if wrong:
+        return [f"{device} multiplies matrices wrongly: {wrong} of {found.numel()} elements"]
+    seconds = time.monotonic() - began
+    return [f"{device} took {seconds:.0f} s for a small product of matrices"] if seconds > _SLOWEST_S else []
+
+
+def _disk_problems(config: Config, run: Run) -> list[str]:
+    model = config.model
+    needed = 4 * len(KEYS) * num_parameters(model.vocab_size, model.d_model, model.num_layers, model.d_ff)
+    free = shutil.disk_usage(run.path).free
+    if free >= needed:
+        return []
+    return [
+        f"{run.path}: {free / 1e9:.2f} GB are free, and a checkpoint needs {needed / 1e9:.2f} GB; make room, "
+        "or choose another runs_dir"
+    ]
+
+
+def _meet(world: World) -> list[int]:
+    """Waits until all ranks have come through their own checks; those that have not in time."""
+    store = ranks.store()
+    store.set(f"preflight/{world.rank}/ready", "")
+    store.add("preflight/ready", 1)
+    deadline = time.monotonic() + MEET_LIMIT_S
+    while store.add("preflight/ready", 0) < world.size:
+        if time.monotonic() > deadline:
+            return [rank for rank in range(world.size) if not store.check([f"preflight/{rank}/ready"])]
+        time.sleep(_POLL_S)
+    return []
+
+
+def _network_faults(world: World, device: torch.device) -> list[str]:
+    """Sums a megabyte over all ranks, with a time limit."""
+    if world.size == 1:
+        return []
+    ones = torch.ones(_ELEMENTS, device=device)
+    try:
+        work = dist.all_reduce(ones, async_op=True)
+        assert work is not None
+        work.wait(timedelta(seconds=MEET_LIMIT_S))
+    except RuntimeError as error:
+        raise PipelineError(
+            f"rank {world.rank} on {socket.gethostname()}: a sum over all ranks failed: {str(error).splitlines()[0]}; "
+            "look at the network between the nodes (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+        ) from error
+    wrong = int((ones != world.size).sum())
+    return [f"a sum over all ranks is wrong in {wrong} of {_ELEMENTS} elements"] if wrong else []
+
+
+def _judge(reports: list[Report], world: World, run: Run) -> None:
+    bad = {rank: (r.host, "; ".join(r.faults)) for rank, r in enumerate(reports) if r.faults}
+    middle = statistics.median(r.clock for r in reports)
+    for rank, report in enumerate(reports):
+        skew = report.clock - middle
+        if abs(skew) > MOST_SKEW_S and rank not in bad:
+            bad[rank] = report.host, f"its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}"
+    problems = list(dict.fromkeys(p for r in reports for p in r.problems))
+    for what, values in (("image", [r.image for r in reports]), ("dataset", [r.dataset for r in reports])):
+        usual = statistics.mode(values)
+        problems += [
+            f"rank {rank} on {reports[rank].host} has another {what}: {value[:12] or 'none'}, "
+            f"not {usual[:12] or 'none'}"
+            for rank, value in enumerate(values)
+            if value != usual
+        ]
+    if bad or problems:
+        _refuse(world.is_first, run, bad, problems)
+
+
+def _refuse(records: bool, run: Run, bad: dict[int, tuple[str, str]], problems: list[str]) -> None:
+    """Ends this rank with the message that all show; one of them records the nodes."""
+    if bad and records:
+        nodes = sorted({host for host, _ in bad.values()})
+        journal.append_event(run.events_file, "bad_node", nodes=nodes, problems=[what for _, what in bad.values()])
+    lines = [*(f"rank {rank} on {host}: {what}" for rank, (host, what) in bad.items()), *problems]
+    raise PipelineError("\n  ".join(["preflight: training was not started:", *lines]))
