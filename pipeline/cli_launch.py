@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import UsageError
+from pipeline.errors import EXIT_FAILED, UsageError
 
 if TYPE_CHECKING:
     from pipeline.launch.status import RunStatus
@@ -109,6 +109,30 @@ def cancel(run_folders: Annotated[list[str], typer.Argument(metavar="RUN...", he
     for run in [open_run(folder) for folder in run_folders]:
         ids = cancel_run(run)
         print(f"{run.path}: " + (f"cancelled job {', '.join(ids)}" if ids else "nothing of it is in the queue"))
+
+
+@app.command()
+def check(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    site_file: Annotated[
+        str | None, typer.Option("--site", metavar="SITE", help="The cluster's YAML file; this machine without it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, for programs.")] = False,
+) -> None:
+    """Say whether a config will work: memory, disk, data, devices, Slurm, image; exit status 1 if not."""
+    from rich.console import Console
+
+    from pipeline.launch.check import check as run_checks
+    from pipeline.launch.check_view import print_checks
+
+    found = run_checks(config_file, site_file, overrides or ())
+    if as_json:
+        print(json.dumps([one.to_json() for one in found], indent=2))
+    else:
+        print_checks(found, Console(highlight=False))
+    if any(one.status == "failed" for one in found):
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()

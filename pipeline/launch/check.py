@@ -1,0 +1,181 @@
+"""`pipeline check`: whether a config will work here, or at a site, before anybody waits for it. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import pipeline
+from pipeline.config import Config
+from pipeline.config_load import load_config
+from pipeline.data.manifest import MANIFEST, Manifest
+from pipeline.data.sources import find_files
+from pipeline.errors import PipelineError
+from pipeline.launch.binds import check_visible
+from pipeline.launch.container import container_argv, container_environment
+from pipeline.launch.image import check_image, runtime_problem
+from pipeline.launch.memory import checkpoint_bytes, process_memory
+from pipeline.launch.plan import fits_device, needed_bytes
+from pipeline.launch.site import Site, SiteContainer
+from pipeline.launch.site_load import load_site
+from pipeline.run import Run, run_for
+from pipeline.train.devices import GIB, device_named
+
+Status = Literal["ok", "warning", "failed"]
+_NODE_TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What.
+        status: `failed` keeps the work from being done; a `warning` may.
+        found: The figure or the fact.
+        cure: What to change; empty where nothing need be.
+    """
+
+    name: str
+    status: Status
+    found: str
+    cure: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def check(config_file: str, site_file: str | None, overrides: Sequence[str]) -> list[Check]:
+    """All checks of a config, on this machine or for a site.
+
+    Raises:
+        ConfigError: Everything that is wrong with the config or the site file.
+    """
+    site = load_site(site_file) if site_file else None
+    world = site.train.nodes * site.train.tasks_per_node if site else 1
+    config = load_config(config_file, overrides, world_size=world)
+    run = run_for(config)
+    found = [Check("config", "ok", f"valid for {world} process{'es' if world > 1 else ''}")]
+    found += [_memory(config, site), _disk(config), _data(config)]
+    if site is not None:
+        from pipeline.launch.check_slurm import check_slurm
+
+        found += check_slurm(config, site, run)
+    container = site.container if site else SiteContainer()
+    return found + _container(config, container, run) + _node(config, container, run)
+
+
+def _memory(config: Config, site: Site | None) -> Check:
+    world = site.train.nodes * site.train.tasks_per_node if site else 1
+    on_cpu = config.train.device == "cpu" or (site is not None and not site.train.gpus_per_node)
+    memory = process_memory(config, world, on_cpu=on_cpu)
+    needs = f"{needed_bytes(memory) / GIB:.2f} GiB a process at its peak ({memory.moment})"
+    limit, of = _memory_limit(site, on_cpu)
+    if limit is None:
+        return Check("memory", "ok", f"{needs}; {of}")
+    if fits_device(memory, limit):
+        return Check("memory", "ok", f"{needs}, of {limit:.1f} GiB {of}")
+    cure = "raise train.zero_stage, set train.activation_checkpointing, or lower train.micro_batch_size"
+    return Check("memory", "failed", f"{needs}, and there are {limit:.1f} GiB {of}", cure)
+
+
+def _memory_limit(site: Site | None, on_cpu: bool) -> tuple[float | None, str]:
+    """GiB that a process may take, and what of; None where it is not known."""
+    if site is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, "of this machine"
+    if on_cpu:
+        if site.train.mem_gb is None:
+            return None, "the site sets no train.mem_gb to compare with"
+        return site.train.mem_gb / site.train.tasks_per_node, "by train.mem_gb of the site"
+    if site.gpu_type is None:
+        return None, "the site names no gpu_type to compare with"
+    try:
+        return device_named(site.gpu_type).memory_gib, f"of a {site.gpu_type}"
+    except PipelineError:
+        return None, f"the memory of a {site.gpu_type} is not known here"
+
+
+def _disk(config: Config) -> Check:
+    keep, train = config.checkpoint, config.train
+    # One more is being written while the oldest is still there.
+    kept = keep.keep_last + 1 + keep.keep_best + (train.max_iters // keep.keep_every if keep.keep_every else 0)
+    kept = min(kept, -(-train.max_iters // train.checkpoint_interval) + 1)
+    needed = kept * checkpoint_bytes(config) / 1e9
+    place = _nearest(Path(config.runs_dir))
+    free = shutil.disk_usage(place).free / 1e9
+    found = f"{kept} checkpoints take {needed:.2f} GB, {free:.1f} GB are free at {place}"
+    if needed <= free:
+        return Check("disk", "ok", found)
+    return Check("disk", "failed", found, "make room, choose another runs_dir, or keep fewer checkpoints")
+
+
+def _data(config: Config) -> Check:
+    folder = Path(config.data.path)
+    if not (folder / MANIFEST).exists():
+        try:
+            files = [file for source in config.data.sources for file in find_files(source)]
+        except PipelineError as error:
+            return Check("data", "failed", str(error), "correct data.sources")
+        size = sum(Path(file.path).stat().st_size for file in files) / 1e6
+        return Check("data", "ok", f"to be prepared from {len(files):,} files, {size:,.1f} MB")
+    try:
+        manifest = Manifest.load(folder)
+    except PipelineError as error:
+        return Check("data", "failed", str(error), "prepare the data again")
+    item = np.dtype(manifest.dtype).itemsize
+    for shard in manifest.shards:
+        file = folder / shard.file
+        size = file.stat().st_size if file.exists() else -1
+        if size != shard.tokens * item:
+            return Check("data", "failed", f"{file}: is missing or not of its size", f"pipeline verify {folder}")
+    return Check("data", "ok", f"{manifest.splits['train'].tokens:,} training tokens, sizes agree with the manifest")
+
+
+def _container(config: Config, site: SiteContainer, run: Run) -> list[Check]:
+    if config.container.image is None:
+        return [Check("container", "ok", "none: jobs use the environment they find")]
+    problem = runtime_problem(site)
+    if problem is not None:
+        return [Check("container", "failed", problem, "install apptainer, or correct container.command of the site")]
+    problems = check_visible(config, site, run) + check_image(config, site)
+    if not problems:
+        return [Check("container", "ok", f"{config.container.image} starts, and all paths can be seen in it")]
+    return [Check("container", "failed", problem, "see docs/container.md") for problem in problems]
+
+
+def _node(config: Config, site: SiteContainer, run: Run) -> list[Check]:
+    """The checks that import torch: inside the image, or by this Python."""
+    inner = ["-m", "pipeline.train.check_node", str(config.runs_dir), str(Path(config.data.path).parent)]
+    environment = {"OMP_NUM_THREADS": "1"}
+    if config.container.image is None:
+        command, variables = [sys.executable, *inner], {**os.environ, **environment}
+    else:
+        code = Path(pipeline.__file__).parent.parent
+        try:
+            command = container_argv(config, site, run, ["python3", *inner], environment=environment, code=code)
+        except PipelineError:
+            return []  # the container's own check has said why
+        variables = container_environment(site, {**os.environ, **environment})
+    try:
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=_NODE_TIMEOUT_S)
+        return [Check(**fields) for fields in json.loads(done.stdout)]
+    except subprocess.TimeoutExpired:
+        return [Check("node", "failed", f"no answer in {_NODE_TIMEOUT_S} s", "look at the node's file systems")]
+    except (OSError, ValueError):
+        last = done.stderr.strip().splitlines()[-1:] if "done" in locals() else []
+        return [Check("node", "failed", last[0] if last else "could not be looked at", "run the command by hand")]
+
+
+def _nearest(path: Path) -> Path:
+    """The folder itself, or the first above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
