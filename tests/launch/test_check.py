@@ -1,0 +1,113 @@
+"""`pipeline check` says before the submission what would go wrong after it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.build import prepare
+from pipeline.launch.check_slurm import check_slurm
+from pipeline.launch.site import Site
+from tests.launch.support import CONFIG, ROOT, SITE, FakeSlurm, make_run, pipeline, write_files
+
+PARTITIONS = "main*|4|8|64000|1-00:00:00|gpu:a100:4(S:0-1)|up\nsmall|1|2+|4000|10:00|(null)|up\n"
+
+
+@pytest.fixture
+def cluster(slurm: FakeSlurm) -> FakeSlurm:
+    slurm.says("sinfo", PARTITIONS)
+    return slurm
+
+
+def check(folder: Path, *args: str, slurm: FakeSlurm | None = None) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The exit status and the checks by name."""
+    (folder / "text").mkdir(exist_ok=True)
+    (folder / "text" / "a.txt").write_text("We hold these truths to be self-evident. " * 50)
+    done = pipeline(folder, "check", "config.yaml", *args, "--json", slurm=slurm)
+    assert done.err == "", done.err
+    return done.status, {one["name"]: one for one in json.loads(done.out)}
+
+
+def with_site(**train: Any) -> dict[str, Any]:
+    return {**SITE, "train": {**SITE["train"], **train}}
+
+
+def test_a_config_that_will_work_here_passes_every_check(tmp_path: Path):
+    write_files(tmp_path)
+    status, found = check(tmp_path)
+    assert status == 0
+    assert {one["status"] for one in found.values()} <= {"ok", "warning"}
+    assert found["torch"]["found"].startswith("2.") and found["deepspeed"]["status"] == "ok"
+    assert "to be prepared from 1 files" in found["data"]["found"]
+
+
+def test_a_site_that_gives_what_is_asked_for_passes(tmp_path: Path, cluster: FakeSlurm):
+    write_files(tmp_path)
+    status, found = check(tmp_path, "--site", "site.yaml", slurm=cluster)
+    assert status == 0
+    assert found["request of train"]["found"] == "fits main: 2 of 4 nodes, 30 min"
+    assert "before the end" in found["time limit"]["found"]
+    assert found["accounting"]["found"] == "sacct answers"
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({"partition": "none"}, "there is no partition 'none'"),
+        ({"nodes": 5}, "5 nodes, and main has 4"),
+        ({"tasks_per_node": 4, "cpus_per_task": 4}, "16 CPUs a node, and main has 8"),
+        ({"mem_gb": 100}, "100 GB of memory a node, and main has 62.5"),
+        ({"gpus_per_node": 8, "tasks_per_node": 8}, "8 GPUs a node, and main has 4"),
+        ({"time_limit_min": 1441}, "1441 minutes, and main has 1440"),
+        ({"partition": "small", "nodes": 1, "cpus_per_task": 4}, "4 CPUs a node, and small has 2"),
+    ],
+)
+def test_a_request_that_the_partition_cannot_give_is_named(
+    train, words, tmp_path: Path, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+):
+    run, config = make_run(tmp_path, monkeypatch)
+    found = {one.name: one for one in check_slurm(config, Site.model_validate(with_site(**train)), run)}
+    assert found["request of train"].status == "failed" and words in found["request of train"].found
+    assert found["request of train"].cure
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_cure(tmp_path: Path, cluster: FakeSlurm):
+    write_files(tmp_path, site=with_site(mem_gb=0.5))
+    model = ["model.d_model=2048", "model.d_ff=8192", "model.num_layers=24"]
+    status, found = check(tmp_path, "--site", "site.yaml", *model, slurm=cluster)
+    assert status == 1
+    assert found["memory"]["status"] == "failed" and "train.zero_stage" in found["memory"]["cure"]
+
+
+def test_a_controller_that_does_not_answer_is_one_failed_check(tmp_path: Path, cluster: FakeSlurm):
+    write_files(tmp_path)
+    cluster.says("sinfo", err="sinfo: error: Unable to contact slurm controller (connect failure)\n", status=1)
+    status, found = check(tmp_path, "--site", "site.yaml", slurm=cluster)
+    assert status == 1 and "Unable to contact slurm controller" in found["slurm"]["found"]
+
+
+def test_missing_sources_a_cut_shard_and_a_missing_image_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_files(
+        tmp_path, {**CONFIG, "data": {**CONFIG["data"], "sources": [{"name": "t", "paths": ["nothing/*.txt"]}]}}
+    )
+    status, found = check(tmp_path)
+    assert status == 1 and "nothing/*.txt" in found["data"]["found"]
+
+    _, config = make_run(tmp_path, monkeypatch)
+    prepare(config)
+    shard = next((tmp_path / "tokens").rglob("train.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    status, found = check(tmp_path, "container.image=none.sif")
+    assert status == 1 and "train.bin: is missing or not of its size" in found["data"]["found"]
+    assert found["container"]["status"] == "failed"
+
+
+def test_checking_imports_no_torch_itself():
+    probe = "import sys, pipeline.launch.check, pipeline.launch.check_slurm; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
