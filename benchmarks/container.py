@@ -1,0 +1,89 @@
+"""What the image adds to a job's start: a SIF file and a sandbox folder against the host.
+
+    pipeline image build && pipeline image build --sandbox
+    python -m benchmarks.container
+
+Each process is started by the command that `pipeline submit` works out, binds and process namespace included. The peers
+take turns in one run; the figures are medians of the whole process's wall time, and the CPU seconds are those of all the
+processes that a start needs. What is added is the difference to the same command on the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.harness import interleaved, save
+from pipeline.config_load import load_config
+from pipeline.launch.binds import create_folders
+from pipeline.launch.container import container_argv, container_environment
+from pipeline.launch.image_build import apptainer_version
+from pipeline.launch.site import SiteContainer
+from pipeline.run import run_for
+
+ROOT = Path(__file__).parent.parent
+IMAGES = {"sif": ROOT / "build/images/pipeline-cpu.sif", "sandbox": ROOT / "build/images/pipeline-cpu"}
+COMMANDS = {
+    "true": ["true"],
+    "python": ["python3", "-c", "pass"],
+    "torch": ["python3", "-c", "import torch"],
+}
+ROUNDS = 9
+
+
+def main() -> None:
+    missing = [str(image) for image in IMAGES.values() if not image.exists()]
+    if missing:
+        sys.exit(f"{', '.join(missing)}: not there; `pipeline image build`, and the same with --sandbox")
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as name, contextlib.chdir(name):
+        argvs = {(what, where): _argv(where, inner) for what, inner in COMMANDS.items() for where in ("host", *IMAGES)}
+        environment = container_environment(SiteContainer(), {**os.environ, "OMP_NUM_THREADS": "1"})
+        peers = {" ".join(key): _start(argv, environment) for key, argv in argvs.items()}
+        wall = interleaved(peers, ROUNDS)
+        cpu = {name: _cpu_s(call) for name, call in peers.items()}
+    figures = {
+        "wall_s": {name: round(value, 3) for name, value in wall.items()},
+        "cpu_s": {name: round(value, 3) for name, value in cpu.items()},
+        "start_up_added_s": {i: round(wall[f"true {i}"] - wall["true host"], 3) for i in IMAGES},
+        "import_of_torch_s": {
+            w: round(wall[f"torch {w}"] - wall[f"python {w}"], 3) for w in ("host", *IMAGES)
+        },
+        "rounds": ROUNDS,
+        "apptainer": apptainer_version(),
+    }  # fmt: skip
+    save(
+        "container",
+        figures,
+        "Started by root: the kernel mounts the SIF. With squashfuse, as a user, reads are slower.",
+    )
+
+
+def _argv(where: str, inner: list[str]) -> list[str]:
+    if where == "host":
+        return [sys.executable if part == "python3" else part for part in inner]
+    config = load_config(str(ROOT / "configs/demo.yaml"), [f"container.image={IMAGES[where]}", "name=start"])
+    create_folders(config, run_for(config))
+    return container_argv(config, SiteContainer(), run_for(config), inner, environment={}, code=None)
+
+
+def _start(argv: list[str], environment: dict[str, str]) -> Callable[[], object]:
+    return lambda: subprocess.run(argv, env=environment, check=True)
+
+
+def _cpu_s(call: Callable[[], object]) -> float:
+    """CPU seconds of a start and all it waits for; the mean of three."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for _ in range(3):
+        call()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 3
+
+
+if __name__ == "__main__":
+    main()
