@@ -3,9 +3,9 @@
     pipeline image build && pipeline image build --sandbox
     python -m benchmarks.container
 
-Each process is started by the command that `pipeline submit` works out, binds and process namespace included. The peers
-take turns in one run; the figures are medians of the whole process's wall time, and the CPU seconds are those of all the
-processes that a start needs. What is added is the difference to the same command on the host.
+Each process is started by the command that `pipeline submit` works out, binds and process namespace included. The
+peers take turns in one run; the figures are medians of the wall time of the whole process, and the CPU seconds are
+those of all the processes that a start needs. What is added is the difference to the same command on the host.
 """
 
 from __future__ import annotations
