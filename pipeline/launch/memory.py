@@ -15,6 +15,7 @@ from pipeline.model.flops import num_parameters
 # DeepSpeed's defaults, in elements; `deepspeed.zero_optimization` in the config may set others.
 REDUCE_ELEMENTS = 500_000_000
 LIVE_ELEMENTS = 1_000_000_000
+PREFETCH_ELEMENTS = 50_000_000
 _PERSISTENT = 100_000
 _CPU_CHUNK = 1 << 18  # elements of an update on the CPU at a time: optim/adamw.py, which needs torch
 _RNG_STATE = 5056  # bytes; PyTorch keeps one a checkpointed block
@@ -60,7 +61,8 @@ class Activations:
         forward_copies: The same at the end of the forward pass.
         logits: Held until the end of backward.
         loss: Logits, their softmax and their gradient, when backward begins.
-        again: All there is while the first block is computed again in backward; 0 without activation checkpointing.
+        again: All there is while the last block is computed again in backward, but the gradients of its weights; 0
+            without activation checkpointing.
     """
 
     kept: float
@@ -101,8 +103,8 @@ def activations(model: ModelConfig, sequences: int, precision: str, checkpointin
     if not checkpointing:
         return Activations(layers * block + last_norm + ids, copies, copies, logits, loss, again=0)
     inputs = layers * (4 * d * tokens + _RNG_STATE) + ids
-    # The block, the gradients on their way back through it, its weight gradients and copies.
-    again = inputs + logits + block + (8 * d + width * f) * tokens + 4 * matrices + block_copies
+    # The block, the gradients on their way back through it, and its copies.
+    again = inputs + logits + block + (8 * d + width * f) * tokens + block_copies
     return Activations(inputs + last_norm, head_copy, copies, logits, loss, again)
 
 
@@ -162,11 +164,15 @@ def process_memory(config: Config, ranks: int, stage: int | None = None, on_cpu:
     # ZeRO-3 makes room for gradients once; the others when a micro-batch leaves some behind for the next.
     left = gradients if stage == 3 or train.batch_size > train.micro_batch_size * ranks else 0.0
     passing = base + left + buffers.passing
+    # Stage 2 makes room for a rank's whole part of the gradients when the first of them is there: on the rank that
+    # has the last layers, while all activations are.
+    early = gradients if stage == 2 else 0.0
     moments = {
         "start-up": 4.0 * total * (2 if stage in (1, 2) and on_cpu else 1) + (4 * own if stage == 3 else 0.0),
         "forward": passing + acts.kept + acts.forward_copies + acts.logits,
         "backward": passing + acts.kept + acts.copies + acts.loss,
-        "recomputation": passing + acts.again if acts.again else 0.0,
+        "first gradients": passing + early + acts.kept + acts.copies + acts.logits,
+        "recomputation": passing + early + acts.again + _fresh_gradients(model, stage, left) if acts.again else 0.0,
         "reduction": passing + gradients - left + buffers.reducing + acts.logits,
         "optimizer step": base + updating,
     }
@@ -192,6 +198,12 @@ class _Buffers:
     reducing: float = 0.0
 
 
+def _fresh_gradients(model: ModelConfig, stage: int, left: float) -> float:
+    """Bytes of a block's weight gradients in backward: of one weight, where it is added to others or handed on."""
+    d, f = model.d_model, model.d_ff
+    return 4.0 * (max(d * d, d * f) if left or stage >= 2 else 4 * d * d + 3 * d * f)
+
+
 def _buffers(config: Config, total: int, stage: int, ranks: int, on_cpu: bool) -> _Buffers:
     if stage == 0:
         return _Buffers(reducing=4.0 * min(total, REDUCE_ELEMENTS) if ranks > 1 else 0.0)
@@ -201,8 +213,10 @@ def _buffers(config: Config, total: int, stage: int, ranks: int, on_cpu: bool) -
     if stage == 3:
         # Reduced from a copy of the bucket, with room for the padding and the result.
         whole = _persistent(config.model, zero_setting(config, "param_persistence_threshold", _PERSISTENT))
-        live = min(total, zero_setting(config, "max_live_parameters", LIVE_ELEMENTS))
-        return _Buffers(lasting=bucket + 4.0 * whole, passing=4.0 * live, reducing=2 * filled)
+        live = min(total - whole, zero_setting(config, "max_live_parameters", LIVE_ELEMENTS))
+        # Weights that are gathered ahead arrive in one buffer and are copied out of it.
+        ahead = min(total - whole, zero_setting(config, "prefetch_bucket_size", PREFETCH_ELEMENTS))
+        return _Buffers(lasting=bucket + 4.0 * whole, passing=4.0 * (live + ahead), reducing=2 * filled)
     return _Buffers(passing=bucket * (2 if config.train.overlap_comm else 1), reducing=filled)
 
 

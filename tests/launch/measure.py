@@ -1,4 +1,4 @@
-"""What an engine really holds and sends at each ZeRO stage: run by torchrun, prints JSON on rank 0.
+"""What an engine really holds and sends at each ZeRO stage, on ranks of their own: an earlier engine leaves tensors.
 
 Live tensors are counted by walking Python's objects, peaks by the profiler's record of every allocation in between.
 (The record alone drifts: gloo frees its buffers in a thread that is not recorded.)
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,13 +17,11 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.config import Config
 from pipeline.config_load import load_config
 from pipeline.model.loss import cross_entropy
 from pipeline.model.transformer import TransformerLM
-from pipeline.train import ranks
 from pipeline.train.engine import Engine
-from pipeline.train.world import world_from_environment
+from pipeline.train.world import World
 
 STEPS = 2  # the first makes the moments
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
@@ -62,9 +58,10 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def measure(config: Config) -> dict[str, Any]:
-    """Peak bytes of a step, and the bytes of each kind of collective in it."""
-    world, device = world_from_environment(), torch.device("cpu")
+def measure(world: World, config_file: str, overrides: list[str]) -> dict[str, int]:
+    """Peak bytes of a step on this rank, and the bytes of each kind of collective in the step."""
+    config, device = load_config(config_file, overrides, world_size=world.size), torch.device("cpu")
+    before = live_bytes()
     model, train = config.model, config.train
     torch.manual_seed(0)
     engine = Engine(TransformerLM(**model.model_dump()), config, world, device)
@@ -82,13 +79,13 @@ def measure(config: Config) -> dict[str, Any]:
             engine.set_learning_rate(1e-3)
             engine.zero_grad()
             for _ in range(train.batch_size // (train.micro_batch_size * world.size)):
-                before = live_bytes()
+                held = live_bytes() - before
                 peak, loss = peak_of(micro_batch)
                 losses.append(loss)
-                peaks.append(before + peak)
+                peaks.append(held + peak)
             engine.clip(1.0, losses, stop=False)
-            before = live_bytes()
-            peaks.append(before + peak_of(engine.step)[0])
+            held = live_bytes() - before
+            peaks.append(held + peak_of(engine.step)[0])
     return {"peak": max(peaks), **sent}
 
 
@@ -112,10 +109,3 @@ def _counted() -> Iterator[Counter[str]]:
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
-
-
-if __name__ == "__main__":
-    with ranks.process_group(world_from_environment(), torch.device("cpu")):
-        found = [measure(load_config(sys.argv[1], overrides.split(), world_size=2)) for overrides in sys.argv[2:]]
-    if world_from_environment().is_first:
-        print(json.dumps(found))
