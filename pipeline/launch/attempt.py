@@ -101,7 +101,7 @@ def judge(attempt: Attempt, code: int) -> Verdict:
     if "preempted" in words:
         return Verdict("stopped", str(words["preempted"].get("reason") or "asked to stop"), EXIT_STOPPED)
     culprits = [n for n in _own_notes(attempt) if n["event"] == "rank_failed"]
-    said = str(words["failed"]["error"]) if "failed" in words else ""
+    said = str(words["failed"]["error"]) if "failed" in words else _bad_nodes_in_words(words.get("bad_node"))
     if culprits:
         first = culprits[0]
         return Verdict("failed", said or _rank_in_words(first), int(first["status"]))
@@ -206,6 +206,11 @@ def _exclude(attempt: Attempt, nodes: list[str]) -> None:
 def _give_up(attempt: Attempt, why: str) -> None:
     journal.append_event(attempt.run.events_file, "gave_up", job=attempt.job, stage=attempt.stage, reason=why)
     print(f"pipeline: error: {attempt.stage}: {why}", file=sys.stderr, flush=True)
+
+
+def _bad_nodes_in_words(event: dict[str, Any] | None) -> str:
+    """What preflight found, which ends before training could record anything; empty if nothing."""
+    return f"bad node {', '.join(event['nodes'])}: {'; '.join(event['problems'])}" if event else ""
 
 
 def _rank_in_words(note: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The memory model of `pipeline plan` and `pipeline check` against what engines on two ranks really hold."""
+"""The models of `pipeline plan` and `pipeline check` against what engines on two ranks really hold and send."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config_load import load_config
+from pipeline.launch.communication import step_volumes
 from pipeline.launch.memory import process_memory
 from tests import experiment, processes
 from tests.launch.measure import measure
@@ -18,6 +19,7 @@ SHAPE = {
     "model.num_heads": 4, "model.d_ff": 512, "train.batch_size": 8, "train.micro_batch_size": 2,
     "deepspeed.zero_optimization.reduce_bucket_size": 200_000,
 }  # fmt: skip
+AGREED = range(64)  # bytes of the numbers that ranks agree on in every step: loss, norm, flags
 RECOMPUTED = "train.activation_checkpointing=true"
 GATHERED = "deepspeed.zero_optimization.param_persistence_threshold=1000"
 
@@ -34,10 +36,13 @@ GATHERED = "deepspeed.zero_optimization.param_persistence_threshold=1000"
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_the_most_memory_of_a_step_is_what_an_engine_takes(moment: str, overrides: list[str], tmp_path: Path):
+def test_an_engine_takes_the_memory_and_sends_the_bytes_of_the_plan(moment: str, overrides: list[str], tmp_path: Path):
     file = experiment.write_experiment(tmp_path, tmp_path / "runs", "measured", **SHAPE)
-    memory = process_memory(load_config(file, overrides, world_size=2), 2, on_cpu=True)
+    config = load_config(file, overrides, world_size=2)
+    memory = process_memory(config, 2, on_cpu=True)
     found = processes.on_ranks(measure, 2, tmp_path / "log", str(file), overrides)
     assert memory.moment == moment
     # Without the copy of a save, which these steps do not make.
     assert memory.peak - memory.host == pytest.approx(max(rank["peak"] for rank in found), rel=0.03)
+    micro_batches = config.train.batch_size // (2 * config.train.micro_batch_size)
+    assert found[0]["all_reduce"] - step_volumes(config, micro_batches).all_reduce[0] in AGREED
