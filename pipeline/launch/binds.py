@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 from collections.abc import Iterator
@@ -106,6 +107,24 @@ def create_folders(config: Config, run: Run) -> None:
             need.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{need.who}: {need.path} cannot be made ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def folders_for_a_while(config: Config, run: Run) -> Iterator[None]:
+    """The same for a look that is to leave nothing behind: what was made and is still empty goes again.
+
+    Raises:
+        UsageError: One cannot be made.
+    """
+    writable = [need.path for need in _needs(config, run) if need.writable]
+    fresh = {place for path in writable for place in (path, *path.parents) if not place.exists()}
+    try:
+        create_folders(config, run)
+        yield
+    finally:
+        for place in sorted(fresh, key=lambda path: len(path.parts), reverse=True):
+            with contextlib.suppress(OSError):  # somebody has put something into it meanwhile
+                place.rmdir()
 
 
 def check_visible(config: Config, site: SiteContainer, run: Run) -> list[str]:

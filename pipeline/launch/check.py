@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +16,14 @@ from typing import Any, Literal
 import numpy as np
 
 import pipeline
+from pipeline.checkpoint.layout import published
 from pipeline.config import Config
 from pipeline.config_load import load_config
 from pipeline.data.manifest import MANIFEST, Manifest
 from pipeline.data.sources import find_files
 from pipeline.errors import PipelineError
-from pipeline.launch.binds import check_visible
-from pipeline.launch.container import container_argv, container_environment
+from pipeline.launch.binds import check_visible, folders_for_a_while
+from pipeline.launch.container import container_argv, container_environment, gpu_option
 from pipeline.launch.image import check_image, runtime_problem
 from pipeline.launch.memory import checkpoint_bytes, process_memory
 from pipeline.launch.plan import fits_device, needed_bytes
@@ -72,12 +74,14 @@ def check(config_file: str, site_file: str | None, overrides: Sequence[str]) -> 
 
         found += check_slurm(config, site, run)
     container = site.container if site else SiteContainer()
-    return found + _container(config, container, run) + _node(config, container, run)
+    brought = site is not None and bool(site.modules or site.setup)
+    return found + _container(config, container, run, brought) + _node(config, container, run)
 
 
 def _memory(config: Config, site: Site | None) -> Check:
     world = site.train.nodes * site.train.tasks_per_node if site else 1
-    on_cpu = config.train.device == "cpu" or (site is not None and not site.train.gpus_per_node)
+    has_gpu = bool(site.train.gpus_per_node) if site else gpu_option("auto") is not None
+    on_cpu = config.train.device == "cpu" or not has_gpu
     memory = process_memory(config, world, on_cpu=on_cpu)
     needs = f"{needed_bytes(memory) / GIB:.2f} GiB a process at its peak ({memory.moment})"
     limit, of = _memory_limit(site, on_cpu)
@@ -91,8 +95,10 @@ def _memory(config: Config, site: Site | None) -> Check:
 
 def _memory_limit(site: Site | None, on_cpu: bool) -> tuple[float | None, str]:
     """GiB that a process may take, and what of; None where it is not known."""
-    if site is None:
+    if site is None and on_cpu:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, "of this machine"
+    if site is None:
+        return None, "compare with the memory of this machine's GPU"
     if on_cpu:
         if site.train.mem_gb is None:
             return None, "the site sets no train.mem_gb to compare with"
@@ -110,10 +116,11 @@ def _disk(config: Config) -> Check:
     # One more is being written while the oldest is still there.
     kept = keep.keep_last + 1 + keep.keep_best + (train.max_iters // keep.keep_every if keep.keep_every else 0)
     kept = min(kept, -(-train.max_iters // train.checkpoint_interval) + 1)
-    needed = kept * checkpoint_bytes(config) / 1e9
+    there = len(published(run_for(config).checkpoints))
+    needed = max(1, kept - there) * checkpoint_bytes(config) / 1e9
     place = _nearest(Path(config.runs_dir))
     free = shutil.disk_usage(place).free / 1e9
-    found = f"{kept} checkpoints take {needed:.2f} GB, {free:.1f} GB are free at {place}"
+    found = f"{max(1, kept - there)} more checkpoints take {needed:.2f} GB, {free:.1f} GB are free at {place}"
     if needed <= free:
         return Check("disk", "ok", found)
     return Check("disk", "failed", found, "make room, choose another runs_dir, or keep fewer checkpoints")
@@ -127,27 +134,35 @@ def _data(config: Config) -> Check:
         except PipelineError as error:
             return Check("data", "failed", str(error), "correct data.sources")
         size = sum(Path(file.path).stat().st_size for file in files) / 1e6
-        return Check("data", "ok", f"to be prepared from {len(files):,} files, {size:,.1f} MB")
+        found = f"to be prepared from {len(files):,} files, {size:,.1f} MB"
+        place = _nearest(folder)
+        free = shutil.disk_usage(place).free / 1e6
+        if free < size:  # tokens usually take half of plain text, and more than compressed text
+            return Check("data", "warning", f"{found}; {free:,.1f} MB are free at {place}", "make room for the tokens")
+        return Check("data", "ok", found)
     try:
         manifest = Manifest.load(folder)
     except PipelineError as error:
         return Check("data", "failed", str(error), "prepare the data again")
     item = np.dtype(manifest.dtype).itemsize
-    for shard in manifest.shards:
-        file = folder / shard.file
-        size = file.stat().st_size if file.exists() else -1
-        if size != shard.tokens * item:
+    sizes = {shard.file: shard.tokens * item for shard in manifest.shards}
+    sizes |= {shard.index: (shard.documents + 1) * 8 for shard in manifest.shards}
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.exists() or file.stat().st_size != size:
             return Check("data", "failed", f"{file}: is missing or not of its size", f"pipeline verify {folder}")
     return Check("data", "ok", f"{manifest.splits['train'].tokens:,} training tokens, sizes agree with the manifest")
 
 
-def _container(config: Config, site: SiteContainer, run: Run) -> list[Check]:
+def _container(config: Config, site: SiteContainer, run: Run, brought: bool) -> list[Check]:
     if config.container.image is None:
         return [Check("container", "ok", "none: jobs use the environment they find")]
-    problem = runtime_problem(site)
-    if problem is not None:
-        return [Check("container", "failed", problem, "install apptainer, or correct container.command of the site")]
-    problems = check_visible(config, site, run) + check_image(config, site)
+    missing = runtime_problem(site)
+    if missing is not None and not brought:
+        return [Check("container", "failed", missing, "install apptainer, or correct container.command of the site")]
+    problems = check_visible(config, site, run) + check_image(config, site, brought=brought)
+    if not problems and missing is not None:
+        return [Check("container", "warning", missing, "the jobs' modules are taken to bring it")]
     if not problems:
         return [Check("container", "ok", f"{config.container.image} starts, and all paths can be seen in it")]
     return [Check("container", "failed", problem, "see docs/container.md") for problem in problems]
@@ -158,22 +173,30 @@ def _node(config: Config, site: SiteContainer, run: Run) -> list[Check]:
     inner = ["-m", "pipeline.train.check_node", str(config.runs_dir), str(Path(config.data.path).parent)]
     environment = {"OMP_NUM_THREADS": "1"}
     if config.container.image is None:
-        command, variables = [sys.executable, *inner], {**os.environ, **environment}
-    else:
-        code = Path(pipeline.__file__).parent.parent
-        try:
-            command = container_argv(config, site, run, ["python3", *inner], environment=environment, code=code)
-        except PipelineError:
-            return []  # the container's own check has said why
-        variables = container_environment(site, {**os.environ, **environment})
+        return _answer([sys.executable, *inner], {**os.environ, **environment})
+    if runtime_problem(site) is not None:
+        return []  # the container's own check has said so
+    code = Path(pipeline.__file__).parent.parent
     try:
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=_NODE_TIMEOUT_S)
-        return [Check(**fields) for fields in json.loads(done.stdout)]
+        with folders_for_a_while(config, run):
+            command = container_argv(config, site, run, ["python3", *inner], environment=environment, code=code)
+            return _answer(command, container_environment(site, {**os.environ, **environment}))
+    except PipelineError:
+        return []  # likewise
+
+
+def _answer(command: Sequence[str], environment: Mapping[str, str]) -> list[Check]:
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_NODE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return [Check("node", "failed", f"no answer in {_NODE_TIMEOUT_S} s", "look at the node's file systems")]
-    except (OSError, ValueError):
-        last = done.stderr.strip().splitlines()[-1:] if "done" in locals() else []
-        return [Check("node", "failed", last[0] if last else "could not be looked at", "run the command by hand")]
+    except OSError as error:
+        return [Check("node", "failed", f"{command[0]}: {error.strerror}", "see docs/container.md")]
+    try:
+        return [Check(**fields) for fields in json.loads(done.stdout)]
+    except ValueError:
+        said = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        return [Check("node", "failed", said[0], f"run it by hand: {shlex.join(command)}")]
 
 
 def _nearest(path: Path) -> Path:

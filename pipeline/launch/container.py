@@ -53,6 +53,7 @@ def container_argv(
     image = image_path(config)
     code = code if config.container.code == "snapshot" else None
     found = binds(config, site, run, code, scratch)
+    option = gpu_option(site.gpu)
     variables = {
         # Of the host's Python and loader; none of it exists inside.
         "LD_PRELOAD": "",
@@ -66,7 +67,7 @@ def container_argv(
     }
     return [
         *(site.command, "exec", "--no-eval", "--no-mount", "home,cwd"),
-        *_gpu_option(site),
+        *([option] if option else []),
         *(["--pid"] if site.pid else []),
         *(["--unsquash"] if site.unsquash and image.is_file() else []),
         *(["--cleanenv"] if config.container.environment == "clean" else []),
@@ -90,11 +91,11 @@ def container_environment(site: SiteContainer, environment: Mapping[str, str]) -
     return {**environment, **passed}
 
 
-def _gpu_option(site: SiteContainer) -> list[str]:
-    kind = site.gpu
+def gpu_option(kind: str) -> str | None:
+    """Apptainer's option for the GPUs of this machine, by a site's `container.gpu`; None for none."""
     if kind == "auto":
         kind = "nv" if _NVIDIA_DRIVER.exists() else "rocm" if _AMD_DRIVER.exists() else "none"
-    return [] if kind == "none" else [f"--{kind}"]
+    return None if kind == "none" else f"--{kind}"
 
 
 def _caches(folder: Path) -> dict[str, str]:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.checkpoint.layout import step_name
 from pipeline.data.build import prepare
+from pipeline.launch.check import _disk as disk_check
 from pipeline.launch.check_slurm import check_slurm
 from pipeline.launch.site import Site
 from tests.launch.support import CONFIG, ROOT, SITE, FakeSlurm, make_run, pipeline, write_files
@@ -91,6 +93,15 @@ def test_a_controller_that_does_not_answer_is_one_failed_check(tmp_path: Path, c
     assert status == 1 and "Unable to contact slurm controller" in found["slurm"]["found"]
 
 
+def test_a_kept_checkpoint_that_is_there_already_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run, config = make_run(tmp_path, monkeypatch)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_interval": 10})})
+    assert disk_check(config).found.startswith("5 more checkpoints")
+    for step in (10, 20, 30):
+        (run.checkpoints / step_name(step)).mkdir()
+    assert disk_check(config).found.startswith("2 more checkpoints")
+
+
 def test_missing_sources_a_cut_shard_and_a_missing_image_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_files(
         tmp_path, {**CONFIG, "data": {**CONFIG["data"], "sources": [{"name": "t", "paths": ["nothing/*.txt"]}]}}
@@ -105,6 +116,31 @@ def test_missing_sources_a_cut_shard_and_a_missing_image_fail(tmp_path: Path, mo
     status, found = check(tmp_path, "container.image=none.sif")
     assert status == 1 and "train.bin: is missing or not of its size" in found["data"]["found"]
     assert found["container"]["status"] == "failed"
+
+
+# Like Apptainer it binds nothing that is not there; inside it answers as pipeline.train.check_node does.
+APPTAINER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  if [ "$1" = --bind ]; then shift; [ -e "${1%%:*}" ] || { echo "FATAL: mount $1: no such file" >&2; exit 255; }; fi
+  shift
+done
+echo '[{"name": "torch", "status": "ok", "found": "of the image", "cure": ""}]'
+"""
+
+
+def test_the_inside_of_an_image_is_looked_at_before_there_is_a_run_and_nothing_is_left(
+    tmp_path: Path, cluster: FakeSlurm
+):
+    command = tmp_path / "apptainer"
+    command.write_text(APPTAINER)
+    command.chmod(0o755)
+    (tmp_path / "image" / ".singularity.d").mkdir(parents=True)
+    (tmp_path / "image.json").write_text(json.dumps({"sha256": "0" * 64}))
+    write_files(tmp_path, site={**SITE, "container": {"command": str(command)}})
+    before = sorted(tmp_path.iterdir())
+    status, found = check(tmp_path, "--site", "site.yaml", "container.image=image", slurm=cluster)
+    assert (status, found["torch"]["found"], "node" in found) == (0, "of the image", False)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "text"])
 
 
 def test_checking_imports_no_torch_itself():
