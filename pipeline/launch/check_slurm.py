@@ -61,6 +61,10 @@ def _fits(stage: str, ask: Resources, partitions: dict[str, _Partition]) -> Chec
         return Check(name, "failed", "; ".join(over), f"lower {stage} in the site file, or name another partition")
     if not has.up:
         return Check(name, "warning", f"the partition {wanted} is not up", "jobs will wait until it is")
+    working = len(slurm.usable_nodes(wanted))
+    if working < nodes:
+        found = f"{nodes} nodes, and {working} of the {has.nodes} in {wanted} work now"
+        return Check(name, "warning", found, f"jobs will wait for the others; `sinfo -R -p {wanted}` says why")
     return Check(name, "ok", f"fits {wanted}: {nodes} of {has.nodes} nodes, {ask.time_limit_min} min")
 
 

@@ -22,7 +22,8 @@ PARTITIONS = "main*|4|8|64000|1-00:00:00|gpu:a100:4(S:0-1)|up\nsmall|1|2+|4000|1
 
 @pytest.fixture
 def cluster(slurm: FakeSlurm) -> FakeSlurm:
-    slurm.says("sinfo", PARTITIONS)
+    slurm.says("sinfo", PARTITIONS, call=1)
+    slurm.says("sinfo", "gpu1 idle\ngpu2 allocated\ngpu3 drained\ngpu4 down*\n")
     return slurm
 
 
@@ -78,6 +79,15 @@ def test_a_request_that_the_partition_cannot_give_is_named(
     assert found["request of train"].cure
 
 
+def test_nodes_that_are_down_are_a_warning_where_the_others_are_too_few(
+    tmp_path: Path, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+):
+    run, config = make_run(tmp_path, monkeypatch)
+    found = {one.name: one for one in check_slurm(config, Site.model_validate(with_site(nodes=3)), run)}
+    assert found["request of train"].status == "warning"
+    assert found["request of train"].found == "3 nodes, and 2 of the 4 in main work now"
+
+
 def test_a_model_that_does_not_fit_is_refused_with_the_cure(tmp_path: Path, cluster: FakeSlurm):
     write_files(tmp_path, site=with_site(mem_gb=0.5))
     model = ["model.d_model=2048", "model.d_ff=8192", "model.num_layers=24"]
@@ -88,7 +98,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_cure(tmp_path: Path, clus
 
 def test_a_controller_that_does_not_answer_is_one_failed_check(tmp_path: Path, cluster: FakeSlurm):
     write_files(tmp_path)
-    cluster.says("sinfo", err="sinfo: error: Unable to contact slurm controller (connect failure)\n", status=1)
+    cluster.says("sinfo", err="sinfo: error: Unable to contact slurm controller (connect failure)\n", status=1, call=1)
     status, found = check(tmp_path, "--site", "site.yaml", slurm=cluster)
     assert status == 1 and "Unable to contact slurm controller" in found["slurm"]["found"]
 
