@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import HashStore
+from torch.distributed import HashStore, Store
 
 from pipeline.checkpoint.draft import Writer
 from pipeline.checkpoint.host_copy import OwnedFragment
@@ -28,10 +28,16 @@ def fragments(value: float, rank: int = 0, world_size: int = 1, numel: int = NUM
 
 
 def saver(
-    folder: Path, reports: list[Saved], rank: int = 0, world_size: int = 1, attempt: str = "a1", **config: Any
+    folder: Path,
+    reports: list[Saved],
+    rank: int = 0,
+    world_size: int = 1,
+    attempt: str = "a1",
+    store: Store | None = None,
+    **config: Any,
 ) -> CheckpointSaver:
-    """A saver of this rank that appends what it reports."""
-    writer = Writer(rank, world_size, 0, attempt, _STORES.setdefault(folder, HashStore()))
+    """A saver of this rank that appends what it reports; ranks that are processes need a `store` that all reach."""
+    writer = Writer(rank, world_size, 0, attempt, store or _STORES.setdefault(folder, HashStore()))
     return CheckpointSaver(folder, writer, CheckpointConfig(**config), reports.append)
 
 

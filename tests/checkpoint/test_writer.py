@@ -252,6 +252,7 @@ RANK = """
 import sys, threading, torch.distributed as dist, safetensors.torch
 from pathlib import Path
 from pipeline.errors import CheckpointError
+from pipeline.train import ranks
 from tests.checkpoint.support import fragments, saver
 rank, folder, case = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -261,7 +262,8 @@ def held(tensors, path):
     if rank == 1 and case == "stop": raise OSError(5, "bad disk")
     real(tensors, path)
 safetensors.torch.save_file = held
-one = saver(folder, reports, rank, 2, if_busy="skip" if case == "skip" else "wait", on_failure="stop")
+busy = "skip" if case == "skip" else "wait"
+one = saver(folder, reports, rank, 2, store=ranks.store(), if_busy=busy, on_failure="stop")
 one.save(1, fragments(1.0, rank, 2), {}); one.wait_for_copy()
 if case == "stop": one.wait()
 try: one.save(2, fragments(2.0, rank, 2), {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -27,10 +28,8 @@ def small_disk(path: Path, megabytes: int) -> Iterator[Path]:
 def full(path: Path) -> Iterator[None]:
     """Nothing of a checkpoint's size fits any more."""
     filler = path / "filler"
-    state = os.statvfs(path)
-    free = state.f_bavail * state.f_frsize
-    with filler.open("wb") as out:
-        os.posix_fallocate(out.fileno(), 0, max(4096, free - _ROOM_FOR_LINES))
+    while not _filled(filler):
+        pass
     try:
         yield
     finally:
@@ -46,6 +45,20 @@ def read_only(path: Path) -> Iterator[None]:
         yield
     finally:
         _umount(path)
+
+
+def _filled(filler: Path) -> bool:
+    """Whether a file took the free space; a checkpoint that grew at this moment may have been quicker."""
+    state = os.statvfs(filler.parent)
+    free = state.f_bavail * state.f_frsize
+    with filler.open("wb") as out:
+        try:
+            os.posix_fallocate(out.fileno(), 0, max(4096, free - _ROOM_FOR_LINES))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return free < _ROOM_FOR_LINES
+    return True
 
 
 def _mount(*args: str) -> None:
