@@ -1,4 +1,4 @@
-"""What a checkpoint costs: the loop's stall and the time to durable, against peers; resume; stop on request.
+"""What a checkpoint costs: the loop's stall and the time to durable, against peers; resume; stop on request; a load.
 
     python -m benchmarks.checkpoint            both sizes
     python -m benchmarks.checkpoint --small    10M parameters only
@@ -10,6 +10,9 @@ training steps, in turn, so that a drift of the machine meets all alike. Three f
 - step: how much longer the steps until durable took than undisturbed ones, the stall included: what the background
   work takes from the two cores the model computes on;
 - durable: from the call until the files are on disk (fsync), seconds.
+
+A load is measured on two ranks: how much their own memory (no mapped file) grows at most, beside a rank's share of
+weights and moments and the largest fragment of the files.
 """
 
 from __future__ import annotations
@@ -27,11 +30,18 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.checkpoint_peers import OWN, Bench, Saving
 from benchmarks.harness import save
+from pipeline.config_load import parse_config
+from pipeline.train.ranks import process_group
+from pipeline.train.world import World
+from tests import processes
+from tests.train.loading import load_state, save_state
 
 SHAPES = {
     "10M": {"vocab_size": 8192, "d_model": 320, "num_layers": 4, "num_heads": 5, "d_ff": 853},
@@ -39,7 +49,6 @@ SHAPES = {
 }
 CONTEXT, BATCH = 128, 4
 ROUNDS = {"10M": 5, "100M": 2}  # what two cores do in four minutes
-OWN = "own, asynchronous"
 
 
 def experiment(folder: Path, size: str) -> dict[str, Any]:
@@ -76,127 +85,10 @@ def write_text(folder: Path) -> None:
 # ---- stall and time to durable ---------------------------------------------------------------
 
 
-@dataclass
-class Saving:
-    """One save under way.
-
-    Attributes:
-        before_step: Waits for what must be done before weights change.
-        durable: Whether the files are on disk.
-        finish: Waits for that.
-    """
-
-    before_step: Callable[[], object] = lambda: None
-    durable: Callable[[], bool] = lambda: True
-    finish: Callable[[], object] = lambda: None
-
-
-class Bench:
-    """An engine that trains, and the peers that save it."""
-
-    def __init__(self, size: str, folder: Path) -> None:
-        import torch
-
-        from pipeline.checkpoint.draft import Writer, begin_attempt
-        from pipeline.checkpoint.write import CheckpointSaver
-        from pipeline.config_load import parse_config
-        from pipeline.model.transformer import TransformerLM
-        from pipeline.train.engine import Engine
-        from pipeline.train.world import World
-
-        self.config = parse_config(json.dumps(experiment(folder, size)))
-        self.folder = folder / size
-        self.folder.mkdir()
-        torch.manual_seed(0)
-        self.model = TransformerLM(**self.config.model.model_dump())
-        self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.engine = Engine(self.model, self.config, World(), torch.device("cpu"))
-        self.tokens = torch.randint(0, self.config.model.vocab_size, (BATCH, CONTEXT + 1))
-        begin_attempt(self.folder, "bench")
-        writer = Writer(0, 1, 0, "bench", torch.distributed.HashStore())
-        self.saver = CheckpointSaver(self.folder, writer, self.config.checkpoint, lambda saved: None)
-        self.saves = 0
-
-    def step(self, before_step: Callable[[], object]) -> tuple[float, float]:
-        """One training step; its seconds and those it waited for `before_step`."""
-        from pipeline.model.loss import cross_entropy
-
-        began = time.perf_counter()
-        self.engine.zero_grad()
-        logits = self.engine(self.tokens[:, :-1])
-        loss = cross_entropy(logits.flatten(0, 1), self.tokens[:, 1:].flatten())
-        self.engine.backward(loss)
-        self.engine.clip(1.0, [loss.detach()], False)
-        waited = time.perf_counter()
-        before_step()
-        waited = time.perf_counter() - waited
-        self.engine.step()
-        return time.perf_counter() - began, waited
-
-    def state(self) -> dict[str, Any]:
-        """Weights and moments by name, without a copy."""
-        return {f"{key}/{f.name}": t for f in self.engine.fragments() for key, t in f.tensors.items()}
-
-    def peers(self) -> dict[str, Callable[[Path], Saving]]:
-        """Every way to save, by name."""
-        return {
-            OWN: self.own,
-            "own, waited for": self.own_synchronous,
-            "torch.save": self.torch_save,
-            "torch.distributed.checkpoint.save": self.dcp,
-            "torch.distributed.checkpoint.async_save": self.dcp_async,
-            "DeepSpeed engine.save_checkpoint": self.deepspeed,
-        }
-
-    def own(self, path: Path) -> Saving:
-        """Ours; goes on in the background."""
-        self.saves += 1
-        self.saver.save(self.saves, self.engine.fragments(), {"optimizer_steps": self.saves})
-        return Saving(self.saver.wait_for_copy, lambda: not self.saver.busy, self.saver.wait)
-
-    def own_synchronous(self, path: Path) -> Saving:
-        """Ours, with the loop waiting for it."""
-        self.own(path).finish()
-        return Saving()
-
-    def torch_save(self, path: Path) -> Saving:
-        """One pickle."""
-        import torch
-
-        torch.save(self.state(), path)
-        return Saving(finish=lambda: fsync_tree(path))
-
-    def dcp(self, path: Path) -> Saving:
-        """PyTorch's sharded format."""
-        import torch.distributed.checkpoint as dcp
-
-        dcp.save(self.state(), checkpoint_id=path)
-        return Saving(finish=lambda: fsync_tree(path))
-
-    def dcp_async(self, path: Path) -> Saving:
-        """The same, staged in host memory first."""
-        import torch.distributed.checkpoint as dcp
-
-        future = dcp.async_save(self.state(), checkpoint_id=path)
-        return Saving(durable=future.done, finish=lambda: (future.result(), fsync_tree(path)))
-
-    def deepspeed(self, path: Path) -> Saving:
-        """DeepSpeed's own."""
-        self.engine._engine.save_checkpoint(str(path), tag="x")
-        return Saving(finish=lambda: fsync_tree(path))
-
-
-def fsync_tree(path: Path) -> None:
-    """What the peers leave to the kernel: ours has done it when it says durable."""
-    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-
-
 def measure(size: str, folder: Path) -> dict[str, Any]:
     """The figures of all peers at one size."""
-    bench = Bench(size, folder)
+    (folder / size).mkdir()
+    bench = Bench(parse_config(json.dumps(experiment(folder, size))), folder / size)
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     first: dict[str, float] = {}
     plain: list[float] = []
@@ -265,7 +157,7 @@ def measure_restart(size: str, folder: Path) -> dict[str, float]:
     run = folder / "runs" / size
     fresh, stops, resumed = [], [], []
     for turn in range(3):
-        process, seconds = start(config, run, turn * 1000)
+        process, seconds = start(config, run)
         (resumed if turn else fresh).append(seconds)
         time.sleep(1)
         began = time.monotonic()
@@ -283,7 +175,7 @@ def measure_restart(size: str, folder: Path) -> dict[str, float]:
     }
 
 
-def start(config: Path, run: Path, turn: int) -> tuple[subprocess.Popen[bytes], float]:
+def start(config: Path, run: Path) -> tuple[subprocess.Popen[bytes], float]:
     metrics = run / "metrics.jsonl"
     size = metrics.stat().st_size if metrics.exists() else 0
     began = time.monotonic()
@@ -295,6 +187,23 @@ def start(config: Path, run: Path, turn: int) -> tuple[subprocess.Popen[bytes], 
             raise SystemExit(f"the run ended with {process.returncode} before its first step")
         time.sleep(0.005)
     return process, time.monotonic() - began
+
+
+# ---- memory of a load ------------------------------------------------------------------------
+
+
+def measure_load(size: str, folder: Path) -> dict[str, dict[str, float]]:
+    """MB that a load takes on two ranks at most, by how it was written and is read, beside a rank's share."""
+    config = folder / f"{size}.json"
+    found = {}
+    for written_at, stage in ((2, 2), (3, 3), (3, 2), (2, 3)):
+        saved = folder / f"loads_{size}"
+        processes.on_ranks(save_state, 2, folder / "load.log", str(config), str(saved), written_at, timeout_s=300)
+        loads = processes.on_ranks(load_state, 2, folder / "load.log", str(config), str(saved), stage, timeout_s=300)
+        shutil.rmtree(saved)
+        worst = max(loads, key=lambda load: load["grown"] / load["share"])
+        found[f"ZeRO-{written_at} to ZeRO-{stage}"] = {f"{k}_mb": round(v / 1e6, 1) for k, v in worst.items()}
+    return found
 
 
 def shown(figures: dict[str, Any]) -> dict[str, Any]:
@@ -313,20 +222,16 @@ def main() -> None:
         config = folder / "data.json"
         config.write_text(json.dumps(experiment(folder, "10M")))
         subprocess.run([sys.executable, "-m", "pipeline", "prepare", str(config)], check=True, capture_output=True)
-        import torch
-
-        from pipeline.train.ranks import process_group
-        from pipeline.train.world import World
-
         with process_group(World(), torch.device("cpu")):
             saves = {size: shown(measure(size, folder)) for size in sizes}
         restarts = {size: shown(measure_restart(size, folder)) for size in sizes}
+        loads = {size: shown(measure_load(size, folder)) for size in sizes}
     finally:
         shutil.rmtree(folder)
     notes = (
         f"one process, ZeRO 0, float32, {BATCH} sequences of {CONTEXT} tokens a step, medians; saves of each: {ROUNDS}"
     )
-    save("checkpoint", {"saves": saves, "restarts": restarts}, notes)
+    save("checkpoint", {"saves": saves, "restarts": restarts, "loads": loads}, notes)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ They are real processes: each joins its process group over TCP, can be killed al
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -32,12 +33,14 @@ class Ranks:
         log: Takes what they print.
         codes: Exit status of each that has ended; minus the signal's number if one killed it.
         ended_at: When each ended, by the monotonic clock.
+        queued: Seconds that each, as last seen, was ready to run and had no processor.
     """
 
     processes: list[BaseProcess]
     log: Path
     codes: dict[int, int] = field(default_factory=dict)
     ended_at: dict[int, float] = field(default_factory=dict)
+    queued: dict[int, float] = field(default_factory=dict)
 
     def poll(self) -> bool:
         """Whether all have ended."""
@@ -50,6 +53,28 @@ class Ranks:
     def wait(self, timeout_s: float) -> bool:
         """Waits until all have ended; False if the time was over before."""
         return wait_until(self.poll, timeout_s)
+
+    def within(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Polls; False after so many seconds, not counting those in which the ranks stood in the queue for a processor.
+
+        Others may have the machine: a rank that waits for its turn does not hang. One that spins hangs and queues, so
+        that four times the seconds are the limit whatever was waited for.
+        """
+        began, queued = time.monotonic(), self._queued_s()
+        while not condition():
+            passed = time.monotonic() - began
+            if passed > 4 * seconds or (passed > seconds and passed - (self._queued_s() - queued) > seconds):
+                return False
+            time.sleep(0.005)
+        return True
+
+    def _queued_s(self) -> float:
+        """Of all threads of all ranks; one after the other may have kept the others waiting."""
+        for rank, process in enumerate(self.processes):
+            with contextlib.suppress(OSError):  # it has ended: what was last seen counts
+                tasks = Path(f"/proc/{process.pid}/task").iterdir()
+                self.queued[rank] = sum(int((task / "schedstat").read_text().split()[1]) for task in tasks) / 1e9
+        return sum(self.queued.values())
 
     def kill(self, number: int, ranks: Sequence[int] | None = None) -> None:
         """Sends a signal to these ranks, or to all, as far as they run."""

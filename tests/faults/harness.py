@@ -5,6 +5,7 @@
 A run of 100 steps is one episode: it is struck and restarted until it is finished, then its loss curve is compared with
 the uninterrupted one. Every other episode keeps its layout (world size and ZeRO stage): its curve must be equal bit for
 bit to that layout's; the others draw a layout for each start: theirs must be within 1e-5 of one rank's.
+Seconds in which the ranks stood in the queue for a processor do not count as a hang: the machine may be another's.
 It moves itself into a mount namespace of its own (`unshare`), so that the small disks are gone with it.
 Exit status: 0 if all faults were survived, 1 if not.
 """
@@ -125,7 +126,7 @@ class Episode:
                 fault = self._land(ranks, strike, layout)
             elif strike is not None and not self.problems:
                 fault = self._strike(ranks, strike, layout)
-            elif not ranks.wait(120):
+            elif not ranks.within(ranks.poll, 120):
                 self._problem(ranks, "a start that nobody disturbed did not end in 120 s")
             if fault is not None:
                 self.faults.append(fault)
@@ -157,7 +158,7 @@ class Episode:
             started = len(experiment.events(self.run, "resumed")) > resumes or good == 0
             return started and steps > good
 
-        if not processes.wait_until(lambda: stepping() or ranks.poll(), LONGEST_S):
+        if not ranks.within(lambda: stepping() or ranks.poll(), LONGEST_S):
             self._problem(ranks, f"no step within {LONGEST_S:g} s of a start")
             return None
         resumed = experiment.events(self.run, "resumed")[resumes:]
@@ -169,7 +170,7 @@ class Episode:
         """Waits for the moment, strikes, and waits for the end; None if the run was over before."""
         target = experiment.last_step(self.run) + self._rng.randint(1, 25)
         delay = self._rng.uniform(0, 0.2)
-        if not processes.wait_until(lambda: experiment.last_step(self.run) >= target or ranks.poll(), 60):
+        if not ranks.within(lambda: experiment.last_step(self.run) >= target or ranks.poll(), 60):
             self._problem(ranks, f"no step for long while waiting for step {target}")
             return None
         time.sleep(delay)
@@ -181,7 +182,7 @@ class Episode:
         at_step = experiment.last_step(self.run)
         began = time.monotonic()
         blow = strike(ranks, self.run, self._rng)
-        if not ranks.wait(LONGEST_S):
+        if not ranks.within(ranks.poll, LONGEST_S):
             self._problem(ranks, f"ranks still ran {LONGEST_S:g} s after {blow.kind}")
         if set(ranks.codes.values()) == {0}:
             return None  # it was finished before the blow fell

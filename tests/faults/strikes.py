@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
 from tests import experiment
 from tests.faults.disk import full, read_only
-from tests.processes import Ranks, wait_until
+from tests.processes import Ranks
 
 KILLED = -signal.SIGKILL
 
@@ -138,10 +138,10 @@ class Deck:
 def _saves_fail(ranks: Ranks, run: Path) -> str | None:
     """Waits for a failed save and two steps after it; what is wrong if they do not come."""
     failed = len(experiment.events(run, "checkpoint_failed"))
-    if not wait_until(lambda: len(experiment.events(run, "checkpoint_failed")) > failed or ranks.poll(), 30):
+    if not ranks.within(lambda: len(experiment.events(run, "checkpoint_failed")) > failed or ranks.poll(), 30):
         return "no failed save was reported within 30 s"
     step = experiment.last_step(run)
-    wait_until(lambda: experiment.last_step(run) >= min(step + 2, experiment.STEPS) or ranks.poll(), 15)
+    ranks.within(lambda: experiment.last_step(run) >= min(step + 2, experiment.STEPS) or ranks.poll(), 15)
     if experiment.last_step(run) < min(step + 2, experiment.STEPS):
         return "training did not go on after a failed save"
     return None
