@@ -51,7 +51,10 @@ def add_jobs(run: Run, new: list[Job]) -> None:
 
 def forget_jobs(run: Run, ids: set[str]) -> None:
     """Strikes out jobs that were taken back before they began."""
-    write_json(run.jobs_file, {"jobs": [asdict(job) for job in jobs(run) if job.id not in ids]})
+    known = jobs(run)
+    kept = [job for job in known if job.id not in ids]
+    if kept != known:  # on a full disk, nothing can be written that need not be
+        write_json(run.jobs_file, {"jobs": [asdict(job) for job in kept]})
 
 
 def last_chain(run: Run) -> list[Job]:

@@ -8,7 +8,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from pipeline.launch.site import Site
 from pipeline.launch.site_load import load_site
 from pipeline.launch.snapshot import take_snapshot
 from pipeline.launch.sweep import experiments
+from pipeline.launch.take_back import taken_back_on_failure
 from pipeline.launch.work import Task, Work
 from pipeline.run import Run, create_run, run_for
 from pipeline.tracking import journal
@@ -100,7 +101,7 @@ def submit(chain: Chain) -> list[Job]:
         )
     _refuse_active(chain.runs)
     refuse_unfit_images(chain.configs, chain.site, chain.allow_image_change)
-    with _taken_back_on_failure(chain) as submitted:
+    with taken_back_on_failure(chain.runs, chain.home) as submitted:
         _make_folders(chain)
         now = round(time.time(), 3)
         for job in chain.jobs:
@@ -209,29 +210,6 @@ def _refuse_active(runs: list[Run]) -> None:
                 f"{run.path}: is in the queue already as job {job}; wait for it (`pipeline status {run.path}`), "
                 f"or take it out first (`pipeline cancel {run.path}`)"
             )
-
-
-@contextlib.contextmanager
-def _taken_back_on_failure(chain: Chain) -> Iterator[list[Job]]:
-    """Collects jobs; after a failure, or Ctrl-C, none of them is left, nor a run folder that was not there before."""
-    fresh = [run.path for run in (*chain.runs, chain.home) if not run.path.exists()]
-    submitted: list[Job] = []
-    try:
-        yield submitted
-    except BaseException as error:
-        if submitted:
-            slurm.cancel(job.id for job in submitted)
-        for run in chain.runs:
-            if run.path.exists() and run.path not in fresh:
-                records.forget_jobs(run, {job.id for job in submitted})
-        for folder in fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise PipelineError(
-                f"{error.filename or chain.home.path}: cannot be written ({error.strerror}); nothing was submitted. "
-                "Make room, or choose another runs_dir"
-            ) from error
-        raise
 
 
 def _make_folders(chain: Chain) -> None:

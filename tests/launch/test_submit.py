@@ -118,6 +118,22 @@ def test_a_chain_that_fails_in_the_middle_is_taken_back(tmp_path: Path, slurm: F
     assert not (tmp_path / "runs/tiny").exists()
 
 
+def test_jobs_that_cannot_be_taken_back_are_named_and_kept_in_mind(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    away = "error: Unable to contact slurm controller (connect failure)\n"
+    slurm.says("sbatch", err=f"sbatch: {away}", status=1, call=3)
+    slurm.says("scancel", err=f"scancel: {away}", status=1)
+    done = submit(tmp_path, slurm)
+    assert (done.status, done.err.count("\n")) == (1, 1)
+    assert "holds job 101, 102" in done.err
+    assert "pipeline cancel runs/tiny" in done.err
+    slurm.says("squeue", "101_0|PENDING|None||\n102|PENDING|Dependency||\n")
+    slurm.says("scancel")
+    again = submit(tmp_path, slurm)
+    assert (again.status, "is in the queue already" in again.err) == (2, True), again.err
+    assert pipeline(tmp_path, "cancel", "runs/tiny", slurm=slurm).out == "runs/tiny: cancelled job 101, 102\n"
+
+
 def test_a_run_that_was_there_before_survives_a_refusal(tmp_path: Path, slurm: FakeSlurm):
     write_files(tmp_path)
     assert submit(tmp_path, slurm).status == 0
