@@ -1,4 +1,4 @@
-"""What a person does with runs on a cluster: look, read, cancel, edit the checkout; and what a mistake is told."""
+"""What a person does with runs on a cluster: look, read, cancel, edit the checkout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.checkpoint.layout import published, step_of
 from tests import experiment
-from tests.cluster.support import ROOT, Cluster, open_cluster, wait_until
+from tests.cluster.support import ROOT, Cluster, open_cluster
 from tests.cluster.training import Training, describe, prepare, start
 
 _ENDLESS = 100_000
@@ -146,39 +146,6 @@ def test_a_run_that_fails_three_times_at_the_same_step_is_left_alone(cluster: Cl
     assert titles == [f"==> train, job {run.job('train')}, attempt {i}, rank 0 <==" for i in range(3)]
 
 
-_REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "partition": ({"train": {"partition": "nope"}}, ["train.partition", "partitions here: main, low, high"]),
-    "nodes": ({"train": {"nodes": 8}}, ["train.nodes", "sinfo --format '%P %D %c %G'"]),
-    "memory": ({"train": {"mem_gb": 100}}, ["train.mem_gb", "sinfo --format '%P %N %m'"]),
-    "gpus": (
-        {"train": {"gpus_per_node": 8, "tasks_per_node": 8, "nodes": 1}},
-        ["gpus_per_node", "sinfo --format '%P %D %c %G'"],
-    ),
-    "time": (
-        {"train": {"partition": "high", "time_limit_min": 90}},
-        ["train.time_limit_min", "sinfo --format '%P %l'"],
-    ),
-    "account": ({"account": "nobody"}, ["account", "sacctmgr show associations"]),
-    "the last of the chain": ({"evaluate": {"partition": "nope"}}, ["evaluate.partition", "partitions here"]),
-    "key": ({"acount": "research"}, ["acount", "did you mean `account`"]),
-}
-
-
-@pytest.mark.parametrize("kind", _REFUSED)
-def test_a_request_that_cannot_be_met_is_one_message_and_nothing_is_submitted(cluster: Cluster, kind: str) -> None:
-    changes, words = _REFUSED[kind]
-    name = f"refused-{kind.replace(' ', '-')}"
-    before = _jobs(cluster)
-    run = describe(cluster, name, "train.micro_batch_size=1", **changes)
-    refused = run.try_to_submit()
-    assert refused.returncode == 2, refused.stderr
-    assert "Traceback" not in refused.stderr
-    for word in (str(run.site), *words):
-        assert word in refused.stderr
-    assert not run.run.exists()
-    wait_until(lambda: _jobs(cluster) == before, 30, lambda: str(_jobs(cluster)))
-
-
 def test_without_its_controller_slurm_is_named_and_nothing_is_submitted(cluster: Cluster, training: Training) -> None:
     run = describe(cluster, "unreachable")
     with cluster.without_controller():
@@ -196,8 +163,3 @@ def _status(run: Training) -> dict[str, Any]:
     assert (done.returncode, done.stderr) == (0, "")
     (found,) = json.loads(done.stdout)
     return found
-
-
-def _jobs(cluster: Cluster) -> list[str]:
-    """What waits or runs."""
-    return cluster.run("squeue", "--noheader", "--format=%i %j %T").splitlines()

@@ -120,6 +120,8 @@ def test_a_node_without_power_is_replaced(
         ended = run.wait_for_end("train")
         assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), run.words()
         assert lost not in cluster.nodes_of(run.job("train"))
+        if which == "second":  # the batch script is alive, and keeps the retry away from the node even when it is back
+            assert lost in ended["ExcNodeList"].split(",")
     finally:
         cluster.start_node(lost)
     assert [e["nodes"] for e in run.events("node_lost")] == [[lost]]

@@ -63,7 +63,7 @@ def test_a_site_decides_itself_as_long_as_a_step_and_a_save_fit(run: Run):
 def test_a_limit_that_start_up_and_save_use_up_is_refused(run: Run):
     measured(run, step_s=20.0, saves_s=[40.0], startup_s=100.0)
     assert lead_s(run, site(4)) == 115
-    with pytest.raises(UsageError, match=r"train.time_limit_min: given 3, .* start-up takes 100 s.* allowed: 5 or more"):
+    with pytest.raises(UsageError, match=r"train.time_limit_min: given 3, .* takes 100 s.* allowed: 5 or more"):
         lead_s(run, site(3))
 
 
