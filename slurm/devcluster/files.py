@@ -45,7 +45,9 @@ def write_files(settings: Settings) -> None:
         (settings.state / name).mkdir(mode=0o755, parents=True)
     etc = settings.conf.parent
     names = [("127.0.0.1", "localhost"), *((settings.address(h), h) for h in settings.hosts)]
-    write_text(etc / "hosts", "".join(f"{address} {name}\n" for address, name in names))
+    # torch asks for the name of the IPv4 address in its IPv6 form, and would ask a name server that is not there.
+    mapped = [(f"::ffff:{address}", name) for address, name in names[1:]]
+    write_text(etc / "hosts", "".join(f"{address} {name}\n" for address, name in [*names, *mapped]))
     values = {
         "state": str(settings.state),
         "munge_socket": str(settings.munge_socket),
