@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,6 +130,24 @@ def test_editing_the_checkout_while_a_job_waits_changes_nothing(cluster: Cluster
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), run.words()
     assert [step for step, _ in experiment.curve(run.run)] == list(range(1, 21))
     assert run.pipeline("logs", str(run.run)).stdout.splitlines()[1] == "as it was submitted"
+
+
+def test_a_sweep_is_one_array_that_trains_and_evaluates_a_run_for_every_value(cluster: Cluster) -> None:
+    swept = describe(cluster, "sweep", "train.max_iters=10", train={"nodes": 1})
+    command = ["submit", str(swept.config), "--site", str(swept.site), *swept.overrides]
+    done = swept.pipeline(*command, "--sweep", "optimizer.learning_rate=1e-2,1e-3")
+    assert done.returncode == 0, done.stderr
+    runs = [replace(swept, run=swept.run.with_name(f"sweep-learning_rate-{rate}")) for rate in ("1e_2", "1e_3")]
+    ids = [run.job("train") for run in runs]
+    assert [job.partition("_")[2] for job in ids] == ["0", "1"]
+    assert len({job.partition("_")[0] for job in ids}) == 1
+    for run in runs:
+        assert run.wait_for_end("evaluate", 240)["JobState"] == "COMPLETED", run.words()
+        assert [step for step, _ in experiment.curve(run.run)] == list(range(1, 11))
+        assert (run.run / "evaluation.json").exists()
+        assert _status(run)["state"] == "finished"
+        assert f"==> train, job {run.job('train')}, attempt 0, rank 0 <==" in run.pipeline("logs", str(run.run)).stdout
+    assert experiment.curve(runs[0].run) != experiment.curve(runs[1].run)
 
 
 def test_a_run_that_fails_three_times_at_the_same_step_is_left_alone(cluster: Cluster, diverging: Training) -> None:
