@@ -1,4 +1,4 @@
-"""What follows an attempt whose preflight has found a bad node: the retry keeps away from it, and says why."""
+"""What follows an attempt: another one, on which nodes, or none; `end` runs as in the batch script, on a fake Slurm."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoint.layout import step_name
+from pipeline.errors import EXIT_STOPPED, EXIT_USAGE
 from pipeline.launch import attempt, records
 from pipeline.launch.site import Site
 from pipeline.launch.work import Attempt, Task
@@ -16,11 +18,28 @@ from tests.launch.support import SITE, FakeSlurm, make_run
 FOUND = "cuda:1 multiplies matrices wrongly: 32 of 65536 elements"
 
 
-def ended_in_preflight(run: Run, **requeue: bool) -> Attempt:
-    """An attempt on gpu1 and gpu2, of which gpu2 is bad; all ranks have ended with status 1."""
+def began(run: Run, number: int = 0, **requeue: int) -> Attempt:
+    """An attempt on gpu1 and gpu2 that has begun."""
     site = Site.model_validate({**SITE, "requeue": requeue})
-    now = Attempt("train", Task(str(run.path), ()), site, "7", "7", 0, "gpu[1-2]")
+    now = Attempt("train", Task(str(run.path), ()), site, "7", "7", number, "gpu[1-2]")
     records.note(run, "began", **now.about(), nodes=now.nodes)
+    return now
+
+
+def rank_ended(now: Attempt, status: int) -> Attempt:
+    """The attempt, one of whose ranks has ended by itself."""
+    records.note(now.run, "rank_failed", **now.about(), rank=1, host="gpu2", status=status)
+    return now
+
+
+def reason_given_up(run: Run) -> str:
+    (gave_up,) = [e.record for e in journal.read(run.events_file) if e.record["event"] == "gave_up"]
+    return str(gave_up["reason"])
+
+
+def ended_in_preflight(run: Run, **requeue: int) -> Attempt:
+    """An attempt of which gpu2 is bad; all ranks have ended with status 1."""
+    now = began(run, **requeue)
     journal.append_event(run.events_file, "bad_node", nodes=["gpu2"], problems=[FOUND])
     records.note(run, "rank_failed", **now.about(), rank=0, host="gpu1", status=1)
     return now
@@ -59,3 +78,53 @@ def test_a_node_is_not_excluded_where_too_few_would_be_left(run: Run, slurm: Fak
 def test_a_site_may_leave_bad_nodes_in(run: Run, slurm: FakeSlurm):
     attempt.end(ended_in_preflight(run, exclude_lost_nodes=False), 1)
     assert slurm.calls("scontrol")[-1] == "requeue 7"
+
+
+def test_a_retry_keeps_away_from_a_node_that_was_lost(run: Run, slurm: FakeSlurm):
+    slurm.says("sinfo", "gpu1 idle\ngpu2 down*\n", call=1)  # the nodes of the attempt
+    attempt.end(rank_ended(began(run), 137), 137)
+    assert slurm.calls("scontrol")[-1] == "update JobId=7 ExcNodeList=gpu2"
+    (lost,) = [e.record for e in journal.read(run.events_file) if e.record["event"] == "node_lost"]
+    assert lost["nodes"] == ["gpu2"]
+
+
+def test_failures_without_progress_are_counted_and_lost_nodes_are_nobodys_failure(run: Run, slurm: FakeSlurm):
+    slurm.says("scontrol", "gpu1\ngpu2\n")
+    slurm.says("sinfo", "gpu1 idle\ngpu2 down*\n", call=1)
+    for number in range(3):
+        attempt.end(rank_ended(began(run, number), 1), 1)
+    assert slurm.calls("scontrol").count("requeue 7") == 3
+    assert attempt.end(rank_ended(began(run, 3), 1), 1) == 1
+    assert reason_given_up(run) == "failed 3 times at step 0 without progress: rank 1 on gpu2 ended with status 1"
+    assert slurm.calls("scontrol").count("requeue 7") == 3
+
+
+def test_a_new_checkpoint_starts_the_count_anew(run: Run, slurm: FakeSlurm):
+    for number in range(4):
+        if number == 2:
+            (run.checkpoints / step_name(5)).mkdir()
+            (run.checkpoints / step_name(5) / "manifest.json").write_text("{}")
+        attempt.end(rank_ended(began(run, number), 1), 1)
+    assert slurm.calls("scontrol").count("requeue 7") == 4
+
+
+def test_bad_usage_is_not_tried_again(run: Run, slurm: FakeSlurm):
+    assert attempt.end(rank_ended(began(run), EXIT_USAGE), EXIT_USAGE) == EXIT_USAGE
+    assert reason_given_up(run) == "rank 1 on gpu2 ended with status 2; trying again would not help"
+    assert "requeue 7" not in slurm.calls("scontrol")
+
+
+def test_a_job_is_restarted_as_often_as_the_site_allows(run: Run, slurm: FakeSlurm):
+    attempt.end(began(run, 1, max_restarts=2), EXIT_STOPPED)
+    assert slurm.calls("scontrol").count("requeue 7") == 1
+    assert attempt.end(began(run, 2, max_restarts=2), EXIT_STOPPED) == EXIT_STOPPED
+    assert "restarted 2 times, as often as the site allows" in reason_given_up(run)
+    assert slurm.calls("scontrol").count("requeue 7") == 1
+
+
+def test_a_requeue_waits_for_a_controller_that_is_away(run: Run, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attempt, "_REQUEUE_WAIT_S", 0.01)
+    for call in (2, 3):
+        slurm.says("scontrol", err="scontrol: error: Unable to contact slurm controller\n", status=1, call=call)
+    attempt.end(began(run), EXIT_STOPPED)
+    assert slurm.calls("scontrol")[1:] == ["requeue 7"] * 3
