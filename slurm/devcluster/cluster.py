@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import PipelineError, UsageError
 from slurm.devcluster import services
-from slurm.devcluster.files import free_letter, has_cgroup_v1, write_clients, write_files
+from slurm.devcluster.files import CGROUPS, free_letter, has_cgroup_v1, write_clients, write_files
 from slurm.devcluster.hosts import kill_host, pid_of, run_on, start_host
 from slurm.devcluster.settings import LOGIN, Settings, exists, load
 
@@ -51,13 +54,14 @@ def up(state: Path, node_count: int) -> Settings:
         raise UsageError(f"{state}: cannot be made ({error.strerror}); choose another --state") from error
     if any(state.iterdir()):
         raise UsageError(f"{state}: holds other files; choose an empty or new folder for --state")
-    settings = Settings(state, node_count, free_letter(), has_cgroup_v1())
-    settings.save()
-    try:
-        _start(settings)
-    except BaseException:
-        down(state)
-        raise
+    with _one_at_a_time():
+        settings = Settings(state, node_count, free_letter(), has_cgroup_v1())
+        settings.save()
+        try:
+            _start(settings)
+        except BaseException:
+            down(state)
+            raise
     return settings
 
 
@@ -119,6 +123,17 @@ def restart_controller(settings: Settings) -> None:
     services.stop_controller(settings)
     services.start_controller(settings)
     services.wait_for_nodes(settings, [node for node in settings.nodes if pid_of(settings, node) is not None])
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Holds off other clusters that start on this machine: a letter is free until the first slurmd has used it."""
+    folder = os.open(CGROUPS, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _start(settings: Settings) -> None:

@@ -20,22 +20,22 @@ _BY_TREE = "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nJobAcctGath
 # Jobs of another cluster's nodes with the same names would share their control groups.
 _LETTERS = "nmpqrstuvw"
 _CONTROLLERS = ("freezer", "memory", "devices", "cpuset", "cpuacct")
-_CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def has_cgroup_v1() -> bool:
     """Whether this machine has the control groups of version 1 that Slurm 22.05 can use without systemd."""
     kinds = {line.split()[1]: line.split()[2] for line in Path("/proc/mounts").read_text().splitlines()}
-    return all(kinds.get(str(_CGROUPS / name)) == "cgroup" for name in _CONTROLLERS)
+    return all(kinds.get(str(CGROUPS / name)) == "cgroup" for name in _CONTROLLERS)
 
 
 def free_letter() -> str:
     """The first letter for nodes' names that no other cluster on this machine uses."""
     for letter in _LETTERS:
-        if not any((_CGROUPS / name / f"slurm_{letter}1").exists() for name in _CONTROLLERS):
+        if not any((CGROUPS / name / f"slurm_{letter}1").exists() for name in _CONTROLLERS):
             return letter
     raise PipelineError(
-        f"{_CGROUPS}: groups slurm_{_LETTERS[0]}1 to slurm_{_LETTERS[-1]}1 are all there; take a cluster down"
+        f"{CGROUPS}: groups slurm_{_LETTERS[0]}1 to slurm_{_LETTERS[-1]}1 are all there; take a cluster down"
     )
 
 

@@ -1,4 +1,4 @@
-"""One devcluster for all tests here, and what they measured; on a failure its logs stay in build/cluster-logs."""
+"""One devcluster for a test process, and what the tests measured; on a failure its logs stay in build/cluster-logs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.cluster)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Under xdist, hands a worker's figures to the process that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = session.config.stash[_FIGURES].seconds
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes the figures of a worker that has ended."""
+    node.config.stash[_FIGURES].seconds.update(getattr(node, "workeroutput", {}).get("figures", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
