@@ -93,14 +93,20 @@ def test_preemption_loses_no_step(
     figures.add("a job in `high` is submitted -> first new step", run.new_step_after(struck) - struck)
 
 
-def test_scontrol_requeue_loses_no_step(cluster: Cluster, reference: Training, submit: Callable[..., Training]) -> None:
+def test_scontrol_requeue_loses_no_step(
+    cluster: Cluster, reference: Training, submit: Callable[..., Training], figures: Figures
+) -> None:
     run = submit("requeued")
+    struck = now()
     cluster.run("scontrol", "requeue", run.job("train"))
     ended = run.wait_for_end("train")
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), run.words()
     (stopped,) = run.events("preempted")
+    saved = next(e for e in run.events("checkpointed") if e["step"] == stopped["step"])
     assert [e["step"] for e in run.events("resumed")] == [stopped["step"]]
     assert_same_training(run.run, reference.run)
+    figures.add("scontrol requeue, a signal at once -> the checkpoint is durable", saved["time"] - struck)
+    figures.add("scontrol requeue, a signal at once -> first new step", run.new_step_after(struck) - struck)
 
 
 def test_a_killed_rank_ends_all_and_the_job_starts_again(
