@@ -107,7 +107,8 @@ def judge(attempt: Attempt, code: int) -> Verdict:
         return Verdict("failed", said or _rank_in_words(first), int(first["status"]))
     if said:
         return Verdict("failed", said, EXIT_FAILED)
-    if code == EXIT_STOPPED:
+    # When a rank has ended during start-up, srun kills those that could not even listen yet: 143, not 85.
+    if code == EXIT_STOPPED or any(n["event"] == "rank_stopped" for n in _own_notes(attempt)):
         return Verdict("stopped", "asked to stop", EXIT_STOPPED)
     return Verdict("failed", f"srun ended with status {code}; see the job's _log.err in {attempt.run.launch}", code)
 

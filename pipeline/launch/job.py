@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config import Config
 from pipeline.errors import EXIT_STOPPED, EXIT_USAGE
@@ -100,7 +100,7 @@ def _run(attempt: Attempt, world: World, command: Sequence[str], environment: di
     problem = runtime_problem(attempt.site.container) if config.container.image is not None else None
     if problem is not None:
         log.write_text(f"pipeline: error: {problem}\n", encoding="utf-8")
-        _note_failed(attempt, world, EXIT_USAGE)
+        _note_end(attempt, world, "rank_failed", EXIT_USAGE)
         return EXIT_USAGE
     with log.open("ab") as out:
         child = subprocess.Popen(
@@ -114,16 +114,18 @@ def _run(attempt: Attempt, world: World, command: Sequence[str], environment: di
         _wait(child, attempt, world, signals)
     code = child.returncode
     if code < 0 and signals.asked is signal.SIGUSR2:
-        return EXIT_STOPPED  # it died of the signal before it could listen: there was nothing to save yet
+        # It died of the signal before it could listen: there was nothing to save yet.
+        _note_end(attempt, world, "rank_stopped", EXIT_STOPPED)
+        return EXIT_STOPPED
     status = code if code >= 0 else 128 - code
     if status not in (0, EXIT_STOPPED) and signals.asked is None:
-        _note_failed(attempt, world, status)
+        _note_end(attempt, world, "rank_failed", status)
     return status
 
 
-def _note_failed(attempt: Attempt, world: World, status: int) -> None:
+def _note_end(attempt: Attempt, world: World, how: Literal["rank_failed", "rank_stopped"], status: int) -> None:
     host = socket.gethostname()
-    records.note(attempt.run, "rank_failed", **attempt.about(), rank=world.rank, host=host, status=status)
+    records.note(attempt.run, how, **attempt.about(), rank=world.rank, host=host, status=status)
 
 
 def _wait(child: subprocess.Popen[bytes], attempt: Attempt, world: World, signals: _Signals) -> None:

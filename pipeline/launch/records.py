@@ -64,7 +64,7 @@ def last_chain(run: Run) -> list[Job]:
     return [job for job in found if job.submitted == newest]
 
 
-def note(run: Run, event: Literal["began", "ended", "rank_failed"], **fields: Any) -> None:
+def note(run: Run, event: Literal["began", "ended", "rank_failed", "rank_stopped"], **fields: Any) -> None:
     """Appends what happened to an attempt."""
     run.attempts_file.parent.mkdir(parents=True, exist_ok=True)
     journal.append_event(run.attempts_file, event, **fields)

@@ -114,6 +114,14 @@ def test_bad_usage_is_not_tried_again(run: Run, slurm: FakeSlurm):
     assert "requeue 7" not in slurm.calls("scontrol")
 
 
+def test_being_asked_to_stop_during_start_up_is_no_failure(run: Run, slurm: FakeSlurm):
+    for number in range(5):
+        now = began(run, number)
+        records.note(run, "rank_stopped", **now.about(), rank=1, host="gpu2", status=EXIT_STOPPED)
+        attempt.end(now, 143)  # srun has killed rank 0, which could not listen yet
+    assert slurm.calls("scontrol").count("requeue 7") == 5
+
+
 def test_a_job_is_restarted_as_often_as_the_site_allows(run: Run, slurm: FakeSlurm):
     attempt.end(began(run, 1, max_restarts=2), EXIT_STOPPED)
     assert slurm.calls("scontrol").count("requeue 7") == 1
