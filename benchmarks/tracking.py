@@ -1,18 +1,23 @@
-"""What tracking costs a training step: logging off against logging on, with MLflow well, slow, away and absent.
+"""What logging costs a training: steps with it on and off, with MLflow well, slow, stopped, away and absent.
 
     python -m benchmarks.tracking [CONDITION ...]
 
-Two processes train the same model with one thread each, one of them with logging off. They take turns of a
-second (each stops itself at a step's end, and the one that logs takes its helper process with it), so that
-whatever else the machine does meets both alike. Every step logs a line of eleven metrics, ten times what the
-default asks for. The server is a real `mlflow server` behind a relay that can be shut, or hold answers back.
+One process trains one model with one thread and switches logging on and off with every step or two (off, on, on,
+off), so that the memory it got, the weights it has reached and whatever else the machine does are the same for
+both: what disturbs a step on a shared machine lasts for longer than a step. Off means that no line is written and
+that the helper process, which feeds MLflow, is stopped; on, a line of eleven metrics is written for every step, ten
+times what the default asks for, and the helper does the work of both halves, for its rounds go by the clock. The
+server is a real `mlflow server` on this machine, stopped by SIGSTOP for the condition of that name; the slow one is
+behind a relay that holds every answer back.
 
-Of each pair of turns the ratio of the median step times is taken; the figure is the median of the ratios, with
-the interval that holds the true median with 95% probability (by order statistics).
+The figure is the Hodges-Lehmann mean of the ratios of neighbouring steps (the median of the means of any two), with
+the 95% interval that belongs to it, of Wilcoxon's signed ranks. `control` is the same with nothing to switch: what
+the method cannot see.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -22,10 +27,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from benchmarks.harness import save
@@ -35,22 +41,56 @@ from pipeline.tracking.sync import sync
 from pipeline.tracking.ui import local_server
 from tests.tracking.support import gate, make_run, of_journal, of_mlflow, unused_port
 
-TURN_S = 1.0
 SECONDS = {
-    "sqlite": 120,
-    "server": 120,
-    "server away for a minute": 180,
+    "control": 150,
+    "sqlite": 150,
+    "server": 150,
+    "server stopped for a minute": 180,
     "server answers after 30 s": 180,
-    "no server": 120,
+    "no server": 150,
 }
-AWAY = (40.0, 100.0)
+STOPPED = (60.0, 120.0)
+WARM_UP_S = 10.0  # in which the helper imports mlflow, once in a run
 
 
-def child(folder: Path, uri: str, enabled: bool) -> None:
-    """Trains until told to end; stops itself after every turn."""
+class Switched:
+    """A tracker that can be switched off, with its helper process; `off` is a run without tracking."""
+
+    def __init__(self, folder: Path, uri: str) -> None:
+        from pipeline import tracking
+
+        run, config = make_run(folder, uri)
+        about = {"digest": "0" * 64}
+        self._tracker = tracking.start(run, config, step=0, provenance={}, dataset=about, tokenizer_file=None)
+        self._helpers = psutil.Process().children(recursive=True)
+        self._step = 0
+        self.calls: list[float] = []
+
+    def switch(self, on: bool) -> None:
+        """Lets the helper go on or stops it."""
+        for helper in self._helpers:
+            helper.send_signal(signal.SIGCONT if on else signal.SIGSTOP)
+
+    def log(self, loss: float, base: float) -> None:
+        """Logs the next step and notes how long that took."""
+        began = time.perf_counter()
+        self._step += 1
+        self._tracker.log(self._step, {"train/loss": loss, **{f"train/metric_{i}": i + base for i in range(10)}})
+        self.calls.append(time.perf_counter() - began)
+
+    def end(self) -> dict[str, float]:
+        """Closes the tracker; returns the helper's CPU seconds and how long closing took."""
+        self.switch(True)
+        helper_s = sum(sum(helper.cpu_times()[:2]) for helper in self._helpers)
+        began = time.perf_counter()
+        self._tracker.close("STOPPED")
+        return {"helper_s": helper_s, "close_s": time.perf_counter() - began}
+
+
+def child(folder: Path, uri: str, seconds: float) -> None:
+    """Trains, switching logging between steps, and writes down what every step took."""
     import torch
 
-    from pipeline import tracking
     from pipeline.model.loss import cross_entropy
     from pipeline.model.transformer import TransformerLM
     from pipeline.optim.adamw import AdamW
@@ -60,140 +100,131 @@ def child(folder: Path, uri: str, enabled: bool) -> None:
     model = TransformerLM(512, 64, 128, 2, 4, 341, 10000.0)
     optimizer = AdamW(model.parameters(), lr=1e-3)
     x = torch.randint(512, (8, 65))
-    run, config = make_run(folder, uri)
-    tracker = tracking.Tracker()
-    if enabled:
-        about = {"digest": "0" * 64}
-        tracker = tracking.start(run, config, step=0, provenance={}, dataset=about, tokenizer_file=None)
-    turns: list[list[float]] = []
-    cpu: list[list[float]] = []
-    calls: list[float] = []
-    step = 0
-    while not (folder / "end").exists():
-        turns.append([])
-        cpu.append([])
-        until = time.perf_counter() + TURN_S
-        while time.perf_counter() < until:
-            began, began_cpu = time.perf_counter(), time.thread_time()
-            loss = cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            metrics = {f"train/metric_{i}": i + began for i in range(10)}
-            value = loss.item()
-            logging = time.perf_counter()
-            step += 1
-            if enabled:
-                tracker.log(step, {"train/loss": value, **metrics})
-            ended = time.perf_counter()
-            turns[-1].append(ended - began)
-            cpu[-1].append(time.thread_time() - began_cpu)
-            calls.append(ended - logging)
-        os.kill(os.getpid(), signal.SIGSTOP)
-    began = time.perf_counter()
-    tracker.close("STOPPED")
-    # The first turn warms up.
-    result = {"turns": turns[1:], "cpu": cpu[1:], "calls": calls, "close_s": time.perf_counter() - began}
+    tracker = Switched(folder, uri) if uri else None
+
+    def step(on: bool) -> tuple[float, float]:
+        began, began_cpu = time.perf_counter(), time.thread_time()
+        loss = cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        value = loss.item()
+        if on and tracker is not None:
+            tracker.log(value, began)
+        return time.perf_counter() - began, time.thread_time() - began_cpu
+
+    began = time.monotonic()
+    while time.monotonic() - began < WARM_UP_S:
+        step(True)
+    steps: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    while time.monotonic() - began < seconds:
+        for on in (False, True, True, False):
+            if tracker is not None:
+                tracker.switch(on)
+            steps[on].append(step(on))
+    result = {"off": steps[False], "on": steps[True]}
+    if tracker is not None:
+        result |= {"calls": tracker.calls, **tracker.end()}
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def start_child(folder: Path, uri: str, enabled: bool) -> subprocess.Popen[bytes]:
-    folder.mkdir()
-    command = [sys.executable, "-m", "benchmarks.tracking", "child", str(folder), uri, str(int(enabled))]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def turn(process: subprocess.Popen[bytes]) -> float:
-    """Lets a process train, with its helper, until it stops itself; returns CPU seconds of the helper so far."""
-    helpers = psutil.Process(process.pid).children(recursive=True)
-    for helper in helpers:
-        helper.resume()
-    os.kill(process.pid, signal.SIGCONT)
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    if not os.WIFSTOPPED(status):
-        raise SystemExit(f"a training ended with status {status}")
-    for helper in helpers:
-        helper.suspend()
-    return sum(sum(helper.cpu_times()[:2]) for helper in helpers)
-
-
-def take_turns(folder: Path, uri: str, seconds: float, at: Callable[[float], None]) -> tuple[Any, Any]:
-    """Trains with logging off and on by turns; returns what both measured."""
-    processes = {name: start_child(folder / name, uri, name == "on") for name in ("off", "on")}
+def train(folder: Path, uri: str, seconds: float, at: Callable[[float], None] = lambda _: None) -> Any:
+    """Runs the training in a process of its own, telling `at` how many seconds have passed."""
+    command = [sys.executable, "-m", "benchmarks.tracking", "child", str(folder), uri, str(seconds)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    began = time.monotonic()
     try:
-        for process in processes.values():
-            os.waitpid(process.pid, os.WUNTRACED)
-        began = time.monotonic()
-        while time.monotonic() - began < seconds:
+        while process.poll() is None:
             at(time.monotonic() - began)
-            helper_s = [turn(process) for process in processes.values()]
-        for name, process in processes.items():
-            (folder / name / "end").touch()
-            for paused in psutil.Process(process.pid).children(recursive=True):
-                paused.resume()
-            os.kill(process.pid, signal.SIGCONT)
-            os.waitpid(process.pid, 0)
+            time.sleep(0.2)
     finally:
-        for process in processes.values():
-            process.kill()
-    off, on = (json.loads((folder / name / "result.json").read_text()) for name in ("off", "on"))
-    return off, {**on, "helper_s": helper_s[1]}
+        process.kill()
+    if process.returncode != 0:
+        raise SystemExit(f"the training ended with status {process.returncode}")
+    return json.loads((folder / "result.json").read_text())
 
 
-def paired(off: list[list[float]], on: list[list[float]]) -> dict[str, Any]:
-    """Median over pairs of turns of the ratio of their median steps, with a 95% interval of that median."""
-    pairs = zip(off, on, strict=False)
-    ratios = sorted(statistics.median(b) / statistics.median(a) for a, b in pairs if a and b)
-    # The ranks between which the median lies: a binomial distribution, by its normal approximation.
-    reach = 0.98 * math.sqrt(len(ratios))
-    low, high = math.floor(len(ratios) / 2 - reach), math.ceil(len(ratios) / 2 + reach)
-    interval = [round(ratios[max(0, low)], 4), round(ratios[min(len(ratios) - 1, high)], 4)]
-    return {"on_over_off": round(statistics.median(ratios), 4), "interval_95": interval, "pairs": len(ratios)}
+def ratio(found: Any, clock: int) -> dict[str, Any]:
+    """On over off of neighbouring steps by one of the two clocks, with a 95% interval."""
+    off, on = (np.array(found[name])[:, clock] for name in ("off", "on"))
+    ratios = np.log(on / off)
+    first, second = np.triu_indices(len(ratios))
+    means = np.sort((ratios[first] + ratios[second]) / 2)
+    n = len(ratios)
+    reach = 1.96 * math.sqrt(n * (n + 1) * (2 * n + 1) / 24)
+    low, middle, high = (float(np.exp(means[round(len(means) / 2 + at)])) for at in (-reach, 0, reach))
+    return {"on_over_off": round(middle, 4), "interval_95": [round(low, 4), round(high, 4)], "pairs": n}
 
 
-def summary(off: Any, on: Any) -> dict[str, Any]:
-    steps = [[s for turn in r["turns"] for s in turn] for r in (off, on)]
-    medians = [1000 * statistics.median(s) for s in steps]
-    calls = sorted(on["calls"])
-    return {
-        "steps": {"off": len(steps[0]), "on": len(steps[1])},
-        "median_step_ms": {"off": round(medians[0], 3), "on": round(medians[1], 3)},
-        "step_time": paired(off["turns"], on["turns"]),
-        "cpu_time_of_the_training_thread": paired(off["cpu"], on["cpu"]),
-        "helper_cpu_s": round(on["helper_s"], 1),
-        "log_call_us": {"median": round(1e6 * statistics.median(calls)), "p99": round(1e6 * calls[-len(calls) // 100])},
-        "close_s": round(on["close_s"], 2),
+def summary(found: Any) -> dict[str, Any]:
+    medians = {name: statistics.median(wall for wall, _ in found[name]) for name in ("off", "on")}
+    figures: dict[str, Any] = {
+        "median_step_ms": {name: round(1000 * s, 3) for name, s in medians.items()},
+        "step_time": ratio(found, 0),
+        "cpu_time_of_the_training_thread": ratio(found, 1),
     }
+    if "calls" in found:
+        calls = sorted(found["calls"])
+        figures |= {
+            "log_call_us": {
+                "median": round(1e6 * statistics.median(calls)),
+                "p99": round(1e6 * calls[-len(calls) // 100]),
+            },
+            "log_call_over_step": round(statistics.median(calls) / medians["off"], 4),
+            "helper_cpu_s": round(found["helper_s"], 1),
+            "close_s": round(found["close_s"], 2),
+        }
+    return figures
+
+
+@contextlib.contextmanager
+def stopped(process: subprocess.Popen[bytes]) -> Iterator[Callable[[float], None]]:
+    """Stops the server with all its processes between the two moments of `STOPPED`."""
+    still = False
+
+    def at(elapsed: float) -> None:
+        nonlocal still
+        if (STOPPED[0] <= elapsed < STOPPED[1]) != still:
+            still = not still
+            os.killpg(process.pid, signal.SIGSTOP if still else signal.SIGCONT)
+
+    try:
+        yield at
+    finally:
+        os.killpg(process.pid, signal.SIGCONT)
 
 
 def measure(condition: str) -> dict[str, Any]:
+    seconds = SECONDS[condition]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        store = f"sqlite:///{folder}/mlflow.db"
+        if condition == "control":
+            return summary(train(folder, "", seconds))
         if condition == "sqlite":
-            found = take_turns(folder, f"sqlite:///{folder}/mlflow.db", SECONDS[condition], lambda _: None)
-            return {**summary(*found), **complete(folder)}
+            return {**summary(train(folder, store, seconds)), **complete(folder)}
         if condition == "no server":
             port = unused_port()
-            found = take_turns(folder, f"http://127.0.0.1:{port}", SECONDS[condition], lambda _: None)
-            with local_server(f"sqlite:///{folder}/server.db", port=port):
-                return {**summary(*found), **complete(folder)}
-        with local_server(f"sqlite:///{folder}/server.db") as server, gate(int(server.url.rpartition(":")[2])) as door:
-            door.delay_s = 30.0 if condition == "server answers after 30 s" else 0.0
-
-            def at(elapsed: float) -> None:
-                away = condition == "server away for a minute" and AWAY[0] <= elapsed < AWAY[1]
-                if away and door.open:
-                    door.shut()
-                door.open = not away
-
-            found = take_turns(folder, door.url, SECONDS[condition], at)
-            door.delay_s, door.open = 0.0, True
-            return {**summary(*found), **complete(folder)}
+            found = train(folder, f"http://127.0.0.1:{port}", seconds)
+            with local_server(store, port=port):
+                return {**summary(found), **complete(folder)}
+        with local_server(store) as server:
+            if condition == "server":
+                return {**summary(train(folder, server.url, seconds)), **complete(folder)}
+            if condition == "server stopped for a minute":
+                with stopped(server.process) as at:
+                    found = train(folder, server.url, seconds, at)
+                return {**summary(found), **complete(folder)}
+            with gate(int(server.url.rpartition(":")[2])) as door:
+                door.delay_s = 30.0
+                found = train(folder, door.url, seconds)
+                door.delay_s = 0.0
+                return {**summary(found), **complete(folder)}
 
 
 def complete(folder: Path) -> dict[str, Any]:
     """What training had got through by itself, and whether MLflow equals metrics.jsonl after `pipeline sync`."""
-    run = Run(folder / "on" / "runs" / "try")
+    run = Run(folder / "runs" / "try")
     sent = max((s.sent for s in state.load(run).stores.values()), default=0)
     share = sent / run.metrics_file.stat().st_size
     sync(run)
@@ -203,13 +234,13 @@ def complete(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     if len(sys.argv) == 5 and sys.argv[1] == "child":
-        child(Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "1")
+        child(Path(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
         return
     figures = {}
     for condition in sys.argv[1:] or SECONDS:
         figures[condition] = measure(condition)
         print(condition, json.dumps(figures[condition]), flush=True)
-    save("tracking", figures, "other programs shared the two cores; turns of a second meet them alike")
+    save("tracking", figures, "other programs shared the cores; training and helper had a raised priority")
 
 
 if __name__ == "__main__":

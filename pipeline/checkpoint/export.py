@@ -147,7 +147,7 @@ def _write_hf(folder: Path, run: Run, checkpoint: Path) -> None:
         _write_weights(
             temp / "model.safetensors",
             checkpoint,
-            {"format": "pt"},
+            {"format": "pt", "step": str(step_of(checkpoint))},
             rename=_llama_name,
             reorder=lambda name, weight: _llama_order(name, weight, config.model),
         )

@@ -16,7 +16,7 @@ from pipeline.launch.records import Job
 from pipeline.launch.slurm import JobInfo
 from pipeline.run import Run, open_run
 from pipeline.tracking import journal
-from pipeline.tracking.goodput import goodput
+from pipeline.tracking.goodput import Goodput, goodput
 from pipeline.tracking.sync import is_alive
 
 State = Literal["queued", "running", "finished", "cancelled", "failed", "stopped", "unknown"]
@@ -46,6 +46,7 @@ class RunStatus:
         eta_s: Seconds until the last step; None unless it is training.
         restarts: How often training was started again.
         goodput: Part of the wall time since submission in which training got further.
+        wall: Where the wall time went: seconds of the queue, of start-up, of training and so on.
         checkpoint: Step of the newest checkpoint; None before the first.
         updated: When something was last logged, Unix seconds.
     """
@@ -63,6 +64,7 @@ class RunStatus:
     eta_s: float | None
     restarts: int
     goodput: float | None
+    wall: Goodput | None
     checkpoint: int | None
     updated: float | None
 
@@ -182,7 +184,7 @@ def _status(run: Run, known: _Known) -> RunStatus:
     running = known.state == "running" and known.stage == "train"
     left = config.train.max_iters - step
     recent = [float(line["time/step_s"]) for line in lines[-10:] if "time/step_s" in line]
-    account = goodput(run, now=time.time() if running else None)
+    account = goodput(run, now=time.time() if known.state in ("running", "queued") else None)
     saved = [step_of(path) or 0 for path in published(run.checkpoints)]
     began = [note for note in records.notes(run, "train") if note["event"] == "began"]
     return RunStatus(
@@ -199,6 +201,7 @@ def _status(run: Run, known: _Known) -> RunStatus:
         eta_s=left * sum(recent) / len(recent) if running and recent else None,
         restarts=max(0, sum(1 for e in _events(run) if e.get("event") == "attempt") - 1),
         goodput=account.fraction if account is not None else None,
+        wall=account,
         checkpoint=max(saved, default=None),
         updated=last.get("time"),
     )

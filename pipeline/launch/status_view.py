@@ -63,7 +63,8 @@ def _details(s: RunStatus) -> Table:
         table.add_row("reason", Text(s.reason, overflow="fold"))
     if s.job:
         table.add_row("job", f"{s.job}, {s.stage}" + (f", on {s.nodes}" if s.nodes else ""))
-    for name, value in _cells(s).items():
+    cells = _cells(s) | {"goodput": "" if s.wall is None else s.wall.summary()}
+    for name, value in cells.items():
         if value:
             table.add_row(name, f"of step {value}" if name == "checkpoint" else value)
     table.add_row("restarts", str(s.restarts))

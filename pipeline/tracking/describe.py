@@ -16,8 +16,6 @@ from pipeline.tracking import journal
 from pipeline.tracking.state import State
 from pipeline.tracking.store import RunStatus
 
-_NEWEST = "pipeline.checkpoint"
-
 
 def params(config: Config) -> dict[str, str]:
     """The resolved config as dotted names and text values."""
@@ -49,13 +47,16 @@ def tags(run: Run) -> dict[str, str]:
         if commit:
             found["mlflow.source.git.commit"] = commit
         found["mlflow.source.type"] = "JOB" if newest.get("slurm_job_id") else "LOCAL"
-    made = checkpoints(run)
-    if made:
-        found[_NEWEST] = str(made[-1]["path"])
-        found[f"{_NEWEST}.step"] = str(made[-1]["step"])
-        if made[-1].get("digest"):
-            found[f"{_NEWEST}.digest"] = str(made[-1]["digest"])
-    return found
+    return found | checkpoint_tags(run)
+
+
+def checkpoint_tags(run: Run, step: int | None = None) -> dict[str, str]:
+    """Path, step and digest of the checkpoint of a step, of the newest if None; nothing where there is none."""
+    made = [c for c in checkpoints(run) if step is None or c["step"] == step]
+    if not made:
+        return {}
+    about = {"": made[-1]["path"], ".step": made[-1]["step"], ".digest": made[-1]["digest"]}
+    return {f"pipeline.checkpoint{name}": str(value) for name, value in about.items() if value is not None}
 
 
 def _user() -> str:

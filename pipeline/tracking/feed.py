@@ -17,8 +17,9 @@ from pipeline.config import Config
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.run import Run
 from pipeline.tracking import describe, journal, state
+from pipeline.tracking.failure import in_words, is_missing, is_refusal
 from pipeline.tracking.goodput import goodput
-from pipeline.tracking.store import MAX_POINTS, Point, Store, is_missing, is_refusal, redact
+from pipeline.tracking.store import MAX_POINTS, Point, Store
 
 _log = logging.getLogger("pipeline.tracking")
 
@@ -159,7 +160,7 @@ class Feed:
                 if not is_refusal(error):
                     raise
                 # A refusal would be the same for ever and must not keep the metrics from being sent.
-                _log.warning("MLflow refuses a part of the description: %s", redact(str(error)))
+                _log.warning("MLflow refuses a part of the description: %s", in_words(error))
         if state.load(self._run).of(self._uri).status is None or state.load(self._run).status == "RUNNING":
             self._send_status(store, run_id)
         self._described = newest

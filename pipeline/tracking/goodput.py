@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pipeline.run import Run
 from pipeline.tracking import journal
+from pipeline.train.progress import duration
 
 _ENDS = ("preempted", "finished", "failed", "stopped")
 # Written by a launcher or by the prepare stage: no sign of life of a training process.
@@ -57,9 +58,9 @@ class Goodput:
         return {"wall/goodput": self.fraction, "wall/total_s": self.wall_s, **seconds}
 
     def summary(self) -> str:
-        """One line for a person."""
-        shares = ", ".join(f"{name} {value:.0f} s" for name, value in self.parts().items() if value >= 0.5)
-        return f"{100 * self.fraction:.1f}% of {self.wall_s:.0f} s" + (f" ({shares})" if shares else "")
+        """One line for a person: `60.3% of 2:55 (queue 1:00, startup 0:15, training 1:37)`."""
+        shares = ", ".join(f"{name} {duration(value)}" for name, value in self.parts().items() if value >= 1)
+        return f"{self.fraction:.1%} of {duration(self.wall_s)}" + (f" ({shares})" if shares else "")
 
 
 def goodput(run: Run, now: float | None = None) -> Goodput | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.config import tracking_uri_problem
 from pipeline.errors import UsageError
 from pipeline.files import fsync_dir, fsync_file
+from pipeline.tracking.failure import RunDeleted, is_missing, is_refusal
 from pipeline.tracking.state import file_lock
 
 if TYPE_CHECKING:
@@ -65,28 +66,6 @@ def quiet_environment() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-
-
-def is_refusal(error: Exception) -> bool:
-    """Whether a store understood a request and will refuse it every time."""
-    return getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-
-
-class RunDeleted(Exception):
-    """Somebody deleted the run in MLflow; opening it again restores it."""
-
-
-def is_missing(error: Exception) -> bool:
-    """Whether a store does not know, or no longer, what it was asked about."""
-    return isinstance(error, RunDeleted) or getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
-
-
-def redact(text: str) -> str:
-    """A message without the values of the environment's credentials."""
-    for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME"):
-        if secret := os.environ.get(name):
-            text = text.replace(secret, "***")
-    return text
 
 
 def _make_tables(file: Path) -> None:

@@ -13,8 +13,9 @@ from pipeline.config import tracking_uri_problem
 from pipeline.errors import PipelineError, UsageError
 from pipeline.run import Run
 from pipeline.tracking import describe, journal, state
+from pipeline.tracking.failure import in_words
 from pipeline.tracking.feed import Feed, UploadLock
-from pipeline.tracking.store import Store, redact, resolve_uri
+from pipeline.tracking.store import Store, resolve_uri
 
 # A process on a machine whose locks this one may not see counts as alive for as long after its last line;
 # its sampler writes one every ten seconds.
@@ -76,7 +77,7 @@ def sync(run: Run, uri: str | None = None) -> Synced:
         feed.finish()
         run_id = feed.connect()[1]
     except Exception as error:
-        raise PipelineError(f"MLflow at {target}: {redact(str(error)).strip().splitlines()[0][:300]}") from error
+        raise PipelineError(f"MLflow at {target}: {in_words(error)}") from error
     finally:
         os.close(fd)
     return Synced(target, run_id, points, describe.status(run, state.load(run)), alive)
@@ -99,20 +100,20 @@ def register_export(run: Run, folder: Path, name: str) -> str:
         UsageError: The run has no store.
         PipelineError: The store cannot be reached or refuses the model.
     """
+    from safetensors import safe_open
+
     synced = sync(run)
     if synced.uri is None or synced.run_id is None:
         raise UsageError(f"{run.path}: has tracking.uri: none, so there is no store to register the model in")
     config = run.config()
-    tags = {"pipeline.run": run.name}
-    made = describe.checkpoints(run)
-    if made:
-        tags |= {"pipeline.checkpoint.step": str(made[-1]["step"]), "pipeline.checkpoint": str(made[-1]["path"])}
+    with safe_open(folder / "model.safetensors", "np") as weights:
+        tags = {"pipeline.run": run.name, **describe.checkpoint_tags(run, int(weights.metadata()["step"]))}
     try:
         store = Store(synced.uri, config.tracking.experiment, config.tracking.artifact_location)
         store.send_folder(synced.run_id, folder, f"export/{folder.name}")
         return store.register(synced.run_id, name, f"export/{folder.name}", tags)
     except Exception as error:
-        raise PipelineError(f"MLflow at {synced.uri}: {redact(str(error)).strip().splitlines()[0][:300]}") from error
+        raise PipelineError(f"MLflow at {synced.uri}: {in_words(error)}") from error
 
 
 def is_alive(run: Run) -> bool:

@@ -10,8 +10,8 @@ import time
 
 from pipeline.config import Config
 from pipeline.run import Run
+from pipeline.tracking.failure import in_words
 from pipeline.tracking.feed import Feed, UploadLock
-from pipeline.tracking.store import redact
 
 _log = logging.getLogger("pipeline.tracking")
 
@@ -75,7 +75,7 @@ class Uploader:
                     "MLflow at %s: %s. Training goes on; metrics.jsonl keeps everything and is sent later "
                     "(by itself, or by `pipeline sync`).",
                     self._uri,
-                    _first_line(error),
+                    in_words(error),
                 )
             return False
         if self._failing:
@@ -88,8 +88,3 @@ class Uploader:
         if not self._closing.is_set():
             self._closing.wait(min(took_s * (1 - _SHARE) / _SHARE, _PAUSE_S[1]))
         return False
-
-
-def _first_line(error: Exception) -> str:
-    text = redact(str(error)).strip() or type(error).__name__
-    return text.splitlines()[0][:300]

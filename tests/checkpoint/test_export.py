@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline.checkpoint.export import export_run, load_weights
@@ -107,6 +108,8 @@ def test_a_second_export_replaces_the_first_and_nothing_else(trained: Run, tmp_p
         "tokenizer_config.json",
     ]
     assert not list(first.parent.glob(".*"))
+    with safe_open(first / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "step": "6"}
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("text")

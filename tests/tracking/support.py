@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,6 +76,27 @@ def of_mlflow(run: Run, config: Config) -> Points:
         for key, points in history.items()
         if not key.startswith(("system/", "wall/", "evaluation/"))
     }
+
+
+def feed(tracker: tracking.Tracker, first: int, last: int, pause_s: float) -> None:
+    """Logs steps as a training would that takes `pause_s` for each."""
+    for step in range(first, last + 1):
+        began = time.perf_counter()
+        tracker.log(step, {"train/loss": 5 / step, "train/lr": 1e-3})
+        assert time.perf_counter() - began < 1.0
+        time.sleep(pause_s)
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.1)
+
+
+def acknowledged(run: Run) -> int:
+    """Bytes of metrics.jsonl that the store has acknowledged."""
+    return max((s.sent for s in state.load(run).stores.values()), default=0)
 
 
 class Gate:

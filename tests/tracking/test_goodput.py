@@ -1,5 +1,11 @@
-import pytest
+import time
+from types import SimpleNamespace
 
+import pytest
+from rich.console import Console
+
+from pipeline.launch.status import statuses
+from pipeline.launch.status_view import view
 from pipeline.tracking import journal
 from pipeline.tracking.goodput import goodput, split
 from tests.tracking.support import begin, make_run
@@ -26,6 +32,11 @@ def test_an_undisturbed_run_is_queue_startup_training_and_checkpoints():
         event(100, "checkpointed", step=10, stall_s=2.0),
         event(175, "finished", step=20, stall_s=1.0),
     ) == {"queue": 60, "startup": 15, "training": 97, "checkpoint": 3}
+
+
+def test_the_account_in_words():
+    found = split([event(0, "submitted"), attempt(60, 70), event(75, "started"), event(175, "finished", stall_s=3.0)])
+    assert found.summary() == "55.4% of 2:55 (queue 1:00, startup 0:15, training 1:37, checkpoint 0:03)"
 
 
 def test_repeated_steps_after_a_kill_are_no_progress_and_the_gap_is_idle():
@@ -200,4 +211,28 @@ def test_a_tracker_writes_the_events_that_the_account_needs(tmp_path):
     assert [(a["number"], a["step"], a["reached"]) for a in attempts] == [(1, 0, 0), (2, 5, 10)]
     found = goodput(run)
     assert found.queue_s == 0 and found.startup_s > 0  # this process began long before the run was submitted
-    assert "%" in found.summary()
+
+
+def test_status_shows_where_the_time_went_to_people_and_to_programs(tmp_path, capsys):
+    run, _ = make_run(tmp_path, "none")
+    events = [event(0, "submitted"), attempt(60, 70), event(75, "started"), event(175, "finished", step=300)]
+    run.events_file.write_bytes(b"".join(map(journal.encode, events)))
+    (found,) = statuses([run])
+    Console(width=100).print(view([found]))
+    assert "57.1% of 2:55 (queue 1:00, startup 0:15, training 1:40)" in capsys.readouterr().out
+    assert {k: v for k, v in found.as_json()["wall"].items() if v} == {
+        "queue_s": 60,
+        "startup_s": 15,
+        "training_s": 100,
+    }
+
+
+def test_status_counts_the_time_that_a_run_is_waiting(tmp_path, monkeypatch):
+    run, _ = make_run(tmp_path, "none")
+    journal.append_event(run.events_file, "submitted")
+    monkeypatch.setattr(
+        "pipeline.launch.status._known",
+        lambda *_: SimpleNamespace(state="queued", reason="", stage="train", job="7", nodes=""),
+    )
+    monkeypatch.setattr("time.time", lambda real=time.time: real() + 600)
+    assert statuses([run])[0].wall.queue_s == pytest.approx(600, abs=30)

@@ -18,14 +18,17 @@ from pipeline.tracking import journal, state
 from pipeline.tracking.sync import sync
 from pipeline.tracking.ui import local_server
 from tests.tracking.support import (
+    acknowledged,
     begin,
     config_text,
+    feed,
     gate,
     make_run,
     of_journal,
     of_mlflow,
     open_store,
     unused_port,
+    wait_for,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,25 +155,6 @@ def port_of(server):
     return int(server.url.rpartition(":")[2])
 
 
-def feed(tracker, first, last, pause_s):
-    for step in range(first, last + 1):
-        began = time.perf_counter()
-        tracker.log(step, {"train/loss": 5 / step, "train/lr": 1e-3})
-        assert time.perf_counter() - began < 1.0
-        time.sleep(pause_s)
-
-
-def wait_for(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.1)
-
-
-def acknowledged(run):
-    return max((s.sent for s in state.load(run).stores.values()), default=0)
-
-
 def test_a_server_that_goes_away_for_a_while_is_caught_up_with_by_itself(server, tmp_path, capfd):
     with gate(port_of(server)) as door:
         run, config = make_run(tmp_path, door.url)
@@ -229,45 +213,6 @@ def test_without_any_server_training_ends_well_and_sync_fills_it_completely(expe
         assert {"config.yaml", "tokenizer.json", "environment.txt", "provenance.json", "checkpoints.json"} <= names
     for content in (output.encode(), errors.encode(), *(f.read_bytes() for f in run.path.rglob("*") if f.is_file())):
         assert b"difference-engine" not in content and b"ada-lovelace" not in content
-
-
-def test_credentials_reach_the_server_and_no_file_and_no_message(server, tmp_path, monkeypatch, caplog, capfd):
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada-lovelace")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "difference-engine")
-    heard = []
-    with gate(port_of(server)) as door:
-        real = door._pump
-
-        def listen(source, sink, answers):
-            receive = source.recv
-
-            class Heard:
-                def recv(self, size):
-                    data = receive(size)
-                    heard.append(data)
-                    return data
-
-                def close(self):
-                    source.close()
-
-            real(Heard(), sink, answers)
-
-        door._pump = listen
-        run, config = make_run(tmp_path, door.url)
-        tracker = begin(run, config)
-        feed(tracker, 1, 20, 0.01)
-        wait_for(lambda: acknowledged(run) > 0, 60)
-        door.shut()
-        feed(tracker, 21, 40, 0.01)
-        tracker.close("FAILED")
-    assert b"Authorization: Basic" in b"".join(heard), "the server was asked with credentials"
-    secrets = [b"difference-engine", b"YWRhLWxvdmVsYWNlOmRpZmZlcmVuY2UtZW5naW5l"]
-    for file in [f for f in (*run.path.rglob("*"), *tmp_path.glob("server*")) if f.is_file()]:
-        content = file.read_bytes()
-        assert not any(secret in content for secret in secrets), file
-    out, err = capfd.readouterr()
-    told = "\n".join([out, err, *(r.getMessage() for r in caplog.records)])
-    assert "difference-engine" not in told and "ada-lovelace" not in told
 
 
 def test_a_run_that_is_killed_is_told_so_to_mlflow_at_once_and_leaves_no_process(experiment):

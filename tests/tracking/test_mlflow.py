@@ -5,7 +5,9 @@ import os
 import shutil
 import time
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline import tracking
 from pipeline.errors import PipelineError, UsageError
@@ -295,25 +297,62 @@ def test_a_server_that_is_not_there_gives_one_message_and_loses_nothing(tmp_path
     tracker.close("FINISHED")
     assert time.monotonic() - began < 20
     assert len(of_journal(run)["train/loss"]) == 30
-    with pytest.raises(PipelineError, match=r"MLflow at http://127.0.0.1:\d+: "):
+    with pytest.raises(
+        PipelineError, match=r"MLflow at http://127.0.0.1:\d+: cannot be reached \(Connection refused\)"
+    ):
         sync(run)
 
 
-def test_an_exported_model_becomes_a_registered_version(folder):
+def test_an_exported_model_becomes_a_registered_version_that_names_its_checkpoint(folder):
     run, config = make_run(folder)
     tracker = begin(run, config)
-    log(tracker, 1, 10)
-    tracker.event("checkpointed", step=10)
+    log(tracker, 1, 20)
+    tracker.event("checkpointed", step=10, path="step_00000010", digest="1" * 64)
+    tracker.event("checkpointed", step=20, path="step_00000020", digest="2" * 64)
     tracker.close("FINISHED")
-    export = run.exports / "hf"
-    export.mkdir(parents=True)
-    write_text(export / "config.json", "{}")
-    assert register_export(run, export, "my-model") == "1"
-    assert register_export(run, export, "my-model") == "2"
     store, run_id = open_store(run, config)
-    version = store._client.get_model_version("my-model", "2")
-    assert version.run_id == run_id and version.tags["pipeline.checkpoint.step"] == "10"
-    assert (folder / "artifacts" / "tests" / run_id / "artifacts" / "export" / "hf" / "config.json").is_file()
+    for number, step in (("1", 20), ("2", 10)):
+        export = run.exports / f"step_{step:08d}-hf"
+        export.mkdir(parents=True)
+        save_file({"a": np.zeros(1)}, export / "model.safetensors", {"format": "pt", "step": str(step)})
+        assert register_export(run, export, "my-model") == number
+        version = store._client.get_model_version("my-model", number)
+        assert version.run_id == run_id and version.source.endswith(f"{run_id}/artifacts/export/{export.name}")
+        assert version.tags == {
+            "pipeline.run": "try",
+            "pipeline.checkpoint": f"step_{step:08d}",
+            "pipeline.checkpoint.step": str(step),
+            "pipeline.checkpoint.digest": str(step // 10) * 64,
+        }
+        stored = folder / "artifacts" / "tests" / run_id / "artifacts" / "export" / export.name
+        assert (stored / "model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()
+
+
+def test_system_metrics_of_every_node_arrive_once(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log(tracker, 1, 5)
+    files = {node: run.tracking / "system" / f"{node}.jsonl" for node in ("n1", "n2")}
+    files["n1"].parent.mkdir(parents=True)
+
+    def sample(node, step):
+        with journal.Writer(files[node]) as writer:
+            line = {"step": step, "time": 1000.0 + step, f"system/{node}/gpu_0_power_usage_watts": 300.0 + step}
+            writer.write(journal.encode(line))
+
+    for node in files:
+        sample(node, 0)
+    sync(run)
+    sample("n2", 1)
+    tracker.close("FINISHED")
+    sync(run)
+    store, run_id = open_store(run, config)
+    history = store.read_history(run_id)
+    there = {key: [(p.step, p.value) for p in points] for key, points in history.items() if key.startswith("system/")}
+    assert there == {
+        "system/n1/gpu_0_power_usage_watts": [(0, 300.0)],
+        "system/n2/gpu_0_power_usage_watts": [(0, 300.0), (1, 301.0)],
+    }
 
 
 def test_memory_does_not_grow_with_what_waits(folder, monkeypatch):

@@ -1,10 +1,14 @@
 import sys
 import time
 import types
+from pathlib import Path
+
+import psutil
 
 from pipeline.tracking import journal
+from pipeline.tracking.helper import Helper
 from pipeline.tracking.system import NodeSampler, open_monitors, read_monitors
-from tests.tracking.support import make_run
+from tests.tracking.support import make_run, wait_for
 
 
 def wait_for_lines(file, count):
@@ -47,3 +51,15 @@ def test_memory_utilisation_and_power_of_every_gpu_are_sampled(monkeypatch):
     assert sample["gpu_1_utilization_percentage"] == 91
     assert sample["gpu_0_power_usage_watts"] == 300
     assert sample["gpu_0_power_usage_percentage"] == 50
+
+
+def test_the_helper_leaves_the_processor_to_training(tmp_path):
+    run, _ = make_run(tmp_path, "none")
+    helper = Helper(run, None)
+    process = psutil.Process(helper._process.pid)
+    by_session = Path(f"/proc/{process.pid}/autogroup")  # on kernels that share the processor out among sessions
+    try:
+        wait_for(lambda: process.nice() == 10, 30)
+        wait_for(lambda: not by_session.exists() or by_session.read_text().endswith("nice 10\n"), 30)
+    finally:
+        assert helper.close(30)
