@@ -84,7 +84,7 @@ def end(attempt: Attempt, code: int) -> int:
     if lost:
         journal.append_event(attempt.run.events_file, "node_lost", job=attempt.job, nodes=lost)
     journal.append_event(attempt.run.events_file, "requeued", job=attempt.job, reason=verdict.reason)
-    _requeue(attempt, sorted({*lost, *_named_by_preflight(attempt)}))
+    _requeue(attempt, sorted({*lost, *_lost_before(attempt), *_named_by_preflight(attempt)}))
     return verdict.status
 
 
@@ -163,6 +163,12 @@ def _events(attempt: Attempt) -> list[dict[str, Any]]:
     """What training recorded since this attempt began."""
     began = max((n["time"] for n in _own_notes(attempt) if n["event"] == "began"), default=0.0)
     return [e.record for e in journal.read(attempt.run.events_file) if float(e.record.get("time", 0)) >= began]
+
+
+def _lost_before(attempt: Attempt) -> list[str]:
+    """Nodes that this job lost in earlier attempts. Slurm put it back then and there, before anybody could say so."""
+    events = (line.record for line in journal.read(attempt.run.events_file))
+    return [str(n) for e in events if e["event"] == "node_lost" and e["job"] == attempt.job for n in e["nodes"]]
 
 
 def _named_by_preflight(attempt: Attempt) -> list[str]:

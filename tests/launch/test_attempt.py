@@ -88,6 +88,16 @@ def test_a_retry_keeps_away_from_a_node_that_was_lost(run: Run, slurm: FakeSlurm
     assert lost["nodes"] == ["gpu2"]
 
 
+def test_the_retry_of_a_retry_keeps_away_from_a_node_that_was_lost_even_when_it_is_back(run: Run, slurm: FakeSlurm):
+    slurm.says("sinfo", "gpu1 idle\ngpu2 down*\n", call=1)
+    began(run)  # Slurm kills it, and the batch script with it
+    now = Attempt("train", Task(str(run.path), ()), Site.model_validate(SITE), "7", "7", 1, "gpu[1-2]")
+    attempt.begin(now)
+    slurm.says("scontrol", "gpu1\ngpu2\n", call=3)  # the names in the host list, once more
+    attempt.end(now, EXIT_STOPPED)
+    assert slurm.calls("scontrol")[-1] == "update JobId=7 ExcNodeList=gpu2"
+
+
 def test_failures_without_progress_are_counted_and_lost_nodes_are_nobodys_failure(run: Run, slurm: FakeSlurm):
     slurm.says("scontrol", "gpu1\ngpu2\n")
     slurm.says("sinfo", "gpu1 idle\ngpu2 down*\n", call=1)
