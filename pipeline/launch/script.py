@@ -142,9 +142,11 @@ def _setup(job: StageJob, site: Site) -> list[str]:
 
 
 def _teardown(job: StageJob, site: Site) -> list[str]:
-    # Without the status in `rc` the next stage would start after a failure.
+    # Without the status in `rc` the next stage would start after a failure. Slurm ends the script by TERM as soon as
+    # the job is requeued, and with it what still has to be said about the waiting job: which nodes it must not get.
     return [
         "rc=$?",
+        "trap '' TERM",
         f"{_launcher(site)} end {_quoted(job.work_file)} $rc",
         "exit $?",
     ]
