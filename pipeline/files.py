@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import secrets
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,18 @@ def publish_dir(temp: Path, final: Path) -> None:
     fsync_dir(temp)
     temp.rename(final)
     fsync_dir(final.parent)
+
+
+def clock_skew_s(folder: Path) -> float:
+    """Seconds by which this machine's clock is ahead of the one that stamps files in `folder`: all nodes share it.
+
+    Raises:
+        OSError: Nothing can be written there.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"x")
+        file.flush()
+        return time.time() - os.fstat(file.fileno()).st_mtime
 
 
 def sha256_bytes(content: bytes) -> str:

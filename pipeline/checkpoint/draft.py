@@ -93,7 +93,7 @@ class Draft:
             "file": file.name,
             "bytes": file.stat().st_size,
             "sha256": sha256_file(file),
-            "parameters": {f.name: [list(f.shape), f.start, f.tensors["weight"].numel()] for f in fragments},
+            "parameters": {f.name: [list(f.shape), f.dtype, f.start, f.length] for f in fragments},
         }
         write_json(file.with_name(file.name + _PART_SUFFIX), part)
 
@@ -163,8 +163,8 @@ def begin_attempt(checkpoints: Path, attempt: str) -> None:
 def _merged(parts: list[dict[str, Any]], step: int, writer: Writer, state: dict[str, Any]) -> Manifest:
     parameters: dict[str, dict[str, Any]] = {}
     for part in parts:
-        for name, (shape, start, length) in part["parameters"].items():
-            entry = parameters.setdefault(name, {"shape": shape, "fragments": []})
+        for name, (shape, dtype, start, length) in part["parameters"].items():
+            entry = parameters.setdefault(name, {"shape": shape, "dtype": dtype, "fragments": []})
             entry["fragments"].append([part["file"], start, length])
     for name, entry in parameters.items():
         covered = sum(length for _, _, length in entry["fragments"])

@@ -29,6 +29,16 @@ class OwnedFragment:
     start: int
     tensors: dict[str, Tensor]
 
+    @property
+    def length(self) -> int:
+        """Its elements."""
+        return self.tensors["weight"].numel()
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, `float32` say."""
+        return str(self.tensors["weight"].dtype).removeprefix("torch.")
+
 
 class HostCopy:
     """Buffers for one rank's fragments, kept from one save to the next; the only place that knows CUDA's streams."""
@@ -43,7 +53,7 @@ class HostCopy:
             fragments: What to copy.
             ready: `device_event` of the moment whose state is wanted.
         """
-        with _copy_stream(ready):
+        with _copy_stream(fragments, ready):
             for fragment in fragments:
                 for key in KEYS:
                     source = fragment.tensors[key]
@@ -64,12 +74,13 @@ def device_event(fragments: list[OwnedFragment]) -> Any:
 
 
 @contextlib.contextmanager
-def _copy_stream(ready: Any) -> Iterator[None]:
+def _copy_stream(fragments: list[OwnedFragment], ready: Any) -> Iterator[None]:
     """On CUDA, a stream of its own for the copies, finished when the block ends."""
     if ready is None:
         yield
         return
-    stream = torch.cuda.Stream()
+    # The current device is a thread's own: without its name this thread would wait for a stream of device 0.
+    stream = torch.cuda.Stream(fragments[0].tensors["weight"].device)
     with torch.cuda.stream(stream):
         stream.wait_event(ready)
         yield

@@ -46,8 +46,8 @@ class Manifest:
         world_size: Processes that wrote it.
         zero_stage: Their ZeRO stage.
         files: Size and SHA-256 of each file.
-        parameters: Shape and fragments of each parameter; the dtype is float32.
-        state: What else makes a run go on: tokens seen, skipped batches, RNG, digests, config.
+        parameters: Shape, dtype and fragments of each parameter.
+        state: What else makes a run go on: tokens seen, skipped batches, RNG, digests, config, the MLflow run's id.
     """
 
     step: int

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import Config
+from pipeline.errors import PipelineError
 from pipeline.run import Run
 from pipeline.tracking import describe, journal, state
 from pipeline.tracking.helper import Helper
@@ -44,6 +45,10 @@ class Tracker:
     def rewind(self, step: int) -> None:
         """Training went back to the state after `step` in this process and will do otherwise from there on."""
 
+    def mlflow_run_id(self) -> str | None:
+        """Id of the MLflow run that is fed; None as long as there is none."""
+        return None
+
     def close(self, status: CloseStatus) -> None:
         """Ends tracking; STOPPED means that the run will be resumed."""
         if self._helper is not None:
@@ -71,6 +76,8 @@ class RunTracker(Tracker):
         self._repeating = self._begin(step)
         self._unwritten: deque[tuple[int, dict[str, float]]] = deque(maxlen=_KEPT_LINES)
         self._warned = 0.0
+        self._uri = uri
+        self._run_id: str | None = None
 
         def begin(s: state.State) -> None:
             s.status, s.ended, s.store, s.attempt = "RUNNING", None, uri, s.attempt + 1
@@ -138,6 +145,15 @@ class RunTracker(Tracker):
             self._repeating = True
             self.event("repeating", step=step, reached=self._history.reached)
 
+    def mlflow_run_id(self) -> str | None:
+        """Id of the MLflow run that is fed, as the helper has written it down."""
+        if self._uri is not None and self._run_id is None:
+            try:
+                self._run_id = state.load(self._run).of(self._uri).run_id
+            except PipelineError as error:
+                _log.warning("the id of the MLflow run is not known: %s", error)
+        return self._run_id
+
     def close(self, status: CloseStatus) -> None:
         """Ends tracking and gives the helper a few seconds for the rest; `pipeline sync` can do it later."""
         self._history.close()
@@ -172,6 +188,7 @@ def start(
     dataset: dict[str, Any],
     tokenizer_file: Path | None,
     enabled: bool = True,
+    samples_node: bool = False,
 ) -> Tracker:
     """Begins to record a start of a run; called on every rank, with `enabled` on the first only.
 
@@ -182,12 +199,11 @@ def start(
         provenance: What is known about this start; written to provenance.json where that has not been done.
         dataset: What is known about the data (name, digest, tokens ...), as plain values.
         tokenizer_file: The tokenizer.json, copied into the run folder.
-        enabled: False for a tracker that records nothing but its node's system metrics.
+        enabled: False for a tracker that records nothing.
+        samples_node: Whether such a tracker has its node's system metrics recorded: one of each further node's ranks.
     """
     if not enabled:
-        from pipeline.train.world import world_from_environment
-
-        return Tracker(Helper(run, None) if world_from_environment().local_rank == 0 else None)
+        return Tracker(Helper(run, None) if samples_node else None)
     if provenance and provenance not in run.provenance():
         run.add_provenance(provenance)
     return RunTracker(run, config, step=step, dataset=dataset, tokenizer_file=tokenizer_file)

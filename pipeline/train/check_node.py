@@ -15,10 +15,10 @@ import os
 import resource
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.files import clock_skew_s
 from pipeline.launch.check import Check
 
 _MOST_SKEW_S = 5.0
@@ -75,10 +75,7 @@ def _clock(folder: Path) -> Check:
     """Against the clock of the file system, which all nodes share."""
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
-            file.write(b"x")
-            file.flush()
-            skew = time.time() - os.fstat(file.fileno()).st_mtime
+        skew = clock_skew_s(place)
     except OSError as error:
         return Check("clock", "warning", f"cannot be compared: {error.strerror}", "make the folder writable")
     if abs(skew) > _MOST_SKEW_S:

@@ -22,7 +22,9 @@ def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_settings(config),
     }
-    merged = {"steps_per_print": 1 << 62, **config.deepspeed, **own}
+    # Its own measuring would make the host wait for the device twice a micro-batch.
+    quiet = {"steps_per_print": 1 << 62, "timers": {"throughput": {"enabled": False}}}
+    merged = {**quiet, **config.deepspeed, **own}
     merged["zero_optimization"] = {**config.deepspeed.get("zero_optimization", {}), **own["zero_optimization"]}
     return merged
 

@@ -98,16 +98,18 @@ class Engine:
         grads = self._gradients()
         square = squared_norm(grads).to(self.device)
         loss = torch.stack(losses).float().mean() / self._world.size
-        numbers = torch.stack((loss, square, square.new_tensor(float(stop))))
         if self._stage == 0:
-            numbers[1] /= self._world.size
+            square = square / self._world.size
+        # A fill, where a new tensor of a Python number would be a copy that the host waits for.
+        numbers = torch.stack((loss, square, square.new_full((), float(stop))))
         if self._world.size > 1:
             dist.all_reduce(numbers)
-        numbers[1].sqrt_()
+        _, norm, _ = numbers.unbind()
+        norm.sqrt_()
         finite = numbers.isfinite().all()
         self._optimizer.counts = finite if finite.is_cuda and not self._offloads else bool(finite)
         if max_norm > 0:
-            scale_to_norm(grads, numbers[1], max_norm)
+            scale_to_norm(grads, norm, max_norm)
         return Agreed(numbers)
 
     def step(self) -> None:
@@ -118,6 +120,8 @@ class Engine:
         if self._stage == 0:
             return [p.grad for p in self.module.parameters() if p.grad is not None]
         if self._offloads:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # DeepSpeed's copies to the host are waited for in its step only
             return [flat.grad for flat in self._updated_tensors() if flat.grad is not None]
         averaged = self._engine.optimizer.averaged_gradients
         return [gradient for group in averaged.values() if group is not None for gradient in group]
@@ -260,8 +264,11 @@ def _import_deepspeed() -> Any:
 
 
 def _initialize(model: TransformerLM, optimizer: AdamW, settings: dict[str, Any], device: torch.device) -> Any:
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = device.type
+    if device.index is not None:
+        # It takes the local rank for the number of the device, now and in later steps; where Slurm shows each rank
+        # its own GPU only, that device is not there.
+        os.environ["LOCAL_RANK"] = str(device.index)
     # DeepSpeed calls functions that PyTorch is about to rename; nothing a user could do about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     deepspeed = _import_deepspeed()

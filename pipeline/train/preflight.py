@@ -10,16 +10,19 @@ import os
 import shutil
 import socket
 import statistics
+import threading
 import time
 from dataclasses import dataclass, field
-from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.checkpoint.layout import KEYS
 from pipeline.config import Config
 from pipeline.errors import PipelineError
+from pipeline.files import clock_skew_s
 from pipeline.model.flops import num_parameters
 from pipeline.provenance import IMAGE_SHA256_VARIABLE
 from pipeline.run import Run
@@ -46,7 +49,7 @@ class Report:
         host: Its node, by Slurm's name for it where there is one.
         faults: What is wrong with its node.
         problems: What is wrong, but would be the same on another node.
-        clock: Unix seconds at a moment that all ranks share.
+        skew: Seconds by which its clock is ahead of the file system's; None where that cannot be told.
         image: SHA-256 of the image it runs in; empty outside.
         dataset: Digest of the data it opened.
     """
@@ -54,7 +57,7 @@ class Report:
     host: str
     faults: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    clock: float = 0.0
+    skew: float | None = None
     image: str = ""
     dataset: str = ""
 
@@ -79,16 +82,11 @@ def preflight(config: Config, world: World, device: torch.device, run: Run, data
     faults = _device_faults(device)
     problems = _disk_problems(config, run)
     missing = _meet(world)
-    if not missing:
-        faults += _network_faults(world, device)
-        report = Report(
-            host, faults, problems, time.time(), os.environ.get(IMAGE_SHA256_VARIABLE, ""), dataset
-        )  # fmt: skip
-        _judge(ranks.gather(report, world), world, run)
-        return
-    hosts = {rank: store.get(f"preflight/{rank}").decode() for rank in missing}
-    what = f"did not get through its checks in {MEET_LIMIT_S:.0f} s (its device or its network hangs)"
-    _refuse(world.rank == min(set(range(world.size)) - set(missing)), run, {r: (hosts[r], what) for r in missing}, [])
+    if missing:
+        _refuse_ranks(missing, "did not get through its checks", world, run)
+    faults += _network_faults(world, device, run)
+    report = Report(host, faults, problems, _skew_s(run), os.environ.get(IMAGE_SHA256_VARIABLE, ""), dataset)
+    _judge(ranks.gather(report, world), world, run)
 
 
 def _device_faults(device: torch.device) -> list[str]:
@@ -119,44 +117,75 @@ def _disk_problems(config: Config, run: Run) -> list[str]:
     ]
 
 
+def _skew_s(run: Run) -> float | None:
+    try:
+        return clock_skew_s(run.path)
+    except OSError:  # a disk that takes nothing shows elsewhere
+        return None
+
+
 def _meet(world: World) -> list[int]:
     """Waits until all ranks have come through their own checks; those that have not in time."""
     store = ranks.store()
-    store.set(f"preflight/{world.rank}/ready", "")
+    _arrive("ready", world)
     store.add("preflight/ready", 1)
     deadline = time.monotonic() + MEET_LIMIT_S
     while store.add("preflight/ready", 0) < world.size:
         if time.monotonic() > deadline:
-            return [rank for rank in range(world.size) if not store.check([f"preflight/{rank}/ready"])]
+            return _missing("ready", world)
         time.sleep(_POLL_S)
     return []
 
 
-def _network_faults(world: World, device: torch.device) -> list[str]:
-    """Sums a megabyte over all ranks, with a time limit."""
+def _arrive(where: str, world: World) -> None:
+    ranks.store().set(f"preflight/{world.rank}/{where}", "")
+
+
+def _missing(where: str, world: World) -> list[int]:
+    return [rank for rank in range(world.size) if not ranks.store().check([f"preflight/{rank}/{where}"])]
+
+
+def _network_faults(world: World, device: torch.device, run: Run) -> list[str]:
+    """Sums a megabyte over all ranks, with a time limit.
+
+    In a thread, for NCCL makes its connections inside the first call, where no limit of its own ends it.
+    """
     if world.size == 1:
         return []
-    ones = torch.ones(_ELEMENTS, device=device)
-    try:
-        work = dist.all_reduce(ones, async_op=True)
-        assert work is not None
-        work.wait(timedelta(seconds=MEET_LIMIT_S))
-    except RuntimeError as error:
-        raise PipelineError(
-            f"rank {world.rank} on {socket.gethostname()}: a sum over all ranks failed: {str(error).splitlines()[0]}; "
-            "look at the network between the nodes (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
-        ) from error
-    wrong = int((ones != world.size).sum())
-    return [f"a sum over all ranks is wrong in {wrong} of {_ELEMENTS} elements"] if wrong else []
+    failed: list[Exception] = []
+    sums: list[Tensor] = []
+
+    def add() -> None:
+        try:
+            ones = torch.ones(_ELEMENTS, device=device)
+            _arrive("adding", world)
+            dist.all_reduce(ones)
+            sums.append(ones.cpu())
+        except RuntimeError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=add, name="preflight", daemon=True)
+    thread.start()
+    thread.join(MEET_LIMIT_S)
+    if sums:
+        wrong = int((sums[0] != world.size).sum())
+        return [f"a sum over all ranks is wrong in {wrong} of {_ELEMENTS} elements"] if wrong else []
+    late = [] if failed else _missing("adding", world)
+    if late:
+        _refuse_ranks(late, "did not come to add up numbers with the others", world, run)
+    why = str(failed[0]).splitlines()[0] if failed else f"it did not end in {MEET_LIMIT_S:.0f} s, though all had begun"
+    raise PipelineError(
+        f"rank {world.rank} on {socket.gethostname()}: a sum over all ranks failed: {why}; "
+        "look at the network between the nodes (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+    )
 
 
 def _judge(reports: list[Report], world: World, run: Run) -> None:
     bad = {rank: (r.host, "; ".join(r.faults)) for rank, r in enumerate(reports) if r.faults}
-    middle = statistics.median(r.clock for r in reports)
-    for rank, report in enumerate(reports):
-        skew = report.clock - middle
-        if abs(skew) > MOST_SKEW_S and rank not in bad:
-            bad[rank] = report.host, f"its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}"
+    for rank, skew in _wrong_clocks([r.skew for r in reports]).items():
+        bad.setdefault(
+            rank, (reports[rank].host, f"its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}")
+        )
     problems = list(dict.fromkeys(p for r in reports for p in r.problems))
     for what, values in (("image", [r.image for r in reports]), ("dataset", [r.dataset for r in reports])):
         usual = statistics.mode(values)
@@ -170,7 +199,25 @@ def _judge(reports: list[Report], world: World, run: Run) -> None:
         _refuse(world.is_first, run, bad, problems)
 
 
-def _refuse(records: bool, run: Run, bad: dict[int, tuple[str, str]], problems: list[str]) -> None:
+def _wrong_clocks(skews: list[float | None]) -> dict[int, float]:
+    """Seconds by which the clocks of some ranks differ from what most say, the file system's having a voice too."""
+    known = [skew for skew in skews if skew is not None]
+    if len(skews) == 1 or not known:
+        return {}
+    right = statistics.median_low([0.0, *known])
+    wrong = {rank: skew - right for rank, skew in enumerate(skews) if skew is not None}
+    return {rank: seconds for rank, seconds in wrong.items() if abs(seconds) > MOST_SKEW_S}
+
+
+def _refuse_ranks(missing: list[int], what: str, world: World, run: Run) -> NoReturn:
+    """Ends this rank because of those that hang; the first of the others records their nodes."""
+    hosts = {rank: ranks.store().get(f"preflight/{rank}").decode() for rank in missing}
+    why = f"{what} in {MEET_LIMIT_S:.0f} s (its device or its network hangs)"
+    records = world.rank == min(set(range(world.size)) - set(missing), default=0)
+    _refuse(records, run, {rank: (host, why) for rank, host in hosts.items()}, [])
+
+
+def _refuse(records: bool, run: Run, bad: dict[int, tuple[str, str]], problems: list[str]) -> NoReturn:
     """Ends this rank with the message that all show; one of them records the nodes."""
     if bad and records:
         nodes = sorted({host for host, _ in bad.values()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -53,13 +54,21 @@ def store() -> Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def broadcast(value: T, world: World) -> T:
-    """Rank 0's value, on every rank; plain values only."""
+def broadcast(value: T, world: World, timeout: timedelta = COLLECTIVE_TIMEOUT) -> T:
+    """Rank 0's value, on every rank; plain values only.
+
+    It goes by the store and needs no device: what start-up says before `preflight` arrives also where a device hangs.
+    """
     if world.size == 1:
         return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+    number = store().add(f"broadcast/of_rank_{world.rank}", 1)
+    key = f"broadcast/{number}"
+    if world.is_first:
+        store().set(key, pickle.dumps(value).hex())
+        return value
+    store().wait([key], timeout)
+    # As PyTorch passes objects between ranks: from a process of this job, never out of a file.
+    return pickle.loads(bytes.fromhex(store().get(key).decode()))  # noqa: S301
 
 
 def gather(value: T, world: World) -> list[T]:

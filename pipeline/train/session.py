@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ UNKNOWN_SAVE_S = 10.0
 def every(step: int, interval: int) -> bool:
     """Whether what is done at this interval is due after `step` finished steps."""
     return step % interval == 0
+
+
+def on_device(tokens: Tensor, device: torch.device) -> Tensor:
+    """A copy there, or the same tensor; out of pinned memory, for a copy out of any other may be waited for."""
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Session:
         index = data_index(step, self.watch.guard.skipped)
         for start in range(first, first + share, size):
             x, y = self.reader.batch(index, start, start + size)
-            yield x.to(self.engine.device, non_blocking=True), y.to(self.engine.device, non_blocking=True)
+            yield on_device(x, self.engine.device), on_device(y, self.engine.device)
 
     def look(self, step: int, agreed: Agreed) -> Seen:
         """Looks at the numbers of the step before, and at this one's where something is due that needs them."""
@@ -203,6 +209,7 @@ class Session:
             "dataset": self.data_digest,
             "rng": torch.get_rng_state().numpy().tobytes().hex(),
             "config": self.config.model_dump(mode="json"),
+            "mlflow_run_id": self.tracker.mlflow_run_id(),
         }
         self.saver.save(step, self.engine.fragments(), state)
         self.clock.lap("checkpoint_stall")
@@ -214,7 +221,8 @@ class Session:
             CheckpointError: It failed; the one before it is still there.
         """
         self.saver.wait()
-        error = ranks.broadcast(self.saves[-1].error if self.saves else None, self.world)
+        longest = ranks.COLLECTIVE_TIMEOUT + timedelta(minutes=self.config.checkpoint.timeout_min)
+        error = ranks.broadcast(self.saves[-1].error if self.saves else None, self.world, longest)
         if error is not None:
             raise CheckpointError(f"the last checkpoint could not be saved: {error}")
 

@@ -179,6 +179,7 @@ def _start_tracking(config: Config, run: Run, world: World, data: TokenDataset, 
         dataset=dataset,
         tokenizer_file=data.path / TOKENIZER,
         enabled=world.is_first,
+        samples_node=world.local_rank == 0,
     )
 
 

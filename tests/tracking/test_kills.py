@@ -12,6 +12,7 @@ import psutil
 import pytest
 import requests
 
+from pipeline.checkpoint.layout import Manifest, published
 from pipeline.errors import PipelineError
 from pipeline.run import Run
 from pipeline.tracking import journal, state
@@ -126,6 +127,7 @@ def test_after_ten_kills_mlflow_has_exactly_the_final_history(experiment):
     assert there.info.status == "FINISHED"
     runs = store._client.search_runs([there.info.experiment_id])
     assert len(runs) == 1, "one MLflow run for one pipeline run"
+    assert Manifest.load(published(run.checkpoints)[0]).state["mlflow_run_id"] == run_id
     assert state.load(run).retries == []
     starts = [line.record for line in journal.read(run.events_file) if line.record["event"] == "attempt"]
     assert len(starts) == 11 and any(s["reached"] > s["step"] for s in starts), "steps were repeated"

@@ -384,10 +384,7 @@ def test_a_password_in_the_address_is_refused_without_being_repeated(tmp_path):
     assert "secret" not in str(refused.value) and "MLFLOW_TRACKING_PASSWORD" in str(refused.value)
 
 
-def test_ranks_other_than_the_first_record_nothing(tmp_path, monkeypatch):
-    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    for name, value in ranks.items():
-        monkeypatch.setenv(name, value)
+def test_ranks_other_than_the_first_record_nothing(tmp_path):
     run, config = make_run(tmp_path, "none")
     tracker = tracking.start(run, config, step=0, provenance={}, dataset={}, tokenizer_file=None, enabled=False)
     tracker.log(1, {"train/loss": 1.0})

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import pipeline.files
 from pipeline.config_load import load_config
 from pipeline.errors import PipelineError
 from pipeline.provenance import IMAGE_SHA256_VARIABLE
@@ -62,7 +63,20 @@ def hang() -> None:
 
 
 def advance_clock() -> None:
-    module.time = SimpleNamespace(monotonic=time.monotonic, sleep=time.sleep, time=lambda: time.time() + 90)  # type: ignore[assignment]
+    real = time.time
+    pipeline.files.time = SimpleNamespace(time=lambda: real() + 90)  # type: ignore[assignment]
+
+
+def stay_away() -> None:
+    def never(where: str, world: World) -> None:
+        if where == "adding":
+            time.sleep(3)
+
+    real, module._arrive = module._arrive, lambda where, world: (never(where, world), real(where, world))[1]
+
+
+def add_up_for_ever() -> None:
+    module.dist = SimpleNamespace(all_reduce=lambda ones: time.sleep(3))  # type: ignore[assignment]
 
 
 def fill_disk() -> None:
@@ -89,21 +103,49 @@ def test_healthy_ranks_say_nothing(tmp_path: Path):
     ("injure", "words"),
     [
         (break_device, "multiplies matrices wrongly"),
-        (advance_clock, "its clock is 45 s ahead"),
+        (advance_clock, "its clock is 90 s ahead"),
     ],
 )
 def test_a_bad_node_is_named_on_all_ranks_and_recorded(injure, words, tmp_path: Path):
     said = processes.on_ranks(check, 2, tmp_path / "log", str(tmp_path), injure)
     assert said[0] == said[1]
     assert f"rank 1 on {HOST}" in said[0] and words in said[0]
+    assert "rank 0" not in said[0]
     (event,) = events(tmp_path)
     assert event["event"] == "bad_node" and event["nodes"] == [HOST]
 
 
-def test_a_rank_that_hangs_is_named_within_the_time_limit(tmp_path: Path):
-    said = processes.on_ranks(check, 2, tmp_path / "log", str(tmp_path), hang)
-    assert f"rank 1 on {HOST}: did not get through its checks in 1 s" in said[0]
-    assert events(tmp_path)[0]["nodes"] == [HOST]
+@pytest.mark.parametrize(
+    ("injure", "words"),
+    [(hang, "did not get through its checks"), (stay_away, "did not come to add up numbers with the others")],
+)
+def test_a_rank_that_hangs_is_named_within_the_time_limit(injure, words, tmp_path: Path):
+    said = processes.on_ranks(check, 2, tmp_path / "log", str(tmp_path), injure)
+    assert f"rank 1 on {HOST}: {words} in 1 s" in said[0]
+    assert "rank 0" not in said[0]
+    (event,) = events(tmp_path)
+    assert event["nodes"] == [HOST]
+
+
+def test_a_sum_that_does_not_end_is_said_and_blames_nobody(tmp_path: Path):
+    said = processes.on_ranks(check, 2, tmp_path / "log", str(tmp_path), add_up_for_ever)
+    assert "a sum over all ranks failed: it did not end in 1 s, though all had begun" in said[0]
+    assert events(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("skews", "wrong"),
+    [
+        ([0.1, 90.2], {1: 90.1}),
+        ([90.0, 0.0, 0.0], {0: 90.0}),
+        ([-30.0, None, 0.0], {0: -30.0}),
+        ([60.0, 60.1, 60.2], {}),  # the file system's clock is wrong
+        ([60.0], {}),
+        ([None, None], {}),
+    ],
+)
+def test_a_clock_is_wrong_if_most_others_and_the_file_systems_say_so(skews, wrong):
+    assert module._wrong_clocks(skews) == pytest.approx(wrong, abs=0.2)
 
 
 @pytest.mark.parametrize(
