@@ -24,10 +24,19 @@ def build(
 
 
 @app.command()
-def info(image: Annotated[str, typer.Argument(metavar="IMAGE", help="A SIF file or a sandbox folder.")]) -> None:
-    """Print what an image was built from; status 1 if it is not what its record says."""
+def info(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A SIF file or a sandbox folder.")],
+    other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="An image to compare with.")] = None,
+) -> None:
+    """Print what an image was built from; status 1 if it is not what its record says.
+
+    With OTHER, print how their packages and files differ; status 1 if they do, the bytes of files aside.
+    """
     from pathlib import Path
 
+    from pipeline.launch.image_compare import print_comparison
     from pipeline.launch.image_info import print_info
 
     print_info(Path(image))
+    if other is not None and not print_comparison(Path(image), Path(other)):
+        raise typer.Exit(1)

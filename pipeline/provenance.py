@@ -7,7 +7,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -86,6 +86,15 @@ def git_state(folder: Path) -> dict[str, Any]:
         return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
+
+
+def untracked(folder: Path, parts: Sequence[str]) -> list[str]:
+    """Files below these parts of a checkout that git neither has nor ignores.
+
+    Raises:
+        subprocess.CalledProcessError: The folder is no checkout.
+    """
+    return _git(folder, "ls-files", "--others", "--exclude-standard", "--", *parts).splitlines()
 
 
 def _git(folder: Path, *args: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -59,7 +60,8 @@ def read_base(name: str, root: Path) -> Base:
         raise UsageError(f"{file}: FROM is missing; it names the base")
     if arguments["BOOTSTRAP"] == "debootstrap":
         arguments.setdefault("MIRROR", _apt_mirror(file))
-        if shutil.which("debootstrap") is None:
+        # A plain user's path lacks the administrator's folders; Apptainer looks there all the same.
+        if shutil.which("debootstrap", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
             raise UsageError(f"{file}: needs debootstrap, which is not installed here; apt-get install debootstrap")
     return Base(file.stem, arguments, _digest(file, arguments))
 

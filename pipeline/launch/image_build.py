@@ -6,30 +6,33 @@ import os
 import platform
 import secrets
 import shutil
-import subprocess
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
 import pipeline
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import UsageError
 from pipeline.files import sha256_bytes, sha256_file
 from pipeline.launch.binds import IMAGE_HOME
-from pipeline.launch.image_base import read_base
+from pipeline.launch.image_apptainer import apptainer_version, build, read_inside
+from pipeline.launch.image_base import Base, read_base
 from pipeline.launch.image_record import record_file, write_record
-from pipeline.launch.wheels import project_wheel, wheelhouse
-from pipeline.provenance import git_state
+from pipeline.launch.wheels import PROJECT_PARTS, project_wheel, wheelhouse
+from pipeline.provenance import git_state, untracked
 
-COMMAND = "apptainer"
 LOCK = Path("containers/image.lock")
 
-# gzip, the default, takes four times the time for a file that is no smaller.
-_SQUASH = "-comp zstd -Xcompression-level 1"
-_TAIL_LINES = 15
+_DIRTY = "-dirty"
+# Debian with a compiler, and the compiled forms of what the wheels bring.
+_BASE_BYTES, _COMPILED_BYTES = 0.6e9, 0.3e9
 
 
 def checkout() -> Path:
@@ -45,9 +48,12 @@ def checkout() -> Path:
 
 
 def commit_of(root: Path) -> str:
-    """The commit of a checkout, marked where files differ from it; `unknown` without git."""
+    """The commit of a checkout, marked where what goes into an image differs from it; `unknown` without git."""
     state = git_state(root)
-    return f"{state['commit']}{'-dirty' if state['dirty'] else ''}" if state["commit"] else "unknown"
+    if state["commit"] is None:
+        return "unknown"
+    dirty = state["dirty"] or untracked(root, PROJECT_PARTS)
+    return f"{state['commit']}{_DIRTY if dirty else ''}"
 
 
 def build_image(base_name: str, sandbox: bool) -> Path:
@@ -64,66 +70,82 @@ def build_image(base_name: str, sandbox: bool) -> Path:
     root = checkout()
     base = read_base(base_name, root)
     version = apptainer_version()
-    steps = _Steps()
+    with _Steps() as steps:
+        image = _build(root, base, sandbox, version, steps)
+        steps.say("done")
+    return image
+
+
+def _build(root: Path, base: Base, sandbox: bool, apptainer: str, steps: _Steps) -> Path:
+    commit = commit_of(root)
+    if commit.endswith(_DIRTY):
+        steps.say(f"files differ from the commit, and the image is recorded as {commit}; commit them for one to keep")
     wheels = wheelhouse(base.accelerator, root / LOCK, root / "build" / "wheels", steps.say)
     images = root / "build" / "images"
     images.mkdir(parents=True, exist_ok=True)
+    _refuse_little_room(wheels, images if sandbox else _temporary_folder())
     image = images / f"pipeline-{base.name}{'' if sandbox else '.sif'}"
     temp = images / f".{image.name}.{secrets.token_hex(4)}"
     log = images / f"{image.name}.log"
     arguments = {
         **base.arguments,
         "VERSION": pipeline.__version__,
-        "COMMIT": commit_of(root),
+        "COMMIT": commit,
         "LOCK": sha256_file(root / LOCK),
     }
     try:
         with _context(root, wheels, steps) as context:
-            steps.say(f"apptainer builds {image.name} and tests it; its own words are in {log}")
-            _apptainer_build(root / "Apptainer.def", temp, arguments, context, log, sandbox)
-        record: dict[str, Any] = {
-            "base": {
-                "bootstrap": base.arguments["BOOTSTRAP"],
-                "name": base.arguments["FROM"],
-                "digest": base.digest or f"sha256:{sha256_bytes(_inside(temp, 'system-packages.txt').encode())}",
-            },
-            "accelerator": base.accelerator,
-            "version": pipeline.__version__,
-            "commit": arguments["COMMIT"],
-            "lock_sha256": arguments["LOCK"],
-            "architecture": platform.machine(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "apptainer": version,
-            "python_packages": _inside(temp, "python-packages.txt").split(),
-            "system_packages": _inside(temp, "system-packages.txt").split(),
-        }
+            steps.say(f"apptainer builds {image.name}; its own words are in {log}")
+            bind = f"{context}:/mnt:ro"
+            build(root / "Apptainer.def", temp, arguments, bind, log, sandbox=sandbox, say=steps.say)
         steps.say("computing the checksum")
-        _publish(temp, image, record)
+        _publish(temp, image, {**_record(base, temp, arguments), "apptainer": apptainer})
     finally:
         _remove(temp)
-    steps.say("done")
     return image
 
 
+def _record(base: Base, image: Path, arguments: dict[str, str]) -> dict[str, Any]:
+    """What the image was built from, as plain JSON values."""
+    python, system = (read_inside(image, IMAGE_HOME / f"{kind}-packages.txt") for kind in ("python", "system"))
+    return {
+        "base": {
+            "bootstrap": base.arguments["BOOTSTRAP"],
+            "name": base.arguments["FROM"],
+            "digest": base.digest or f"sha256:{sha256_bytes(system.encode())}",
+        },
+        "accelerator": base.accelerator,
+        "version": arguments["VERSION"],
+        "commit": arguments["COMMIT"],
+        "lock_sha256": arguments["LOCK"],
+        "architecture": platform.machine(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python_packages": python.split(),
+        "system_packages": system.split(),
+    }
+
+
 class _Steps:
-    """What a person sees: a line a step, with the seconds since the start."""
+    """What a person sees on stderr: a line a step, with the seconds since the start, and on a terminal a clock."""
 
     def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._clock = Progress(
+            SpinnerColumn(), TimeElapsedColumn(), console=self._console, transient=True,
+            disable=not self._console.is_terminal,
+        )  # fmt: skip
         self._began = time.monotonic()
 
+    def __enter__(self) -> _Steps:
+        self._clock.add_task("")
+        self._clock.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._clock.stop()
+
     def say(self, what: str) -> None:
-        print(f"[{time.monotonic() - self._began:4.0f} s] {what}", flush=True)
-
-
-def apptainer_version() -> str:
-    """The version of the Apptainer that is installed.
-
-    Raises:
-        UsageError: None is.
-    """
-    if shutil.which(COMMAND) is None:
-        raise UsageError(f"{COMMAND} is not there; install it or load its module (docs/container.md)")
-    return subprocess.run([COMMAND, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
+        self._console.print(f"[{time.monotonic() - self._began:4.0f} s] {what}", markup=False)
 
 
 @contextmanager
@@ -135,31 +157,28 @@ def _context(root: Path, wheels: Path, steps: _Steps) -> Iterator[Path]:
         for wheel in wheels.iterdir():
             (context / "wheels" / wheel.name).hardlink_to(wheel)
         steps.say("making the project's wheel")
-        project_wheel(root, context / "project")
+        project_wheel(root, context / "project", wheels)
         shutil.copy(root / LOCK, context)
         yield context
 
 
-def _apptainer_build(
-    definition: Path, target: Path, arguments: dict[str, str], context: Path, log: Path, sandbox: bool
-) -> None:
-    command = [COMMAND, "build", *(["--sandbox"] if sandbox else ["--mksquashfs-args", _SQUASH])]
-    command += [part for key, value in arguments.items() for part in ("--build-arg", f"{key}={value}")]
-    environment = {**os.environ, "APPTAINER_BIND": f"{context}:/mnt:ro"}
-    with log.open("w", encoding="utf-8") as out:
-        done = subprocess.run([*command, str(target), str(definition)], stdout=out, stderr=out, env=environment)
-    if done.returncode != 0:
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-        raise PipelineError("\n  ".join([f"apptainer could not build the image; the end of {log}:", *tail]))
+def _temporary_folder() -> Path:
+    """Where Apptainer unpacks what it makes a SIF file of."""
+    return Path(os.environ.get("APPTAINER_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
 
 
-def _inside(image: Path, name: str) -> str:
-    """A text file that %post left in the image."""
-    command = [COMMAND, "exec", "--no-mount", "home,cwd", str(image), "cat", str(IMAGE_HOME / name)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise PipelineError(f"the image was built and cannot be started: {done.stderr.strip()}")
-    return done.stdout
+def _refuse_little_room(wheels: Path, folder: Path) -> None:
+    """On a full disk debootstrap would say that packages cannot be downloaded."""
+    needed = _BASE_BYTES + _COMPILED_BYTES
+    for wheel in wheels.iterdir():
+        with zipfile.ZipFile(wheel) as packed:
+            needed += sum(member.file_size for member in packed.infolist())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UsageError(
+            f"{folder}: {free / 1e9:.1f} GB are free, and unpacked the image takes {needed / 1e9:.1f} GB there; make "
+            "room, or export APPTAINER_TMPDIR=DIR on a larger disk"
+        )
 
 
 def _publish(temp: Path, image: Path, record: dict[str, Any]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import sha256_file
-from pipeline.launch.image_build import COMMAND, LOCK, apptainer_version, checkout, commit_of
+from pipeline.launch.image_apptainer import labels
+from pipeline.launch.image_build import LOCK, checkout, commit_of
 from pipeline.launch.image_record import digest, read_record
 
 _SHOWN = ("accelerator", "architecture", "version", "commit", "lock_sha256", "date", "apptainer", "size_mb", "sha256")
@@ -54,18 +53,9 @@ def _contradictions(image: Path, record: dict[str, Any]) -> list[str]:
     problems = []
     found = digest(image)
     if found != record["sha256"]:
-        problems.append(f"its sha256 is {found}: it was changed or damaged after it was built")
-    labels = _labels(image)
+        problems.append(f"its sha256 is {found}: it was changed, signed or damaged after it was built")
+    said = labels(image)
     for label, key in _LABELS.items():
-        if labels.get(label) != record[key]:
-            problems.append(f"its label {label} is {labels.get(label)}: the record is another image's")
+        if said.get(label) != record[key]:
+            problems.append(f"its label {label} is {said.get(label)}: the record is another image's")
     return problems
-
-
-def _labels(image: Path) -> dict[str, str]:
-    apptainer_version()
-    done = subprocess.run([COMMAND, "inspect", "--json", str(image)], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise PipelineError(f"{image}: {COMMAND} cannot inspect it: {done.stderr.strip()}")
-    labels: dict[str, str] = json.loads(done.stdout)["data"]["attributes"]["labels"]
-    return labels

@@ -16,7 +16,11 @@ from pipeline.files import publish_dir, sha256_bytes
 
 # Of the base images: Debian 12's.
 PYTHON = "3.11"
-_GLIBC = ("2_28", "2_17")
+# pip takes a platform by its very name: a wheel for manylinux_2_27 alone, as NVIDIA's are, is none for manylinux_2_28.
+_GLIBC_MINORS = range(36, 16, -1)
+
+# What the project's wheel is made of.
+PROJECT_PARTS = ("pipeline", "slurm", "pyproject.toml", "README.md")
 
 # How a wheel of torch says what it computes on; PyPI's own, without a mark, is the one for CUDA.
 _TORCH_BUILDS = {"cpu": ("+cpu",), "cuda": ("+cu1", "-cp"), "rocm": ("+rocm",)}
@@ -52,33 +56,41 @@ def wheelhouse(accelerator: str, lock: Path, store: Path, say: Callable[[str], N
             _pip("download", *only, *_target(), "--dest", str(folder), str(torch))
         for source in sorted(folder.glob("*.tar.gz")):
             say(f"making a wheel of {source.name}")
-            build_wheel(source, folder)
+            _build_wheel(source, folder)
             source.unlink()
         publish_dir(folder, house)
     return house
 
 
-def project_wheel(root: Path, folder: Path) -> None:
-    """Makes the project's own wheel from a copy of the checkout, so that no left-over of an earlier build gets in."""
+def project_wheel(root: Path, folder: Path, wheels: Path) -> None:
+    """Makes the project's own wheel from a copy of the checkout, so that no left-over of an earlier build gets in.
+
+    Args:
+        root: The checkout.
+        folder: Gets the wheel.
+        wheels: The wheelhouse; what builds the project is in it, so that no index is asked.
+    """
     with tempfile.TemporaryDirectory() as temp:
         copy = Path(temp)
-        for name in ("pyproject.toml", "README.md"):
-            shutil.copy(root / name, copy)
-        for package in ("pipeline", "slurm"):
-            shutil.copytree(root / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
-        build_wheel(copy, folder)
+        for name in PROJECT_PARTS:
+            if (root / name).is_dir():
+                shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(root / name, copy)
+        _build_wheel(copy, folder, "--no-index", "--find-links", str(wheels))
 
 
-def build_wheel(source: Path, folder: Path) -> None:
+def _build_wheel(source: Path, folder: Path, *options: str) -> None:
     """Makes a pure wheel from a source distribution or folder; DeepSpeed's kernels are left out, nothing uses them."""
-    _pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(source), DS_BUILD_OPS="0")
+    _pip("wheel", "--no-deps", *options, "--wheel-dir", str(folder), str(source), DS_BUILD_OPS="0")
 
 
 def _target() -> tuple[str, ...]:
     """pip's words for the image's Python, whatever Python runs here."""
     tag = f"cp{PYTHON.replace('.', '')}"
     machine = platform.machine()
-    platforms = [f"manylinux_{glibc}_{machine}" for glibc in _GLIBC] + [f"manylinux2014_{machine}", "any"]
+    platforms = [f"manylinux_2_{minor}_{machine}" for minor in _GLIBC_MINORS]
+    platforms += [f"manylinux{year}_{machine}" for year in ("2014", "2010", "1")] + ["any"]
     return (
         *("--python-version", PYTHON, "--implementation", "cp", "--abi", tag, "--abi", "abi3", "--abi", "none"),
         *(part for name in platforms for part in ("--platform", name)),

@@ -7,7 +7,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,18 @@ def test_a_run_moves_between_image_and_host_without_a_trace_in_its_curve(jobs: J
         done = jobs.inside(name, "train", f"train.max_iters={steps}")
         assert done.returncode == 0, done.stderr
 
-    here("whole", 8)
-    inside("out", 4), here("out", 8)
-    here("in", 4), inside("in", 8)
+    def out() -> None:
+        inside("out", 4)
+        here("out", 8)
+
+    def into() -> None:
+        here("in", 4)
+        inside("in", 8)
+
+    # A start keeps one core busy; the runs have nothing in common but the data.
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(out), pool.submit(into), pool.submit(here, "whole", 8)]:
+            done.result()
     assert sorted(jobs.losses("whole")) == list(range(1, 9))
     assert jobs.losses("out") == jobs.losses("whole")
     assert jobs.losses("in") == jobs.losses("whole")
@@ -41,12 +51,29 @@ def test_a_run_moves_between_image_and_host_without_a_trace_in_its_curve(jobs: J
     assert [start["image"] is None for start in jobs.run("in").provenance()] == [True, False]
 
 
+@pytest.fixture(scope="module")
+def trainers(jobs: Jobs) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """Training runs in the image that have taken their first step, by name; started together, which takes less time."""
+    started = {name: _training(jobs, name) for name in ("SIGUSR2", "SIGTERM", "SIGKILL")}
+    try:
+        for name, process in started.items():
+            _wait(lambda n=name, p=process: p.poll() is not None or _has_begun(jobs, n), 120)
+            assert process.poll() is None, _errors(jobs, name).read_text()
+        yield started
+    finally:
+        for process in started.values():
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
-def test_a_signal_to_the_containers_process_saves_once_and_ends_with_85(jobs: Jobs, number: signal.Signals):
-    name = f"stopped-by-{number.name}"
-    process = _training(jobs, name)
+def test_a_signal_to_the_containers_process_saves_once_and_ends_with_85(
+    jobs: Jobs, trainers: dict[str, subprocess.Popen[bytes]], number: signal.Signals
+):
+    name, process = number.name, trainers[number.name]
     process.send_signal(number)
-    _, err = process.communicate(timeout=120)
+    process.wait(120)
+    err = _errors(jobs, name).read_text()
     assert process.returncode == 85, err
     assert f"stopped on request ({number.name})" in err
     [saved] = jobs.events(name, "checkpointed")
@@ -55,12 +82,12 @@ def test_a_signal_to_the_containers_process_saves_once_and_ends_with_85(jobs: Jo
     assert preempted["step"] == saved["step"] == max(jobs.losses(name))
 
 
-def test_kill_leaves_no_process_behind(jobs: Jobs):
-    process = _training(jobs, "killed")
-    inside = _processes_of(jobs.run("killed").path)
+def test_kill_leaves_no_process_behind(jobs: Jobs, trainers: dict[str, subprocess.Popen[bytes]]):
+    process = trainers["SIGKILL"]
+    inside = _processes_of(jobs.run("SIGKILL").path)
     assert len(inside) >= 2, "the trainer and the helper that feeds MLflow"
     process.kill()
-    process.communicate(timeout=60)
+    process.wait(60)
     _wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in inside), 10)
 
 
@@ -99,15 +126,20 @@ def test_the_snapshot_of_the_run_is_what_runs_and_the_images_own_code_when_asked
     assert start["image"]["code"] == "snapshot"
 
 
-def _training(jobs: Jobs, name: str) -> subprocess.Popen[str]:
-    """A training run in the image that has taken its first step."""
-    argv = jobs.argv(name, *jobs.command(name, "train", "train.max_iters=1000"))
+def _training(jobs: Jobs, name: str) -> subprocess.Popen[bytes]:
+    """Starts a long training run in the image."""
+    argv = jobs.argv(name, *jobs.command(name, "train", "train.max_iters=100000"))
     environment = container_environment(SiteContainer(), os.environ)
-    process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    metrics = jobs.run(name).metrics_file
-    _wait(lambda: process.poll() is not None or (metrics.exists() and bool(jobs.losses(name))), 120)
-    assert process.poll() is None, process.communicate()[1]
-    return process
+    with _errors(jobs, name).open("w") as err:
+        return subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=err)
+
+
+def _errors(jobs: Jobs, name: str) -> Path:
+    return jobs.folder / f"{name}.err"
+
+
+def _has_begun(jobs: Jobs, name: str) -> bool:
+    return jobs.run(name).metrics_file.exists() and bool(jobs.losses(name))
 
 
 def _processes_of(run: Path) -> list[int]:

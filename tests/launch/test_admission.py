@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +20,31 @@ from tests.launch.test_image import HERE, sif
 OTHER_ARCHITECTURE = b"11"
 # A runtime that finds the command `pipeline` in any image, and one that finds it in none.
 APPTAINERS = {"whole": "#!/bin/sh\n", "bare": "#!/bin/sh\nexit 127\n"}
+MACHINE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
+# What is wrong: the image, the runtime, and all that is said.
 IMAGES = {
-    "missing": (None, "whole", "does not exist; build it with `pipeline image build`"),
-    "damaged": (b"no image", "whole", "is no SIF file, or a damaged one"),
-    "of another machine": (OTHER_ARCHITECTURE, "whole", "is built for s390x, and this machine is"),
-    "somebody else's": (HERE, "bare", "holds no command `pipeline`; build an image with `pipeline image build`"),
-    "without a runtime": (HERE, None, "is not there on"),
-}
+    "missing": (
+        None, "whole",
+        "container.image: {image} does not exist; build it with `pipeline image build`, or correct the path",
+    ),
+    "damaged": (
+        b"no image", "whole",
+        "container.image: {image} is no SIF file, or a damaged one; build it anew with `pipeline image build`",
+    ),
+    "of another machine": (
+        OTHER_ARCHITECTURE, "whole",
+        f"container.image: {{image}} is built for s390x, and this machine is {MACHINE}; build it on a {MACHINE} one",
+    ),
+    "without the package": (
+        HERE, "bare",
+        "container.image: {image} holds no command `pipeline`; build an image with `pipeline image build`",
+    ),
+    "without a runtime": (
+        HERE, None,
+        f"container.command: '{{command}}' is not there on {socket.gethostname()}; install Apptainer, load its module "
+        "(`modules` of the site file), or give the program's path",
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +60,22 @@ def test_an_image_that_no_job_could_use_is_refused_before_anything_is_queued(
     site = _contained(tmp_path, slurm, image, runtime)
     write_files(tmp_path, site=site)
     done = submit(tmp_path, slurm, "container.image=image.sif")
-    assert done.status == 2
-    assert expected in done.err and "nothing was submitted" in done.err
-    assert done.err.count("error:") == 1 and "Traceback" not in done.err
+    message = expected.format(image=tmp_path / "image.sif", command=slurm.folder / "apptainer")
+    assert (done.status, done.err) == (2, f"pipeline: error: {message}\n  nothing was submitted\n")
+    assert not slurm.calls("sbatch") and not (tmp_path / "runs").exists()
+
+
+def test_a_path_that_no_job_would_see_is_refused_before_anything_is_queued(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path, site=_contained(tmp_path, slurm, HERE, "whole"))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").symlink_to("/etc/passwd")
+    done = submit(tmp_path, slurm, "container.image=image.sif")
+    message = (
+        "the jobs could not see everything in their container:\n"
+        "  data.sources.0.paths: text/a.txt is a link to /etc/passwd, which a job in the container does not see; add "
+        "/etc to container.binds"
+    )
+    assert (done.status, done.err) == (2, f"pipeline: error: {message}\n")
     assert not slurm.calls("sbatch") and not (tmp_path / "runs").exists()
 
 
