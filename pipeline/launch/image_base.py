@@ -15,6 +15,8 @@ from pipeline.files import sha256_file
 
 _BOOTSTRAPS = ("debootstrap", "docker", "docker-archive")
 _ACCELERATORS = ("cpu", "cuda", "rocm")
+# A plain user's path lacks them; Apptainer looks for debootstrap there all the same.
+_ADMIN_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 _PINNED = re.compile(r".+@(sha256:[0-9a-f]{64})")
 
 
@@ -59,9 +61,9 @@ def read_base(name: str, root: Path) -> Base:
     if "FROM" not in arguments:
         raise UsageError(f"{file}: FROM is missing; it names the base")
     if arguments["BOOTSTRAP"] == "debootstrap":
-        arguments.setdefault("MIRROR", _apt_mirror(file))
-        # A plain user's path lacks the administrator's folders; Apptainer looks there all the same.
-        if shutil.which("debootstrap", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
+        if "MIRROR" not in arguments:
+            arguments["MIRROR"] = _apt_mirror(file)
+        if shutil.which("debootstrap", path=os.pathsep.join([os.environ["PATH"], *_ADMIN_FOLDERS])) is None:
             raise UsageError(f"{file}: needs debootstrap, which is not installed here; apt-get install debootstrap")
     return Base(file.stem, arguments, _digest(file, arguments))
 

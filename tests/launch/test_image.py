@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
 from pathlib import Path
 
@@ -13,12 +12,10 @@ import pytest
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import sha256_file
 from pipeline.launch.image import check_image, image_identity
-from pipeline.launch.image_base import read_base
 from pipeline.launch.image_record import digest, read_record, write_record
 from pipeline.launch.site import SiteContainer
 from pipeline.provenance import collect_provenance, current_image, refuse_other_image
 from tests.test_bad_input import experiment, run_here
-from tests.test_cli import ROOT
 
 HERE = {"x86_64": b"02", "aarch64": b"04"}[platform.machine()]
 
@@ -154,54 +151,6 @@ def test_train_refuses_another_image_before_it_touches_the_run(tmp_path, monkeyp
     assert run_here(monkeypatch, capsys, "train", config, "--allow-image-change")[0] == 0
     recorded = [start["image"]["sha256"] for start in Run(run).provenance()]
     assert recorded == ["a" * 64, "b" * 64]
-
-
-# ---- building ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ("BOOTSTRAP=docker\nFROM=debian:bookworm\nACCELERATOR=cuda", "is not pinned, so that two builds could differ"),
-        ("BOOTSTRAP=docker\nFROM=debian@sha256:12\nACCELERATOR=cuda", "is not pinned"),
-        ("BOOTSTRAP=yum\nFROM=x\nACCELERATOR=cpu", "BOOTSTRAP=yum, allowed: debootstrap, docker, docker-archive"),
-        ("BOOTSTRAP=docker\nFROM=x\nACCELERATOR=tpu", "ACCELERATOR=tpu, allowed: cpu, cuda, rocm"),
-        ("BOOTSTRAP=docker\nACCELERATOR=cpu", "FROM is missing"),
-        ("BOOTSTRAP=docker-archive\nFROM=/not/there.tar\nACCELERATOR=cpu", "there is no such file"),
-        ("BOOTSTRAP docker", "line 1: 'BOOTSTRAP docker', allowed: NAME=VALUE"),
-    ],
-)
-def test_a_base_that_could_not_be_told_from_another_is_refused(tmp_path, lines, message):
-    file = tmp_path / "mine.args"
-    file.write_text(lines + "\n")
-    with pytest.raises(UsageError, match=re.escape(message)):
-        read_base(str(file), ROOT)
-
-
-def test_an_unknown_base_lists_the_known_ones():
-    with pytest.raises(UsageError, match="--base gpu: .*allowed: cpu, cuda, rocm, or the path"):
-        read_base("gpu", ROOT)
-
-
-def test_the_shipped_registry_bases_are_pinned():
-    for name in ("cuda", "rocm"):
-        base = read_base(name, ROOT)
-        assert base.accelerator == name and re.fullmatch(r"sha256:[0-9a-f]{64}", base.digest or "")
-
-
-def test_the_image_is_built_from_the_versions_of_the_lock():
-    image = _pins(ROOT / "containers" / "image.lock")
-    whole = _pins(ROOT / "containers" / "requirements.lock")
-    assert {"torch", "deepspeed", "mlflow", "submitit"} <= image.keys()
-    assert not {"pytest", "ruff", "mypy", "selenium", "transformers"} & image.keys()
-    assert {name: versions for name, versions in image.items() if not versions <= whole[name]} == {}
-
-
-def _pins(file: Path) -> dict[str, set[str]]:
-    pins: dict[str, set[str]] = {}
-    for name, version in re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", file.read_text(), flags=re.M):
-        pins.setdefault(name, set()).add(version)
-    return pins
 
 
 def test_info_names_an_image_that_is_not_there(tmp_path, monkeypatch, capsys):
