@@ -47,11 +47,10 @@ def refuse_unfit_images(configs: list[Config], site: Site, allow_image_change: b
     ]
     if problems:
         raise UsageError("\n  ".join([*problems, "nothing was submitted"]))
-    if allow_image_change:
-        return
     for config in _contained(configs):
-        image = image_identity(image_path(config))
-        refuse_other_image(run_for(config).provenance(), {"path": str(image.path), "sha256": image.sha256})
+        image = image_identity(image_path(config))  # the ranks will find the sum in the cache
+        if not allow_image_change:
+            refuse_other_image(run_for(config).provenance(), {"path": str(image.path), "sha256": image.sha256})
 
 
 def _contained(configs: list[Config]) -> list[Config]:

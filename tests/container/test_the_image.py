@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from pipeline.files import sha256_file
 from pipeline.launch.container import container_environment
 from pipeline.launch.image import check_image
 from pipeline.launch.image_build import commit_of
-from pipeline.launch.image_record import read_record
+from pipeline.launch.image_compare import Comparison, compare, print_comparison
+from pipeline.launch.image_record import digest, read_record, write_record
 from pipeline.launch.site import SiteContainer
 from tests.container.support import ROOT, Jobs
 from tests.test_cli import pipeline
@@ -120,17 +122,91 @@ def test_a_damaged_image_is_named_with_what_the_runtime_says(jobs: Jobs, tmp_pat
     assert problem.startswith(f"container.image: {torn} cannot be started by apptainer: ")
 
 
+def test_preflight_looks_at_the_node_from_inside_the_image(jobs: Jobs, tmp_path: Path):
+    program = tmp_path / "apptainer"
+    program.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\nexec {shutil.which("apptainer")} "$@"\n')
+    program.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", *jobs.command("checked", "check", "--json", "container.code=image")],
+        cwd=jobs.folder, env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {check["name"]: check for check in json.loads(done.stdout)}
+    inside = ("torch", "deepspeed", "devices", "writable runs", "clock", "/dev/shm", "open files", "locked memory")
+    assert {name: found[name]["status"] == "failed" for name in inside} == dict.fromkeys(inside, False)
+    [look] = [call for call in (tmp_path / "calls").read_text().splitlines() if "check_node" in call]
+    assert f"{jobs.image} python3 -m pipeline.train.check_node runs" in look
+    assert not jobs.run("checked").path.exists()
+
+
+def test_a_signature_is_verified_and_one_of_a_changed_image_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("APPTAINER_KEYSDIR", str(tmp_path / "keys"))
+    (tmp_path / "keys").mkdir(mode=0o700)
+    image = tmp_path / "signed.sif"
+    subprocess.run(["apptainer", "build", image, _bare_sandbox(tmp_path / "bare")], capture_output=True, check=True)
+    write_record(image, {"commit": "a"})
+    key = ("--name=builder", "--email=builder@example.org", "--comment=", "--password=phrase", "--push=false")
+    subprocess.run(["apptainer", "key", "newpair", *key], capture_output=True, check=True)
+    subprocess.run(["apptainer", "sign", image], input="phrase\n", capture_output=True, text=True, check=True)
+
+    def verify() -> int:
+        return subprocess.run(["apptainer", "verify", "--local", image], capture_output=True).returncode
+
+    assert verify() == 0
+    assert digest(image) != read_record(image)["sha256"]
+    with image.open("r+b") as file:
+        file.seek(image.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    assert verify() != 0
+
+
+def test_a_comparison_names_every_file_and_package_that_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    images = [_bare_sandbox(tmp_path / name) for name in ("first", "second")]
+    for image in images:
+        _with_tools(image)
+        write_record(image, {"python_packages": ["torch==2.13.0"], "system_packages": ["libc6=2.36"]})
+    assert print_comparison(*images)
+    assert capsys.readouterr().out.startswith(
+        "packages      the same\nfiles         the same\ncontents      the same\n"
+    )
+
+    (images[1] / "etc" / "same").write_text("two")
+    (images[0] / "etc" / "same").write_text("one")
+    assert print_comparison(*images) and "contents      1 differ\n  /etc/same\n" in capsys.readouterr().out
+    (images[1] / "etc" / "more").symlink_to("same")
+    write_record(images[1], {"python_packages": ["torch==2.14.0"], "system_packages": ["libc6=2.36"]})
+    assert compare(*images) == Comparison(
+        packages=[f"torch==2.13.0: in {images[0]} only", f"torch==2.14.0: in {images[1]} only"],
+        listed=[f"/etc/more l 777 same: in {images[1]} only"],
+        contents=["/etc/same"],
+        files=compare(*images).files,
+    )
+    assert not print_comparison(*images)
+
+
+def _with_tools(sandbox: Path) -> None:
+    """Adds the programs by which a comparison looks into an image."""
+    for name in ("find", "sha256sum"):
+        _add_program(sandbox, Path(f"/usr/bin/{name}"), f"bin/{name}")
+
+
 def _bare_sandbox(folder: Path) -> Path:
     """A sandbox that can be started and holds a shell and nothing else."""
     for name in (".singularity.d", "bin", "etc", "tmp", "var/tmp", "proc", "sys", "dev", "root"):
         (folder / name).mkdir(parents=True)
-    shell = Path("/bin/dash")
-    shutil.copy(shell, folder / "bin" / "sh")
-    listed = subprocess.run(["ldd", str(shell)], capture_output=True, text=True, check=True).stdout
-    for library in (Path(word) for word in listed.split() if word.startswith("/")):
-        (folder / str(library.parent)[1:]).mkdir(parents=True, exist_ok=True)
-        shutil.copy(library, folder / str(library)[1:])
+    _add_program(folder, Path("/bin/dash"), "bin/sh")
     return folder
+
+
+def _add_program(sandbox: Path, program: Path, name: str) -> None:
+    shutil.copy(program, sandbox / name)
+    listed = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True).stdout
+    for library in (Path(word) for word in listed.split() if word.startswith("/")):
+        (sandbox / str(library.parent)[1:]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(library, sandbox / str(library)[1:])
 
 
 def _inside(image: Path, *command: str) -> str:
