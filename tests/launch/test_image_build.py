@@ -58,6 +58,13 @@ def test_the_shipped_registry_bases_are_pinned():
         assert base.accelerator == name and re.fullmatch(r"sha256:[0-9a-f]{64}", base.digest or "")
 
 
+def test_apptainer_itself_can_read_the_argument_files():
+    """It knows no comments: a line without `=` is passed over, and one with it is an argument."""
+    for file in (ROOT / "containers").glob("*.args"):
+        keys = [line.partition("=")[0] for line in file.read_text().splitlines() if "=" in line]
+        assert keys == ["BOOTSTRAP", "FROM", "ACCELERATOR"], file
+
+
 def test_the_image_is_built_from_the_versions_of_the_lock():
     image = _pins(ROOT / "containers" / "image.lock")
     whole = _pins(ROOT / "containers" / "requirements.lock")
