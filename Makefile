@@ -36,6 +36,8 @@ lock: $(VENV)/.dev  ## resolve the newest versions that pyproject.toml allows in
 	  --custom-compile-command "make lock" --output-file $(LOCK)
 	$(BIN)/uv pip compile pyproject.toml --extra train --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	  --constraint $(LOCK) --no-annotate --custom-compile-command "make lock" --output-file containers/image.lock
+	echo torch | $(BIN)/uv pip compile - --no-config --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --constraint containers/image.lock --no-annotate --custom-compile-command "make lock" --output-file containers/cuda.lock
 
 clean:  ## remove what the demo and the tests made; .venv stays
 	rm -rf runs data mlflow.db mlartifacts build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,15 +20,15 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 import pipeline
 from pipeline.errors import UsageError
-from pipeline.files import sha256_bytes, sha256_file
+from pipeline.files import sha256_bytes
 from pipeline.launch.binds import IMAGE_HOME
 from pipeline.launch.image_apptainer import apptainer_version, build, read_inside
 from pipeline.launch.image_base import Base, read_base
 from pipeline.launch.image_record import record_file, write_record
-from pipeline.launch.wheels import PROJECT_PARTS, project_wheel, wheelhouse
+from pipeline.launch.wheels import PROJECT_PARTS, lock_digest, locks_of, project_wheel, wheelhouse
 from pipeline.provenance import git_state, untracked
 
-LOCK = Path("containers/image.lock")
+CONTAINERS = "containers"
 
 _DIRTY = "-dirty"
 # Debian with a compiler, and the compiled forms of what the wheels bring.
@@ -80,7 +80,8 @@ def _build(root: Path, base: Base, sandbox: bool, apptainer: str, steps: _Steps)
     commit = commit_of(root)
     if commit.endswith(_DIRTY):
         steps.say(f"files differ from the commit, and the image is recorded as {commit}; commit them for one to keep")
-    wheels = wheelhouse(base.accelerator, root / LOCK, root / "build" / "wheels", steps.say)
+    locks = locks_of(base.accelerator, root / CONTAINERS)
+    wheels = wheelhouse(base.accelerator, locks, root / "build" / "wheels", steps.say)
     images = root / "build" / "images"
     images.mkdir(parents=True, exist_ok=True)
     _refuse_little_room(wheels, images if sandbox else _temporary_folder())
@@ -91,10 +92,10 @@ def _build(root: Path, base: Base, sandbox: bool, apptainer: str, steps: _Steps)
         **base.arguments,
         "VERSION": pipeline.__version__,
         "COMMIT": commit,
-        "LOCK": sha256_file(root / LOCK),
+        "LOCK": lock_digest(locks),
     }
     try:
-        with _context(root, wheels, steps) as context:
+        with _context(root, wheels, locks, steps) as context:
             steps.say(f"apptainer builds {image.name}; its own words are in {log}")
             bind = f"{context}:/mnt:ro"
             build(root / "Apptainer.def", temp, arguments, bind, log, sandbox=sandbox, say=steps.say)
@@ -149,8 +150,8 @@ class _Steps:
 
 
 @contextmanager
-def _context(root: Path, wheels: Path, steps: _Steps) -> Iterator[Path]:
-    """The folder that the build sees as /mnt: links to the wheels, the project's own wheel, the lock."""
+def _context(root: Path, wheels: Path, locks: list[Path], steps: _Steps) -> Iterator[Path]:
+    """The folder that the build sees as /mnt: links to the wheels, the project's own wheel, the locks."""
     with tempfile.TemporaryDirectory(dir=root / "build", prefix=".context.") as temp:
         context = Path(temp)
         (context / "wheels").mkdir()
@@ -158,7 +159,8 @@ def _context(root: Path, wheels: Path, steps: _Steps) -> Iterator[Path]:
             (context / "wheels" / wheel.name).hardlink_to(wheel)
         steps.say("making the project's wheel")
         project_wheel(root, context / "project", wheels)
-        shutil.copy(root / LOCK, context)
+        for lock in locks:
+            shutil.copy(lock, context)
         yield context
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError, UsageError
-from pipeline.files import sha256_file
 from pipeline.launch.image_apptainer import labels
-from pipeline.launch.image_build import LOCK, checkout, commit_of
+from pipeline.launch.image_build import CONTAINERS, checkout, commit_of
 from pipeline.launch.image_record import digest, read_record
+from pipeline.launch.wheels import lock_digest, locks_of
 
 _SHOWN = ("accelerator", "architecture", "version", "commit", "lock_sha256", "date", "apptainer", "size_mb", "sha256")
 _LABELS = {"org.opencontainers.image.revision": "commit", "pipeline.lock.sha256": "lock_sha256"}
@@ -45,7 +45,8 @@ def _differences_from_checkout(record: dict[str, Any]) -> list[str]:
         root = checkout()
     except UsageError:  # installed without one: there is nothing to compare with
         return []
-    here = {"commit": commit_of(root), "lock_sha256": sha256_file(root / LOCK)}
+    locks = locks_of(record["accelerator"], root / CONTAINERS)
+    here = {"commit": commit_of(root), "lock_sha256": lock_digest(locks)}
     return [f"{key} of this checkout is another: {value}" for key, value in here.items() if record[key] != value]
 
 

@@ -26,12 +26,23 @@ PROJECT_PARTS = ("pipeline", "slurm", "pyproject.toml", "README.md")
 _TORCH_BUILDS = {"cpu": ("+cpu",), "cuda": ("+cu1", "-cp"), "rocm": ("+rocm",)}
 
 
-def wheelhouse(accelerator: str, lock: Path, store: Path, say: Callable[[str], None]) -> Path:
-    """A folder with a wheel of every package in the lock, fetched once for each lock and accelerator.
+def locks_of(accelerator: str, folder: Path) -> list[Path]:
+    """The lock of all images, and the one of what torch for this accelerator needs besides, if there is one."""
+    own = folder / f"{accelerator}.lock"
+    return [folder / "image.lock", *([own] if own.is_file() else [])]
+
+
+def lock_digest(locks: Sequence[Path]) -> str:
+    """SHA-256 of what pins an image's packages."""
+    return sha256_bytes(b"".join(lock.read_bytes() for lock in locks))
+
+
+def wheelhouse(accelerator: str, locks: Sequence[Path], store: Path, say: Callable[[str], None]) -> Path:
+    """A folder with a wheel of every package in the locks, fetched once for these locks and the accelerator.
 
     Args:
         accelerator: `cpu`, `cuda` or `rocm`: the build of torch.
-        lock: One `name==version` a line.
+        locks: Files of one `name==version` a line.
         store: Folder of the wheelhouses.
         say: Told what is being done.
 
@@ -39,7 +50,7 @@ def wheelhouse(accelerator: str, lock: Path, store: Path, say: Callable[[str], N
         PipelineError: pip cannot get one.
         UsageError: The torch that pip finds is built for something else.
     """
-    key = sha256_bytes(lock.read_bytes() + f"{accelerator} {PYTHON} {platform.machine()}".encode())[:12]
+    key = sha256_bytes(f"{lock_digest(locks)} {accelerator} {PYTHON} {platform.machine()}".encode())[:12]
     house = store / f"{accelerator}-{key}"
     if house.is_dir():
         return house
@@ -47,12 +58,13 @@ def wheelhouse(accelerator: str, lock: Path, store: Path, say: Callable[[str], N
     with tempfile.TemporaryDirectory(dir=store, prefix=f".{house.name}.") as temp:
         folder = Path(temp) / "wheels"
         say("fetching wheels")
-        _pip("download", "--no-deps", *_target(), "--dest", str(folder), "--requirement", str(lock))
+        pins = [part for lock in locks for part in ("--requirement", str(lock))]
+        _pip("download", "--no-deps", *_target(), "--dest", str(folder), *pins)
         torch = next(folder.glob("torch-*.whl"))
         _check_torch(torch, accelerator)
-        if accelerator != "cpu":
+        if accelerator != "cpu" and len(locks) == 1:
             say("fetching what torch needs for the accelerator")
-            only = ("--only-binary=:all:", "--find-links", str(folder), "--constraint", str(lock))
+            only = ("--only-binary=:all:", "--find-links", str(folder), "--constraint", str(locks[0]))
             _pip("download", *only, *_target(), "--dest", str(folder), str(torch))
         for source in sorted(folder.glob("*.tar.gz")):
             say(f"making a wheel of {source.name}")

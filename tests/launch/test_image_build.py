@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,14 @@ def test_the_image_is_built_from_the_versions_of_the_lock():
     assert {"torch", "deepspeed", "mlflow", "submitit"} <= image.keys()
     assert not {"pytest", "ruff", "mypy", "selenium", "transformers"} & image.keys()
     assert {name: versions for name, versions in image.items() if not versions <= whole[name]} == {}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+    assert {re.split(r"[^A-Za-z0-9._-]", name)[0].lower() for name in asked} - image.keys() == set()
+    cuda = _pins(ROOT / "containers" / "cuda.lock")
+    assert {"torch", "triton", "nvidia-nccl-cu13"} <= cuda.keys()
+    assert {name: cuda[name] for name in cuda.keys() & image.keys()} == {
+        n: image[n] for n in cuda.keys() & image.keys()
+    }
 
 
 def _pins(file: Path) -> dict[str, set[str]]:
@@ -111,20 +120,20 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_wheels_are_fetched_once_for_a_lock_those_for_an_older_glibc_too(tmp_path: Path, index: Path):
     names = {_wheel(index, "torch", "2.13.0+cpu", NEWEST_GLIBC), _wheel(index, "library", "1.0", OLD_GLIBC)}
     lock, said = _lock(tmp_path, "torch==2.13.0", "library==1.0"), []
-    house = wheelhouse("cpu", lock, tmp_path / "wheels", said.append)
+    house = wheelhouse("cpu", [lock], tmp_path / "wheels", said.append)
     assert {wheel.name for wheel in house.iterdir()} == names and said == ["fetching wheels"]
 
     shutil.rmtree(index)
-    assert wheelhouse("cpu", lock, tmp_path / "wheels", said.append) == house and len(said) == 1
+    assert wheelhouse("cpu", [lock], tmp_path / "wheels", said.append) == house and len(said) == 1
     with pytest.raises(PipelineError, match=r"could not be fetched: .*torch==2\.14\.0"):
-        wheelhouse("cpu", _lock(tmp_path, "torch==2.14.0"), tmp_path / "wheels", said.append)
+        wheelhouse("cpu", [_lock(tmp_path, "torch==2.14.0")], tmp_path / "wheels", said.append)
     assert list((tmp_path / "wheels").iterdir()) == [house]
 
 
 def test_torch_for_something_else_is_refused_and_nothing_is_kept(tmp_path: Path, index: Path):
     _wheel(index, "torch", "2.13.0+cpu", NEWEST_GLIBC)
     with pytest.raises(UsageError, match=r"torch-2\.13\.0\+cpu.* is not built for cuda; point it at the index"):
-        wheelhouse("cuda", _lock(tmp_path, "torch==2.13.0"), tmp_path / "wheels", lambda what: None)
+        wheelhouse("cuda", [_lock(tmp_path, "torch==2.13.0")], tmp_path / "wheels", lambda what: None)
     assert list((tmp_path / "wheels").iterdir()) == []
 
 
