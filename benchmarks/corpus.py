@@ -2,7 +2,8 @@
 
     python -m benchmarks.corpus FOLDER
 
-Copies of one text would flatter every tokenizer that caches words; these are real documents, about 200 MB.
+Copies of one text would flatter every tokenizer that caches words; these are real documents, about 200 MB. Translations
+are left out, and a dictionary, which is one file, is cut into documents of some pages.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ SEPARATOR = "\x1e"
 _HIDDEN = re.compile(r"<(script|style|head|nav)\b.*?</\1>", re.S | re.I)
 _TAG = re.compile(r"<[^>]*>")
 _BLANK_LINES = re.compile(r"\s*\n\s*\n\s*")
+# Folders of other languages: `translations/`, `zh_CN/`, `pt-BR/`.
+_TRANSLATED = re.compile(r"/(translations|(?!en)[a-z]{2,3}[-_][A-Z]{2})/")
+# Where an entry of a dictionary begins, and how many characters of entries make a document.
+_ENTRY = re.compile(r"\n(?=\S)")
+_ENTRIES_CHARACTERS = 4000
 
 
 def build(folder: Path, megabytes: int = 200) -> Path:
@@ -63,8 +69,9 @@ def _documents(package: str, temp: Path) -> Iterator[str]:
     for path in sorted(p for p in unpacked.rglob("*") if p.is_file() and not p.is_symlink()):
         name = path.name.removesuffix(".gz")
         if path.suffix == ".dz":
-            # A dictionary is one file of many entries, which are documents of their own.
-            yield from re.split(r"\n\s*\n", gzip.decompress(path.read_bytes()).decode("utf-8", "replace"))
+            yield from _entries(gzip.decompress(path.read_bytes()).decode("utf-8", "replace"))
+            continue
+        if _TRANSLATED.search(str(path)):
             continue
         if not name.endswith((".html", ".txt", ".pod", ".1", ".2", ".3", ".5", ".7", ".rst", ".md")):
             continue
@@ -74,6 +81,15 @@ def _documents(package: str, temp: Path) -> Iterator[str]:
             text = html.unescape(_TAG.sub("", _HIDDEN.sub("", text)))
         yield _BLANK_LINES.sub("\n\n", text).strip()
     subprocess.run(["rm", "-rf", str(unpacked)], check=True)
+
+
+def _entries(dictionary: str) -> Iterator[str]:
+    start = 0
+    for entry in _ENTRY.finditer(dictionary):
+        if entry.start() - start >= _ENTRIES_CHARACTERS:
+            yield dictionary[start : entry.start()]
+            start = entry.end()
+    yield dictionary[start:]
 
 
 if __name__ == "__main__":
