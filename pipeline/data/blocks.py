@@ -95,19 +95,21 @@ def record_blocks(
             if pending:
                 yield Block(offset, pending)
             return
-        data = pending + piece
-        while target is not None and offset + len(data) >= target:
-            end = _end_at_or_after(data, separator, target - offset)
-            if end is None:
-                break
-            yield Block(offset, data[:end])
-            offset, data = offset + end, data[end:]
-            yield Cut(offset)
-            target = _next_multiple(offset, step)
-        end = _last_end(data, separator)
-        if end:
-            yield Block(offset, data[:end])
-            offset, data = offset + end, data[end:]
+        if target is not None and offset + len(pending) + len(piece) >= target:
+            data = pending + piece
+            while target is not None and offset + len(data) >= target:
+                end = _end_at_or_after(data, separator, target - offset)
+                if end is None:
+                    break
+                yield Block(offset, data[:end])
+                offset, data = offset + end, data[end:]
+                yield Cut(offset)
+                target = _next_multiple(offset, step)
+            pending, piece = b"", data
+        whole, data = _parted(pending, piece, separator)
+        if whole:
+            yield Block(offset, whole)
+            offset += len(whole)
         if len(data) > limit:
             kind: Literal["begins", "goes on"] = "begins"
             while True:
@@ -154,8 +156,19 @@ def _end_at_or_after(data: bytes, separator: bytes, place: int) -> int | None:
     return None if found < 0 else found + len(separator)
 
 
+def _parted(pending: bytes, piece: bytes, separator: bytes) -> tuple[bytes, bytes]:
+    """`pending + piece` up to the end of its last separator, and the rest; every byte is copied once."""
+    end = 0 if can_overlap(separator) else _last_end(piece, separator)
+    if end:
+        return b"".join((pending, memoryview(piece)[:end])), piece[end:]
+    data = pending + piece
+    end = _last_end(data, separator)
+    return data[:end], data[end:]
+
+
 def _last_end(data: bytes, separator: bytes) -> int:
     """The end of the last separator, 0 if there is none."""
     if can_overlap(separator):
         return max((m.end() for m in re.finditer(re.escape(separator), data)), default=0)
-    return data.rfind(separator) + len(separator) if separator in data else 0
+    found = data.rfind(separator)
+    return found + len(separator) if found >= 0 else 0

@@ -12,8 +12,8 @@ from pipeline.data import bad
 from pipeline.data.bad import BadInput
 from pipeline.data.text import Documents, Flags
 
-# The documents of a chunk are encoded at once.
-CHUNK_BYTES = 4 << 20
+# The documents of a chunk are encoded at once. Less than a block, so that a block of text is a chunk and is not copied.
+CHUNK_BYTES = 3 << 20
 
 # Where byte `n` of something is, for a message: made only when a message is.
 Place = Callable[[int], Callable[[], str]]
