@@ -144,6 +144,7 @@ class _Build:
         if not missing:
             return
         self._total = sum(self._bytes_of(t) for t in missing)
+        self._report(Progress("slices", 0, self._total))
         # Each has a thread beside it that reads ahead; more encoders would only warm more caches of words.
         with ThreadPoolExecutor(min(self._cores, len(missing)), thread_name_prefix="prepare") as pool:
             futures = [pool.submit(self._do, task, len(missing) < self._cores) for task in missing]

@@ -8,6 +8,7 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.status import Status
 from rich.table import Table
 
 from pipeline.config import Config
@@ -21,11 +22,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Display:
-    """Shows the progress of a build: a bar on a terminal, a line every ten seconds elsewhere; on stderr."""
+    """Shows the progress of a build, if there is any, on stderr: a bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, verb: str = "prepare", console: Console | None = None) -> None:
         self._verb = verb
         self._console = console or Console(file=sys.stderr)
+        self._status = Status("making the tokenizer", console=self._console)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -33,37 +35,52 @@ class Display:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task(verb, total=None)
+        self._task = self._bar.add_task(verb, start=False)
+        self._shown: Status | Progress | None = None
         self._lock = threading.Lock()
-        self._began = self._last_line = time.monotonic()
+        self._began: float | None = None
+        self._last_line = 0.0
 
     def __enter__(self) -> Display:
-        self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        self._show(None)
 
     def __call__(self, progress: BuildProgress) -> None:
         """Takes one report of a build."""
         if progress.message is not None:
             self._console.print(progress.message, highlight=False, markup=False)
-        if progress.phase == "tokenizer":
-            self._bar.update(self._task, description="tokenizer")
+        elif progress.phase == "tokenizer":
+            self._show(self._status)
         elif progress.phase == "slices":
             self.bytes(progress.done, progress.total)
 
     def bytes(self, done: int, total: int) -> None:
         """Takes how much is done."""
-        self._bar.update(self._task, description=self._verb, completed=done, total=total)
         if not self._console.is_terminal:
             self._line(done, total)
+            return
+        self._bar.start_task(self._task)
+        self._bar.update(self._task, completed=done, total=total)
+        self._show(self._bar)
+
+    def _show(self, wanted: Status | Progress | None) -> None:
+        with self._lock:
+            if wanted is self._shown or not self._console.is_terminal:
+                return
+            if self._shown is not None:
+                self._shown.stop()
+            if wanted is not None:
+                wanted.start()
+            self._shown = wanted
 
     def _line(self, done: int, total: int) -> None:
         with self._lock:
             now = time.monotonic()
+            if self._began is None:
+                self._began = self._last_line = now
             if now - self._last_line < _SECONDS_BETWEEN_LINES:
                 return
             self._last_line = now

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 import zstandard
 
+from pipeline.cli import main
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.data.tokenizer import Tokenizer
@@ -99,6 +101,15 @@ def config(
         "train": {"batch_size": 4, "micro_batch_size": 4, "max_iters": 2},
     }
     return Config.model_validate_json(json.dumps(tree))
+
+
+def command(*arguments: str) -> int:
+    """Runs the command line in this process; its exit status."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr("sys.argv", ["pipeline", *arguments])
+        patch.setenv("COLUMNS", "120")
+        main()
+    return int(stopped.value.code or 0)
 
 
 def jsonl(texts: Sequence[str], field: str = "text") -> bytes:

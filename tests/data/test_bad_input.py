@@ -8,10 +8,21 @@ from typing import Any
 
 import pytest
 
+from pipeline.config_load import dump_config
 from pipeline.data.build import prepare
 from pipeline.data.manifest import Manifest
 from pipeline.errors import DataError
-from tests.data.helpers import COMPRESS, config, documents, jsonl, split_texts, tree_digest, write, write_parquet
+from tests.data.helpers import (
+    COMPRESS,
+    command,
+    config,
+    documents,
+    jsonl,
+    split_texts,
+    tree_digest,
+    write,
+    write_parquet,
+)
 
 GOOD = ["first good", "second good"]
 
@@ -144,6 +155,54 @@ def test_skip_counts_by_reason_and_keeps_the_rest(case: str, tmp_path: Path) -> 
     assert set(manifest.bad) == {reason}
     assert split_texts(tmp_path / "out") == [*good, "other"]
     assert manifest.sources[0]["records"] == sum(manifest.bad.values()) + len(good)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_command_says_it_in_one_message_and_ends_with_1(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, source, words, _, _ = CASES[case]
+    path = write(tmp_path / "in" / name, content)
+    made = config(tmp_path / "out", [_entry(path, **source)], max_document_mb=1.0)
+    file = write(tmp_path / "c.yaml", dump_config(made).encode())
+    monkeypatch.chdir(tmp_path)
+    assert command("prepare", str(file)) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"pipeline: error: {path}, ") and printed.err.count("\n") == 1
+    assert all(word in printed.err for word in words)
+    assert printed.out == ""
+    # Nobody takes for a dataset what is there now.
+    for reader in ("inspect", "verify"):
+        assert command(reader, str(tmp_path / "out")) == 1
+        assert "not finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "status", "words"),
+    [
+        ("data.on_bad=ignore", 2, ["data.on_bad", "'error'", "'skip'"]),
+        ("data.max_bad_fraction=1.5", 2, ["data.max_bad_fraction"]),
+        ("data.slice_size_mb=0", 2, ["data.slice_size_mb"]),
+        ("data.sources.0.paths=[nothing/*.txt]", 1, ["'nothing/*.txt' matches no file", "looked from"]),
+        ("tokenizer.path=nothing.json", 2, ["tokenizer.path"]),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(
+    setting: str,
+    status: int,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = config(tmp_path / "out", [_entry(write(tmp_path / "a.txt", b"text"))])
+    file = write(tmp_path / "c.yaml", dump_config(made).encode())
+    monkeypatch.chdir(tmp_path)
+    assert command("prepare", str(file), setting) == status
+    err = capsys.readouterr().err
+    assert err.startswith("pipeline: error: ") and "Traceback" not in err
+    assert all(word in err for word in words)
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("compression", COMPRESS)

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline.cli import main
 from pipeline.config_load import dump_config
 from pipeline.data.build import Progress, prepare
 from pipeline.data.display import Display, parse_slice
 from pipeline.data.inspect import document_lengths, draw_documents
 from pipeline.data.manifest import Manifest
 from pipeline.errors import UsageError
-from tests.data.helpers import config, documents, jsonl, write
+from tests.data.helpers import command, config, documents, jsonl, write
 
 TEXTS = [*documents(100, seed=4), "<script>alert(1)</script> & co"]
 
@@ -31,18 +30,10 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return write(tmp_path / "c.yaml", dump_config(made).encode()), tmp_path / "out"
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["pipeline", *arguments])
-    monkeypatch.setenv("COLUMNS", "120")
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
-
-
 def test_prepare_prints_a_table_with_what_was_left_out(
-    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _run(monkeypatch, "prepare", str(files[0])) == 0
+    assert command("prepare", str(files[0])) == 0
     out = " ".join(re.sub(r"[│┃]", " ", capsys.readouterr().out).split())
     manifest = Manifest.load(files[1])
     train = manifest.splits["train"]
@@ -58,12 +49,10 @@ def test_prepare_prints_a_table_with_what_was_left_out(
     assert train.longest == max(len(t.encode()) for t in TEXTS) + 1
 
 
-def test_a_part_says_what_is_missing(
-    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert _run(monkeypatch, "prepare", str(files[0]), "data.slice_size_mb=0.001", "--slice", "2/3") == 0
+def test_a_part_says_what_is_missing(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("prepare", str(files[0]), "data.slice_size_mb=0.001", "--slice", "2/3") == 0
     assert "part 2 of 3 is done; other parts are still missing" in capsys.readouterr().out
-    assert _run(monkeypatch, "prepare", str(files[0]), "--slice", "4/3") == 2
+    assert command("prepare", str(files[0]), "--slice", "4/3") == 2
     assert "allowed: I/N" in capsys.readouterr().err
 
 
@@ -75,11 +64,11 @@ def test_a_bad_slice_is_a_usage_error(text: str) -> None:
 
 
 def test_inspect_prints_documents_and_writes_a_page(
-    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    _run(monkeypatch, "prepare", str(files[0]))
+    command("prepare", str(files[0]))
     page = tmp_path / "page.html"
-    assert _run(monkeypatch, "inspect", str(files[1]), "--count", "200", "--html", str(page)) == 0
+    assert command("inspect", str(files[1]), "--count", "200", "--html", str(page)) == 0
     out = capsys.readouterr().out
     assert out.count("source speeches") == 101 and "<script>alert(1)</script> & co" in out
     html = page.read_text()
@@ -88,26 +77,22 @@ def test_inspect_prints_documents_and_writes_a_page(
     assert not (files[1] / "inspect.html").exists()
 
 
-def test_inspect_of_nothing_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: tuple[Path, Path]
-) -> None:
-    assert _run(monkeypatch, "inspect", str(tmp_path)) == 1
-    _run(monkeypatch, "prepare", str(files[0]))
-    assert _run(monkeypatch, "inspect", str(files[1]), "--split", "validation") == 1
-    assert _run(monkeypatch, "inspect", str(files[1]), "--split", "test") == 2
+def test_inspect_of_nothing_is_an_error(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    assert command("inspect", str(tmp_path)) == 1
+    command("prepare", str(files[0]))
+    assert command("inspect", str(files[1]), "--split", "validation") == 1
+    assert command("inspect", str(files[1]), "--split", "test") == 2
 
 
-def test_drawn_documents_are_whole_and_the_same_for_a_seed(
-    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _run(monkeypatch, "prepare", str(files[0]))
+def test_drawn_documents_are_whole_and_the_same_for_a_seed(files: tuple[Path, Path]) -> None:
+    command("prepare", str(files[0]))
     drawn = draw_documents(files[1], "train", 5, seed=1)
     assert [TEXTS[d.number] for d in drawn] == [d.text for d in drawn]
     assert drawn == draw_documents(files[1], "train", 5, seed=1) != draw_documents(files[1], "train", 5, seed=2)
 
 
-def test_the_histogram_counts_every_document(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    _run(monkeypatch, "prepare", str(files[0]))
+def test_the_histogram_counts_every_document(files: tuple[Path, Path]) -> None:
+    command("prepare", str(files[0]))
     counts = document_lengths(files[1], Manifest.load(files[1]).splits["train"].shards)
     lengths = np.array([len(t.encode()) + 1 for t in TEXTS])
     for octave in range(12):
@@ -116,17 +101,15 @@ def test_the_histogram_counts_every_document(files: tuple[Path, Path], monkeypat
         )
 
 
-def test_verify_says_what_it_compared(
-    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _run(monkeypatch, "prepare", str(files[0]))
-    assert _run(monkeypatch, "verify", str(files[1])) == 0
+def test_verify_says_what_it_compared(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    command("prepare", str(files[0]))
+    assert command("verify", str(files[1])) == 0
     assert "all 3 files" in capsys.readouterr().out
     (shard,) = files[1].rglob("train.bin")
     shard.write_bytes(shard.read_bytes()[::-1])
-    assert _run(monkeypatch, "verify", str(files[1])) == 1
+    assert command("verify", str(files[1])) == 1
     assert str(shard) in capsys.readouterr().err
-    assert _run(monkeypatch, "verify", str(files[0].parent)) == 2
+    assert command("verify", str(files[0].parent)) == 2
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +118,10 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest
     for terminal in (True, False):
         out = io.StringIO()
         with Display(console=Console(file=out, force_terminal=terminal, width=100)) as display:
-            for step in range(1, 5):
-                clock[0] += 6
+            clock[0] += 1000  # of training a tokenizer, which say nothing about the speed of reading
+            for step in range(5):
                 display(Progress("slices", step * 60_000_000, 600_000_000))
+                clock[0] += 6
             display(Progress("tokenizer", message="[slow] encoder"))
         text = out.getvalue()
         assert "[slow] encoder" in text
@@ -145,6 +129,20 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest
             assert "B/s" in text and "40%" in text
         else:
             assert "prepare 120 of 600 MB, 10.0 MB/s, 48 s left" in text and text.count("MB/s") == 2
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nothing_is_shown_where_there_is_nothing_to_do(terminal: bool, tmp_path: Path) -> None:
+    text = write(tmp_path / "a.jsonl", jsonl(TEXTS))
+    made = config(tmp_path / "out", [{"name": "s", "paths": [str(text)]}])
+    shown = []
+    for _ in range(2):
+        out = io.StringIO()
+        with Display(console=Console(file=out, force_terminal=terminal, width=100)) as display:
+            prepare(made, progress=display)
+        shown.append(out.getvalue())
+    assert ("prepare" in shown[0] and "100%" in shown[0]) == terminal
+    assert shown[1] == ""
 
 
 def test_the_progress_of_a_build_ends_at_the_size_of_its_sources(tmp_path: Path) -> None:

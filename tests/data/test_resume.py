@@ -169,6 +169,11 @@ def test_kill_9_at_twenty_random_moments_gives_the_same_bytes(whole: tuple[Path,
                 for lost in sorted((out / "slices").iterdir())[moment // 2 :]:
                     shutil.rmtree(lost)
         left_behind.append(len(list(out.rglob(".*.tmp"))))
+        # What is visible is whole, and nobody takes it for a dataset.
+        visible = {n: d for n, d in dataset_digest(out).items() if ".tmp" not in n}
+        assert visible.items() <= digests.items()
+        with pytest.raises(DataError, match="not finished"):
+            Manifest.load(out)
     assert sum(count > 0 for count in left_behind) > 5  # in the middle of writing
     subprocess.run(command, check=True, capture_output=True)
     assert dataset_digest(out) == digests
