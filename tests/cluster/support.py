@@ -31,12 +31,12 @@ def pipeline(*args: str, check: bool = True, **env: str) -> subprocess.Completed
     return done
 
 
-def wait_until(condition: Callable[[], bool], seconds: float, what: Callable[[], str]) -> None:
-    """Waits until the condition holds; fails with `what()` if it does not."""
+def wait_until(condition: Callable[[], bool], seconds: float, what: Callable[[], str], every: float = 0.1) -> None:
+    """Waits until the condition holds, looking `every` so many seconds; fails with `what()` if it does not."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"after {seconds:g} s: {what()}"
-        time.sleep(0.1)
+        time.sleep(every)
 
 
 @dataclass

@@ -93,7 +93,8 @@ class Training:
         def ended() -> bool:
             return self.cluster.show(job)["JobState"] in ENDED
 
-        self.wait_for(ended, seconds, f"the job of {stage} has not ended")
+        # Asking Slurm costs processor time, which the job needs.
+        wait_until(ended, seconds, lambda: f"the job of {stage} has not ended\n{self.words()}", every=0.5)
         return self.cluster.show(job)
 
     def new_step_after(self, moment: float) -> float:
