@@ -182,6 +182,7 @@ def test_a_time_limit_met_several_times_in_a_row_loses_no_step(
     assert ended["JobState"] == "COMPLETED", limited.words()
     stops = limited.events("preempted")
     assert len(stops) >= 2
-    assert int(ended["Restarts"]) == len(stops)
+    # On a busy machine the signal may come before an attempt has begun to train: then it has nothing to save.
+    assert int(ended["Restarts"]) == len(limited.events("requeued")) >= len(stops)
     assert [e["step"] for e in limited.events("resumed")] == [e["step"] for e in stops]
     assert_same_training(limited.run, reference.run)
