@@ -31,10 +31,13 @@ def cluster(cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def diverging(cluster: Cluster) -> Training:
-    """A run whose second step fails, every time: the first, which is saved, blows the weights up."""
+    """A run whose second step fails, every time: the first, which is saved, blows the weights up.
+
+    Its site does without accounting.
+    """
     return start(
         cluster, "diverging", "optimizer.learning_rate=1e30", "optimizer.warmup_iters=0", "guard.max_bad_steps=1",
-        "train.checkpoint_interval=1", train={"nodes": 1},
+        "train.checkpoint_interval=1", train={"nodes": 1}, accounting=False,
     )  # fmt: skip
 
 
