@@ -42,14 +42,14 @@ from pipeline.tracking.ui import local_server
 from tests.tracking.support import gate, make_run, of_journal, of_mlflow, unused_port
 
 SECONDS = {
-    "control": 150,
-    "sqlite": 150,
-    "server": 150,
-    "server stopped for a minute": 180,
-    "server answers after 30 s": 180,
-    "no server": 150,
+    "control": 90,
+    "sqlite": 120,
+    "server": 120,
+    "server stopped for a minute": 170,
+    "server answers after 30 s": 130,
+    "no server": 120,
 }
-STOPPED = (60.0, 120.0)
+STOPPED = (50.0, 110.0)
 WARM_UP_S = 10.0  # in which the helper imports mlflow, once in a run
 
 

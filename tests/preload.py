@@ -8,7 +8,6 @@ import warnings
 os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", MLFLOW_DISABLE_TELEMETRY="true")
 warnings.simplefilter("ignore", FutureWarning)
 
-import deepspeed  # noqa: E402, F401
 import pytest  # noqa: E402, F401
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 - every optimiser imports it, which takes a second
@@ -16,5 +15,8 @@ import torch._dynamo  # noqa: E402 - every optimiser imports it, which takes a s
 import pipeline.cli  # noqa: E402
 import pipeline.data.display  # noqa: E402
 import pipeline.train.loop  # noqa: E402, F401
+from pipeline.train.engine import _import_deepspeed  # noqa: E402
+
+_import_deepspeed()
 
 torch.set_num_threads(1)

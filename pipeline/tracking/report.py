@@ -203,9 +203,13 @@ def _incidents(run: Run) -> str:
     rows = []
     for event in [e for e in _events(run) if e.get("event") not in _QUIET][-_EVENTS:]:
         when = datetime.fromtimestamp(float(event.get("time", 0)), UTC).strftime("%Y-%m-%d %H:%M:%S")
-        rest = ", ".join(f"{k}: {v}" for k, v in event.items() if k not in _UNTOLD and v not in (None, False))
+        rest = ", ".join(f"{k}: {_plain(v)}" for k, v in event.items() if k not in _UNTOLD and v not in (None, False))
         rows.append([when, str(event["event"]), rest])
     return report_page.table(["time (UTC)", "event", ""], rows)
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _provenance(run: Run) -> str:

@@ -41,6 +41,10 @@ class Browser:
             time.sleep(0.2)
         return value
 
+    def type_into(self, selector, text):
+        self.until(f"document.querySelector({json.dumps(selector)})")
+        self.driver.find_element("css selector", selector).send_keys(text)
+
     def text(self):
         return self.driver.execute_script("return document.body.innerText")
 

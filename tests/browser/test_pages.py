@@ -85,16 +85,15 @@ def test_the_mlflow_page_shows_the_run_with_its_loss_chart_and_its_params(browse
         browser.driver.set_window_size(1700, 1300)
         page, _, training = page_of(server.url, run_id).partition("?")
         browser.open(f"{server.url}/#/experiments/{experiment}/runs?{training}")
-        browser.until("document.body.innerText.includes('try')")
+        browser.until("[...document.querySelectorAll('a')].some(link => link.innerText.trim() == 'try')")
         browser.shot("mlflow-runs")
         browser.open(f"{page}?{training}")
         browser.until("document.body.innerText.includes('model.d_model')")
         text = browser.text()
         assert "Finished" in text and "train.max_iters" in text and "0123abc" in text
         browser.shot("mlflow-run")
-        # A chart is drawn when it comes into view: the window is made tall enough for all of them.
-        browser.driver.set_window_size(1700, 3600)
         browser.open(f"{page}/model-metrics?{training}")
+        browser.type_into("input[placeholder='Search metric charts']", "loss")
         cards = "[...document.querySelectorAll('[data-testid=\"experiment-view-compare-runs-card\"]')]"
         loss = f"{cards}.find(c => c.innerText.includes('train/loss'))"
         drawn = browser.until(

@@ -7,7 +7,7 @@ import pytest
 from pipeline.errors import PipelineError
 from pipeline.tracking.sync import sync
 from pipeline.tracking.ui import local_server
-from tests.tracking.support import begin, feed, make_run, of_journal, of_mlflow
+from tests.tracking.support import begin, feed, make_run, of_journal, of_mlflow, wait_for
 
 NAMES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 ADMIN, PASSWORD = "ada-lovelace", "difference-engine"
@@ -58,11 +58,6 @@ def recorded(folder, server, *overrides):
     return run, config
 
 
-def told_once(messages):
-    (message,) = [line for line in messages if "Training goes on" in line]
-    return message
-
-
 def assert_nowhere(secrets, folder, *texts):
     for file in [f for f in folder.rglob("*") if f.is_file()]:
         assert not any(secret.encode() in file.read_bytes() for secret in secrets), file
@@ -75,7 +70,8 @@ def test_without_credentials_training_ends_well_and_sync_names_what_to_set_and_t
     run, config = recorded(tmp_path, server)
     with pytest.raises(PipelineError) as refused:
         sync(run)
-    for message in (told_once(r.getMessage() for r in caplog.records), str(refused.value)):
+    (told,) = [r.getMessage() for r in caplog.records if "Training goes on" in r.getMessage()]
+    for message in (told, str(refused.value)):
         assert "asks for credentials (401)" in message and "\n" not in message
         assert server.url in message and all(name in message for name in NAMES)
     become(ADMIN, PASSWORD)
@@ -86,13 +82,24 @@ def test_without_credentials_training_ends_well_and_sync_names_what_to_set_and_t
 
 def test_a_wrong_password_is_told_so_without_being_repeated(server, tmp_path, become, real_helper, capfd):
     become(ADMIN, "analytical-engine")
-    run, _ = recorded(tmp_path, server)
+    run, config = make_run(tmp_path, server.url)
+    tracker = begin(run, config)
+    heard = []
+
+    def warned():
+        heard.append("".join(capfd.readouterr()))
+        return "Training goes on" in "".join(heard)
+
+    wait_for(warned, 120)
+    feed(tracker, 1, 20, 0.01)
+    tracker.close("FAILED")
     with pytest.raises(PipelineError) as refused:
         sync(run)
-    out, err = capfd.readouterr()
-    for message in (told_once(err.splitlines()), str(refused.value)):
+    warned()
+    (told,) = [line for line in "".join(heard).splitlines() if "Training goes on" in line]
+    for message in (told, str(refused.value)):
         assert "does not accept these credentials (401)" in message and all(name in message for name in NAMES)
-    assert_nowhere([ADMIN, "analytical-engine"], tmp_path, out, err, str(refused.value))
+    assert_nowhere([ADMIN, "analytical-engine"], tmp_path, *heard, str(refused.value))
 
 
 def test_a_user_who_may_not_write_is_told_so(server, tmp_path, become):

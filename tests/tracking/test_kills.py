@@ -1,12 +1,10 @@
 """The real training, killed; two runs at once; a real server that goes away."""
 
-import os
 import random
 import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -18,6 +16,7 @@ from pipeline.run import Run
 from pipeline.tracking import journal, state
 from pipeline.tracking.sync import sync
 from pipeline.tracking.ui import local_server
+from tests import processes
 from tests.tracking.support import (
     acknowledged,
     begin,
@@ -32,19 +31,7 @@ from tests.tracking.support import (
     wait_for,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_helper")]
-
-
-def pipeline(*args, cwd, stdout=subprocess.DEVNULL, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *args],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.fixture
@@ -52,25 +39,25 @@ def experiment(tmp_path):
     """A config file with prepared data."""
     (tmp_path / "text").mkdir()
     sentence = "the people of this union have a right to peace and work in every state"
-    words = sentence.split()
     chance = random.Random(0)
     for number in range(12):
-        text = " ".join(chance.choices(words, k=400))
-        (tmp_path / "text" / f"{number}.txt").write_text(text)
+        (tmp_path / "text" / f"{number}.txt").write_text(" ".join(chance.choices(sentence.split(), k=400)))
     file = tmp_path / "experiment.yaml"
     file.write_text(config_text(tmp_path))
-    done = pipeline("prepare", str(file), cwd=tmp_path)
-    assert done.wait(120) == 0, done.stderr.read()
+    processes.run(["prepare", str(file)], 1, tmp_path / "log")
     return file
+
+
+def train(experiment, *overrides, **environment):
+    return processes.start(["train", str(experiment), *overrides], 1, experiment.parent / "log", environment)
+
+
+def finish(training, seconds=240):
+    assert training.wait(seconds) and training.codes == {0: 0}, training.words()
 
 
 def run_of(experiment):
     return Run(experiment.parent / "runs" / "try")
-
-
-def finish(process, seconds=240):
-    _, errors = process.communicate(timeout=seconds)
-    assert process.returncode == 0, errors
 
 
 def last_step(run):
@@ -89,10 +76,10 @@ def sending(run):
 
 def kill_once(experiment, settings, run, worst_moment, patience_s):
     """Starts training and kills it after new lines were written; at the worst moment, after some were sent."""
-    training = pipeline("train", str(experiment), *settings, cwd=experiment.parent)
+    before = attempts(run)
+    training = train(experiment, *settings)
     try:
-        before = attempts(run)
-        wait_for(lambda: training.poll() is not None or attempts(run) > before, 120)
+        wait_for(lambda: training.poll() or attempts(run) > before, 240)
         began, fed = last_step(run), sending(run)
 
         def due():
@@ -100,15 +87,14 @@ def kill_once(experiment, settings, run, worst_moment, patience_s):
             fed = min(fed, sending(run))  # a resumed run has its position lowered first
             return sending(run) > fed if worst_moment else last_step(run) > began
 
-        wait_for(lambda: training.poll() is not None or due(), 120)
+        wait_for(lambda: training.poll() or due(), 240)
         time.sleep(patience_s)
-        assert training.poll() is None, training.communicate()
+        assert not training.poll(), training.words()
     finally:
-        training.kill()
-        training.communicate()
+        training.end()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_after_ten_kills_mlflow_has_exactly_the_final_history(experiment):
     """Every second kill comes soon after points were sent or left: that is when a repeat could show."""
     run, chance = run_of(experiment), random.Random(7)
@@ -117,7 +103,7 @@ def test_after_ten_kills_mlflow_has_exactly_the_final_history(experiment):
     for kill in range(10):
         kill_once(experiment, ["train.max_iters=1000000", *settings], run, kill % 2 == 1, chance.uniform(0.0, 1.5))
     last = last_step(run) // 5 * 5 + 200
-    finish(pipeline("train", str(experiment), f"train.max_iters={last}", *settings, cwd=experiment.parent))
+    finish(train(experiment, f"train.max_iters={last}", *settings))
     sync(run)
     config = run.config()
     assert of_mlflow(run, config) == of_journal(run)
@@ -134,12 +120,9 @@ def test_after_ten_kills_mlflow_has_exactly_the_final_history(experiment):
 
 
 def test_two_runs_that_make_and_fill_one_sqlite_file_at_once_lose_nothing(experiment):
-    processes = [
-        pipeline("train", str(experiment), f"name={name}", "train.log_interval=1", cwd=experiment.parent)
-        for name in ("one", "two")
-    ]
-    for process in processes:
-        finish(process)
+    both = [train(experiment, f"name={name}", "train.log_interval=1") for name in ("one", "two")]
+    for training in both:
+        finish(training)
     for name in ("one", "two"):
         run = Run(experiment.parent / "runs" / name)
         assert sync(run).status == "FINISHED"
@@ -197,53 +180,49 @@ def test_without_any_server_training_ends_well_and_sync_fills_it_completely(expe
     url = f"http://127.0.0.1:{port}"
     run = run_of(experiment)
     secret = {"MLFLOW_TRACKING_USERNAME": "ada-lovelace", "MLFLOW_TRACKING_PASSWORD": "difference-engine"}
-    training = pipeline(
-        "train", str(experiment), f"tracking.uri={url}", cwd=experiment.parent, stdout=subprocess.PIPE, **secret
-    )
-    output, errors = training.communicate(timeout=240)
-    assert training.returncode == 0, errors
-    assert "Training goes on" in errors and f"pipeline sync {run.path}" in errors
+    training = train(experiment, f"tracking.uri={url}", **secret)
+    finish(training)
+    told = training.log.read_text()
+    assert told.count("Training goes on") == 1 and f"pipeline sync {run.path}" in told
     with pytest.raises(PipelineError):
         sync(run)
     with local_server(f"sqlite:///{tmp_path}/server.db", port=port):
-        finish(pipeline("sync", str(run.path), cwd=tmp_path, **secret))
+        processes.run(["sync", str(run.path)], 1, tmp_path / "log")
         assert of_mlflow(run, run.config()) == of_journal(run)
         store, run_id = open_store(run, run.config())
         there = store.read_run(run_id)
         assert there.info.status == "FINISHED" and there.data.params["model.d_model"] == "16"
         names = {f.path for f in store._client.list_artifacts(run_id)}
         assert {"config.yaml", "tokenizer.json", "environment.txt", "provenance.json", "checkpoints.json"} <= names
-    for content in (output.encode(), errors.encode(), *(f.read_bytes() for f in run.path.rglob("*") if f.is_file())):
-        assert b"difference-engine" not in content and b"ada-lovelace" not in content
+    for file in [training.log, *(f for f in run.path.rglob("*") if f.is_file())]:
+        assert not any(word in file.read_bytes() for word in (b"difference-engine", b"ada-lovelace")), file
 
 
 def test_a_run_that_is_killed_is_told_so_to_mlflow_at_once_and_leaves_no_process(experiment):
     run = run_of(experiment)
-    training = pipeline("train", str(experiment), "train.max_iters=100000", cwd=experiment.parent)
+    training = train(experiment, "train.max_iters=100000")
     try:
         wait_for(lambda: run.mlflow_file.exists() and acknowledged(run) > 0, 90)
-        children = psutil.Process(training.pid).children(recursive=True)
+        children = psutil.Process(training.processes[0].pid).children(recursive=True)
         assert children
     finally:
-        training.kill()
-        training.communicate()
+        training.end()
     psutil.wait_procs(children, timeout=30)
     assert not [p for p in children if p.is_running()]
     store, run_id = open_store(run, run.config())
     assert store.read_run(run_id).info.status == "KILLED"
     assert of_mlflow(run, run.config()) == of_journal(run)
-    system = [k for k in store.read_history(run_id) if k.startswith("system/")]
-    assert all(k.count("/") == 2 for k in system)
+
+
+def train_without_mlflow(experiment):
+    try:
+        processes.command(["train", experiment, "train.max_iters=30"])
+    finally:
+        assert "mlflow" not in sys.modules
 
 
 def test_training_does_not_import_mlflow(experiment):
-    program = (
-        "import sys\nfrom pipeline.cli import main\n"
-        f"sys.argv = ['pipeline', 'train', {str(experiment)!r}, 'train.max_iters=30']\nmain()\n"
-    ).replace("main()\n", "try:\n    main()\nfinally:\n    assert 'mlflow' not in sys.modules\n")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=experiment.parent, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    finish(processes.fork(train_without_mlflow, (str(experiment),), 1, experiment.parent / "log"))
     assert sync(run_of(experiment)).status == "FINISHED"
 
 
@@ -251,7 +230,8 @@ def test_the_page_of_a_store_starts_on_loopback_and_leaves_no_process(tmp_path):
     run, config = make_run(tmp_path)
     begin(run, config).close("FINISHED")
     run_id = sync(run).run_id
-    page = pipeline("ui", str(run.path), cwd=tmp_path, stdout=subprocess.PIPE)
+    command = [sys.executable, "-m", "pipeline", "ui", str(run.path)]
+    page = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         address = page.stdout.readline()
         url, experiment = re.match(
