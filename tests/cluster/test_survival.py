@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from pipeline.run import Run
+from pipeline.tracking.sync import sync
 from tests import experiment
 from tests.cluster import training
 from tests.cluster.support import Cluster, Figures
@@ -169,6 +171,7 @@ def test_a_cancelled_run_stays_cancelled_until_it_is_submitted_again(
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), run.words()
     run.wait_for(lambda: cluster.show(evaluation)["JobState"] == "CANCELLED", 30, "the evaluation is not taken back")
     assert [e["job"] for e in run.events("cancelled")] == [job]
+    assert sync(Run(run.run)).status == "KILLED"
     assert_same_beginning(run.run, reference.run)
     run.submit()
     assert run.wait_for_end("train")["JobState"] == "COMPLETED", run.words()

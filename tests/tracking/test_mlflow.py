@@ -384,6 +384,18 @@ def test_a_password_in_the_address_is_refused_without_being_repeated(tmp_path):
     assert "secret" not in str(refused.value) and "MLFLOW_TRACKING_PASSWORD" in str(refused.value)
 
 
+def test_the_first_rank_of_a_further_node_has_its_node_sampled_and_feeds_nothing(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("pipeline.tracking.tracker.Helper", lambda *args: started.append(args))
+    run, config = make_run(tmp_path)
+    for rank, local in (("2", "0"), ("3", "1")):
+        ranks = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        for name, value in ranks.items():
+            monkeypatch.setenv(name, value)
+        tracking.start(run, config, step=0, provenance={}, dataset={}, tokenizer_file=None, enabled=False)
+    assert started == [(run, None)]
+
+
 def test_ranks_other_than_the_first_record_nothing(tmp_path):
     run, config = make_run(tmp_path, "none")
     tracker = tracking.start(run, config, step=0, provenance={}, dataset={}, tokenizer_file=None, enabled=False)
