@@ -384,15 +384,13 @@ def test_a_password_in_the_address_is_refused_without_being_repeated(tmp_path):
     assert "secret" not in str(refused.value) and "MLFLOW_TRACKING_PASSWORD" in str(refused.value)
 
 
-def test_the_first_rank_of_a_further_node_has_its_node_sampled_and_feeds_nothing(tmp_path, monkeypatch):
+def test_a_rank_that_samples_its_node_feeds_no_store(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr("pipeline.tracking.tracker.Helper", lambda *args: started.append(args))
     run, config = make_run(tmp_path)
-    for rank, local in (("2", "0"), ("3", "1")):
-        ranks = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        for name, value in ranks.items():
-            monkeypatch.setenv(name, value)
-        tracking.start(run, config, step=0, provenance={}, dataset={}, tokenizer_file=None, enabled=False)
+    about = {"step": 0, "provenance": {}, "dataset": {}, "tokenizer_file": None, "enabled": False}
+    for samples_node in (True, False):
+        tracking.start(run, config, **about, samples_node=samples_node)
     assert started == [(run, None)]
 
 
