@@ -60,7 +60,7 @@ class DataConfig(Section):
     """A record that cannot be read stops the build, or is skipped and counted."""
     max_bad_fraction: Fraction = 0.01
     """With `on_bad: skip`, the largest part of bad records before the build stops all the same."""
-    max_document_mb: Positive = 64.0
+    max_document_mb: Positive = 32.0
     """A longer document is a bad record, in megabytes; this bounds the memory that a build takes."""
     slice_size_mb: Positive = 64.0
     """Size of the input that is read, encoded and published as one unit, in megabytes."""
