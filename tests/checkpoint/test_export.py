@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pipeline.errors import UsageError
 from pipeline.model.transformer import TransformerLM
 from pipeline.run import Run, open_run
 from pipeline.verify import verify_path
+from tests import processes
 
 TEXT = "We hold these truths to be self-evident, that all men are created equal; 1776 was a year. " * 80
 
@@ -53,12 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     config.write_text(json.dumps(tree))
     # In processes of their own: a process group and DeepSpeed's settings stay out of the other tests.
     for command in ("prepare", "train"):
-        subprocess.run(
-            [sys.executable, "-m", "pipeline", command, str(config)],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-        )
+        processes.run([command, str(config)], 1, folder / f"{command}.log")
     assert load_config(config).name == "small"
     return open_run(folder / "runs" / "small")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,9 @@ from pipeline.checkpoint.layout import published
 from pipeline.checkpoint.read import CheckpointReader, newest_checkpoint, verify
 from pipeline.checkpoint.write import Saved
 from pipeline.errors import CheckpointError
+from pipeline.train import ranks
+from pipeline.train.world import World
+from tests import processes
 from tests.checkpoint.support import NUMEL, fragments, save, saver
 
 
@@ -248,38 +250,44 @@ def test_after_a_failed_save_the_run_goes_on_or_ends(
         assert steps(folder)[0] == "step_00000003"
 
 
-RANK = """
-import sys, threading, torch.distributed as dist, safetensors.torch
-from pathlib import Path
-from pipeline.errors import CheckpointError
-from pipeline.train import ranks
-from tests.checkpoint.support import fragments, saver
-rank, folder, case = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-gate, real, reports = threading.Event(), safetensors.torch.save_file, []
-def held(tensors, path):
-    if rank == 1 and case == "skip": gate.wait()
-    if rank == 1 and case == "stop": raise OSError(5, "bad disk")
-    real(tensors, path)
-safetensors.torch.save_file = held
-busy = "skip" if case == "skip" else "wait"
-one = saver(folder, reports, rank, 2, store=ranks.store(), if_busy=busy, on_failure="stop")
-one.save(1, fragments(1.0, rank, 2), {}); one.wait_for_copy()
-if case == "stop": one.wait()
-try: one.save(2, fragments(2.0, rank, 2), {})
-except CheckpointError as error: print("ended:", error)
-one.wait_for_copy(); gate.set(); one.wait(); dist.barrier(); dist.destroy_process_group()
-"""
+def save_twice(world: World, folder: str, case: str) -> tuple[str | None, list[str | None]]:
+    """Two saves, with rank 1 late or unable to write; what the second raised on this rank, and what was reported."""
+    gate, real, reports = threading.Event(), safetensors.torch.save_file, list[Saved]()
+
+    def held(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if world.rank == 1 and case == "skip":
+            gate.wait()
+        if world.rank == 1 and case == "stop":
+            raise OSError(5, "bad disk")
+        real(tensors, path)
+
+    safetensors.torch.save_file = held
+    policies = {"if_busy": case if case == "skip" else "wait", "on_failure": "stop"}
+    one = saver(Path(folder), reports, world.rank, 2, store=ranks.store(), **policies)
+    one.save(1, fragments(1.0, world.rank, 2), {})
+    one.wait_for_copy()
+    if case == "stop":
+        one.wait()
+    raised = None
+    try:
+        one.save(2, fragments(2.0, world.rank, 2), {})
+    except CheckpointError as error:
+        raised = str(error)
+    one.wait_for_copy()
+    gate.set()
+    one.wait()
+    ranks.barrier(world)
+    return raised, [report.error for report in reports]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["skip", "stop"])
-def test_ranks_decide_alike(folder: Path, case: str) -> None:
-    processes = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(folder), case], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    outputs = [p.communicate(timeout=60)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0]
-    assert steps(folder) == (["step_00000001"] if case == "skip" else [])
-    assert [("rank 1" in out and "bad disk" in out) for out in outputs] == [case == "stop"] * 2
+def test_with_one_rank_late_all_skip_the_save(folder: Path) -> None:
+    first, second = processes.on_ranks(save_twice, 2, folder / "log", str(folder), "skip")
+    assert first[0] is second[0] is None
+    assert "skipped" in str(first[1][0]) and first[1][1] is None, "the second save is reported first: it is not made"
+    assert steps(folder) == ["step_00000001"]
+
+
+def test_with_one_rank_unable_to_write_all_end_with_its_error(folder: Path) -> None:
+    answers = processes.on_ranks(save_twice, 2, folder / "log", str(folder), "stop")
+    assert all("rank 1" in str(raised) and "bad disk" in str(raised) for raised, _ in answers)
+    assert steps(folder) == []

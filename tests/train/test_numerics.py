@@ -9,11 +9,13 @@ import torch
 
 from pipeline.checkpoint.export import load_weights
 from pipeline.checkpoint.layout import step_name
+from pipeline.config_load import load_config
 from tests.experiment import STEPS, curve, lines
 from tests.train.conftest import Lab
 from tests.train.reference import Plain, train_plainly
 
 TOLERANCE = 1e-5
+SHORT = {"train.max_iters": 40}
 LAYOUTS = [(world, stage) for world in (1, 2, 4) for stage in (0, 1, 2, 3)]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -33,8 +35,9 @@ def losses(run: Path) -> list[float]:
 
 
 def follows(run: Path, plain: Plain, tolerance: float = TOLERANCE) -> None:
-    assert [step for step, _ in curve(run)] == list(range(1, len(plain.losses) + 1))
-    assert losses(run) == pytest.approx(plain.losses, rel=tolerance)
+    """As far as the run goes."""
+    assert [step for step, _ in curve(run)] == list(range(1, load_config(run / "config.yaml").train.max_iters + 1))
+    assert losses(run) == pytest.approx(plain.losses[: len(losses(run))], rel=tolerance)
 
 
 def test_the_plain_loop_learns_and_is_clipped_in_some_steps_only(plain: Plain) -> None:
@@ -55,27 +58,29 @@ def test_a_hundred_steps_equal_plain_pytorch(lab: Lab, plain: Plain, world: int,
 @pytest.mark.parametrize(("world", "stage", "micro"), [(1, 0, 8), (1, 0, 1), (1, 3, 8), (2, 2, 4), (2, 1, 1)])
 def test_gradient_accumulation_changes_nothing(lab: Lab, plain: Plain, world: int, stage: int, micro: int) -> None:
     name = f"accumulate_{world}_{stage}_{micro}"
-    follows(lab.train(name, world, stage, **{"train.micro_batch_size": micro}), plain)
+    follows(lab.train(name, world, stage, **{"train.micro_batch_size": micro, **SHORT}), plain)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_recomputing_activations_changes_no_bit(lab: Lab, stage: int) -> None:
-    run = lab.train(f"recompute_{stage}", 1, stage, **{"train.activation_checkpointing": True})
-    assert losses(run) == losses(lab.uninterrupted(1, stage))
+    run = lab.train(f"recompute_{stage}", 1, stage, **{"train.activation_checkpointing": True, **SHORT})
+    assert len(losses(run)) == 40 and losses(run) == losses(lab.uninterrupted(1, stage))[:40]
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 1), (2, 2), (1, 3)])
 def test_an_optimizer_in_host_memory_takes_the_same_steps(lab: Lab, plain: Plain, world: int, stage: int) -> None:
-    follows(lab.train(f"offload_{world}_{stage}", world, stage, **{"train.offload_optimizer": True}), plain)
+    settings = {"train.offload_optimizer": True, **SHORT}
+    follows(lab.train(f"offload_{world}_{stage}", world, stage, **settings), plain)
 
 
-def test_overlapped_reduction_gives_the_same_curve(lab: Lab, plain: Plain) -> None:
-    follows(lab.train("overlap", 2, 2, **{"train.overlap_comm": True}), plain)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_overlapped_reduction_gives_the_same_curve(lab: Lab, plain: Plain, stage: int) -> None:
+    follows(lab.train(f"overlap_{stage}", 2, stage, **{"train.overlap_comm": True, **SHORT}), plain)
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (1, 3), (2, 1)])
 def test_bf16_follows_plain_autocast_and_keeps_float32_weights(lab: Lab, world: int, stage: int) -> None:
-    settings = {"train.precision": "bf16", "train.micro_batch_size": 8 // world, "train.max_iters": 40}
+    settings = {"train.precision": "bf16", "train.micro_batch_size": 8 // world, **SHORT}
     run = lab.train(f"bf16_{world}_{stage}", world, stage, **settings)
     plain = train_plainly(lab.config("plain_bf16", **settings), range(40))
     # Seven bits of mantissa: a float32 that differs in its last bit becomes another bfloat16.

@@ -100,7 +100,7 @@ def train_with_slow_steps(config: str) -> None:
 
 def test_a_wall_clock_limit_stops_in_time(lab: Lab, tmp_path: Path) -> None:
     config = lab.config("deadline", **LONG)
-    limit = time.time() + 35
+    limit = time.time() + 27  # of which fifteen are kept for a save that was not measured yet
     environ = {"PIPELINE_DEADLINE": str(limit)}
     ranks = processes.start(["train", str(config)], 2, tmp_path / "log", environ)
     assert ranks.wait(60)
@@ -161,3 +161,34 @@ def test_a_rank_that_fails_ends_the_others_within_seconds_with_its_error_last(
     (failed,) = events(run, "failed")
     assert (after if rank else "shard 7 is gone") in failed["error"]
     assert last_step(run) <= 5
+
+
+def train_freezing(config: str) -> None:
+    """Rank 1 stands still in its fifth micro-batch, as on a node that hangs; its connections stay."""
+    import os
+
+    import pipeline.train.loop as loop
+    from pipeline.train import peers
+
+    peers.SILENCE_S = 6.0
+    whole, calls = loop.cross_entropy, []
+
+    def freeze(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 5 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return whole(logits, targets)
+
+    loop.cross_entropy = freeze
+    processes.command(["train", config])
+
+
+def test_a_rank_that_freezes_is_named_by_the_others_and_ends_them(lab: Lab, tmp_path: Path) -> None:
+    ranks = processes.fork(train_freezing, (str(lab.config("freezes")),), 2, tmp_path / "log")
+    try:
+        assert wait_until(lambda: ranks.poll() or 0 in ranks.codes, 90), "rank 0 hangs with it"
+        assert ranks.codes == {0: EXIT_FAILED}
+        last = ranks.words().splitlines()[-1]
+        assert last.startswith("pipeline: error: rank 1 on ") and "has been silent for 6 seconds" in last
+    finally:
+        ranks.end()

@@ -1,0 +1,87 @@
+"""A start goes on from the newest checkpoint that is whole, the same on all ranks, and says what it set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint.draft import begin_attempt
+from pipeline.checkpoint.layout import published
+from pipeline.checkpoint.write import Saved
+from pipeline.train.recover import find_checkpoint
+from pipeline.train.world import World
+from tests import processes
+from tests.checkpoint.support import fragments, saver
+
+
+def found(world: World, checkpoints: str) -> tuple[str | None, tuple[str, ...]]:
+    """Which checkpoint this rank would load, and what was wrong with the newer ones."""
+    recovery = find_checkpoint(Path(checkpoints), world)
+    return recovery.checkpoint.name if recovery.checkpoint else None, recovery.rejected
+
+
+def flip_bit(newest: Path) -> None:
+    file = newest / "rank_00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+
+
+def truncate(newest: Path) -> None:
+    file = newest / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def tear_manifest(newest: Path) -> None:
+    file = newest / "manifest.json"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    """Two checkpoints of two ranks each."""
+    begin_attempt(tmp_path, "a1")
+    reports: list[Saved] = []
+    savers = [saver(tmp_path, reports, rank, 2) for rank in range(2)]
+    for step in (1, 2):
+        for rank, one in enumerate(savers):
+            one.save(step, fragments(float(step), rank, 2), {})
+        for one in savers:
+            one.wait()
+    assert [r.error for r in reports] == [None, None]
+    return tmp_path
+
+
+def test_the_newest_that_is_whole_is_taken(checkpoints: Path) -> None:
+    answers = processes.on_ranks(found, 2, checkpoints / "log", str(checkpoints))
+    assert answers == [("step_00000002", ())] * 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip_bit, "rank_00001.safetensors: is damaged"),
+        (truncate, "rank_00000.safetensors: is torn"),
+        (tear_manifest, "manifest.json: is damaged"),
+    ],
+)
+def test_a_damaged_one_is_set_aside_and_all_ranks_take_the_one_before(
+    checkpoints: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    """Each file is checked by one rank only, and the others must hear of it."""
+    damage(published(checkpoints)[0])
+    first, second = processes.on_ranks(found, 2, checkpoints / "log", str(checkpoints))
+    assert first == second
+    assert first[0] == "step_00000001" and len(first[1]) == 1 and words in first[1][0]
+    assert [f.name for f in published(checkpoints)] == ["step_00000001"]
+    assert (checkpoints / "step_00000002.rejected").is_dir()
+
+
+def test_with_all_damaged_training_begins_anew_and_each_is_named(checkpoints: Path) -> None:
+    for folder in published(checkpoints):
+        truncate(folder)
+    checkpoint, rejected = processes.on_ranks(found, 1, checkpoints / "log", str(checkpoints))[0]
+    assert checkpoint is None
+    assert ["step_00000002" in rejected[0], "step_00000001" in rejected[1]] == [True, True]
