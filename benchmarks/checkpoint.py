@@ -49,6 +49,10 @@ SHAPES = {
 }
 CONTEXT, BATCH = 128, 4
 ROUNDS = {"10M": 5, "100M": 2}  # what two cores do in four minutes
+NOTES = (
+    f"saves and restarts: one process, ZeRO 0; loads: two; float32, {BATCH} sequences of {CONTEXT} tokens a step, "
+    f"medians; saves of each: {ROUNDS}"
+)
 
 
 def experiment(folder: Path, size: str) -> dict[str, Any]:
@@ -206,12 +210,6 @@ def measure_load(size: str, folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def shown(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures, printed as they come: a run that is cut short has not been for nothing."""
-    print(json.dumps(figures), flush=True)
-    return figures
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true")
@@ -222,16 +220,15 @@ def main() -> None:
         config = folder / "data.json"
         config.write_text(json.dumps(experiment(folder, "10M")))
         subprocess.run([sys.executable, "-m", "pipeline", "prepare", str(config)], check=True, capture_output=True)
+        parts = {"saves": measure, "restarts": measure_restart, "loads": measure_load}
+        figures: dict[str, dict[str, Any]] = {}
         with process_group(World(), torch.device("cpu")):
-            saves = {size: shown(measure(size, folder)) for size in sizes}
-        restarts = {size: shown(measure_restart(size, folder)) for size in sizes}
-        loads = {size: shown(measure_load(size, folder)) for size in sizes}
+            for part, measured in parts.items():
+                for size in sizes:
+                    figures.setdefault(part, {})[size] = measured(size, folder)
+                    save("checkpoint", figures, NOTES)  # each time: a run that is cut short has not been for nothing
     finally:
         shutil.rmtree(folder)
-    notes = (
-        f"one process, ZeRO 0, float32, {BATCH} sequences of {CONTEXT} tokens a step, medians; saves of each: {ROUNDS}"
-    )
-    save("checkpoint", {"saves": saves, "restarts": restarts, "loads": loads}, notes)
 
 
 if __name__ == "__main__":

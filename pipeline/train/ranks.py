@@ -83,4 +83,5 @@ def gather(value: T, world: World) -> list[T]:
 def barrier(world: World) -> None:
     """Waits for all ranks."""
     if world.size > 1:
-        dist.barrier()
+        # NCCL is told the device; otherwise PyTorch warns that it has to guess it.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
