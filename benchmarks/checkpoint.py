@@ -198,7 +198,11 @@ def start(config: Path, run: Path) -> tuple[subprocess.Popen[bytes], float]:
 
 def measure_load(size: str, folder: Path) -> dict[str, dict[str, float]]:
     """MB that a load takes on two ranks at most, by how it was written and is read, beside a rank's share."""
-    config = folder / f"{size}.json"
+    config = folder / f"loads_{size}.json"
+    tree = experiment(folder, size)
+    config.write_text(
+        json.dumps({**tree, "train": {**tree["train"], "micro_batch_size": 1}})
+    )  # two ranks share a batch
     found = {}
     for written_at, stage in ((2, 2), (3, 3), (3, 2), (2, 3)):
         saved = folder / f"loads_{size}"

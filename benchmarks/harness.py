@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -35,9 +36,15 @@ def machine() -> str:
     return f"one virtual machine, {os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, no GPU"
 
 
+@functools.cache
+def _provenance() -> dict[str, Any]:
+    """As it was at first: the results of an earlier part are a change in the working tree."""
+    return collect_provenance()
+
+
 def save(name: str, figures: Any, notes: str = "") -> Path:
     """Writes results with date, commit, machine and package versions to `benchmarks/results/NAME.json`."""
-    provenance = collect_provenance()
+    provenance = _provenance()
     record = {
         "benchmark": name,
         "date": datetime.now(UTC).date().isoformat(),

@@ -69,7 +69,9 @@ def test_recomputing_activations_changes_no_bit(lab: Lab, stage: int) -> None:
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 1), (2, 2), (1, 3)])
 def test_an_optimizer_in_host_memory_takes_the_same_steps(lab: Lab, plain: Plain, world: int, stage: int) -> None:
+    """Also after a stop in between: what a checkpoint takes and gives back is in host memory too."""
     settings = {"train.offload_optimizer": True, **SHORT}
+    lab.train(f"offload_{world}_{stage}", world, stage, "train.max_iters=17", **settings)
     follows(lab.train(f"offload_{world}_{stage}", world, stage, **settings), plain)
 
 
