@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -79,8 +80,8 @@ def build(
         assert process.stdout is not None
         try:
             _follow(process.stdout, out, say)
-        except BaseException:  # Ctrl-C: it has a folder of its own to clear away
-            process.terminate()
+        except BaseException:
+            process.send_signal(signal.SIGINT)  # on no other signal it clears its own folder away
             process.wait()
             raise
     if process.returncode != 0:

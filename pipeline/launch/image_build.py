@@ -80,10 +80,9 @@ def _build(root: Path, base: Base, sandbox: bool, apptainer: str, steps: _Steps)
     commit = commit_of(root)
     if commit.endswith(_DIRTY):
         steps.say(f"files differ from the commit, and the image is recorded as {commit}; commit them for one to keep")
+    images = _folder(root / "build" / "images")
     locks = locks_of(base.accelerator, root / CONTAINERS)
     wheels = wheelhouse(base.accelerator, locks, root / "build" / "wheels", steps.say)
-    images = root / "build" / "images"
-    images.mkdir(parents=True, exist_ok=True)
     _refuse_little_room(wheels, images if sandbox else _temporary_folder())
     image = images / f"pipeline-{base.name}{'' if sandbox else '.sif'}"
     temp = images / f".{image.name}.{secrets.token_hex(4)}"
@@ -104,6 +103,23 @@ def _build(root: Path, base: Base, sandbox: bool, apptainer: str, steps: _Steps)
     finally:
         _remove(temp)
     return image
+
+
+def _folder(images: Path) -> Path:
+    """Makes the folder of the images.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    try:
+        images.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=images.parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{images}: cannot be written ({error.strerror}); build from a clone in a folder of your own"
+        ) from error
+    return images
 
 
 def _record(base: Base, image: Path, arguments: dict[str, str]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from pipeline.launch.site import SiteContainer
 from tests.container.support import ROOT, Jobs
 from tests.test_cli import pipeline
 
-pytestmark = pytest.mark.container
+# The image is built if no test before has done so.
+pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 
 
 def test_the_image_tested_itself_when_it_was_built(image: Path):

@@ -19,7 +19,8 @@ from pipeline.launch.container import container_environment
 from pipeline.launch.site import SiteContainer
 from tests.container.support import ROOT, Jobs
 
-pytestmark = pytest.mark.container
+# The image is built if no test before has done so.
+pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 
 
 def test_a_run_moves_between_image_and_host_without_a_trace_in_its_curve(jobs: Jobs):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 import zipfile
 from collections.abc import Callable
@@ -169,6 +171,27 @@ def test_a_file_that_git_does_not_know_marks_the_image_as_not_of_the_commit(tmp_
     assert commit_of(tmp_path) == clean
     (tmp_path / "pipeline" / "b.py").touch()
     assert commit_of(tmp_path) == f"{clean}-dirty"
+
+
+def test_a_checkout_that_cannot_be_written_is_one_message(tmp_path: Path, apptainer: Callable[..., list[str]]):
+    checkout = tmp_path / "checkout"
+    for name in ("pipeline", "containers"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Apptainer.def", checkout)
+    (checkout / "build").touch()  # root can write where others cannot, but not into a file
+    apptainer()
+    archive = tmp_path / "base.tar"
+    archive.touch()
+    base = tmp_path / "mine.args"
+    base.write_text(f"BOOTSTRAP=docker-archive\nFROM={archive}\nACCELERATOR=cpu\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "image", "build", "--base", str(base)],
+        cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)}, capture_output=True, text=True,
+    )  # fmt: skip
+    message = (
+        f"{checkout}/build/images: cannot be written (Not a directory); build from a clone in a folder of your own"
+    )
+    assert (done.returncode, done.stderr) == (2, f"pipeline: error: {message}\n")
 
 
 # ---- Apptainer -----------------------------------------------------------------------------
