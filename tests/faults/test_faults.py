@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
+from tests.processes import Ranks
+
 FAULTS = 50
 ROOT = Path(__file__).parents[2]
 
@@ -30,3 +33,26 @@ def test_fifty_faults_cost_only_the_steps_since_the_last_durable_checkpoint(tmp_
     assert result["faults"] >= FAULTS
     assert len(result["kinds"]) == 7
     assert result["worst_relative_difference"] <= 1e-5
+
+
+class Clock:
+    """Passes when somebody sleeps."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("share_of_time_queued", "given_up_after"), [(0.0, 30), (0.5, 60), (1.0, 120)])
+def test_what_waits_for_a_processor_does_not_hang_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, share_of_time_queued: float, given_up_after: float
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(processes, "time", clock)
+    monkeypatch.setattr(Ranks, "_queued_s", lambda self: clock.now * share_of_time_queued)
+    assert not Ranks([], Path("log")).within(lambda: False, 30)
+    assert clock.now == pytest.approx(given_up_after, abs=0.1)
