@@ -1,0 +1,52 @@
+"""A stream is cut into blocks of whole records, wherever the reads and the wanted cuts happen to fall."""
+
+from __future__ import annotations
+
+import io
+from unittest.mock import patch
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data import blocks
+from pipeline.data.blocks import Block, Cut, record_blocks
+from pipeline.data.decompress import Stream
+
+SEPARATORS = [b"|", b"ab", b"||", b"aba", b"a||b"]
+contents = st.lists(st.sampled_from([b"a", b"b", b"|", b"ab", b"||", b"xyz"]), max_size=60).map(b"".join)
+
+
+def _records(content: bytes, separator: bytes) -> list[bytes]:
+    *whole, rest = content.split(separator)
+    return [*(record + separator for record in whole), *([rest] if rest else [])]
+
+
+@given(contents, st.sampled_from(SEPARATORS), st.integers(1, 7), st.integers(1, 7), st.none() | st.integers(1, 20))
+def test_blocks_are_all_of_the_stream_and_part_no_record(
+    content: bytes, separator: bytes, block_bytes: int, past_the_end: int, step: int | None
+) -> None:
+    source = io.BytesIO(content)
+    with patch.multiple(blocks, BLOCK_BYTES=block_bytes, _PAST_THE_END=past_the_end):
+        items = list(record_blocks(Stream(source, source, compressed=False), separator, 0, 10_000, step))
+    ends, offset = {0}, 0
+    for record in _records(content, separator):
+        offset += len(record)
+        ends.add(offset)
+    offset, cuts = 0, []
+    for item in items:
+        if isinstance(item, Block):
+            assert item.offset == offset and item.content
+            offset += len(item.content)
+            assert content[item.offset : offset] == item.content
+        else:
+            assert isinstance(item, Cut) and item.offset == offset
+            cuts.append(offset)
+        assert offset in ends
+    assert offset == len(content)
+    if step is None:
+        assert cuts == []
+    else:
+        # The first record's end at or after each multiple, once; one at the very end has nothing behind it to cut off.
+        wanted = {min((e for e in ends if e >= m), default=None) for m in range(step, len(content) + 1, step)}
+        assert set(cuts) | {len(content), None} == wanted | {len(content), None}
+        assert len(cuts) == len(set(cuts))
