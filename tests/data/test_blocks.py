@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from unittest.mock import patch
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.data import blocks
@@ -21,6 +21,7 @@ def _records(content: bytes, separator: bytes) -> list[bytes]:
     return [*(record + separator for record in whole), *([rest] if rest else [])]
 
 
+@example(b"a|||x", b"||", 2, 1, None)
 @given(contents, st.sampled_from(SEPARATORS), st.integers(1, 7), st.integers(1, 7), st.none() | st.integers(1, 20))
 def test_blocks_are_all_of_the_stream_and_part_no_record(
     content: bytes, separator: bytes, block_bytes: int, past_the_end: int, step: int | None
