@@ -1,6 +1,7 @@
 import os
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,14 +43,33 @@ def quick(request, monkeypatch):
         monkeypatch.setattr("pipeline.tracking.tracker.Helper", InThread)
 
 
+class Killed(BaseException):
+    pass
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
-    """A sqlite file that MLflow has made its tables in: making them takes seconds."""
+    """A sqlite file that MLflow has made its tables in (which takes seconds), after a process that was killed at it."""
+    import sqlite3
+
+    from mlflow.store.tracking import sqlalchemy_store
+
     from pipeline.tracking.store import Store
 
+    def die(uri, *_):
+        with sqlite3.connect(uri.removeprefix("sqlite:///")) as db:
+            db.execute("CREATE TABLE webhooks (webhook_id INTEGER)")
+        raise Killed
+
     folder = tmp_path_factory.mktemp("store")
-    Store(f"sqlite:///{folder}/mlflow.db", "tests", str(folder / "artifacts"))
-    return folder / "mlflow.db"
+    arguments = (f"sqlite:///{folder}/mlflow.db", "tests", str(folder / "artifacts"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlalchemy_store, "SqlAlchemyStore", die)
+        with pytest.raises(Killed):
+            Store(*arguments)
+    left = sorted(p.name for p in folder.iterdir())
+    Store(*arguments)
+    return SimpleNamespace(file=folder / "mlflow.db", left_by_the_kill=left)
 
 
 @pytest.fixture
@@ -58,7 +78,7 @@ def folder(tmp_path, empty_store):
     import sqlite3
 
     target = tmp_path / "mlflow.db"
-    shutil.copyfile(empty_store, target)
+    shutil.copyfile(empty_store.file, target)
     with sqlite3.connect(target) as db:  # the experiment keeps the artifacts of another folder
         db.execute("UPDATE experiments SET artifact_location = ?", (f"file://{tmp_path}/artifacts/tests",))
     return tmp_path

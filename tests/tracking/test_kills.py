@@ -130,9 +130,9 @@ def test_two_runs_that_make_and_fill_one_sqlite_file_at_once_lose_nothing(experi
         assert len(of_journal(run)["train/loss"]) == 300
 
 
-@pytest.fixture
-def server(tmp_path):
-    with local_server(f"sqlite:///{tmp_path}/server.db", log=tmp_path / "server.log") as started:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with local_server(f"sqlite:///{tmp_path_factory.mktemp('server')}/server.db") as started:
         yield started
 
 
@@ -162,7 +162,7 @@ def test_a_server_that_goes_away_for_a_while_is_caught_up_with_by_itself(server,
 
 def test_a_server_that_answers_after_seconds_delays_nothing_and_gets_every_point(server, tmp_path):
     with gate(port_of(server)) as door:
-        run, config = make_run(tmp_path, door.url)
+        run, config = make_run(tmp_path, door.url, "name=slow")
         door.delay_s = 3.0
         tracker = begin(run, config)
         feed(tracker, 1, 100, 0.02)
@@ -171,7 +171,8 @@ def test_a_server_that_answers_after_seconds_delays_nothing_and_gets_every_point
         sync(run)
         assert of_mlflow(run, config) == of_journal(run)
         store, run_id = open_store(run, config)
-        runs = store._client.search_runs([store.read_run(run_id).info.experiment_id])
+        experiments = [store.read_run(run_id).info.experiment_id]
+        runs = store._client.search_runs(experiments, "attributes.run_name = 'slow'")
         assert len(runs) == 1
 
 
