@@ -15,7 +15,7 @@ from pipeline.tracking.feed import Feed, UploadLock
 
 _log = logging.getLogger("pipeline.tracking")
 
-_ROUND_S = 2.0  # how old a point gets before it is sent
+_ROUND_S = 5.0  # how old a point gets before it is sent; every round costs the machine some milliseconds
 _SHARE = 0.2  # of the time that may go into sending while it catches up: the machine is there for training
 _BUSY_S = 0.2
 _PAUSE_S = (2.0, 30.0)  # between tries of a store that fails: doubling from the first to the second

@@ -145,13 +145,13 @@ def test_a_server_that_goes_away_for_a_while_is_caught_up_with_by_itself(server,
         run, config = make_run(tmp_path, door.url)
         tracker = begin(run, config)
         feed(tracker, 1, 20, 0.02)
-        wait_for(lambda: acknowledged(run) > 0, 60)
+        wait_for(lambda: acknowledged(run) > 0, 180)
         door.shut()
         before = acknowledged(run)
         feed(tracker, 21, 200, 0.02)
         assert acknowledged(run) <= before + 4096
         door.open = True
-        wait_for(lambda: acknowledged(run) == run.metrics_file.stat().st_size, 60)  # nobody asked for it
+        wait_for(lambda: acknowledged(run) == run.metrics_file.stat().st_size, 180)  # nobody asked for it
         feed(tracker, 201, 210, 0.01)
         tracker.close("FINISHED")
         assert of_mlflow(run, config) == of_journal(run)
@@ -203,7 +203,7 @@ def test_a_run_that_is_killed_is_told_so_to_mlflow_at_once_and_leaves_no_process
     run = run_of(experiment)
     training = train(experiment, "train.max_iters=100000")
     try:
-        wait_for(lambda: run.mlflow_file.exists() and acknowledged(run) > 0, 90)
+        wait_for(lambda: run.mlflow_file.exists() and acknowledged(run) > 0, 180)
         children = psutil.Process(training.processes[0].pid).children(recursive=True)
         assert children
     finally:
