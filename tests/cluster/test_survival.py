@@ -32,13 +32,13 @@ def reference(cluster: Cluster) -> Training:
 
 @pytest.fixture(scope="module")
 def limited(cluster: Cluster, reference: Training) -> Training:
-    """A run with a limit of one minute, on two nodes whose network is slow: it meets the limit, again and again.
+    """A run with a limit of two minutes, on two nodes whose network is slow: it meets the limit, again and again.
 
     It goes on while other tests strike at runs on the other nodes.
     """
     slow = cluster.nodes[3:]
-    cluster.slow_down(slow, megabits=4)
-    site = {"time_limit_min": 1, "partition": "main"}
+    cluster.slow_down(slow, megabits=2)  # 0.6 s a step: all steps take longer than two attempts have
+    site = {"time_limit_min": 2, "partition": "main"}
     return start(
         cluster, "limited", train=site, signal_before_end_s=15, extra_sbatch={"exclude": ",".join(cluster.nodes[:3])}
     )
