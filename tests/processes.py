@@ -109,7 +109,7 @@ def start(arguments: Sequence[str], world_size: int, log: Path, environ: Mapping
 def run(arguments: Sequence[str], world_size: int, log: Path, timeout_s: float = 120) -> None:
     """Runs `pipeline ARGUMENTS` on every rank to a good end."""
     ranks = start(arguments, world_size, log)
-    finished = ranks.wait(timeout_s)
+    finished = ranks.within(ranks.poll, timeout_s)
     ranks.end()
     assert finished and set(ranks.codes.values()) == {0}, f"{ranks.codes}\n{ranks.words()}"
 
