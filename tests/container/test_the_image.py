@@ -50,7 +50,7 @@ def test_the_record_is_true_and_info_finds_a_changed_image(image: Path, tmp_path
     with changed.open("ab") as file:
         file.write(b"\0")
     done = pipeline("image", "info", str(changed))
-    assert done.returncode == 1 and "it was changed or damaged after it was built" in done.stderr
+    assert done.returncode == 1 and "it was changed, signed or damaged after it was built" in done.stderr
 
 
 def test_labels_name_version_commit_base_and_lock(image: Path):
