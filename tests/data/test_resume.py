@@ -205,7 +205,7 @@ def test_a_part_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         ({"validation_fraction": 0.2}, "validation_fraction: 0.1 then, 0.2 now"),
         ({"slice_size_mb": 1.0}, "slice_size_mb: 0.003 then, 1.0 now"),
         ({"dtype": "uint32"}, "dtype: 'auto' then, 'uint32' now"),
-        ({"max_document_mb": 32.0}, "max_document_mb: 64.0 then, 32.0 now"),
+        ({"max_document_mb": 64.0}, "max_document_mb: 32.0 then, 64.0 now"),
     ],
 )
 def test_a_changed_setting_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
