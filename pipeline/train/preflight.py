@@ -164,13 +164,16 @@ def _network_faults(world: World, device: torch.device, run: Run) -> list[str]:
         except RuntimeError as error:
             failed.append(error)
 
+    deadline = time.monotonic() + MEET_LIMIT_S
     thread = threading.Thread(target=add, name="preflight", daemon=True)
     thread.start()
     thread.join(MEET_LIMIT_S)
     if sums:
         wrong = int((sums[0] != world.size).sum())
         return [f"a sum over all ranks is wrong in {wrong} of {_ELEMENTS} elements"] if wrong else []
-    late = [] if failed else _missing("adding", world)
+    # A sum may fail because another rank gave up just before; who never came is told apart from who is late.
+    while (late := _missing("adding", world)) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
     if late:
         _refuse_ranks(late, "did not come to add up numbers with the others", world, run)
     why = str(failed[0]).splitlines()[0] if failed else f"it did not end in {MEET_LIMIT_S:.0f} s, though all had begun"
