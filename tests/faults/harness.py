@@ -186,7 +186,8 @@ class Episode:
             self._problem(ranks, f"ranks still ran {LONGEST_S:g} s after {blow.kind}")
         if set(ranks.codes.values()) == {0}:
             return None  # it was finished before the blow fell
-        if blow.problem or not blow.allowed(ranks.codes):
+        finished = newest_good(self.run) == experiment.STEPS
+        if blow.problem or not blow.allowed(ranks.codes, finished):
             self._problem(ranks, blow.problem or f"after {blow.kind} the ranks ended with {ranks.codes}")
         ended = max(ranks.ended_at.values(), default=time.monotonic())
         blow.afterwards()

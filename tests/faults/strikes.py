@@ -22,7 +22,7 @@ class Blow:
 
     Attributes:
         kind: Its name.
-        statuses: Exit statuses that ranks may end with; 0 counts where the run was finished meanwhile.
+        statuses: Exit statuses that ranks may end with, if the run was not finished meanwhile.
         afterwards: Done when all ranks have ended.
         problem: What went wrong already; None if nothing.
     """
@@ -32,9 +32,9 @@ class Blow:
     afterwards: Callable[[], None] = lambda: None
     problem: str | None = None
 
-    def allowed(self, codes: dict[int, int]) -> bool:
-        """Whether the ranks ended as they should."""
-        return set(codes.values()) <= self.statuses
+    def allowed(self, codes: dict[int, int], finished: bool) -> bool:
+        """Whether the ranks ended as they should; with 0 only if the last checkpoint of the run is whole."""
+        return set(codes.values()) <= self.statuses | ({0} if finished else set())
 
 
 Strike = Callable[[Ranks, Path, random.Random], Blow]

@@ -123,6 +123,8 @@ def test_watching_shows_the_run_until_control_c(run: Run, tmp_path: Path, slurm:
         [sys.executable, "-m", "pipeline", "status", "runs/tiny", "--watch"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": slurm.path, "TERM": "xterm"},
         stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        # Tests started in the background ignore the signal, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(terminal)
     shown = b""
