@@ -21,14 +21,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_FIGURES] = Figures()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups in this hook too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.cluster)
-            # With `-n 2 --dist loadgroup` either half has a cluster of its own and takes about as long as the other.
-            half = "survival" if item.path.stem == "test_survival" else "all else"
-            item.add_marker(pytest.mark.xdist_group(half))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
