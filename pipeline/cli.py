@@ -48,6 +48,9 @@ def prepare(
     ] = None,
 ) -> None:
     """Turn text into token shards and a manifest; goes on where it was stopped."""
+    from pipeline.data.memory import devote_process
+
+    devote_process()
     from pipeline.config_load import load_config
     from pipeline.data.display import parse_slice, prepare_here
     from pipeline.run import run_for
@@ -55,7 +58,7 @@ def prepare(
 
     config = load_config(config_file, overrides or ())
     with noted_prepare(run_for(config).events_file, part):
-        prepare_here(config, parse_slice(part), whole_process=True)
+        prepare_here(config, parse_slice(part))
 
 
 @app.command()

@@ -15,7 +15,6 @@ from pipeline.config import Config
 from pipeline.data.build import Progress as BuildProgress
 from pipeline.data.build import prepare
 from pipeline.data.manifest import Manifest
-from pipeline.data.memory import keep_freed_memory
 from pipeline.errors import UsageError
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -92,18 +91,13 @@ class Display:
         )
 
 
-def prepare_here(
-    config: Config, slice_spec: tuple[int, int] | None = None, *, whole_process: bool = False
-) -> Manifest | None:
+def prepare_here(config: Config, slice_spec: tuple[int, int] | None = None) -> Manifest | None:
     """Builds a dataset, or a part of it, with a progress display and a table at the end; see `build.prepare`.
 
     Args:
         config: The experiment.
         slice_spec: Part `I` of `N`.
-        whole_process: The process does nothing else, so that its memory may be managed for this alone.
     """
-    if whole_process:
-        keep_freed_memory()
     began = time.monotonic()
     with Display() as display:
         manifest = prepare(config, slice_spec=slice_spec, progress=display)
