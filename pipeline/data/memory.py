@@ -63,9 +63,10 @@ def resident_bytes() -> int:
 def devote_process() -> None:
     """Suits a process to nothing but a build; to be called before numpy is imported.
 
-    malloc uses the buffers of the last chunk again instead of returning them to the kernel: a build takes and frees buffers of some megabytes all the time. By default each is mapped, zeroed page by page
-    and unmapped again: half of the system time of a build, a tenth of all its CPU time. The peak stays what it is.
-    Where the C library is not glibc nothing happens to malloc.
+    malloc uses the buffers of the last chunk again instead of returning them to the kernel: a build takes and frees
+    buffers of some megabytes all the time, and by default each is mapped, zeroed page by page and unmapped again:
+    half of the system time of a build, a tenth of all its CPU time. The peak stays what it is. Where the C library is
+    not glibc nothing happens to malloc.
 
     Garbage is looked for less often: a vocabulary alone is some 100,000 objects that stay, and Python looks through
     them again and again while it reads it, a twentieth of the CPU time of a build of 200 MB.
