@@ -5,8 +5,8 @@
 End to end: `pipeline prepare` (read, encode, index, hash, check, split, write) as a whole process against processes
 that read the same file with Hugging Face `tokenizers` (`encode_batch_fast`) or `tiktoken` and write a memmap, without
 index, digests, checks or split (prepare_peers.py). All use the same vocabulary and must write the same number of
-tokens. The runs are interleaved; `tokenizers`, which takes minutes, runs once in three rounds. Seconds of wall and CPU
-are medians, start-up of the interpreter included. Without `--text` the text is built from Debian packages.
+tokens. The runs are interleaved, with one of `pipeline prepare` before each of another. Seconds of wall and CPU are
+medians, start-up of the interpreter included. Without `--text` the text is built from Debian packages.
 rustbpe is compared where it is installed (`pip install rustbpe==0.1.0`).
 """
 
@@ -102,13 +102,12 @@ def compare_end_to_end(folder: Path, text: Path, tokenizer: Path, rounds: int) -
     own, megabytes = prepare(experiment(folder, "own", [text], tokenizer)), text.stat().st_size / 1e6
     peers = {n: [*PEERS, "encode", n, str(text), str(tokenizer), str(folder / n)] for n in ("tiktoken", "tokenizers")}
     runs: dict[str, list[Usage]] = defaultdict(list)
-    for turn in range(rounds):
-        for name, command in {"pipeline prepare": own, **peers}.items():
-            if name == "tokenizers" and turn % 3:
-                continue
-            shutil.rmtree(folder / "own", ignore_errors=True)
-            runs[name].append(measure(command))
-            print(f"round {turn + 1}: {name}: {runs[name][-1]}", file=sys.stderr)
+    for _ in range(rounds):
+        for name, command in peers.items():
+            for label, wanted in (("pipeline prepare", own), (name, command)):
+                shutil.rmtree(folder / "own", ignore_errors=True)
+                runs[label].append(measure(wanted))
+                print(f"{label}: {runs[label][-1]}", file=sys.stderr)
     shutil.rmtree(folder / "own", ignore_errors=True)
     runs["pipeline prepare"].append(measure(own))
     tokens = sum(file.stat().st_size // 2 for file in (folder / "own").rglob("*.bin"))
