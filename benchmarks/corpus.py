@@ -36,7 +36,11 @@ _ENTRIES_CHARACTERS = 4000
 
 
 def build(folder: Path, megabytes: int = 400) -> Path:
-    """Writes `megabytes` of text, or all there is, to `folder/english.txt`, documents ended by the record separator; returns the path."""
+    """Writes `megabytes` of text, or all there is, to `folder/english.txt`; the record separator ends a document.
+
+    Returns:
+        The path.
+    """
     target = folder / "english.txt"
     if target.exists():
         return target
