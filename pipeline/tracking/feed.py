@@ -88,7 +88,8 @@ class Feed:
     # ---- metrics -----------------------------------------------------------------------------
 
     def _send_metrics(self, store: Store, run_id: str, pause: Callable[[float], bool]) -> int:
-        sent = 0
+        """Sends what is there now: what comes while it sends would make ever smaller batches, and no end of them."""
+        sent, until = 0, journal.size(self._run.metrics_file)
         while True:
             claim = state.settled(self._run)
             batch, end = _batch(self._run.metrics_file, claim.of(self._uri).sent, claim.retry_number)
@@ -104,7 +105,7 @@ class Feed:
             self._send(store, run_id, batch)
             self._move(claim.generation, sent=end)
             sent += len(batch)
-            if pause(time.monotonic() - began):
+            if end >= until or pause(time.monotonic() - began):
                 return sent
 
     def _move(self, generation: int, *, sending: int | None = None, sent: int | None = None) -> bool:

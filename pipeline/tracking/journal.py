@@ -77,13 +77,13 @@ def last(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     with source:
-        size = source.seek(0, os.SEEK_END)
+        end = source.seek(0, os.SEEK_END)
         tail = b""
-        while size > 0:
-            start = max(0, size - _BLOCK)
+        while end > 0:
+            start = max(0, end - _BLOCK)
             source.seek(start)
-            tail = source.read(size - start) + tail
-            size = start
+            tail = source.read(end - start) + tail
+            end = start
             # The first piece may be cut by the block's border: it counts only at the start of the file.
             pieces = tail.split(b"\n")[:-1]
             for raw in reversed(pieces if start == 0 else pieces[1:]):
@@ -93,13 +93,20 @@ def last(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def size(path: Path) -> int:
+    """Bytes of a journal; 0 where there is no file."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def repair(path: Path) -> None:
     """Cuts off what a killed writer left of its last line."""
     if not path.exists():
         return
     with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        end = size
+        end = before = file.seek(0, os.SEEK_END)
         while end > 0:
             start = max(0, end - _BLOCK)
             file.seek(start)
@@ -108,7 +115,7 @@ def repair(path: Path) -> None:
                 end = start + newline + 1
                 break
             end = start
-        if end < size:
+        if end < before:
             file.truncate(end)
 
 
@@ -175,9 +182,9 @@ def append_event(path: Path, kind: str, /, **fields: Any) -> dict[str, Any]:
     record = {"time": round(time.time(), 3), "event": kind, **fields}
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        size = os.fstat(fd).st_size
+        written = os.fstat(fd).st_size
         # The file has several writers, so a torn end is not cut off but closed by a newline: readers skip it.
-        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        torn = written > 0 and os.pread(fd, 1, written - 1) != b"\n"
         raw = (b"\n" if torn else b"") + encode(record)
         if os.write(fd, raw) != len(raw):
             raise _disk_full()

@@ -357,6 +357,29 @@ def test_memory_does_not_grow_with_what_waits(folder, monkeypatch):
     assert sum(sizes) >= 50_000 and max(sizes) <= 1000
 
 
+def test_lines_that_come_while_a_round_sends_wait_for_the_next_round(folder, monkeypatch):
+    from pipeline.tracking.feed import Feed
+
+    run, config = make_run(folder, "none")
+    tracker = begin(run, config)
+    for step in range(1, 21):
+        tracker.log(step, {"train/loss": 1.0})
+    feed = Feed(run, config, resolve_uri(f"sqlite:///{folder}/mlflow.db"))
+    batches = []
+
+    def training_goes_on(store, run_id, points):
+        batches.append(len(points))
+        tracker.log(20 + len(batches), {"train/loss": 1.0})
+        assert len(batches) < 10, "the round goes on for as long as training does"
+        return []
+
+    monkeypatch.setattr(Store, "send_points", training_goes_on)
+    assert feed.send_all() == 20
+    assert feed.send_all() == 1
+    assert batches == [20, 1]
+    tracker.close("FINISHED")
+
+
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/x", "sqlite:///", "postgresql://u:p@h/db", "http://"])
 def test_addresses_that_are_no_store_are_refused(uri):
     with pytest.raises(UsageError):
