@@ -19,7 +19,7 @@ test: $(VENV)/.dev data/demo/text  ## the fast tests
 test-all: $(VENV)/.dev data/demo/text  ## every test; needs Debian's chromium and chromium-driver
 	$(BIN)/python -m pytest
 
-faults: $(VENV)/.dev  ## 500 faults at random moments of real training; about three quarters of an hour
+faults: $(VENV)/.dev  ## 500 faults at random moments of real training; half an hour on two cores with nothing else to do
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.harness --faults 500 --seed 2 --out benchmarks/results/faults.json
 
 lint: $(VENV)/.dev  ## linters, type checker, import rules

@@ -57,7 +57,7 @@ _TABLE = {
     "mi300x": Device("MI300X", 192.0, 1307e12, 163e12, 5300, 8, 448, 400, 50),
     "mi250x": Device("MI250X", 64.0, 191.5e12, 23.9e12, 1638, 8, 50, 100, 25),
     # One core of a server: two 256-bit FMA units at 3 GHz; bfloat16 is no faster without AMX. Memory is the node's.
-    # Copying for a save: what longer steps cost at 100M parameters (benchmarks/results/checkpoint.json).
+    # Copying for a save: what longer steps cost at 100M parameters (benchmarks/checkpoint.py: 1.2 to 2.3).
     "cpu": Device("CPU core", 0.0, 96e9, 96e9, 10, 32, 5, 3, 1.2),
 }
 
