@@ -35,12 +35,8 @@ _ENTRY = re.compile(r"\n(?=\S)")
 _ENTRIES_CHARACTERS = 4000
 
 
-def build(folder: Path, megabytes: int = 400) -> Path:
-    """Writes `megabytes` of text, or all there is, to `folder/english.txt`; the record separator ends a document.
-
-    Returns:
-        The path.
-    """
+def build(folder: Path) -> Path:
+    """Writes all documents to `folder/english.txt`, each ended by the record separator; returns the path."""
     target = folder / "english.txt"
     if target.exists():
         return target
@@ -55,8 +51,6 @@ def build(folder: Path, megabytes: int = 400) -> Path:
                 out.write(text.replace(SEPARATOR, " ") + SEPARATOR)
                 size += len(text.encode())
             print(f"{package}: {size / 1e6:.0f} MB so far", file=sys.stderr)
-            if size >= megabytes * 1e6:
-                break
     (folder / "english.part").rename(target)
     return target
 

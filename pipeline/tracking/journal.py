@@ -182,9 +182,9 @@ def append_event(path: Path, kind: str, /, **fields: Any) -> dict[str, Any]:
     record = {"time": round(time.time(), 3), "event": kind, **fields}
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        written = os.fstat(fd).st_size
+        before = os.fstat(fd).st_size
         # The file has several writers, so a torn end is not cut off but closed by a newline: readers skip it.
-        torn = written > 0 and os.pread(fd, 1, written - 1) != b"\n"
+        torn = before > 0 and os.pread(fd, 1, before - 1) != b"\n"
         raw = (b"\n" if torn else b"") + encode(record)
         if os.write(fd, raw) != len(raw):
             raise _disk_full()

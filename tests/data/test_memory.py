@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,6 +85,11 @@ def test_memory_is_given_back_where_words_are_forgotten() -> None:
         memory.return_freed_memory()
     assert sizes[0] - memory.resident_bytes() > 40 << 20
     assert max(sizes) - sizes[0] < 20 << 20
+
+
+def test_a_process_can_be_devoted_to_a_build_before_numpy_is_there() -> None:
+    code = "import sys, pipeline.data.memory as m; m.devote_process(); sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.slow

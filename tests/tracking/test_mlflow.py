@@ -13,7 +13,7 @@ from pipeline import tracking
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import write_json, write_text
 from pipeline.tracking import journal, state
-from pipeline.tracking.store import Store, resolve_uri
+from pipeline.tracking.store import resolve_uri
 from pipeline.tracking.sync import is_alive, register_export, sync
 from tests.tracking.support import begin, make_run, of_journal, of_mlflow, open_store, unused_port
 
@@ -338,46 +338,6 @@ def test_system_metrics_of_every_node_arrive_once(folder):
         "system/n1/gpu_0_power_usage_watts": [(0, 300.0)],
         "system/n2/gpu_0_power_usage_watts": [(0, 300.0), (1, 301.0)],
     }
-
-
-def test_memory_does_not_grow_with_what_waits(folder, monkeypatch):
-    from pipeline.tracking.feed import Feed
-
-    run, config = make_run(folder, "none")
-    tracker = begin(run, config)
-    line = {f"metric/{i}": float(i) for i in range(10)}
-    with journal.Writer(run.metrics_file) as writer:
-        writer.write(b"".join(journal.encode({"step": s, "time": float(s), **line}) for s in range(1, 5001)))
-    tracker.close("FINISHED")
-    sizes = []
-    uri = resolve_uri(f"sqlite:///{folder}/mlflow.db")
-    feed = Feed(run, config, uri)
-    monkeypatch.setattr(Store, "send_points", lambda self, run_id, points: sizes.append(len(points)) or [])
-    feed.send_all()
-    assert sum(sizes) >= 50_000 and max(sizes) <= 1000
-
-
-def test_lines_that_come_while_a_round_sends_wait_for_the_next_round(folder, monkeypatch):
-    from pipeline.tracking.feed import Feed
-
-    run, config = make_run(folder, "none")
-    tracker = begin(run, config)
-    for step in range(1, 21):
-        tracker.log(step, {"train/loss": 1.0})
-    feed = Feed(run, config, resolve_uri(f"sqlite:///{folder}/mlflow.db"))
-    batches = []
-
-    def training_goes_on(store, run_id, points):
-        batches.append(len(points))
-        tracker.log(20 + len(batches), {"train/loss": 1.0})
-        assert len(batches) < 10, "the round goes on for as long as training does"
-        return []
-
-    monkeypatch.setattr(Store, "send_points", training_goes_on)
-    assert feed.send_all() == 20
-    assert feed.send_all() == 1
-    assert batches == [20, 1]
-    tracker.close("FINISHED")
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/x", "sqlite:///", "postgresql://u:p@h/db", "http://"])
