@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
-
-import numpy as np
+from typing import Literal, overload
 
 from pipeline.config import Config
 from pipeline.data.ahead import ahead
@@ -28,9 +26,9 @@ from pipeline.data.readers import read_task
 from pipeline.data.slices import Record, SliceWriter, finished, published, remove_leftovers
 from pipeline.data.sources import stamp_of
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.data.vocabulary import make_tokenizer
+from pipeline.data.vocabulary import dtype_of_ids, open_tokenizer
 from pipeline.errors import DataError, UsageError
-from pipeline.files import sha256_bytes, write_bytes
+from pipeline.files import sha256_bytes
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def prepare(
 def _prepare(config: Config, folder: Path, slice_spec: tuple[int, int] | None, report: Report) -> Manifest | None:
     plan = make_plan(config)
     recorded = agree(folder, plan)
-    tokenizer = _tokenizer(config, plan, folder, report)
+    tokenizer = _open_tokenizer(config, plan, folder, report)
     build = _Build(config, plan, folder, tokenizer, report)
     build.check(touched_files(recorded, plan))
     if recorded.files != plan.files:
@@ -116,7 +114,7 @@ class _Build:
         self._folder = folder
         self._tokenizer = tokenizer
         self._report = report
-        self._dtype = _dtype(config, tokenizer)
+        self._dtype = dtype_of_ids(config, tokenizer)
         self._cores = len(os.sched_getaffinity(0))
         self._caches = WordCaches(tokenizer, self._cores)
         self._build = sha256_bytes(json.dumps([plan.settings, tokenizer.digest], sort_keys=True).encode())
@@ -253,35 +251,13 @@ class _Build:
         return manifest
 
 
-def _tokenizer(config: Config, plan: Plan, folder: Path, report: Report) -> Tokenizer:
-    file = folder / TOKENIZER
-    if not file.exists():
+def _open_tokenizer(config: Config, plan: Plan, folder: Path, report: Report) -> Tokenizer:
+    if not (folder / TOKENIZER).exists():
         report(Progress("tokenizer"))
-        write_bytes(file, make_tokenizer(config, plan))
-    tokenizer = Tokenizer.load(file, config.tokenizer.end_of_text)
-    if config.tokenizer.kind == "file" and sha256_bytes(make_tokenizer(config, plan)) != tokenizer.digest:
-        raise DataError(
-            f"{config.tokenizer.path}: is not the tokenizer that {folder} was begun with; "
-            "choose another data.path, or remove the folder to start over"
-        )
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"{file}: has {tokenizer.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}; "
-            f"set it to {tokenizer.vocab_size} or more"
-        )
+    tokenizer = open_tokenizer(config, plan, folder)
     if tokenizer.notice is not None:
         report(Progress("tokenizer", message=tokenizer.notice))
     return tokenizer
-
-
-def _dtype(config: Config, tokenizer: Tokenizer) -> np.dtype[Any]:
-    fits = tokenizer.vocab_size <= 1 << 16
-    if config.data.dtype == "uint16" and not fits:
-        raise DataError(
-            f"data.dtype: uint16 holds 65536 ids, the tokenizer has {tokenizer.vocab_size}; use uint32 or auto"
-        )
-    wide = config.data.dtype == "uint32" or not fits
-    return np.dtype("<u4" if wide else "<u2")
 
 
 @contextlib.contextmanager

@@ -1,22 +1,65 @@
-"""Where the tokenizer of a dataset comes from: trained on a sample of the text, taken from a file, or bytes."""
+"""The tokenizer of a dataset: trained on a sample of the text, taken from a file, or bytes; and the type of its ids."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pipeline.config import Config
 from pipeline.data import tokenizer_json
 from pipeline.data.chunks import Chunk
+from pipeline.data.manifest import TOKENIZER
 from pipeline.data.plan import Plan
 from pipeline.data.readers import read_task
-from pipeline.data.tokenizer import train_bpe
+from pipeline.data.tokenizer import Tokenizer, train_bpe
 from pipeline.errors import DataError
+from pipeline.files import sha256_bytes, write_bytes
 
 # In no UTF-8 text, so that no document can pretend to be two.
 SEPARATOR = b"\xff"
 
 
-def make_tokenizer(config: Config, plan: Plan) -> bytes:
+def open_tokenizer(config: Config, plan: Plan, folder: Path) -> Tokenizer:
+    """The tokenizer of the dataset in `folder`; made there if there is none yet.
+
+    Raises:
+        DataError: It cannot be made, is not the one the dataset was begun with, or is larger than the model's.
+    """
+    file = folder / TOKENIZER
+    if not file.exists():
+        write_bytes(file, _make_tokenizer(config, plan))
+    tokenizer = Tokenizer.load(file, config.tokenizer.end_of_text)
+    if config.tokenizer.kind == "file" and sha256_bytes(_make_tokenizer(config, plan)) != tokenizer.digest:
+        raise DataError(
+            f"{config.tokenizer.path}: is not the tokenizer that {folder} was begun with; "
+            "choose another data.path, or remove the folder to start over"
+        )
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"{file}: has {tokenizer.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}; "
+            f"set it to {tokenizer.vocab_size} or more"
+        )
+    return tokenizer
+
+
+def dtype_of_ids(config: Config, tokenizer: Tokenizer) -> np.dtype[Any]:
+    """The type of the ids in the shards.
+
+    Raises:
+        DataError: `data.dtype` is too narrow for this tokenizer.
+    """
+    fits = tokenizer.vocab_size <= 1 << 16
+    if config.data.dtype == "uint16" and not fits:
+        raise DataError(
+            f"data.dtype: uint16 holds 65536 ids, the tokenizer has {tokenizer.vocab_size}; use uint32 or auto"
+        )
+    wide = config.data.dtype == "uint32" or not fits
+    return np.dtype("<u4" if wide else "<u2")
+
+
+def _make_tokenizer(config: Config, plan: Plan) -> bytes:
     """The content of tokenizer.json."""
     wanted = config.tokenizer
     if wanted.kind == "file":

@@ -61,19 +61,13 @@ def ask_to_stop(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
 def fill_disk(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
     """No room for a checkpoint: saves fail, training goes on; then the machine dies."""
     with full(run.parent):
-        problem = _saves_fail(ranks, run)
-        ranks.kill(signal.SIGKILL)
-        ranks.wait(10)
-    return Blow("disk full", frozenset({KILLED}), problem=problem)
+        return _saves_fail(ranks, run, "disk full")
 
 
 def make_read_only(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
     """The folder of the checkpoints is read-only for a while: saves fail, training goes on; then the machine dies."""
     with read_only(run / "checkpoints"):
-        problem = _saves_fail(ranks, run)
-        ranks.kill(signal.SIGKILL)
-        ranks.wait(10)
-    return Blow("folder read-only", frozenset({KILLED}), problem=problem)
+        return _saves_fail(ranks, run, "folder read-only")
 
 
 def flip_bit(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
@@ -135,16 +129,22 @@ class Deck:
         self._cards.append(strike)
 
 
-def _saves_fail(ranks: Ranks, run: Path) -> str | None:
-    """Waits for a failed save and two steps after it; what is wrong if they do not come."""
+def _saves_fail(ranks: Ranks, run: Path, kind: str) -> Blow:
+    """Waits for a failed save and two steps after it, then kills all; a problem if they do not come."""
+    problem = None
     failed = len(experiment.events(run, "checkpoint_failed"))
     if not ranks.within(lambda: len(experiment.events(run, "checkpoint_failed")) > failed or ranks.poll(), 30):
-        return "no failed save was reported within 30 s"
-    step = experiment.last_step(run)
-    ranks.within(lambda: experiment.last_step(run) >= min(step + 2, experiment.STEPS) or ranks.poll(), 15)
-    if experiment.last_step(run) < min(step + 2, experiment.STEPS):
-        return "training did not go on after a failed save"
-    return None
+        problem = "no failed save was reported within 30 s"
+    else:
+        goal = min(experiment.last_step(run) + 2, experiment.STEPS)
+        ranks.within(lambda: experiment.last_step(run) >= goal or ranks.poll(), 15)
+        if experiment.last_step(run) < goal:
+            problem = "training did not go on after a failed save"
+    ranks.kill(signal.SIGKILL)
+    ranks.wait(10)
+    # Ranks that took the last step may have ended by themselves: no run is finished whose last checkpoint failed.
+    at_the_end = experiment.last_step(run) == experiment.STEPS
+    return Blow(kind, frozenset({KILLED, EXIT_FAILED} if at_the_end else {KILLED}), problem=problem)
 
 
 def _any_file(run: Path, rng: random.Random) -> Path | None:
