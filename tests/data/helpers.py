@@ -161,3 +161,8 @@ def tree_digest(folder: Path) -> dict[str, str]:
 def dataset_digest(folder: Path) -> dict[str, str]:
     """Like `tree_digest`, without the plan, which holds the stamps of the source files."""
     return {name: digest for name, digest in tree_digest(folder).items() if name != "plan.json"}
+
+
+def one_source(path: Path, **source: Any) -> dict[str, Any]:
+    """A source that holds one file, all of it for training."""
+    return {"name": "s", "paths": [str(path)], "split": "train", **source}

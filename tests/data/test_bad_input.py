@@ -13,15 +13,14 @@ from pipeline.data.build import prepare
 from pipeline.data.manifest import Manifest
 from pipeline.errors import DataError
 from tests.data.helpers import (
-    COMPRESS,
     command,
     config,
     documents,
     jsonl,
+    one_source,
     split_texts,
     tree_digest,
     write,
-    write_parquet,
 )
 
 GOOD = ["first good", "second good"]
@@ -127,16 +126,12 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], list[str], str, list[str]]] =
 }
 
 
-def _entry(path: Path, **source: Any) -> dict[str, Any]:
-    return {"name": "s", "paths": [str(path)], "split": "train", **source}
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_error_stops_at_the_record_and_names_it(case: str, tmp_path: Path) -> None:
     name, content, source, words, _, _ = CASES[case]
     path = write(tmp_path / "in" / name, content)
     with pytest.raises(DataError) as caught:
-        prepare(config(tmp_path / "out", [_entry(path, **source)], max_document_mb=1.0))
+        prepare(config(tmp_path / "out", [one_source(path, **source)], max_document_mb=1.0))
     for word in [str(path), *words, "on_bad=skip"]:
         assert word in str(caught.value)
     assert not any(p.suffix == ".bin" or p.name == "manifest.json" for p in (tmp_path / "out").rglob("*"))
@@ -150,7 +145,7 @@ def test_skip_counts_by_reason_and_keeps_the_rest(case: str, tmp_path: Path) -> 
     name, content, source, _, reason, good = CASES[case]
     path = write(tmp_path / "in" / name, content)
     other = write(tmp_path / "in" / "other.jsonl", jsonl(["other"]))
-    entries = [_entry(path, **source), {**_entry(other), "name": "other"}]
+    entries = [one_source(path, **source), {**one_source(other), "name": "other"}]
     manifest = prepare(config(tmp_path / "out", entries, max_document_mb=1.0, on_bad="skip", max_bad_fraction=0.9))
     assert set(manifest.bad) == {reason}
     assert split_texts(tmp_path / "out") == [*good, "other"]
@@ -163,7 +158,7 @@ def test_the_command_says_it_in_one_message_and_ends_with_1(
 ) -> None:
     name, content, source, words, _, _ = CASES[case]
     path = write(tmp_path / "in" / name, content)
-    made = config(tmp_path / "out", [_entry(path, **source)], max_document_mb=1.0)
+    made = config(tmp_path / "out", [one_source(path, **source)], max_document_mb=1.0)
     file = write(tmp_path / "c.yaml", dump_config(made).encode())
     monkeypatch.chdir(tmp_path)
     assert command("prepare", str(file)) == 1
@@ -195,7 +190,7 @@ def test_settings_that_cannot_be_used_are_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    made = config(tmp_path / "out", [_entry(write(tmp_path / "a.txt", b"text"))])
+    made = config(tmp_path / "out", [one_source(write(tmp_path / "a.txt", b"text"))])
     file = write(tmp_path / "c.yaml", dump_config(made).encode())
     monkeypatch.chdir(tmp_path)
     assert command("prepare", str(file), setting) == status
@@ -205,89 +200,16 @@ def test_settings_that_cannot_be_used_are_named(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("compression", COMPRESS)
-@pytest.mark.parametrize("cut", ["end", "middle", "second member"])
-def test_a_truncated_archive_is_noticed(compression: str, cut: str, tmp_path: Path) -> None:
-    texts = documents(3000, seed=3)
-    pack = COMPRESS[compression]
-    whole = pack(jsonl(texts))
-    content = {
-        "end": whole[:-3],
-        "middle": whole[: len(whole) // 2],
-        "second member": pack(jsonl(texts[:1500])) + pack(jsonl(texts[1500:]))[:40],
-    }[cut]
-    path = write(tmp_path / "in" / f"a.jsonl.{compression}", content)
-    with pytest.raises(
-        DataError,
-        match=rf"a\.jsonl\.{compression}, line \d+, byte \d+ of the decompressed.*truncated or damaged archive",
-    ):
-        prepare(config(tmp_path / "out", [_entry(path)]))
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    other = {**_entry(write(tmp_path / "o.txt", b"o")), "name": "o"}
-    kept = config(tmp_path / "kept", [_entry(path), other], on_bad="skip", max_bad_fraction=0.9)
-    manifest = prepare(kept)
-    assert manifest.bad == {"truncated or damaged archive": 1}
-    got = split_texts(tmp_path / "kept")[:-1]
-    assert got == texts[: len(got)]
-
-
-def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", documents(200), row_group_size=20)
-    content = bytearray(path.read_bytes())
-    path.write_bytes(content[:-100])
-    with pytest.raises(DataError, match=r"a\.parquet, the whole file: unreadable Parquet"):
-        prepare(config(tmp_path / "out", [_entry(path)]))
-
-
-@pytest.mark.parametrize(
-    ("column", "texts", "words", "reason"),
-    [
-        ("body", ["a"], ["no column 'text'", "'id', 'body'"], "missing field"),
-        ("text", ["a", None, "b"], ["row 1 (from 0)", "'text' is null"], "missing field"),
-    ],
-)
-def test_parquet_rows_without_text_are_named(
-    column: str, texts: list[str | None], words: list[str], reason: str, tmp_path: Path
-) -> None:
-    path = write_parquet(tmp_path / "a.parquet", texts, column=column)
-    with pytest.raises(DataError) as caught:
-        prepare(config(tmp_path / "out", [_entry(path)]))
-    for word in [str(path), reason, *words]:
-        assert word in str(caught.value)
-
-
-def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", ["a"])
-    with pytest.raises(DataError, match=r"field is no string.*the column 'id' holds int64"):
-        prepare(config(tmp_path / "out", [_entry(path, field="id")]))
-
-
-def test_invalid_utf8_in_a_binary_parquet_column_names_the_row(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": pyarrow.array([b"ok", None, b"n\xfft"], pyarrow.binary())}), path
-    )
-    made = config(tmp_path / "out", [_entry(path)], on_bad="skip", max_bad_fraction=0.9)
-    assert prepare(made).bad == {"invalid UTF-8": 1, "missing field": 1}
-    path.write_bytes(b"")
-    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([b"ok", b"n\xfft"], pyarrow.binary())}), path)
-    with pytest.raises(DataError, match=r"row 1 \(from 0\), byte 1 of the text: invalid UTF-8"):
-        prepare(config(tmp_path / "out2", [_entry(path)]))
-
-
 def test_too_many_bad_records_stop_the_build_all_the_same(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", jsonl(documents(80)) + b"{}\n" * 20)
     with pytest.raises(
         DataError, match=r"20 of 100 records are bad \(20 x missing field\): 20.00% is above .*= 10.00%"
     ):
-        prepare(config(tmp_path / "out", [_entry(path)], on_bad="skip", max_bad_fraction=0.1))
+        prepare(config(tmp_path / "out", [one_source(path)], on_bad="skip", max_bad_fraction=0.1))
     assert not (tmp_path / "out" / "manifest.json").exists()
     # What was done stays good: with another limit nothing is done again.
     before = tree_digest(tmp_path / "out")
-    assert prepare(config(tmp_path / "out", [_entry(path)], on_bad="skip", max_bad_fraction=0.3)).bad == {
+    assert prepare(config(tmp_path / "out", [one_source(path)], on_bad="skip", max_bad_fraction=0.3)).bad == {
         "missing field": 20
     }
     assert before.items() <= tree_digest(tmp_path / "out").items()
@@ -295,38 +217,16 @@ def test_too_many_bad_records_stop_the_build_all_the_same(tmp_path: Path) -> Non
 
 def test_a_dataset_with_skipped_records_is_refused_under_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", jsonl(documents(80)) + b"{}\n")
-    prepare(config(tmp_path / "out", [_entry(path)], on_bad="skip", max_bad_fraction=0.3))
+    prepare(config(tmp_path / "out", [one_source(path)], on_bad="skip", max_bad_fraction=0.3))
     with pytest.raises(DataError, match=r"was made with data.on_bad=skip"):
-        prepare(config(tmp_path / "out", [_entry(path)]))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        (None, b"", "matches no file"),
-        ("a.txt", b"", "is empty"),
-        ("a.bin", b"x", "does not tell what it holds"),
-        ("a.txt", b" \n", "hold no document to train on"),
-    ],
-)
-def test_files_that_cannot_be_used_are_named(name: str | None, content: bytes, words: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "in" / name, content) if name else tmp_path / "nothing" / "*.txt"
-    with pytest.raises(DataError, match=words):
-        prepare(config(tmp_path / "out", [_entry(path)]))
-    assert not (tmp_path / "out" / "manifest.json").exists()
-
-
-def test_a_file_in_two_sources_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt", b"text")
-    with pytest.raises(DataError, match="in the sources 's' and 't'"):
-        prepare(config(tmp_path / "out", [_entry(path), {**_entry(path), "name": "t"}]))
+        prepare(config(tmp_path / "out", [one_source(path)]))
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", b"text")
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
-        prepare(config(tmp_path / "file" / "out", [_entry(path)]))
+        prepare(config(tmp_path / "file" / "out", [one_source(path)]))
 
 
 def test_a_disk_that_is_full_is_named_and_nothing_half_written_stays(
@@ -339,6 +239,6 @@ def test_a_disk_that_is_full_is_named_and_nothing_half_written_stays(
 
     monkeypatch.setattr("pipeline.data.slices.publish_dir", full)
     with pytest.raises(DataError, match="No space left on device"):
-        prepare(config(tmp_path / "out", [_entry(path)]))
+        prepare(config(tmp_path / "out", [one_source(path)]))
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["tasks"]
     assert [p.name for p in (tmp_path / "out" / "slices").iterdir()] == []

@@ -17,66 +17,34 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config
 from pipeline.config_load import dump_config
 from pipeline.data import build
 from pipeline.data.build import prepare
 from pipeline.data.manifest import Manifest
 from pipeline.errors import DataError, UsageError
-from tests.data.helpers import COMPRESS, config, dataset_digest, documents, jsonl, split_texts, write, write_parquet
-
-TEXTS = documents(300, seed=5)
-TOKENIZER = {"kind": "bpe", "special_tokens": ["<|pad|>"]}
-
-
-def _sources(folder: Path) -> list[dict[str, Any]]:
-    """One source of each kind: whole files, ranges of lines, a stream from an archive, row groups."""
-    for i, text in enumerate(TEXTS[:60]):
-        write(folder / "whole" / f"{i:02d}.txt", text.encode())
-    write(folder / "lines.jsonl", jsonl(TEXTS[60:150]))
-    write(folder / "packed.jsonl.gz", COMPRESS["gz"](jsonl(TEXTS[150:230] * 4)))
-    write_parquet(folder / "rows.parquet", TEXTS[230:])
-    return [
-        {"name": "whole", "paths": [str(folder / "whole" / "*.txt")]},
-        {"name": "lines", "paths": [str(folder / "lines.jsonl")]},
-        {"name": "packed", "paths": [str(folder / "packed.jsonl.gz")], "split": "train"},
-        {"name": "rows", "paths": [str(folder / "rows.parquet")]},
-    ]
-
-
-def _config(tmp_path: Path, name: str, **data: Any) -> Config:
-    sources = _sources(tmp_path / "in") if not (tmp_path / "in").exists() else _paths_only(tmp_path / "in")
-    settings = {"slice_size_mb": 0.003, "validation_fraction": 0.1, **data}
-    return config(tmp_path / name, sources, tokenizer=TOKENIZER, **settings)
-
-
-def _paths_only(folder: Path) -> list[dict[str, Any]]:
-    kept = folder.with_name("again")
-    shutil.rmtree(kept, ignore_errors=True)
-    entries = _sources(kept)
-    shutil.rmtree(kept)
-    return [{**e, "paths": [p.replace(str(kept), str(folder)) for p in e["paths"]]} for e in entries]
+from tests.data.every_kind import TEXTS, TOKENIZER, config_of_every_kind
+from tests.data.helpers import config, dataset_digest, jsonl, split_texts, write
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """A folder with the sources and the uninterrupted build `out`, and its digests."""
     tmp_path = tmp_path_factory.mktemp("whole")
-    prepare(_config(tmp_path, "out"))
+    prepare(config_of_every_kind(tmp_path, "out"))
     return tmp_path, dataset_digest(tmp_path / "out")
 
 
 def test_the_same_sources_give_the_same_bytes(whole: tuple[Path, dict[str, str]]) -> None:
     folder, digests = whole
     assert len([d for d in digests if d.endswith("slice.json")]) > 20
-    prepare(_config(folder, "again-out"))
+    prepare(config_of_every_kind(folder, "again-out"))
     assert dataset_digest(folder / "again-out") == digests
 
 
 def test_a_finished_build_is_left_alone(whole: tuple[Path, dict[str, str]]) -> None:
     folder, digests = whole
     before = {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("*.bin")}
-    assert prepare(_config(folder, "out")) == Manifest.load(folder / "out")
+    assert prepare(config_of_every_kind(folder, "out")) == Manifest.load(folder / "out")
     assert {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("*.bin")} == before
     assert dataset_digest(folder / "out") == digests
 
@@ -85,7 +53,7 @@ def test_a_finished_build_is_left_alone(whole: tuple[Path, dict[str, str]]) -> N
 def test_any_number_of_parts_in_any_order_gives_the_same_bytes(parts: int, whole: tuple[Path, dict[str, str]]) -> None:
     folder, digests = whole
     order = random.Random(parts).sample(range(1, parts + 1), parts)
-    results = [prepare(_config(folder, f"parts{parts}"), slice_spec=(part, parts)) for part in order]
+    results = [prepare(config_of_every_kind(folder, f"parts{parts}"), slice_spec=(part, parts)) for part in order]
     # Parts beyond the tasks have nothing to do, so that the manifest may be there before the last.
     assert results[-1] is not None
     assert dataset_digest(folder / f"parts{parts}") == digests
@@ -93,7 +61,7 @@ def test_any_number_of_parts_in_any_order_gives_the_same_bytes(parts: int, whole
 
 def test_a_part_that_is_not_the_last_writes_no_manifest(whole: tuple[Path, dict[str, str]]) -> None:
     folder, _ = whole
-    assert prepare(_config(folder, "first"), slice_spec=(1, 2)) is None
+    assert prepare(config_of_every_kind(folder, "first"), slice_spec=(1, 2)) is None
     assert not (folder / "first" / "manifest.json").exists()
     with pytest.raises(DataError, match="not finished"):
         Manifest.load(folder / "first")
@@ -105,13 +73,13 @@ def test_any_number_of_threads_gives_the_same_bytes(
 ) -> None:
     folder, digests = whole
     monkeypatch.setattr(build.os, "sched_getaffinity", lambda _: set(range(cores)))
-    prepare(_config(folder, f"cores{cores}"))
+    prepare(config_of_every_kind(folder, f"cores{cores}"))
     assert dataset_digest(folder / f"cores{cores}") == digests
 
 
 def test_the_size_of_slices_does_not_change_the_documents(whole: tuple[Path, dict[str, str]]) -> None:
     folder, _ = whole
-    prepare(_config(folder, "large", slice_size_mb=64.0))
+    prepare(config_of_every_kind(folder, "large", slice_size_mb=64.0))
     for split in ("train", "validation"):
         assert split_texts(folder / "large", split) == split_texts(folder / "out", split)
 
@@ -135,7 +103,7 @@ def test_a_failure_anywhere_leaves_work_that_is_gone_on_with(
 
             patch.setattr(build.SliceWriter, "publish", failing)
             try:
-                prepare(_config(folder, "stopped"))
+                prepare(config_of_every_kind(folder, "stopped"))
                 break
             except DataError as error:
                 assert "stopped here" in str(error)
@@ -151,7 +119,7 @@ def test_a_failure_anywhere_leaves_work_that_is_gone_on_with(
 def test_kill_9_at_twenty_random_moments_gives_the_same_bytes(whole: tuple[Path, dict[str, str]]) -> None:
     folder, digests = whole
     out = folder / "killed"
-    file = write(folder / "killed.yaml", dump_config(_config(folder, "killed")).encode())
+    file = write(folder / "killed.yaml", dump_config(config_of_every_kind(folder, "killed")).encode())
     command = [sys.executable, "-m", "pipeline", "prepare", str(file)]
     slices = len([name for name in digests if name.endswith("slice.json")])
     rng = random.Random(0)
@@ -196,95 +164,11 @@ def _published(out: Path) -> int:
 
 def test_a_part_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="allowed: I/N with I from 1 to N"):
-        prepare(_config(tmp_path, "out"), slice_spec=(3, 2))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"validation_fraction": 0.2}, "validation_fraction: 0.1 then, 0.2 now"),
-        ({"slice_size_mb": 1.0}, "slice_size_mb: 0.003 then, 1.0 now"),
-        ({"dtype": "uint32"}, "dtype: 'auto' then, 'uint32' now"),
-        ({"max_document_mb": 64.0}, "max_document_mb: 32.0 then, 64.0 now"),
-    ],
-)
-def test_a_changed_setting_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    prepare(_config(tmp_path, "out"), slice_spec=(1, 2))
-    with pytest.raises(DataError, match=words):
-        prepare(_config(tmp_path, "out", **change))
-
-
-def test_a_changed_tokenizer_is_refused(tmp_path: Path) -> None:
-    made = _config(tmp_path, "out")
-    prepare(made, slice_spec=(1, 2))
-    smaller = made.model_copy(update={"model": made.model.model_copy(update={"vocab_size": 280})})
-    with pytest.raises(DataError, match=r"tokenizer\.vocab_size: 300 then, 280 now"):
-        prepare(smaller)
-    file = tmp_path / "out" / "tokenizer.json"
-    file.write_bytes(file.read_bytes() + b" ")
-    with pytest.raises(DataError, match="another tokenizer"):
-        prepare(made)
-
-
-def test_another_tokenizer_file_is_refused(tmp_path: Path) -> None:
-    prepare(_config(tmp_path, "bpe"))
-    file = tmp_path / "tokenizer.json"
-    shutil.copy(tmp_path / "bpe" / "tokenizer.json", file)
-    entry = _paths_only(tmp_path / "in")
-    made = config(tmp_path / "out", entry, tokenizer={"kind": "file", "path": str(file)}, slice_size_mb=0.003)
-    prepare(made, slice_spec=(1, 2))
-    file.write_bytes(file.read_bytes() + b"\n")
-    with pytest.raises(DataError, match=r"is not the tokenizer that .* was begun with"):
-        prepare(made)
-
-
-@pytest.mark.parametrize("name", ["whole/07.txt", "lines.jsonl", "packed.jsonl.gz", "rows.parquet"])
-def test_a_changed_source_is_refused_and_a_touched_one_is_not(name: str, tmp_path: Path) -> None:
-    made = _config(tmp_path, "out")
-    prepare(made)
-    (tmp_path / "out" / "manifest.json").unlink()
-    before = dataset_digest(tmp_path / "out")
-    file = tmp_path / "in" / name
-    content = file.read_bytes()
-    file.write_bytes(content)
-    prepare(made)
-    assert before.items() <= dataset_digest(tmp_path / "out").items()
-    if name.endswith(".gz"):
-        texts = ["X" + t[1:] for t in TEXTS[150:230] * 4]
-        changed = COMPRESS["gz"](jsonl(texts))
-        changed = changed[: len(content)].ljust(len(content), b"\0")
-    elif name.endswith(".parquet"):
-        write_parquet(file, [t.replace("state", "State") for t in TEXTS[230:]])
-        changed = file.read_bytes()
-    else:
-        changed = content.replace(b"in", b"on")
-    assert changed != content
-    file.write_bytes(changed)
-    with pytest.raises(DataError, match=f"{Path(name).name}: (was changed after|had {len(content)} bytes then)"):
-        prepare(made)
-
-
-def test_files_that_come_or_go_are_refused(tmp_path: Path) -> None:
-    made = _config(tmp_path, "out")
-    prepare(made, slice_spec=(1, 2))
-    new = write(tmp_path / "in" / "whole" / "99.txt", b"new")
-    with pytest.raises(DataError, match=r"99\.txt: is new"):
-        prepare(made)
-    new.unlink()
-    (tmp_path / "in" / "whole" / "00.txt").unlink()
-    with pytest.raises(DataError, match=r"00\.txt: was there then, is not now"):
-        prepare(made)
-
-
-def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = _config(tmp_path, "out")
-    monkeypatch.setattr(build, "stamp_of", lambda _: (0, 0, 0))
-    with pytest.raises(DataError, match="was changed while it was read"):
-        prepare(made)
+        prepare(config_of_every_kind(tmp_path, "out"), slice_spec=(3, 2))
 
 
 def test_two_processes_that_do_the_same_slice_agree(tmp_path: Path) -> None:
-    made = _config(tmp_path, "out")
+    made = config_of_every_kind(tmp_path, "out")
     file = write(tmp_path / "c.yaml", dump_config(made).encode())
     command = [sys.executable, "-m", "pipeline", "prepare", str(file)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
@@ -292,7 +176,7 @@ def test_two_processes_that_do_the_same_slice_agree(tmp_path: Path) -> None:
         _, err = process.communicate()
         assert process.returncode == 0, err.decode()
     assert not list((tmp_path / "out").rglob("*.tmp"))
-    prepare(_config(tmp_path, "alone"))
+    prepare(config_of_every_kind(tmp_path, "alone"))
     assert dataset_digest(tmp_path / "out") == dataset_digest(tmp_path / "alone")
 
 
@@ -301,7 +185,7 @@ def test_a_process_that_is_overtaken_at_any_moment_agrees(
     moment: str, whole: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, digests = whole
-    made = _config(folder, f"overtaken-{moment}")
+    made = config_of_every_kind(folder, f"overtaken-{moment}")
     overtaken = []
 
     def publish(self: Path, target: Path, rename: Any) -> Path:
@@ -319,7 +203,7 @@ def test_a_process_that_is_overtaken_at_any_moment_agrees(
 
 
 def test_the_split_depends_on_the_document_alone(tmp_path: Path) -> None:
-    first = _config(tmp_path, "out")
+    first = config_of_every_kind(tmp_path, "out")
     prepare(first)
     validation = set(split_texts(tmp_path / "out", "validation"))
     assert 5 < len(validation) < 60

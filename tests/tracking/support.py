@@ -170,3 +170,11 @@ def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def log_steps(tracker: tracking.Tracker, first: int, last: int) -> None:
+    """Logs these steps as training does, with a validation every ten."""
+    for step in range(first, last + 1):
+        tracker.log(step, {"train/loss": 5 / step, "train/lr": 1e-3, "train/tokens_seen": 64 * step})
+        if step % 10 == 0:
+            tracker.log(step, {"val/loss": 6 / step})

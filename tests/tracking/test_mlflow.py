@@ -1,35 +1,18 @@
 """What arrives in a sqlite store, read back through MLflow's own client."""
 
 import json
-import os
-import shutil
-import time
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from pipeline import tracking
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import UsageError
 from pipeline.files import write_json, write_text
-from pipeline.tracking import journal, state
+from pipeline.tracking import journal
 from pipeline.tracking.store import resolve_uri
-from pipeline.tracking.sync import is_alive, register_export, sync
-from tests.tracking.support import begin, make_run, of_journal, of_mlflow, open_store, unused_port
-
-
-def until(condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.02)
-
-
-def log(tracker, first, last):
-    for step in range(first, last + 1):
-        tracker.log(step, {"train/loss": 5 / step, "train/lr": 1e-3, "train/tokens_seen": 64 * step})
-        if step % 10 == 0:
-            tracker.log(step, {"val/loss": 6 / step})
+from pipeline.tracking.sync import register_export, sync
+from tests.tracking.support import acknowledged, begin, log_steps, make_run, of_journal, of_mlflow, open_store, wait_for
 
 
 def test_a_run_is_recorded_with_everything_that_belongs_to_it(folder):
@@ -45,7 +28,7 @@ def test_a_run_is_recorded_with_everything_that_belongs_to_it(folder):
         tokenizer_file=tokenizer,
     )
     tracker.event("started", step=0)
-    log(tracker, 1, 30)
+    log_steps(tracker, 1, 30)
     checkpoint = run.checkpoints / "step_00000025"
     checkpoint.mkdir()
     write_text(checkpoint / "manifest.json", "{}")
@@ -83,7 +66,7 @@ def test_a_run_is_recorded_with_everything_that_belongs_to_it(folder):
 def test_an_evaluation_becomes_metrics_of_its_checkpoint_once(folder):
     run, config = make_run(folder)
     tracker = begin(run, config)
-    log(tracker, 1, 10)
+    log_steps(tracker, 1, 10)
     tracker.event("checkpointed", step=10)
     tracker.close("FINISHED")
     for _ in range(2):
@@ -100,8 +83,8 @@ def test_an_evaluation_becomes_metrics_of_its_checkpoint_once(folder):
 def test_points_arrive_while_training_runs(folder):
     run, config = make_run(folder)
     tracker = begin(run, config)
-    log(tracker, 1, 10)
-    until(lambda: state.load(run).stores and any(s.sent for s in state.load(run).stores.values()))
+    log_steps(tracker, 1, 10)
+    wait_for(lambda: acknowledged(run), 30)
     assert of_mlflow(run, config) == of_journal(run)
     store, run_id = open_store(run, config)
     assert store.read_run(run_id).info.status == "RUNNING"
@@ -113,16 +96,16 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run_without_a_point_twice(fold
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     run, config = make_run(folder)
     tracker = begin(run, config)
-    log(tracker, 1, 30)
+    log_steps(tracker, 1, 30)
     tracker.close("STOPPED")
     store, run_id = open_store(run, config)
     assert store.read_run(run_id).info.status == "RUNNING"
     tracker = begin(run, config, 17)
-    log(tracker, 18, 40)
+    log_steps(tracker, 18, 40)
     tracker.close("FAILED")
     assert store.read_run(run_id).info.status == "FAILED"
     tracker = begin(run, config, 40)
-    until(lambda: store.read_run(run_id).info.status == "RUNNING" or tracker.log(41, {"train/loss": 0.1}))
+    wait_for(lambda: store.read_run(run_id).info.status == "RUNNING" or tracker.log(41, {"train/loss": 0.1}), 30)
     tracker.close("FINISHED")
     assert of_mlflow(run, config) == of_journal(run)
     assert [step for step, *_ in of_journal(run)["train/loss"]] == list(range(1, 42))
@@ -157,20 +140,6 @@ def test_a_process_that_ends_after_its_successor_began_does_not_change_the_statu
     assert sync(run).status == "FINISHED"
 
 
-def test_a_run_that_somebody_deleted_in_mlflow_is_restored_and_misses_nothing(folder):
-    run, config = make_run(folder)
-    tracker = begin(run, config)
-    log(tracker, 1, 10)
-    until(lambda: state.load(run).stores and any(s.sent for s in state.load(run).stores.values()))
-    store, run_id = open_store(run, config)
-    store._client.delete_run(run_id)
-    log(tracker, 11, 20)
-    tracker.close("FINISHED")
-    sync(run)
-    assert of_mlflow(run, config) == of_journal(run)
-    assert store.read_run(run_id).info.lifecycle_stage == "active"
-
-
 def test_the_metrics_that_a_store_refuses_do_not_keep_the_others_back(folder, caplog):
     run, config = make_run(folder)
     tracker = begin(run, config)
@@ -194,47 +163,6 @@ def test_values_that_are_no_numbers_do_not_stop_the_upload(folder):
     assert there["train/loss"][1][2] == 1.0
 
 
-def test_an_mlflow_run_whose_id_was_lost_is_found_again(folder):
-    run, config = make_run(folder)
-    tracker = begin(run, config)
-    log(tracker, 1, 10)
-    tracker.close("FINISHED")
-    _store, run_id = open_store(run, config)
-    state.update(run, lambda s: s.stores.clear())  # killed after the run was made, before its id was written down
-    assert sync(run).run_id == run_id
-    assert of_mlflow(run, config) == of_journal(run)
-
-
-def test_of_two_mlflow_runs_of_one_run_the_older_stays(folder):
-    run, config = make_run(folder)
-    tracker = begin(run, config)
-    tracker.close("FINISHED")
-    store, run_id = open_store(run, config)
-    client = store._client
-    experiment = store.read_run(run_id).info.experiment_id
-    late = client.create_run(experiment, tags={"pipeline.identity": state.load(run).identity})
-    state.update(run, lambda s: s.stores.clear())
-    assert sync(run).run_id == run_id
-    assert store.read_run(late.info.run_id).info.lifecycle_stage == "deleted"
-
-
-def test_a_store_that_was_thrown_away_is_filled_again(folder, empty_store):
-    run, config = make_run(folder)
-    tracker = begin(run, config)
-    log(tracker, 1, 10)
-    tracker.close("FINISHED")
-    shutil.copyfile(empty_store.file, folder / "mlflow.db")
-    sync(run)
-    assert of_mlflow(run, config) == of_journal(run)
-
-
-def test_a_kill_while_a_new_sqlite_store_is_being_made_leaves_no_half_of_one(empty_store):
-    from mlflow import MlflowClient
-
-    assert empty_store.file.name not in empty_store.left_by_the_kill and empty_store.left_by_the_kill
-    assert MlflowClient(f"sqlite:///{empty_store.file}").get_experiment_by_name("tests")
-
-
 def test_a_param_that_changed_between_two_starts_is_told_by_a_tag(folder):
     run, config = make_run(folder)
     begin(run, config).close("STOPPED")
@@ -245,53 +173,10 @@ def test_a_param_that_changed_between_two_starts_is_told_by_a_tag(folder):
     assert data.params["train.log_interval"] == "5" and data.tags["changed.train.log_interval"] == "7"
 
 
-def test_without_a_store_everything_is_on_disk_and_sync_fills_one_later(folder):
-    run, config = make_run(folder, "none")
-    tracker = begin(run, config)
-    log(tracker, 1, 30)
-    tracker.close("FINISHED")
-    assert sync(run).uri is None
-    done = sync(run, f"sqlite:///{folder}/mlflow.db")
-    assert done.status == "FINISHED" and done.points >= 93
-    assert of_mlflow(run, config) == of_journal(run)
-    assert sync(run, f"sqlite:///{folder}/mlflow.db").points == 0
-
-
-def test_a_run_whose_process_was_killed_is_killed_after_the_next_sync(folder):
-    run, config = make_run(folder)
-    tracker = begin(run, config)
-    log(tracker, 1, 10)
-    assert is_alive(run)
-    assert sync(run).status == "RUNNING"
-    tracker._helper.close(30)
-    os.close(tracker._alive)  # what the kernel does to the lock of a process that was killed
-    assert not is_alive(run)
-    done = sync(run)
-    assert done.status == "KILLED"
-    store, run_id = open_store(run, config)
-    assert store.read_run(run_id).info.status == "KILLED"
-    begin(run, config, 10).close("FINISHED")
-    assert store.read_run(run_id).info.status == "FINISHED"
-
-
-def test_a_server_that_is_not_there_gives_one_message_and_loses_nothing(tmp_path):
-    run, config = make_run(tmp_path, f"http://127.0.0.1:{unused_port()}")
-    began = time.monotonic()
-    tracker = begin(run, config)
-    log(tracker, 1, 30)
-    tracker.close("FINISHED")
-    assert time.monotonic() - began < 20
-    assert len(of_journal(run)["train/loss"]) == 30
-    with pytest.raises(
-        PipelineError, match=r"MLflow at http://127.0.0.1:\d+: cannot be reached \(Connection refused\)"
-    ):
-        sync(run)
-
-
 def test_an_exported_model_becomes_a_registered_version_that_names_its_checkpoint(folder):
     run, config = make_run(folder)
     tracker = begin(run, config)
-    log(tracker, 1, 20)
+    log_steps(tracker, 1, 20)
     tracker.event("checkpointed", step=10, path="step_00000010", digest="1" * 64)
     tracker.event("checkpointed", step=20, path="step_00000020", digest="2" * 64)
     tracker.close("FINISHED")
@@ -316,7 +201,7 @@ def test_an_exported_model_becomes_a_registered_version_that_names_its_checkpoin
 def test_system_metrics_of_every_node_arrive_once(folder):
     run, config = make_run(folder)
     tracker = begin(run, config)
-    log(tracker, 1, 5)
+    log_steps(tracker, 1, 5)
     files = {node: run.tracking / "system" / f"{node}.jsonl" for node in ("n1", "n2")}
     files["n1"].parent.mkdir(parents=True)
 

@@ -57,9 +57,10 @@ def test_the_helper_leaves_the_processor_to_training(tmp_path):
     run, _ = make_run(tmp_path, "none")
     helper = Helper(run, None)
     process = psutil.Process(helper._process.pid)
+    behind = min(psutil.Process().nice() + 10, 19)
     by_session = Path(f"/proc/{process.pid}/autogroup")  # on kernels that share the processor out among sessions
     try:
-        wait_for(lambda: process.nice() == 10, 30)
+        wait_for(lambda: process.nice() == behind, 30)
         wait_for(lambda: not by_session.exists() or by_session.read_text().endswith("nice 10\n"), 30)
     finally:
         assert helper.close(30)
