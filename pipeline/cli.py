@@ -7,16 +7,35 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from pipeline import cli_image, cli_launch
-from pipeline.errors import EXIT_FAILED, PipelineError, StopRequested, UsageError
+from pipeline.errors import PipelineError, StopRequested, UsageError
 from slurm.devcluster import cli as cli_devcluster
+
+
+class _Interrupted(PipelineError):
+    """Ctrl-C where no training was there to save."""
+
+    def __init__(self) -> None:
+        super().__init__("interrupted; the same command goes on from what is finished")
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        # Typer would end with 130, which is no exit status that is promised, and without a word.
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
+
 
 app = typer.Typer(
     name="pipeline",
+    cls=_Commands,
     help="Text to token shards to a trained language model, here or on a Slurm cluster.",
     no_args_is_help=True,
     add_completion=False,
@@ -109,16 +128,19 @@ def sample(
     """Print text that a trained run generates."""
     from pipeline.run import open_run
     from pipeline.sample import sample_run
+    from pipeline.tracking.sync import sync_quietly
 
-    for text in sample_run(open_run(run_folder), prompt, count, seed):
+    opened = open_run(run_folder)
+    for text in sample_run(opened, prompt, count, seed):
         print(text)
+    sync_quietly(opened)
 
 
 @app.command()
 def evaluate(run_folder: RunFolder) -> None:
     """Print loss, perplexity and bits per byte of the newest checkpoint on the whole validation split."""
     from pipeline.run import open_run
-    from pipeline.tracking.sync import sync as sync_run
+    from pipeline.tracking.sync import sync_quietly
     from pipeline.train.evaluate import evaluate_run
 
     opened = open_run(run_folder)
@@ -127,10 +149,7 @@ def evaluate(run_folder: RunFolder) -> None:
         f"step {found.step}: loss {found.loss:.4f} nats/token, perplexity {found.perplexity:.2f}, "
         f"{found.bits_per_byte:.4f} bits/byte on {found.tokens:,} validation tokens"
     )
-    try:
-        sync_run(opened)
-    except PipelineError as error:  # the evaluation stands, whatever the tracking server does
-        print(f"pipeline: {error}", file=sys.stderr)
+    sync_quietly(opened)
 
 
 @app.command()
@@ -172,8 +191,12 @@ def report(
 
     from pipeline.run import open_run
     from pipeline.tracking.report import write_report
+    from pipeline.tracking.sync import sync_quietly
 
-    print(write_report([open_run(r) for r in run_folders], Path(output) if output else None))
+    runs = [open_run(r) for r in run_folders]
+    print(write_report(runs, Path(output) if output else None))
+    if output is None:  # a page elsewhere is no artifact of the run
+        sync_quietly(runs[0])
 
 
 @app.command()
@@ -222,12 +245,9 @@ def main() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         app()
-    except StopRequested as stop:
+    except (StopRequested, _Interrupted) as stop:
         print(f"pipeline: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except PipelineError as error:
         print(f"pipeline: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("pipeline: interrupted before there was anything to save", file=sys.stderr)
-        sys.exit(EXIT_FAILED)

@@ -62,7 +62,7 @@ class DataConfig(Section):
     """With `on_bad: skip`, the largest part of bad records before the build stops all the same."""
     max_document_mb: Positive = 32.0
     """A longer document is a bad record, in megabytes; this bounds the memory that a build takes."""
-    slice_size_mb: Positive = 64.0
+    slice_size_mb: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = 64.0
     """Size of the input that is read, encoded and published as one unit, in megabytes."""
     order: Literal["shuffle", "random"] = "shuffle"
     """`shuffle` draws without replacement, epoch by epoch; `random` draws windows at any place, with replacement."""
@@ -84,7 +84,7 @@ class TokenizerConfig(Section):
     end_of_text: str = Field(default="<|endoftext|>", min_length=1)
     """The special token that ends every document."""
     special_tokens: tuple[str, ...] = ()
-    """Further special tokens, reserved in the vocabulary."""
+    """Further special tokens, reserved in the vocabulary; not with `kind: file`, which has its own."""
     train_sample_mb: Positive = 256.0
     """Text that a BPE is trained on, at most, in megabytes."""
 
@@ -215,17 +215,27 @@ class TrackingConfig(Section):
         return tracking_uri_problem(self.uri)
 
 
+_ALLOWED_URIS = "allowed: sqlite:///FILE, http(s)://HOST:PORT or none"
+
+
 def tracking_uri_problem(uri: str) -> str | None:
     """What is wrong with the address of a tracking store; None if nothing."""
-    if uri == "none" or (uri.startswith("sqlite:///") and len(uri) > len("sqlite:///")):
+    if uri == "none":
         return None
-    parts = urlsplit(uri)
-    if parts.username is not None or parts.password is not None:
-        # The address ends up in config.yaml and in messages, so it is not repeated here either.
+    if uri.startswith("sqlite:///") and len(uri) > len("sqlite:///"):
+        # SQLAlchemy would take what follows for options.
+        return f"holds a ?; {_ALLOWED_URIS}" if "?" in uri else None
+    # The address ends up in config.yaml and in messages: one that may hold a secret is not repeated here either.
+    if "@" in uri:
         return "holds a user name or password; give them by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return f"given {uri!r}, allowed: sqlite:///FILE, http(s)://HOST:PORT or none"
-    return None
+    if "?" in uri or "#" in uri:
+        return f"holds a query or fragment (? or #); a token is given by MLFLOW_TRACKING_TOKEN; {_ALLOWED_URIS}"
+    try:
+        parts = urlsplit(uri)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket that is not closed, or a port that is no number, which may be a password
+        return f"has a host or port that cannot be; {_ALLOWED_URIS}"
+    return None if whole else f"given {uri!r}, {_ALLOWED_URIS}"
 
 
 class ContainerConfig(Section):

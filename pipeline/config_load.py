@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config
+from pipeline.data.tokenizer_json import byte_characters
 from pipeline.errors import Problem
 from pipeline.section_load import Vocabulary, dump, shown
 
@@ -45,6 +46,12 @@ def dump_config(config: Config) -> str:
 
 
 # ---- checks across fields --------------------------------------------------------------------
+
+
+def _ordinary_characters(config: Config) -> list[str]:
+    """The special tokens that are entries of every vocabulary that is made here."""
+    wanted = (config.tokenizer.end_of_text, *config.tokenizer.special_tokens)
+    return [token for token in wanted if token in byte_characters()]
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,19 @@ _CHECKS = (
         lambda c: "names a token twice (end_of_text is one already)",
     ),
     _Check(
+        ("tokenizer.special_tokens", "tokenizer.kind"),
+        lambda c: c.tokenizer.kind == "file" and bool(c.tokenizer.special_tokens),
+        lambda c: "given with kind: file, allowed: none; the tokenizer.json has its own",
+    ),
+    _Check(
+        ("tokenizer.end_of_text", "tokenizer.special_tokens", "tokenizer.kind"),
+        lambda c: c.tokenizer.kind != "file" and bool(_ordinary_characters(c)),
+        lambda c: (
+            f"{', '.join(map(repr, _ordinary_characters(c)))}: given a character that the vocabulary has as "
+            "ordinary text, allowed for end_of_text and special_tokens: a word, <|endoftext|> say"
+        ),
+    ),
+    _Check(
         ("data.sources",),
         lambda c: len({s.name for s in c.data.sources}) < len(c.data.sources),
         lambda c: "two sources have the same name",
@@ -163,6 +183,17 @@ _OWN_DEEPSPEED_KEYS = {
     "zero_optimization.overlap_comm": "train.overlap_comm",
     "zero_optimization.cpu_offload": "train.offload_optimizer",
     "zero_optimization.compute_grad_norm": "the project: it clips itself",
+    "communication_data_type": "the project: gradients are averaged in float32",
+    "sparse_gradients": "the project: gradients are dense",
+    "compression_training": "the project: the model is its own",
+    "progressive_layer_drop": "the project: the model is its own",
+    "curriculum_learning": "the project: it draws the batches itself",
+    "data_efficiency": "the project: it draws the batches itself",
+    "elasticity": "the project: a run goes on at any world size",
+    "zero_optimization.mics_shard_size": "the project: a run goes on at any world size",
+    "zero_optimization.zero_quantized_weights": "the project: nothing is rounded on its way",
+    "zero_optimization.zero_quantized_nontrainable_weights": "the project: nothing is rounded on its way",
+    "zero_optimization.zero_quantized_gradients": "the project: nothing is rounded on its way",
 }
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     fsync_dir(path.parent)
 
 
+def is_temporary(path: Path, names: Sequence[str]) -> bool:
+    """Whether a file is what a killed `write_bytes` of one of these names leaves beside it."""
+    return any(re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}\.tmp", path.name) for name in names)
+
+
 def write_text(path: Path, text: str) -> None:
     """Publishes a UTF-8 text file whole."""
     write_bytes(path, text.encode())
@@ -56,7 +63,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Publishes a JSON file whole, indented for people to read."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    content = bytearray()
+    # Not json.dumps, which first makes a list of all the pieces: some hundred bytes for each word of the file.
+    for piece in json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(value):
+        content += piece.encode()
+    write_bytes(path, bytes(content + b"\n"))
 
 
 def read_json(path: Path) -> Any:

@@ -30,6 +30,7 @@ def run_all(config: Config) -> None:
     from pipeline.data.dataset import open_dataset
     from pipeline.data.display import prepare_here
     from pipeline.sample import sample_run
+    from pipeline.tracking.sync import sync_quietly
     from pipeline.train.evaluate import evaluate_run
     from pipeline.train.loop import train
 
@@ -46,6 +47,7 @@ def run_all(config: Config) -> None:
     console.print("[bold]A sample:[/bold]")
     console.print(texts[0], soft_wrap=True, markup=False)
     console.print(_next_commands(run, config), soft_wrap=True, markup=False)
+    sync_quietly(run)  # tracking closed with the training: the evaluation and the sample came after
 
 
 def _results(run: Run, evaluation: Evaluation, bigram: float, seconds: float) -> Table:

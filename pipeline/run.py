@@ -41,7 +41,7 @@ class Run:
     @property
     def name(self) -> str:
         """Name of the run."""
-        return self.path.name
+        return Path(os.path.abspath(self.path)).name  # noqa: PTH100  # `.` has no name; a link keeps its own
 
     @property
     def config_file(self) -> Path:

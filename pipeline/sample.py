@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.checkpoint.export import load_weights
 from pipeline.checkpoint.read import newest_checkpoint
-from pipeline.config import ModelConfig
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import UsageError
 from pipeline.files import write_text
 from pipeline.model.generate import generate
-from pipeline.model.transformer import TransformerLM
 from pipeline.run import Run
-
-
-def build_model(config: ModelConfig) -> TransformerLM:
-    """A model of this shape with fresh weights, on the CPU."""
-    return TransformerLM(**config.model_dump())
+from pipeline.train.model import load_model
 
 
 def sample_run(run: Run, prompt: str | None = None, count: int = 1, seed: int = 0) -> list[str]:
@@ -40,9 +33,7 @@ def sample_run(run: Run, prompt: str | None = None, count: int = 1, seed: int = 
     if not prompt_ids:
         raise UsageError("the prompt is empty; give at least one character")
     checkpoint = newest_checkpoint(run.checkpoints)
-    model = build_model(config.model)
-    model.load_state_dict(load_weights(checkpoint))
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = load_model(config, checkpoint)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     texts = []
     for _ in range(count):

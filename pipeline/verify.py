@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.errors import CheckpointError, PipelineError, UsageError
+from pipeline.files import read_json
 from pipeline.run import Run, open_run
 
 
@@ -15,10 +16,8 @@ def verify_path(path: str) -> str:
         UsageError: The folder is none of them.
         PipelineError: Something is missing or damaged; the message names it.
     """
-    from pipeline.data.plan import PLAN
-
     folder = Path(path)
-    if (folder / PLAN).exists():
+    if _is_dataset(folder):
         return _verify_dataset(folder)
     if (folder / "manifest.json").exists():
         return _verify_checkpoint(folder)
@@ -27,6 +26,17 @@ def verify_path(path: str) -> str:
     raise UsageError(
         f"{path}: is neither a dataset nor a checkpoint (it has no manifest.json), nor a run (it has no config.yaml)"
     )
+
+
+def _is_dataset(folder: Path) -> bool:
+    """By what the manifest says, as the other files of a dataset are not needed to read it; unfinished, by its plan."""
+    from pipeline.data.plan import PLAN
+
+    manifest = folder / "manifest.json"
+    if (folder / PLAN).exists() or not manifest.exists():
+        return (folder / PLAN).exists()
+    tree = read_json(manifest)
+    return isinstance(tree, dict) and "tokenizer_digest" in tree
 
 
 def _verify_run(run: Run) -> str:

@@ -44,7 +44,18 @@ def test_one_command_makes_a_model_and_a_second_run_of_it_repeats_nothing(tmp_pa
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert evaluation["step"] == 60 and 0 < evaluation["loss"] < 5.8
     metrics = (run / "metrics.jsonl").read_text()
-    assert (tmp_path / "mlflow.db").exists()
+    assert _in_mlflow(tmp_path, run) == {"evaluation": evaluation["loss"], "samples": {"step_00000060.txt": sample}}
+
+    for command in (["sample", str(run), "--prompt", "We"], ["report", str(run)]):
+        done = pipeline(*command, cwd=tmp_path)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+    second = (run / "samples" / "step_00000060.txt").read_text()
+    assert second.startswith("We")
+    assert _in_mlflow(tmp_path, run) == {
+        "evaluation": evaluation["loss"],
+        "samples": {"step_00000060.txt": second},
+        "report": (run / "report.html").read_text(),
+    }
 
     again = pipeline("run", config, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -115,6 +126,22 @@ def _by_hand(folder: Path, context: int) -> float:
             nats -= math.log((pairs[a, b] + s * (targets[b] + 1) / total) / (firsts[a] + s))
         best = min(best, nats / scored)
     return best
+
+
+def _in_mlflow(folder: Path, run: Path) -> dict[str, object]:
+    """What MLflow has of what came after the training."""
+    from mlflow import MlflowClient
+
+    (store,) = json.loads((run / "mlflow.json").read_text())["stores"].values()
+    recorded = MlflowClient(f"sqlite:///{folder}/mlflow.db").get_run(store["run_id"])
+    artifacts = Path(recorded.info.artifact_uri.removeprefix("file://"))
+    found: dict[str, object] = {
+        "evaluation": recorded.data.metrics.get("evaluation/loss"),
+        "samples": {f.name: f.read_text() for f in (artifacts / "samples").glob("*")},
+    }
+    if (artifacts / "report.html").exists():
+        found["report"] = (artifacts / "report.html").read_text()
+    return found
 
 
 def _losses(folder: Path) -> list[float]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.checkpoint.layout import published, step_name, step_of
@@ -37,6 +38,9 @@ _LLAMA_NAMES = (
     (".ffn.w3.", ".mlp.up_proj."),
 )
 _RMS_NORM_EPS = 1e-5
+_HF_FILES = frozenset(
+    {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+)
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -138,8 +142,7 @@ def _write_weights(
 
 def _write_hf(folder: Path, run: Run, checkpoint: Path) -> None:
     config = run.config()
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: exists and is no exported model; choose another place by --output")
+    _check_replaceable(folder)
     tokenizer = Tokenizer.load(run.tokenizer_file, config.tokenizer.end_of_text)
     temp = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     temp.mkdir(parents=True)
@@ -160,6 +163,28 @@ def _write_hf(folder: Path, run: Run, checkpoint: Path) -> None:
         publish_dir(temp, folder)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuses a place where anything lies but an earlier export: it would be deleted."""
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if names and (names != _HF_FILES or not _is_ours(folder / "model.safetensors")):
+        others = f" ({', '.join(sorted(names - _HF_FILES)[:3])})" if names - _HF_FILES else ""
+        raise UsageError(
+            f"{folder}: exists and is no exported model of this program, or holds other files{others} too; "
+            "choose another place by --output"
+        )
+
+
+def _is_ours(weights: Path) -> bool:
+    """Whether it names the step it was exported from, which other programs' files do not."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return "step" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def _llama_name(name: str) -> str:

@@ -4,7 +4,7 @@
         manifest.json                     everything about the state, with a digest of itself
         rank_00000.safetensors            the fragments that rank wrote
     checkpoints/.step_00001000.ab12.tmp/  being written by the attempt ab12
-    checkpoints/step_00001000.rejected/   found damaged, kept for a person to look at
+    checkpoints/step_00001000.rejected/   set aside, kept for a person to look at
 
 A tensor in a rank's file is `KEY/NAME`: KEY is `weight`, `exp_avg` or `exp_avg_sq`, NAME a parameter; it holds
 the elements `[start, start + length)` of the flattened parameter in float32, as the manifest says.
@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError
-from pipeline.files import sha256_bytes, write_json
+from pipeline.files import sha256_bytes, write_bytes
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -61,10 +61,12 @@ class Manifest:
         """The fragments of a parameter, by their start."""
         return sorted((Fragment(*f) for f in self.parameters[name]["fragments"]), key=lambda f: f.start)
 
-    def save(self, folder: Path) -> None:
-        """Writes manifest.json with a digest of itself."""
-        content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        write_json(folder / MANIFEST, {**content, "digest": _digest(content)})
+    def save(self, folder: Path) -> str:
+        """Writes manifest.json with a digest of itself; returns the digest, which names the whole checkpoint."""
+        content = _encoded({"format_version": FORMAT_VERSION, **vars(self)})
+        digest = sha256_bytes(content)
+        write_bytes(folder / MANIFEST, content.removesuffix(b"}") + _seal(digest))
+        return digest
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -75,14 +77,15 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            tree = json.loads(path.read_bytes())
+            content = path.read_bytes()
+            tree = json.loads(content)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
         except ValueError as error:
             raise CheckpointError(f"{path}: is damaged ({error})") from error
         if not isinstance(tree, dict) or tree.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(f"{path}: is not of format {FORMAT_VERSION}, the one this program reads")
-        if tree.pop("digest", None) != _digest(tree):
+        if not _is_intact(content, tree.pop("digest", None), tree):
             raise CheckpointError(f"{path}: is damaged (its digest does not match its content)")
         tree.pop("format_version")
         return cls(**tree)
@@ -115,5 +118,30 @@ def published(checkpoints: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return sha256_bytes(json.dumps(content, sort_keys=True).encode())
+def _encoded(tree: dict[str, Any]) -> bytes:
+    """`json.dumps(tree, sort_keys=True)`, in pieces no longer than one parameter.
+
+    The fragments of a thousand ranks are tens of megabytes: one call for all of them holds the interpreter, and with
+    it the training loop, for a second.
+    """
+    return _object({k: _object(_texts(v)) if isinstance(v, dict) else json.dumps(v) for k, v in tree.items()}).encode()
+
+
+def _texts(values: dict[str, Any]) -> dict[str, str]:
+    return {name: json.dumps(value, sort_keys=True) for name, value in values.items()}
+
+
+def _object(texts: dict[str, str]) -> str:
+    return "{" + ", ".join(f"{json.dumps(name)}: {text}" for name, text in sorted(texts.items())) + "}"
+
+
+def _seal(digest: str) -> bytes:
+    """The end of a manifest: what is before it, and a brace, is what was hashed."""
+    return f', "digest": "{digest}"}}\n'.encode()
+
+
+def _is_intact(content: bytes, digest: Any, tree: dict[str, Any]) -> bool:
+    seal = _seal(digest)
+    if content.endswith(seal) and sha256_bytes(content.removesuffix(seal) + b"}") == digest:
+        return True
+    return sha256_bytes(_encoded(tree)) == digest  # another layout of the same JSON: earlier ones were indented

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pipeline.checkpoint.draft import Draft, Writer
 from pipeline.checkpoint.host_copy import HostCopy, OwnedFragment, device_event
-from pipeline.checkpoint.retention import remove_old
+from pipeline.checkpoint.retention import Retention
 from pipeline.config import CheckpointConfig
 from pipeline.errors import CheckpointError
 
@@ -28,12 +28,14 @@ class Saved:
         path: The published folder; None if the save failed.
         error: Why it failed, or None.
         seconds: From the request to durable.
+        digest: Names the whole content: the digest in its manifest; None if the save failed.
     """
 
     step: int
     path: Path | None
     error: str | None
     seconds: float
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,23 @@ class CheckpointSaver:
         writer: This process.
         config: Retention and policies.
         report: Called on rank 0 from the thread with what came of each save.
+        rollback_steps: How many steps before the newest checkpoint a rollback may have to go back to; 0 where there
+            are no rollbacks.
     """
 
     def __init__(
-        self, checkpoints: Path, writer: Writer, config: CheckpointConfig, report: Callable[[Saved], None]
+        self,
+        checkpoints: Path,
+        writer: Writer,
+        config: CheckpointConfig,
+        report: Callable[[Saved], None],
+        rollback_steps: int = 0,
     ) -> None:
         self._checkpoints = checkpoints
         self._writer = writer
         self._config = config
         self._report = report
+        self._retention = Retention(checkpoints, config, rollback_steps)
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
         self._copied.set()
@@ -151,16 +161,18 @@ class CheckpointSaver:
 
     def _save(self, request: _Request, ready: Any, began: float) -> None:
         draft = Draft(self._checkpoints, self._writer, request.step, self._saves)
-        path, problem = None, None
+        path, digest, problem = None, None, None
         try:
             try:
                 copies = self._host_copy.take(request.fragments, ready)
             finally:
                 self._copied.set()
+            if self._writer.rank == 0:
+                draft.remove_older()
             draft.check_space(sum(t.nbytes for t in copies.values()))
             draft.write_part(request.fragments, copies)
             if self._writer.rank == 0:
-                path = draft.publish(request.state, self._config.timeout_min * 60)
+                path, digest = draft.publish(request.state, self._config.timeout_min * 60)
         except Exception as error:
             # Whatever it is (safetensors reports a full disk as a bare Exception): a thread that dies unheard would
             # let the run say that everything is saved.
@@ -170,5 +182,5 @@ class CheckpointSaver:
         self._failure = problem
         if path is not None:
             with contextlib.suppress(OSError):  # the new one is whole; what could not go now goes after the next
-                remove_old(self._checkpoints, self._config)
-        self._report(Saved(request.step, path, problem, time.monotonic() - began))
+                self._retention.remove_old(path, request.state.get("val_loss"))
+        self._report(Saved(request.step, path, problem, time.monotonic() - began, digest))

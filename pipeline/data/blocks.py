@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,10 +39,17 @@ class Cut:
 
 @dataclass(frozen=True)
 class Damage:
-    """The archive cannot be read from somewhere after `offset` on; an unfinished record before it is given up."""
+    """The archive cannot be read from `offset` on; an unfinished record before it is given up.
+
+    Attributes:
+        offset: Place in the decompressed content.
+        reason: What is wrong.
+        lost: Bytes of the file that cannot be trusted.
+    """
 
     offset: int
     reason: str
+    lost: int
 
 
 def can_overlap(separator: bytes) -> bool:
@@ -72,7 +79,7 @@ def first_record(stream: Stream, separator: bytes, start: int) -> int | None:
 
 
 def record_blocks(
-    stream: Stream, separator: bytes, offset: int, limit: int, step: int | None = None
+    stream: Stream, separator: bytes, offset: int, longest: int, step: int | None = None
 ) -> Iterator[Block | Cut | Damage]:
     """Reads on from a record's beginning to the end of the stream.
 
@@ -80,17 +87,20 @@ def record_blocks(
         stream: Stands at `offset`.
         separator: Ends a record.
         offset: Where a record begins.
-        limit: Bytes of the longest record that is kept in memory.
+        longest: Bytes of the longest record, with its separator, that is kept in memory; shorter ones than a block are
+            kept all the same.
         step: A cut is wanted at every multiple of it.
     """
+    longest = max(longest, BLOCK_BYTES)
     target = _next_multiple(offset, step)
-    pending = b""
+    pending = ready = b""
     while True:
         try:
-            piece = stream.read(_read_size(offset, len(pending), target))
+            piece = ready or stream.read(_read_size(offset, len(pending), target))
         except DamagedArchiveError as error:
-            yield Damage(offset + len(pending), str(error))
+            yield Damage(offset + len(pending), str(error), error.lost)
             return
+        ready = b""
         if not piece:
             if pending:
                 yield Block(offset, pending)
@@ -101,40 +111,63 @@ def record_blocks(
                 end = _end_at_or_after(data, separator, target - offset)
                 if end is None:
                     break
-                yield Block(offset, data[:end])
+                yield from _judged(offset, data[:end], separator, longest)
                 offset, data = offset + end, data[end:]
                 yield Cut(offset)
                 target = _next_multiple(offset, step)
             pending, piece = b"", data
-        whole, data = _parted(pending, piece, separator)
+        whole, pending = _parted(pending, piece, separator)
         if whole:
-            yield Block(offset, whole)
+            yield from _judged(offset, whole, separator, longest)
             offset += len(whole)
-        if len(data) > limit:
-            kind: Literal["begins", "goes on"] = "begins"
-            while True:
-                end = data.find(separator) + len(separator)
-                if end >= len(separator):
-                    yield Block(offset, data[:end], kind)
-                    offset, data = offset + end, data[end:]
-                    break
-                # The end may have the first bytes of a separator.
-                done = len(data) - len(separator) + 1
-                yield Block(offset, data[:done], kind)
-                offset, data, kind = offset + done, data[done:], "goes on"
-                try:
-                    piece = stream.read(BLOCK_BYTES)
-                except DamagedArchiveError as error:
-                    yield Damage(offset + len(data), str(error))
-                    return
-                if not piece:
-                    yield Block(offset, data, kind)
-                    return
-                data += piece
+        if len(pending) > longest:
+            behind = yield from _long_record(stream, separator, offset, pending)
+            if behind is None:
+                return
+            (offset, ready), pending = behind, b""
             if target is not None and offset >= target:
                 yield Cut(offset)
                 target = _next_multiple(offset, step)
-        pending = data
+
+
+def _judged(offset: int, data: bytes, separator: bytes, longest: int) -> Iterator[Block]:
+    """Whole records as a block, with the first in one of its own if it is too long.
+
+    No other one can be: it lies in what was read last, which is no longer than a block. Without this it would depend on
+    where reading began, thus on interruptions, whether such a record is seen whole or in parts.
+    """
+    if len(data) > longest:
+        end = _end_at_or_after(data, separator, 0)
+        if end is not None and end > longest:
+            yield Block(offset, data[:end], "begins")
+            offset, data = offset + end, data[end:]
+    if data:
+        yield Block(offset, data)
+
+
+def _long_record(
+    stream: Stream, separator: bytes, offset: int, data: bytes
+) -> Generator[Block | Damage, None, tuple[int, bytes] | None]:
+    """Yields a record that is too long in parts; returns where it ends and what was read behind it."""
+    kind: Literal["begins", "goes on"] = "begins"
+    while (end := data.find(separator)) < 0:
+        # The end may have the first bytes of a separator.
+        done = len(data) - len(separator) + 1
+        yield Block(offset, data[:done], kind)
+        offset, data, kind = offset + done, data[done:], "goes on"
+        try:
+            piece = stream.read(BLOCK_BYTES)
+        except DamagedArchiveError as error:
+            yield Damage(offset + len(data), str(error), error.lost)
+            return None
+        if not piece:
+            if data:
+                yield Block(offset, data, kind)
+            return None
+        data += piece
+    end += len(separator)
+    yield Block(offset, data[:end], kind)
+    return offset + end, data[end:]
 
 
 def _next_multiple(offset: int, step: int | None) -> int | None:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -15,15 +14,16 @@ from typing import Literal, overload
 
 from pipeline.config import Config
 from pipeline.data.ahead import ahead
-from pipeline.data.bad import check_fraction
 from pipeline.data.changes import refuse_changed_content, touched_files
 from pipeline.data.chunks import Chunk, Piece
 from pipeline.data.join import make_manifest
 from pipeline.data.manifest import MANIFEST, TOKENIZER, Manifest
 from pipeline.data.memory import WordCaches
-from pipeline.data.plan import Plan, Task, agree, make_plan, record, share
+from pipeline.data.plan import Plan, Task, make_plan, share, task_bytes
+from pipeline.data.published import Record, any_published, finished, published, remove_leftovers
 from pipeline.data.readers import read_task
-from pipeline.data.slices import Record, SliceWriter, finished, published, remove_leftovers
+from pipeline.data.recorded import PlanGuard, agree, record
+from pipeline.data.slices import SliceWriter
 from pipeline.data.sources import stamp_of
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.data.vocabulary import dtype_of_ids, open_tokenizer
@@ -95,12 +95,13 @@ def prepare(
 
 def _prepare(config: Config, folder: Path, slice_spec: tuple[int, int] | None, report: Report) -> Manifest | None:
     plan = make_plan(config)
-    recorded = agree(folder, plan)
+    touched = touched_files(agree(folder, plan, any_published(folder)), plan)
+    guard = PlanGuard(folder, plan)
     tokenizer = _open_tokenizer(config, plan, folder, report)
-    build = _Build(config, plan, folder, tokenizer, report)
-    build.check(touched_files(recorded, plan))
-    if recorded.files != plan.files:
-        record(folder, plan)
+    build = _Build(config, plan, folder, tokenizer, report, guard)
+    build.check(touched)
+    if touched:
+        _record_stamps(folder, plan)
     build.run(share(plan.tasks, slice_spec))
     return build.join()
 
@@ -108,7 +109,9 @@ def _prepare(config: Config, folder: Path, slice_spec: tuple[int, int] | None, r
 class _Build:
     """The parts of a build that its steps share."""
 
-    def __init__(self, config: Config, plan: Plan, folder: Path, tokenizer: Tokenizer, report: Report) -> None:
+    def __init__(
+        self, config: Config, plan: Plan, folder: Path, tokenizer: Tokenizer, report: Report, guard: PlanGuard
+    ) -> None:
         self._config = config
         self._plan = plan
         self._folder = folder
@@ -118,10 +121,11 @@ class _Build:
         self._cores = len(os.sched_getaffinity(0))
         self._caches = WordCaches(tokenizer, self._cores)
         self._build = sha256_bytes(json.dumps([plan.settings, tokenizer.digest], sort_keys=True).encode())
+        self._guard = guard
+        self._bytes = task_bytes(plan)
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._done = self._total = self._records = 0
-        self._bad: Counter[str] = Counter()
+        self._done = self._total = 0
         self._finished: dict[int, list[Record]] = {}
 
     def check(self, touched: set[tuple[int, int]]) -> None:
@@ -141,7 +145,7 @@ class _Build:
         missing = [t for t in tasks if not finished(self._published(t))]
         if not missing:
             return
-        self._total = sum(self._bytes_of(t) for t in missing)
+        self._total = sum(self._bytes[t.number] for t in missing)
         self._report(Progress("slices", 0, self._total))
         # Each has a thread beside it that reads ahead; more encoders would only warm more caches of words.
         with ThreadPoolExecutor(min(self._cores, len(missing)), thread_name_prefix="prepare") as pool:
@@ -191,6 +195,7 @@ class _Build:
                 break
         last = pieces[-1].last
         self._refuse_touched(task, pieces)
+        self._guard.check()
         writer.publish(pieces, last)
         return not last
 
@@ -205,15 +210,11 @@ class _Build:
 
     def _published(self, task: Task) -> list[Record]:
         if task.number not in self._finished:
-            found = published(self._folder, task.number, self._build)
+            found = published(self._folder, task.number, self._build, self._dtype)
             if not finished(found):
                 return found
             self._finished[task.number] = found
         return self._finished[task.number]
-
-    def _bytes_of(self, task: Task) -> int:
-        sizes = [self._plan.files[task.source][number].size for number in task.files]
-        return min(sizes[0], task.stop) - task.start if task.kind == "range" else sum(sizes)
 
     def _writer(self, task: Task, part: int) -> SliceWriter:
         return SliceWriter(
@@ -225,14 +226,12 @@ class _Build:
             dtype=self._dtype,
             validation_fraction=self._config.data.validation_fraction,
             build=self._build,
+            files=[self._plan.files[task.source][number].path for number in task.files],
         )
 
     def _count(self, chunk: Chunk) -> None:
         with self._lock:
             self._done += chunk.read
-            self._records += chunk.records
-            self._bad.update(chunk.bad)
-            check_fraction(self._bad, self._records, self._config.data.max_bad_fraction, final=False)
             self._report(Progress("slices", self._done, self._total))
 
     def join(self) -> Manifest | None:
@@ -249,6 +248,16 @@ class _Build:
         remove_leftovers(self._folder)
         self._report(Progress("done"))
         return manifest
+
+
+def _record_stamps(folder: Path, plan: Plan) -> None:
+    """So that files that were looked at again and hold what they held are not looked at the next time."""
+    if not (folder / MANIFEST).exists():
+        record(folder, plan)
+        return
+    # A finished dataset may lie on a file system that nobody writes to.
+    with contextlib.suppress(OSError):
+        record(folder, plan)
 
 
 def _open_tokenizer(config: Config, plan: Plan, folder: Path, report: Report) -> Tokenizer:

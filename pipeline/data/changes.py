@@ -8,8 +8,8 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.data.chunks import Piece
 from pipeline.data.plan import Plan, Task
+from pipeline.data.published import Record
 from pipeline.data.readers import read_task
-from pipeline.data.slices import Record
 from pipeline.errors import DataError
 
 

@@ -48,6 +48,7 @@ class Piece:
         stop: The one after the last.
         sha256: Digest of that content; of the text column for Parquet.
         last: Whether the task ends here.
+        lost: Bytes on the disk that could not be read, or not be trusted: no count of records tells how much that is.
     """
 
     file: int
@@ -55,6 +56,7 @@ class Piece:
     stop: int
     sha256: str
     last: bool
+    lost: int = 0
 
 
 class Gatherer:

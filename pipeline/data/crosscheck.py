@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.data.text import Documents, Offsets
 from pipeline.data.tokenizer import Ids, Tokenizer
@@ -14,21 +15,41 @@ from pipeline.errors import DataError
 # At most this much text of a slice: tokenizers is some hundred times slower than what it checks.
 _DOCUMENTS = 16
 _SAMPLE_BYTES = 32_000
-# Of a longer document its beginning is encoded by both.
+# Of a longer document its beginning is encoded again, by both.
 _LONGEST = 16_000
 
 
-class CrossCheck:
-    """The sample of one slice: the documents with the smallest of keyed random numbers."""
+@dataclass(frozen=True)
+class _Excerpt:
+    """A document, or the beginning of a long one, and the ids that the fast encoder gave it."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+    words: str
+    ids: Ids
+    size: int
+
+
+class CrossCheck:
+    """The sample of one slice: the documents with the smallest of keyed random numbers.
+
+    Args:
+        tokenizer: What encodes.
+        seed: Of the random numbers.
+        place: The slice, for messages.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, seed: int, place: str) -> None:
         self._tokenizer = tokenizer
         self._random = np.random.default_rng(seed)
-        self._sample: list[tuple[float, int, bytes, npt.NDArray[np.uint32] | None]] = []
+        self._place = place
+        self._sample: list[tuple[float, int, _Excerpt]] = []
         self._count = 0
 
     def offer(self, documents: Documents, ids: Ids, offsets: Offsets) -> None:
-        """Documents and the ids they got; some may be kept until `finish`."""
+        """Documents and the ids they got; some may be kept until `finish`.
+
+        Raises:
+            DataError: The encoders disagree about a long document.
+        """
         if self._tokenizer.encoder == "tokenizers" or not len(documents):
             return
         keys = self._random.random(len(documents))
@@ -36,16 +57,14 @@ class CrossCheck:
             key = -float(keys[index])
             if len(self._sample) == _DOCUMENTS and key <= self._sample[0][0]:
                 break
-            text = documents[index]
-            encoded = ids[offsets[index] : offsets[index + 1]].copy() if len(text) <= _LONGEST else None
-            item = (key, self._count, text[: _LONGEST + 1], encoded)
+            item = (key, self._count, self._excerpt(documents[index], ids[offsets[index] : offsets[index + 1]]))
             self._count += 1
             if len(self._sample) < _DOCUMENTS:
                 heapq.heappush(self._sample, item)
             else:
                 heapq.heapreplace(self._sample, item)
 
-    def finish(self, place: str) -> int:
+    def finish(self) -> int:
         """Compares.
 
         Returns:
@@ -54,21 +73,38 @@ class CrossCheck:
         Raises:
             DataError: The encoders disagree.
         """
-        chosen: list[tuple[str, npt.NDArray[np.uint32] | None]] = []
+        chosen: list[_Excerpt] = []
         size = 0
-        for _, _, text, encoded in sorted(self._sample, reverse=True):
-            if chosen and size + len(text) > _SAMPLE_BYTES:
+        for _, _, excerpt in sorted(self._sample, reverse=True):
+            if chosen and size + excerpt.size > _SAMPLE_BYTES:
                 continue
-            size += len(text)
-            chosen.append((text[:_LONGEST].decode(errors="ignore") if encoded is None else text.decode(), encoded))
-        if not chosen:
-            return 0
-        expected = self._tokenizer.reference_encode([words for words, _ in chosen])
-        for (words, encoded), reference in zip(chosen, expected, strict=True):
-            found = self._tokenizer.encode(words) if encoded is None else encoded.tolist()
-            if found != reference:
-                raise DataError(_disagreement(place, self._tokenizer, words, found, reference))
+            size += excerpt.size
+            chosen.append(excerpt)
+        if chosen:
+            self._compare(chosen)
         return len(chosen)
+
+    def _excerpt(self, text: bytes, stored: Ids) -> _Excerpt:
+        """What is to be compared of a document; of a long one the ids that were stored must begin like it.
+
+        What follows the end of an excerpt can change the ids before it, but hardly ever those of its first half. Where
+        these differ the whole document decides.
+        """
+        if len(text) <= _LONGEST:
+            return _Excerpt(text.decode(), stored.copy(), len(text))
+        words = text[:_LONGEST].decode(errors="ignore")
+        ids, _ = self._tokenizer.encode_batch(Documents.of([words.encode()]))
+        half = len(ids) // 2
+        if not np.array_equal(stored[:half], ids[:half]):
+            self._compare([_Excerpt(text.decode(), stored, len(text))])
+        return _Excerpt(words, ids.copy(), _LONGEST + 1)
+
+    def _compare(self, chosen: Sequence[_Excerpt]) -> None:
+        expected = self._tokenizer.reference_encode([excerpt.words for excerpt in chosen])
+        for excerpt, reference in zip(chosen, expected, strict=True):
+            found = excerpt.ids.tolist()
+            if found != reference:
+                raise DataError(_disagreement(self._place, self._tokenizer, excerpt.words, found, reference))
 
 
 def _disagreement(place: str, tokenizer: Tokenizer, text: str, found: list[int], reference: list[int]) -> str:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.config import DataConfig
-from pipeline.data.manifest import TOKENIZER, Manifest, Shard
+from pipeline.data.manifest import TOKENIZER, Manifest, Shard, check_sizes
 from pipeline.data.order import Order, sample_numbers
 from pipeline.errors import DataError
 from pipeline.files import sha256_file
@@ -130,9 +130,8 @@ def open_dataset(
     manifest = Manifest.load(path)
     shards = manifest.splits[split].shards
     _check_tokenizer(path, manifest, tokenizer_digest)
+    check_sizes(path, shards, manifest.numpy_dtype)
     for shard in shards:
-        _check_size(path / shard.file, shard.tokens * manifest.numpy_dtype.itemsize)
-        _check_size(path / shard.index, (shard.documents + 1) * 8)
         if vocab_size is not None and shard.largest_id >= vocab_size:
             raise DataError(
                 f"{path / shard.file}: holds token id {shard.largest_id}, but model.vocab_size is {vocab_size}; "
@@ -159,18 +158,6 @@ def _check_tokenizer(path: Path, manifest: Manifest, wanted: str | None) -> None
         raise DataError(
             f"{path}: was made with the tokenizer {manifest.tokenizer_digest[:12]}, the run uses {wanted[:12]}; "
             "point data.path at the dataset the run was started with"
-        )
-
-
-def _check_size(file: Path, expected: int) -> None:
-    try:
-        size = file.stat().st_size
-    except OSError as error:
-        raise DataError(f"{file}: the shard cannot be read ({error.strerror}); prepare the dataset again") from error
-    if size != expected:
-        raise DataError(
-            f"{file}: has {size} bytes, the manifest says {expected}; the shard is damaged: "
-            "remove the dataset and prepare it again"
         )
 
 

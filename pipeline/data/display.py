@@ -7,6 +7,7 @@ import threading
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.status import Status
 from rich.table import Table
@@ -115,7 +116,7 @@ def prepare_here(config: Config, slice_spec: tuple[int, int] | None = None) -> M
 
 def summary_table(manifest: Manifest, title: str) -> Table:
     """Documents, tokens, bytes a token, the longest document and the records that were left out."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("")
     for split in manifest.splits:
         table.add_column(split, justify="right")
@@ -146,7 +147,14 @@ def parse_slice(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     part, slash, parts = text.partition("/")
-    if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+    if not (
+        slash
+        and part.isascii()
+        and part.isdecimal()
+        and parts.isascii()
+        and parts.isdecimal()
+        and 1 <= int(part) <= int(parts)
+    ):
         raise UsageError(f"--slice {text}: is no part, allowed: I/N with I from 1 to N, 3/8 say")
     return int(part), int(parts)
 
@@ -169,7 +177,7 @@ def inspect_here(path: str, split: str, count: int, seed: int, page: str | None)
         raise UsageError(
             f"{out}: the page cannot be written ({error.strerror}); choose another place with --html"
         ) from error
-    console.print(f"written: {out}", highlight=False)
+    console.print(f"written: {out}", markup=False, highlight=False)
 
 
 def _shortened(text: str, longest: int = 1200) -> str:

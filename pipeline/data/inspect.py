@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.manifest import TOKENIZER, Manifest, Shard
+from pipeline.data.manifest import TOKENIZER, Manifest, Shard, check_sizes
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import DataError, UsageError
 from pipeline.files import write_text
@@ -42,7 +42,7 @@ def draw_documents(path: str | Path, split: str, count: int, seed: int) -> list[
     """Documents drawn at random, in the order of the dataset.
 
     Raises:
-        DataError: The split has no documents.
+        DataError: The split has no documents, or a file of it is missing or has another size.
         UsageError: There is no such split.
     """
     path = Path(path)
@@ -53,6 +53,7 @@ def draw_documents(path: str | Path, split: str, count: int, seed: int) -> list[
     ends = np.cumsum([s.documents for s in shards])
     if not len(ends):
         raise DataError(f"{path}: the {split} split has no documents")
+    check_sizes(path, shards, manifest.numpy_dtype)
     tokenizer = Tokenizer.load(path / TOKENIZER)
     total = int(ends[-1])
     numbers = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
@@ -73,9 +74,13 @@ def write_page(path: str | Path, out: Path) -> None:
     Args:
         path: The dataset folder.
         out: The page.
+
+    Raises:
+        DataError: A file of the dataset is missing or has another size.
     """
     path = Path(path)
     manifest = Manifest.load(path)
+    check_sizes(path, manifest.shards, manifest.numpy_dtype)
     tokenizer = Tokenizer.load(path / TOKENIZER)
     parts = [f"<h1>{html.escape(str(path))}</h1>", f"<p>dataset {manifest.digest}, {manifest.tokens:,} tokens</p>"]
     for name, split in manifest.splits.items():

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.bad import check_fraction
+from pipeline.data.bad import check_fraction, check_lost
 from pipeline.data.manifest import SPLITS, Manifest, Shard, Split
 from pipeline.data.plan import Plan
+from pipeline.data.published import Record
 from pipeline.data.sources import SourceFile
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import DataError
-
-Record = dict[str, Any]
 
 
 def make_manifest(
@@ -35,7 +34,10 @@ def make_manifest(
         DataError: Too much of the input was bad, or there is nothing to train on.
     """
     bad: Counter[str] = sum((Counter(r["bad"]) for r in records), Counter())
-    check_fraction(bad, sum(r["records"] for r in records), data.max_bad_fraction, final=True)
+    check_fraction(bad, sum(r["records"] for r in records), data.max_bad_fraction)
+    # Slices of before this was counted do not have it.
+    lost = sum(piece.get("lost", 0) for record in records for piece in record["pieces"])
+    check_lost(lost, sum(file.size for files in plan.files for file in files), data.max_bad_fraction)
     shards = [Shard(**shard) for record in records for shard in record["shards"]]
     if not any(s.split == "train" for s in shards):
         raise DataError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PipelineError
 from pipeline.files import read_json, sha256_bytes, write_json
 
 FORMAT_VERSION = 1
@@ -18,7 +20,7 @@ TOKENIZER = "tokenizer.json"
 SPLITS: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """A file of tokens that np.memmap opens, and the index of its documents beside it.
 
@@ -47,6 +49,10 @@ class Shard:
     largest_id: int
     sha256: str
     index_sha256: str
+
+    def sizes(self, dtype: np.dtype[Any]) -> dict[str, int]:
+        """The bytes that its two files have, by name."""
+        return {self.file: self.tokens * dtype.itemsize, self.index: (self.documents + 1) * 8}
 
 
 @dataclass(frozen=True)
@@ -183,8 +189,12 @@ class Manifest:
         )
 
     def save(self, folder: Path) -> None:
-        """Publishes the manifest, which makes the dataset a finished one."""
-        write_json(folder / MANIFEST, {**self._content(), "digest": self.digest})
+        """Publishes the manifest, which makes the dataset a finished one; one that is there already is left alone."""
+        content = {**self._content(), "digest": self.digest}
+        with contextlib.suppress(PipelineError):
+            if read_json(folder / MANIFEST) == content:
+                return
+        write_json(folder / MANIFEST, content)
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -202,6 +212,29 @@ class Manifest:
             "sources": list(self.sources),
             "shards": [asdict(shard) for shard in self.shards],
         }
+
+
+def check_sizes(folder: Path, shards: Sequence[Shard], dtype: np.dtype[Any]) -> None:
+    """Compares the sizes of shards and their indices with the manifest.
+
+    Raises:
+        DataError: A file is missing, or has another size; the message names it.
+    """
+    for shard in shards:
+        for name, expected in shard.sizes(dtype).items():
+            _check_size(folder / name, expected)
+
+
+def _check_size(file: Path, expected: int) -> None:
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise DataError(f"{file}: the shard cannot be read ({error.strerror}); prepare the dataset again") from error
+    if size != expected:
+        raise DataError(
+            f"{file}: has {size} bytes, the manifest says {expected}; the shard is damaged: "
+            "remove the dataset and prepare it again"
+        )
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -219,8 +219,3 @@ class Order:
 def sample_numbers(index: int, start: int, stop: int, batch_size: int) -> Int64s:
     """The numbers of rows `[start, stop)` of global batch `index`."""
     return index * batch_size + np.arange(start, stop, dtype=np.int64)
-
-
-def describe_remainder(tokens: int, context_length: int) -> dict[str, Any]:
-    """Windows of an epoch over a stream, and the tokens that fill none."""
-    return {"windows": (tokens - 1) // context_length, "left_out": (tokens - 1) % context_length}

@@ -6,23 +6,24 @@ a large compressed file, which can only be read from its start, one slice after 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import Config, SourceConfig
 from pipeline.data.blocks import can_overlap
 from pipeline.data.parquet import row_group_sizes
+from pipeline.data.settings import settings_of
 from pipeline.data.sources import SourceFile, find_files
 from pipeline.errors import DataError
-from pipeline.files import read_json, write_json
 
 PLAN = "plan.json"
 PLAN_VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """Something that one worker reads from start to end.
 
@@ -44,7 +45,7 @@ class Task:
     stop: int = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that decides the bytes of the dataset.
 
@@ -63,15 +64,16 @@ def make_plan(config: Config) -> Plan:
     """Looks at the sources and divides the work.
 
     Raises:
-        DataError: A source has no files or files that cannot be read.
+        DataError: A source has no files or files that cannot be read, or has one twice.
     """
     files = tuple(tuple(find_files(source)) for source in config.data.sources)
+    _refuse_names_without_text(files)
     _refuse_shared_files(config.data.sources, files)
     slice_bytes = int(config.data.slice_size_mb * 1e6)
     tasks: list[Task] = []
     for index, (source, found) in enumerate(zip(config.data.sources, files, strict=True)):
         tasks += _tasks_of(index, source, found, slice_bytes, len(tasks))
-    return Plan(_settings(config), files, tuple(tasks))
+    return Plan(settings_of(config), files, tuple(tasks))
 
 
 def share(tasks: Sequence[Task], slice_spec: tuple[int, int] | None) -> list[Task]:
@@ -82,94 +84,32 @@ def share(tasks: Sequence[Task], slice_spec: tuple[int, int] | None) -> list[Tas
     return list(tasks[part - 1 :: parts])
 
 
-def agree(folder: Path, plan: Plan) -> Plan:
-    """Records the plan in the dataset folder, or compares it with the one that is there.
-
-    Returns:
-        The recorded plan, whose file stamps are those of the first start.
-
-    Raises:
-        DataError: The folder was begun with other settings or other sources.
-    """
-    file = folder / PLAN
-    if not file.exists():
-        record(folder, plan)
-        return plan
-    old = _load(file)
-    problems = [*_changed_settings(old.settings, plan.settings), *_changed_files(old.files, plan.files)]
-    if problems:
-        raise DataError(
-            "\n".join(
-                [
-                    f"{folder}: was begun with other settings or sources; mixing them would make a dataset of neither:",
-                    *(f"  {p}" for p in problems[:20]),
-                    *([f"  and {len(problems) - 20} more"] if len(problems) > 20 else []),
-                    "Choose another data.path, or remove the folder to start over.",
-                ]
-            )
-        )
-    return old
-
-
-def record(folder: Path, plan: Plan) -> None:
-    """Writes the plan into the dataset folder."""
-    write_json(folder / PLAN, {"plan_version": PLAN_VERSION, **asdict(plan)})
-
-
-def tokenizer_differences(settings: dict[str, Any], config: Config) -> list[str]:
-    """In what the tokenizer a dataset was made with is not the config's; a line a setting.
-
-    Args:
-        settings: `settings` of the dataset's manifest.
-        config: The experiment.
-    """
-    return _changed_settings(settings["tokenizer"], _settings(config)["tokenizer"], "tokenizer.")
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    data, tokenizer = config.data, config.tokenizer
-    return {
-        "sources": [
-            {
-                "name": s.name,
-                "separator": s.separator,
-                "field": s.field,
-                "split": s.split,
-            }
-            for s in data.sources
-        ],
-        "validation_fraction": data.validation_fraction,
-        "dtype": data.dtype,
-        "slice_size_mb": data.slice_size_mb,
-        "max_document_mb": data.max_document_mb,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "end_of_text": tokenizer.end_of_text,
-            **({"special_tokens": list(tokenizer.special_tokens)} if tokenizer.kind == "bytes" else {}),
-            **(
-                {
-                    "special_tokens": list(tokenizer.special_tokens),
-                    "split_pattern": tokenizer.split_pattern,
-                    "train_sample_mb": tokenizer.train_sample_mb,
-                    "vocab_size": config.model.vocab_size,
-                }
-                if tokenizer.kind == "bpe"
-                else {}
-            ),
-        },
-    }
+def _refuse_names_without_text(files: Sequence[Sequence[SourceFile]]) -> None:
+    for file in (file for found in files for file in found):
+        try:
+            file.path.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(file.path).decode(errors="backslashreplace")
+            raise DataError(
+                f"{shown}: the file's name is no UTF-8, which the records of a dataset are written in; rename the file"
+            ) from error
 
 
 def _refuse_shared_files(sources: Sequence[SourceConfig], files: Sequence[Sequence[SourceFile]]) -> None:
-    owners: dict[Path, str] = {}
+    owners: dict[str, tuple[str, str]] = {}
     for source, found in zip(sources, files, strict=True):
         for file in found:
-            real = Path(file.path).resolve()
-            if owners.setdefault(real, source.name) != source.name:
-                raise DataError(
-                    f"{file.path}: is in the sources {owners[real]!r} and {source.name!r}; "
-                    "a file in two sources would be counted twice: narrow one of the patterns"
-                )
+            other, owner = owners.setdefault(str(Path(file.path).resolve()), (file.path, source.name))
+            if (other, owner) == (file.path, source.name):
+                continue
+            of = (
+                f"of source {source.name!r}"
+                if owner == source.name
+                else f"in the sources {owner!r} and {source.name!r}"
+            )
+            raise DataError(
+                f"{file.path}: is the same file as {other}, both {of}; its text would be counted twice: narrow `paths`"
+            )
 
 
 def _tasks_of(
@@ -178,6 +118,7 @@ def _tasks_of(
     """Small files together, a large one in parts: by bytes where it can be entered anywhere, else while it is read."""
     tasks: list[Task] = []
     group: list[int] = []
+    group_bytes = 0
 
     def add(
         kind: Literal["files", "range", "stream", "rows"], members: Sequence[int], start: int = 0, stop: int = -1
@@ -185,9 +126,11 @@ def _tasks_of(
         tasks.append(Task(first + len(tasks), index, kind, tuple(members), start, stop))
 
     def close_group() -> None:
+        nonlocal group_bytes
         if group:
             add("files", group)
-            group.clear()
+        group.clear()
+        group_bytes = 0
 
     for number, file in enumerate(files):
         kind = _kind(source, file) if file.size > slice_bytes else "files"
@@ -202,9 +145,10 @@ def _tasks_of(
                 for start, stop in _row_ranges(file, slice_bytes):
                     add("rows", [number], start, stop)
             continue
-        if group and sum(files[i].size for i in group) + file.size > slice_bytes:
+        if group_bytes + file.size > slice_bytes:
             close_group()
         group.append(number)
+        group_bytes += file.size
     close_group()
     return tasks
 
@@ -233,40 +177,22 @@ def _row_ranges(file: SourceFile, slice_bytes: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def _load(file: Path) -> Plan:
-    tree = read_json(file)
-    if tree.get("plan_version") != PLAN_VERSION:
-        raise DataError(
-            f"{file}: was written by another version of this program; remove the folder and prepare it again"
-        )
-    return Plan(
-        tree["settings"],
-        tuple(tuple(SourceFile(**{**f, "stamp": tuple(f["stamp"])}) for f in files) for files in tree["files"]),
-        tuple(Task(**{**t, "files": tuple(t["files"])}) for t in tree["tasks"]),
-    )
+def task_bytes(plan: Plan) -> list[int]:
+    """The bytes of files that each task reads, by its number; of Parquet, what its row groups are of their file."""
+    groups: dict[tuple[int, int], int] = {}
+    for task in plan.tasks:
+        if task.kind == "rows":
+            place = task.source, task.files[0]
+            groups[place] = max(groups.get(place, 0), task.stop)
+    return [
+        _bytes_of(task, plan.files[task.source], groups.get((task.source, task.files[0]), 0)) for task in plan.tasks
+    ]
 
 
-def _changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    problems = []
-    for key in {**old, **new}:
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            problems += _changed_settings(before, after, f"{prefix}{key}.")
-        elif before != after:
-            problems.append(f"{prefix}{key}: {before!r} then, {after!r} now")
-    return problems
-
-
-def _changed_files(old: Sequence[Sequence[SourceFile]], new: Sequence[Sequence[SourceFile]]) -> list[str]:
-    problems = []
-    for before_files, after_files in zip(old, new, strict=False):
-        before, after = {f.path: f for f in before_files}, {f.path: f for f in after_files}
-        problems += [f"{p}: was there then, is not now" for p in before.keys() - after.keys()]
-        problems += [f"{p}: is new" for p in after.keys() - before.keys()]
-        for path in before.keys() & after.keys():
-            was, now = before[path], after[path]
-            if was.size != now.size:
-                problems.append(f"{path}: had {was.size} bytes then, has {now.size} now")
-            if was.format != now.format:
-                problems.append(f"{path}: was read as {was.format} then, would be as {now.format} now")
-    return sorted(problems)
+def _bytes_of(task: Task, files: Sequence[SourceFile], groups: int) -> int:
+    first = files[task.files[0]].size
+    if task.kind == "range":
+        return min(first, task.stop) - task.start
+    if task.kind == "rows" and groups > 0:
+        return first // groups * (task.stop - task.start)
+    return sum(files[number].size for number in task.files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,11 @@ from pipeline.data.text import Documents
 from pipeline.errors import DataError
 
 Events = Iterator[Chunk | Piece]
+
+# A byte of text takes up to six in JSON (`\u0000`), and a line may have other fields: `max_document_mb` is for the text
+# alone, which only the whole line tells. A line that is longer than that would be is given up unseen.
+_JSON_GROWTH = 6
+_JSON_MARGIN = 1 << 20
 
 
 def read_task(
@@ -74,8 +80,8 @@ class _RecordReader:
         self._number = number
         self._source = source
         self._gatherer = gatherer
-        self._limit = limit
         self._separator = b"\n" if file.format == "jsonl" else (source.separator or "").encode()
+        self._longest = _JSON_GROWTH * limit + _JSON_MARGIN if file.format == "jsonl" else limit + len(self._separator)
 
     def read(self, start: int, step: int | None, one_slice: bool, last: bool) -> Events:
         """The records from `start` on, cut into slices of `step` bytes; to the end of the file, or one slice of it."""
@@ -85,8 +91,8 @@ class _RecordReader:
             if begin is None or (one_slice and step is not None and begin >= (start // step + 1) * step):
                 yield Piece(self._number, start, start, hashlib.sha256().hexdigest(), last)
                 return
-            digest, offset, end = hashlib.sha256(), begin, begin
-            for item in record_blocks(stream, self._separator, begin, self._limit, step):
+            digest, offset, end, lost = hashlib.sha256(), begin, begin, 0
+            for item in record_blocks(stream, self._separator, begin, self._longest, step):
                 self._gatherer.read += stream.position - position
                 position = stream.position
                 if isinstance(item, Cut):
@@ -96,7 +102,10 @@ class _RecordReader:
                         return
                     digest, offset = hashlib.sha256(), item.offset
                 elif isinstance(item, Damage):
-                    self._gatherer.report(bad.TRUNCATED, self._place(item.offset), item.reason)
+                    lost = item.lost
+                    self._gatherer.report(
+                        bad.TRUNCATED, functools.partial(_line_and_byte, self._file, item.offset), item.reason
+                    )
                 else:
                     digest.update(item.content)
                     end = item.offset + len(item.content)
@@ -108,7 +117,7 @@ class _RecordReader:
                         yield self._gatherer.take()
             if step is not None:
                 yield self._gatherer.take()
-            yield Piece(self._number, offset, end, digest.hexdigest(), last)
+            yield Piece(self._number, offset, end, digest.hexdigest(), last, lost)
 
     def _enter(self, stream: Stream, start: int, one_slice: bool) -> int | None:
         begin = first_record(stream, self._separator, start) if one_slice else start
@@ -126,7 +135,7 @@ class _RecordReader:
             add_texts(block.content, self._separator, self._gatherer, place)
 
     def _place(self, byte: int) -> Callable[[], str]:
-        return lambda: _line_and_byte(self._file, byte)
+        return functools.partial(_place_of_record, self._file, byte)
 
 
 def _read_whole(file: SourceFile, number: int, gatherer: Gatherer, limit: int, last: bool) -> Events:
@@ -134,7 +143,7 @@ def _read_whole(file: SourceFile, number: int, gatherer: Gatherer, limit: int, l
     digest = hashlib.sha256()
     content: list[bytes] = []
     size = 0
-    damage: str | None = None
+    damage: DamagedArchiveError | None = None
     with open_stream(file.path, file.compression) as stream:
         try:
             while piece := stream.read(BLOCK_BYTES):
@@ -143,17 +152,17 @@ def _read_whole(file: SourceFile, number: int, gatherer: Gatherer, limit: int, l
                 # Beyond the limit the rest is still read, for the digest, but not kept.
                 content = [*content, piece] if size <= limit else []
         except DamagedArchiveError as error:
-            damage = str(error)
+            damage = error
         gatherer.read += stream.position
     if damage is not None:
-        gatherer.report(bad.TRUNCATED, lambda: _line_and_byte(file, size), damage)
+        gatherer.report(bad.TRUNCATED, functools.partial(_line_and_byte, file, size), str(damage))
     elif size > limit:
-        gatherer.report_too_long(lambda: _line_and_byte(file, 0))
+        gatherer.report_too_long(functools.partial(_place_of_record, file, 0))
     else:
-        gatherer.add(Documents.of([b"".join(content)]), lambda _, byte: lambda: _line_and_byte(file, byte))
+        gatherer.add(Documents.of([b"".join(content)]), lambda _, byte: functools.partial(_place_of_record, file, byte))
     if gatherer.size >= CHUNK_BYTES:
         yield gatherer.take()
-    yield Piece(number, 0, size, digest.hexdigest(), last)
+    yield Piece(number, 0, size, digest.hexdigest(), last, file.size if damage is not None else 0)
 
 
 def _line_and_byte(file: SourceFile, byte: int) -> str:
@@ -165,3 +174,16 @@ def _line_and_byte(file: SourceFile, byte: int) -> str:
             left -= len(piece)
     where = f" of the decompressed content of {Path(file.path).name}" if file.compression else ""
     return f"line {line}, byte {byte}{where}"
+
+
+def _place_of_record(file: SourceFile, byte: int) -> str:
+    """Where a bad record is, and that its archive is damaged if it is: garbled text shows before a checksum does."""
+    place = _line_and_byte(file, byte)
+    if file.compression is not None:
+        with open_stream(file.path, file.compression) as stream:
+            try:
+                while stream.read(BLOCK_BYTES):
+                    pass
+            except DamagedArchiveError as error:
+                return f"{place}, a {bad.TRUNCATED} ({error})"
+    return place

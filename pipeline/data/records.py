@@ -14,6 +14,11 @@ from pipeline.data import bad
 from pipeline.data.chunks import Gatherer, Place
 from pipeline.data.text import Documents
 
+# The size of a block is a 32-bit number in Arrow.
+_ARROW_BYTES = (1 << 31) - 1
+_EXACT_DIGITS = 40
+_NEWLINE, _RETURN, _OPEN, _CLOSE = b"\n\r{}"
+
 
 def add_texts(block: bytes, separator: bytes, gatherer: Gatherer, place: Place) -> None:
     """Takes documents that are separated by `separator`; what follows the last one is a document if it is not empty."""
@@ -59,7 +64,9 @@ def _fast_json(block: bytes, field: str) -> Documents | None:
     import pyarrow
     import pyarrow.json
 
-    lines = block.count(b"\n") + (not block.endswith(b"\n"))
+    lines = _lines_of_objects(block)
+    if lines is None or len(block) >= _ARROW_BYTES:
+        return None
     if not Documents(np.frombuffer(block, np.uint8), np.array([0, len(block)])).is_utf8():
         return None
     try:
@@ -73,15 +80,37 @@ def _fast_json(block: bytes, field: str) -> Documents | None:
     except (pyarrow.ArrowInvalid, UnicodeDecodeError):
         return None
     column = table.column(field)
-    # Fewer or more rows than lines: blank lines, or objects that do not keep to their line.
+    # More rows than lines: several objects in one.
     if column.num_chunks != 1 or column.null_count or len(column) != lines:
         return None
     return from_arrow(column.chunk(0))
 
 
+def _lines_of_objects(block: bytes) -> int | None:
+    """How many lines there are; None unless each begins with `{` and ends with `}`.
+
+    Then no object goes on in the next line, as none has `}{` in it. Arrow takes no notice of line ends: without this,
+    an object over two lines makes up for two objects in one line.
+    """
+    data = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(data == _NEWLINE)
+    if not block.endswith(b"\n"):
+        ends = np.append(ends, len(data))
+    last = data[ends - 1]
+    if (last == _RETURN).any():
+        last = np.where(last == _RETURN, data[ends - 2], last)
+    first = data[np.concatenate(([0], ends[:-1] + 1))]
+    return len(ends) if (first == _OPEN).all() and (last == _CLOSE).all() else None
+
+
+def _integer(digits: str) -> int | float:
+    """An integer of JSON, which may have more digits than the 4,300 that Python converts: Arrow takes it."""
+    return int(digits) if len(digits) <= _EXACT_DIGITS else float(digits)
+
+
 def _slow_json(line: bytes, field: str, gatherer: Gatherer, place: Place) -> bytes | None:
     try:
-        record = json.loads(line.decode())
+        record = json.loads(line.decode(), parse_int=_integer)
     except UnicodeDecodeError as error:
         gatherer.report(bad.INVALID_UTF8, place(error.start), error.reason)
         return None

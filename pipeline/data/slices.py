@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,60 +19,11 @@ from pipeline.config import SourceConfig
 from pipeline.data.chunks import Chunk, Piece
 from pipeline.data.crosscheck import CrossCheck
 from pipeline.data.manifest import SPLITS, Shard
+from pipeline.data.published import RECORD, SLICES, Record, slice_name
 from pipeline.data.text import Documents, Flags, Offsets
 from pipeline.data.tokenizer import Ids, Tokenizer
 from pipeline.errors import DataError
 from pipeline.files import publish_dir, read_json, write_json
-
-SLICES = "slices"
-RECORD = "slice.json"
-
-
-Record = dict[str, Any]
-
-
-def slice_name(task: int, part: int) -> str:
-    """Name of part `part` of a task; names sort as tokens follow each other."""
-    return f"{task:06d}-{part:05d}"
-
-
-def finished(records: list[Record]) -> bool:
-    """Whether the slices of a task are all there."""
-    return bool(records) and bool(records[-1]["last"])
-
-
-def published(folder: Path, task: int, build: str) -> list[Record]:
-    """The records of the slices of a task that are done, in order.
-
-    Raises:
-        DataError: One was made by a build with other settings or another tokenizer.
-    """
-    records: list[Record] = []
-    while not records or not records[-1]["last"]:
-        file = folder / SLICES / slice_name(task, len(records)) / RECORD
-        if not file.exists():
-            break
-        record = read_json(file)
-        if record["build"] != build:
-            raise DataError(
-                f"{file.parent}: belongs to a build with other settings or another tokenizer; "
-                f"remove {folder} and prepare the dataset again"
-            )
-        _check_sizes(folder, record)
-        records.append(record)
-    return records
-
-
-def _check_sizes(folder: Path, record: Record) -> None:
-    for shard in record["shards"]:
-        file = folder / shard["file"]
-        size = file.stat().st_size if file.is_file() else None
-        # A shard holds whole tokens of two or four bytes; which, the manifest checks.
-        if size not in (2 * shard["tokens"], 4 * shard["tokens"]):
-            raise DataError(
-                f"{file}: has {size} bytes, not those of its {shard['tokens']} tokens; "
-                f"remove the folder {file.parent} and run `pipeline prepare` again"
-            )
 
 
 class _ShardWriter:
@@ -151,6 +103,7 @@ class SliceWriter:
         dtype: np.dtype[Any],
         validation_fraction: float,
         build: str,
+        files: Sequence[str],
     ) -> None:
         self.name = slice_name(task, part)
         self._final = folder / SLICES / self.name
@@ -161,7 +114,9 @@ class SliceWriter:
         self._dtype = dtype
         self._fraction = validation_fraction
         self._identity = {"slice": self.name, "task": task, "part": part, "source": source.name, "build": build}
-        self._check = CrossCheck(tokenizer, seed=task << 32 | part)
+        self._files = files
+        place = f"slice {self.name} of source {source.name}"
+        self._check = CrossCheck(tokenizer, seed=task << 32 | part, place=place)
         self._records = self._empty = 0
         self._bad: Counter[str] = Counter()
         self._shards: dict[str, _ShardWriter] = {}
@@ -178,7 +133,11 @@ class SliceWriter:
         shutil.rmtree(self._temp, ignore_errors=True)
 
     def add(self, chunk: Chunk, parallel: bool) -> None:
-        """Encodes and writes documents."""
+        """Encodes and writes documents.
+
+        Raises:
+            DataError: The tokenizer gives ordinary text the end-of-text token, or the encoders disagree.
+        """
         self._records += chunk.records
         self._empty += chunk.empty
         self._bad.update(chunk.bad)
@@ -186,6 +145,7 @@ class SliceWriter:
         if not len(documents):
             return
         ids, offsets = self._tokenizer.encode_batch(documents, parallel)
+        self._refuse_forged_end(documents, ids, offsets)
         self._check.offer(documents, ids, offsets)
         tokens = _with_ends(ids, offsets, self._tokenizer.end_of_text_id, self._dtype)
         lengths = np.diff(offsets) + 1
@@ -193,6 +153,19 @@ class SliceWriter:
         text_bytes = documents.lengths
         for split, chosen in zip(SPLITS, (~validation, validation), strict=True):
             self._shards[split].add(_only(tokens, lengths, chosen), lengths[chosen], int(text_bytes[chosen].sum()))
+
+    def _refuse_forged_end(self, documents: Documents, ids: Ids, offsets: Offsets) -> None:
+        forged = np.flatnonzero(ids == self._tokenizer.end_of_text_id)
+        if not len(forged):
+            return
+        text = documents[int(np.searchsorted(offsets, forged[0], side="right")) - 1].decode()
+        first, last, count = self._files[0], self._files[-1], len(self._files)
+        place = first if count == 1 else f"{first} to {last} ({count} files)"
+        raise DataError(
+            f"{place}: in the document that begins {text[:60]!r}, "
+            f"the tokenizer gives ordinary text the token {self._tokenizer.end_of_text!r}, which ends a document; set "
+            "tokenizer.end_of_text to a special token that stands for nothing else, unknown words say"
+        )
 
     def _for_validation(self, documents: Documents) -> Flags:
         if self._source.split != "auto" or self._fraction == 0:
@@ -205,7 +178,7 @@ class SliceWriter:
         Raises:
             DataError: The encoders disagree.
         """
-        checked = self._check.finish(f"slice {self.name} of source {self._source.name}")
+        checked = self._check.finish()
         shards = [writer.finish(self.name, self._source.name, split) for split, writer in self._shards.items()]
         record = {
             **self._identity,
@@ -225,14 +198,6 @@ class SliceWriter:
             if not (self._final / RECORD).exists() or read_json(self._final / RECORD) != record:
                 raise
         return record
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left behind; only for when every slice is published."""
-    for temp in (folder / SLICES).glob(".*.tmp"):
-        shutil.rmtree(temp, ignore_errors=True)
-    for file in folder.glob(".*.tmp"):
-        file.unlink(missing_ok=True)
 
 
 def _with_ends(ids: Ids, offsets: Offsets, end: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,18 +38,29 @@ def find_files(source: SourceConfig) -> list[SourceFile]:
     """The files of a source, sorted by name.
 
     Raises:
-        DataError: A pattern matches nothing, a file is empty or cannot be read, or its format cannot be told.
+        DataError: A pattern matches nothing or a folder, a file cannot be read, or its format cannot be told.
     """
     paths: set[str] = set()
     for pattern in source.paths:
-        matches = [p for p in glob.glob(pattern, recursive=True) if not Path(p).is_dir()]  # noqa: PTH207 - keeps the spelling
-        if not matches:
-            raise DataError(
-                f"data.sources: {source.name}: {pattern!r} matches no file (looked from {Path.cwd()}); "
-                "correct the path, or fetch the text first"
-            )
-        paths.update(matches)
+        paths.update(_matches(pattern, source))
     return [_describe(path, source) for path in sorted(paths)]
+
+
+def _matches(pattern: str, source: SourceConfig) -> list[str]:
+    """The files of a pattern; one that is the name of a file means that file, with whatever brackets are in it."""
+    found = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)  # noqa: PTH207 - keeps the spelling
+    files = [path for path in found if not Path(path).is_dir()]
+    if files:
+        return files
+    if found:
+        raise DataError(
+            f"data.sources: {source.name}: {pattern!r} names a folder, not files; name those in it, as "
+            f"{str(Path(pattern) / '**' / '*.jsonl')!r} does"
+        )
+    raise DataError(
+        f"data.sources: {source.name}: {pattern!r} matches no file (looked from {Path.cwd()}); "
+        "correct the path, or fetch the text first"
+    )
 
 
 def _describe(path: str, source: SourceConfig) -> SourceFile:
@@ -63,12 +75,15 @@ def _describe(path: str, source: SourceConfig) -> SourceFile:
         )
     try:
         found = Path(path).stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(
+                f"{path}: of source {source.name} is no regular file (a pipe, a socket or a device?), and sources are "
+                "read more than once; copy its content to a file, or leave it out of `paths`"
+            )
         with Path(path).open("rb"):
             pass
     except OSError as error:
         raise DataError(f"{path}: the file of source {source.name} cannot be read ({error.strerror})") from error
-    if found.st_size == 0:
-        raise DataError(f"{path}: the file of source {source.name} is empty; remove it or leave it out of `paths`")
     return SourceFile(path, kind, compression, found.st_size, _stamp(found))
 
 

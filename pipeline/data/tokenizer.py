@@ -52,12 +52,13 @@ class Tokenizer:
         self.end_of_text = found
         self.end_of_text_id = self.special_tokens[found]
         self._reference: tokenizers.Tokenizer | None = None
+        self._decoder: tokenizers.Tokenizer | None = None
         self.notice: str | None = None
         self._fast: Any = None
         if tokenizer_json.is_bytes(tree):
             self.encoder = "bytes"
             return
-        self._ordinary = json.dumps(tokenizer_json.without_special_tokens(tree))
+        self._ordinary = json.dumps(tokenizer_json.without_special_tokens(tokenizer_json.ordinary_text_only(tree)))
         try:
             self._fast = _load_gigatoken(self._ordinary)
             self.encoder = "gigatoken"
@@ -68,7 +69,7 @@ class Tokenizer:
                 "tokenizers encodes, 50 to 100 times slower"
             )
             self.encoder = "tokenizers"
-            self._check_reference()
+            self._load_reference()
 
     @classmethod
     def load(cls, path: str | Path, end_of_text: str | None = None) -> Tokenizer:
@@ -118,29 +119,33 @@ class Tokenizer:
 
     def reference_encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids by Hugging Face's `tokenizers`: what the fast encoder is checked against."""
-        self._check_reference()
-        assert self._reference is not None
-        return [e.ids for e in self._reference.encode_batch_fast(list(texts), add_special_tokens=False)]
+        reference = self._load_reference()
+        return [e.ids for e in reference.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The text of ids, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
-        self._check_reference()
-        assert self._reference is not None
-        return self._reference.decode([int(i) for i in ids], skip_special_tokens=False)
+        if self._decoder is None:
+            self._decoder = self._load_tokenizers(self.content.decode())
+        return self._decoder.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def _check_reference(self) -> None:
-        if self._reference is not None:
-            return
+    def _load_reference(self) -> tokenizers.Tokenizer:
+        if self._reference is None:
+            ordinary = tokenizer_json.ordinary_text_only(json.loads(self.content))
+            reference = self._load_tokenizers(json.dumps(ordinary))
+            reference.encode_special_tokens = True
+            self._reference = reference
+        return self._reference
+
+    def _load_tokenizers(self, content: str) -> tokenizers.Tokenizer:
         import tokenizers
 
         try:
-            reference = tokenizers.Tokenizer.from_str(self.content.decode())
+            loaded = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # tokenizers raises plain Exception
             raise DataError(f"{self._place}: is not a tokenizer that tokenizers can read ({error})") from error
-        reference.no_truncation()
-        reference.no_padding()
-        reference.encode_special_tokens = True
-        self._reference = reference
+        loaded.no_truncation()
+        loaded.no_padding()
+        return loaded
 
 
 def train_bpe(
@@ -216,9 +221,11 @@ def _as_awkward(documents: Documents) -> Any:
 def _parse(content: bytes, place: str) -> dict[str, Any]:
     try:
         tree = json.loads(content)
-        tree["model"]["vocab"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{place}: is not a tokenizer.json ({type(error).__name__}: {error})") from error
+        problem = tokenizer_json.problem(tree)
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    if problem is not None:
+        raise DataError(f"{place}: is not a tokenizer.json ({problem}); restore it, or name another file")
     return tree
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -111,19 +112,45 @@ def vocabulary_size(tree: dict[str, Any]) -> int:
     return max([*ids, *(token["id"] for token in tree.get("added_tokens") or [])]) + 1
 
 
-def without_special_tokens(tree: dict[str, Any]) -> dict[str, Any]:
+def problem(tree: Any) -> str | None:
+    """What keeps a parsed tokenizer.json from being one; None if nothing that this program reads does."""
+    model = tree.get("model") if isinstance(tree, dict) else None
+    if not isinstance(model, dict):
+        return "it has no `model`"
+    vocab, merges, added = model.get("vocab"), model.get("merges"), tree.get("added_tokens")
+    if not (vocab and (_are_ids(vocab) or _are_scores(vocab))):
+        return "`model.vocab` has neither ids of tokens nor tokens with scores"
+    if not (merges is None or (isinstance(merges, list) and all(_is_merge(m) for m in merges))):
+        return "`model.merges` is no list of pairs"
+    if not (added is None or (isinstance(added, list) and all(_is_added(token) for token in added))):
+        return "`added_tokens` is no list of tokens with `id` and `content`"
+    return None
+
+
+def ordinary_text_only(tree: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer for ordinary text: what spells a special token is text like any other.
 
-    The special tokens leave the vocabulary too, since a model with `ignore_merges` would take a whole
-    word from it; only the unknown token must stay where the model refers to it.
+    Each special token is spelled anew, as no document can guess: not to look for it in the text is not enough, since
+    models of words, of pieces and with `ignore_merges` have it in their vocabulary too. All ids stay as they are;
+    were a token taken out, `tokenizers` would give its id to another.
     """
-    special = special_tokens(tree)
-    model = dict(tree["model"])
-    if isinstance(model.get("vocab"), dict):
-        keep = model.get("unk_token")
-        model["vocab"] = {t: i for t, i in model["vocab"].items() if t not in special or t == keep}
-    added = [token for token in tree.get("added_tokens") or [] if not token.get("special")]
+    secret = {token: f"<{secrets.token_hex(16)}>" for token in special_tokens(tree)}
+    model, added = dict(tree["model"]), tree.get("added_tokens") or []
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {secret.get(token, token): i for token, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[secret.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("merges"):
+        model["merges"] = [m for m in model["merges"] if not secret.keys() & _spellings(m)]
+    if model.get("unk_token") in secret:
+        model["unk_token"] = secret[model["unk_token"]]
+    added = [{**token, "content": secret.get(token["content"], token["content"])} for token in added]
     return {**tree, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None, "model": model}
+
+
+def without_special_tokens(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer, not looking for special tokens; only for who takes the other tokens' ids from the file."""
+    return {**tree, "added_tokens": [token for token in tree.get("added_tokens") or [] if not token.get("special")]}
 
 
 def end_of_text(tree: dict[str, Any], wanted: str | None = None) -> str | None:
@@ -140,3 +167,34 @@ def _pre_tokenizer(split_pattern: SplitPattern) -> dict[str, Any]:
         return {**byte_level, "use_regex": True}
     split = {"type": "Split", "pattern": {"Regex": GPT4_PATTERN}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
+
+
+def _are_ids(vocab: Any) -> bool:
+    return isinstance(vocab, dict) and all(_is_id(i) for i in vocab.values())
+
+
+def _are_scores(vocab: Any) -> bool:
+    return isinstance(vocab, list) and all(
+        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], int | float)
+        for entry in vocab
+    )
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_added(token: Any) -> bool:
+    return isinstance(token, dict) and isinstance(token.get("content"), str) and _is_id(token.get("id"))
+
+
+def _is_merge(merge: Any) -> bool:
+    """`"a b"`, or `["a", "b"]` in newer files."""
+    pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(token, str) for token in pair)
+
+
+def _spellings(merge: str | list[str]) -> set[str]:
+    """The two tokens of a merge, and the one it makes."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return {left, right, left + right}

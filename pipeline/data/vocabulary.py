@@ -28,9 +28,7 @@ def open_tokenizer(config: Config, plan: Plan, folder: Path) -> Tokenizer:
         DataError: It cannot be made, is not the one the dataset was begun with, or is larger than the model's.
     """
     file = folder / TOKENIZER
-    if not file.exists():
-        write_bytes(file, _make_tokenizer(config, plan))
-    tokenizer = Tokenizer.load(file, config.tokenizer.end_of_text)
+    tokenizer = Tokenizer(_recorded(file) or _record(file, config, plan), str(file), config.tokenizer.end_of_text)
     if config.tokenizer.kind == "file" and sha256_bytes(_make_tokenizer(config, plan)) != tokenizer.digest:
         raise DataError(
             f"{config.tokenizer.path}: is not the tokenizer that {folder} was begun with; "
@@ -59,6 +57,22 @@ def dtype_of_ids(config: Config, tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u4" if wide else "<u2")
 
 
+def _recorded(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{file}: the tokenizer cannot be read ({error.strerror})") from error
+
+
+def _record(file: Path, config: Config, plan: Plan) -> bytes:
+    """Not read back: another process that begins the folder anew may take the file away, to make the same again."""
+    content = _make_tokenizer(config, plan)
+    write_bytes(file, content)
+    return content
+
+
 def _make_tokenizer(config: Config, plan: Plan) -> bytes:
     """The content of tokenizer.json."""
     wanted = config.tokenizer
@@ -83,9 +97,10 @@ def _sample(config: Config, plan: Plan) -> bytes:
     tasks = [t for t in plan.tasks if config.data.sources[t.source].split != "validation"]
     allowed = config.tokenizer.train_sample_mb * 1e6
     chosen: list[bytes] = []
+    taken = 0
     for number, task in enumerate(tasks):
         source = config.data.sources[task.source]
-        budget = allowed * (number + 1) / len(tasks) - sum(map(len, chosen))
+        budget = allowed * (number + 1) / len(tasks) - taken
         for event in read_task(task, source, plan.files[task.source], config.data):
             if not isinstance(event, Chunk) or not len(event.documents):
                 continue
@@ -94,6 +109,7 @@ def _sample(config: Config, plan: Plan) -> bytes:
                 documents = documents.without(documents.hash_fractions() < fraction)
             text = SEPARATOR.join(documents)
             chosen.append(text[: max(0, int(budget))].decode(errors="ignore").encode() if len(text) > budget else text)
+            taken += len(chosen[-1])
             budget -= len(text)
             if budget <= 0:
                 break

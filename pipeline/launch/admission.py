@@ -1,4 +1,4 @@
-"""What is refused before anything is queued: images that no job could use, and paths that no job would see."""
+"""What is refused before anything is queued: runs that are in the queue, images and paths that no job could use."""
 
 from __future__ import annotations
 
@@ -6,11 +6,54 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import UsageError
+from pipeline.launch import records, slurm
 from pipeline.launch.binds import check_visible
 from pipeline.launch.image import check_image, image_identity, image_path
 from pipeline.launch.site import Site
 from pipeline.provenance import refuse_other_image
-from pipeline.run import run_for
+from pipeline.run import Run, run_for
+
+
+def refuse_percent(home: Run) -> None:
+    """Refuses a folder for the files of the jobs that Slurm would not take by its name.
+
+    Raises:
+        UsageError: It has a % in it.
+    """
+    folder = home.launch.absolute()
+    if "%" in str(folder):
+        # Both Slurm and submitit fill it in, each in its own way, and submitit only when the job is in the queue.
+        raise UsageError(
+            f"runs_dir: {folder} has a % in its name, which Slurm takes for a variable (%j, the job's id); "
+            "choose another runs_dir, or rename the folder"
+        )
+
+
+def refuse_active(runs: list[Run], home: Run) -> None:
+    """Refuses what is in the queue already: two jobs would train one run, or read each other's work.
+
+    Args:
+        runs: What is to be submitted.
+        home: Where the files of the jobs are; it remembers the jobs of a sweep, whose run folders may be gone.
+
+    Raises:
+        UsageError: A job of theirs waits or runs.
+        SlurmError: Slurm does not answer.
+    """
+    known = [(folder, job) for folder in (*runs, home) for job in records.jobs(folder)]
+    queue = slurm.names_in_queue(job.id for _, job in known)
+    for folder, job in known:
+        if not any(slurm.base(task) == slurm.base(job.id) and job.is_named(name) for task, name in queue.items()):
+            continue
+        where, out = (
+            (f"pipeline status {folder.path}", f"pipeline cancel {folder.path}")
+            if folder in runs
+            else (f"squeue --jobs {job.id}", f"scancel {job.id}")
+        )
+        raise UsageError(
+            f"{folder.path}: is in the queue already as job {job.id}; wait for it (`{where}`), "
+            f"or take it out first (`{out}`)"
+        )
 
 
 def refuse_invisible(configs: list[Config], site: Site) -> None:

@@ -8,10 +8,13 @@ It runs on the first node, outside the image, where Slurm's commands are.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +29,10 @@ from pipeline.train.stop import DEADLINE_VARIABLE
 # Slurm ends the batch script when it has requeued the job; ending earlier would look like the job's own end.
 _KILLED_WITHIN_S = 120.0
 _REQUEUE_TRIES, _REQUEUE_WAIT_S = 30, 5.0
+# The signal before the limit comes at most a quarter of a short limit early.
+_LIMIT_IS_NEAR = 0.25
+# What srun returns when it has ended ranks that could not even listen yet.
+_ENDED_BY_SIGNAL = frozenset({128 + signal.SIGTERM, 128 + signal.SIGUSR2})
 
 
 @dataclass(frozen=True)
@@ -43,23 +50,23 @@ class Verdict:
     status: int
 
 
-def begin(attempt: Attempt) -> str:
-    """Notes that an attempt begins and what became of the one before; shell lines for the batch script.
+def begin(attempt: Attempt) -> str | None:
+    """Notes that an attempt begins and what became of the one before.
 
-    Raises:
-        PipelineError: The job was restarted too often.
+    Returns:
+        Shell lines for the batch script; None if the job was restarted too often.
     """
     earlier = _killed_before(attempt)
     if earlier is not None:
         lost = slurm.lost_nodes(slurm.hostnames(earlier["nodes"]))
         if lost:
-            journal.append_event(attempt.run.events_file, "node_lost", job=attempt.job, nodes=lost)
-    records.note(attempt.run, "began", **attempt.about(), nodes=attempt.nodes)
+            _event(attempt, "node_lost", nodes=lost)
+    with _room_or_not():
+        records.note(attempt.run, "began", **attempt.about(), nodes=attempt.nodes)
     limit = attempt.site.requeue.max_restarts
     if attempt.number > limit:
-        why = f"the job was restarted {attempt.number} times; requeue.max_restarts of the site allows {limit}"
-        _give_up(attempt, why)
-        raise PipelineError(why)
+        _give_up(attempt, f"the job was restarted {attempt.number} times; requeue.max_restarts of the site is {limit}")
+        return None
     ends = slurm.end_time(attempt.raw_job)
     return "" if ends is None else f"export {DEADLINE_VARIABLE}={math.floor(ends)}\n"
 
@@ -70,21 +77,27 @@ def end(attempt: Attempt, code: int) -> int:
     Where the job is requeued this does not return: Slurm ends the batch script.
     """
     verdict = judge(attempt, code)
-    lost = [] if verdict.outcome == "done" else slurm.lost_nodes(slurm.hostnames(attempt.nodes))
-    records.note(
-        attempt.run, "ended", **attempt.about(), outcome=verdict.outcome, reason=verdict.reason, code=code,
-        progress=progress(attempt), lost=lost,
-    )  # fmt: skip
+    nodes = [] if verdict.outcome == "done" else slurm.hostnames(attempt.nodes)
+    lost = slurm.lost_nodes(nodes)
+    # A lost node is nobody's failure, and neither is a stop, unless it is always the time limit that comes first.
+    failed = verdict.outcome == "failed" or (verdict.outcome == "stopped" and _limit_is_near(attempt))
+    counts = failed and not lost
+    before = _failures_without_progress(attempt)
+    with _room_or_not():
+        records.note(
+            attempt.run, "ended", **attempt.about(), outcome=verdict.outcome, reason=verdict.reason, code=code,
+            progress=progress(attempt), lost=lost, counts=counts,
+        )  # fmt: skip
     if verdict.outcome == "done":
         return EXIT_OK
-    why_not = _reason_to_give_up(attempt, verdict)
+    why_not = _reason_to_give_up(attempt, verdict, before + 1 if counts else 0)
     if why_not is not None:
         _give_up(attempt, why_not)
         return verdict.status
     if lost:
-        journal.append_event(attempt.run.events_file, "node_lost", job=attempt.job, nodes=lost)
-    journal.append_event(attempt.run.events_file, "requeued", job=attempt.job, reason=verdict.reason)
-    _requeue(attempt, sorted({*lost, *_lost_before(attempt), *_named_by_preflight(attempt)}))
+        _event(attempt, "node_lost", nodes=lost)
+    _event(attempt, "requeued", reason=verdict.reason)
+    _requeue(attempt, nodes, sorted({*lost, *_lost_before(attempt), *_named_by_preflight(attempt)}))
     return verdict.status
 
 
@@ -107,8 +120,8 @@ def judge(attempt: Attempt, code: int) -> Verdict:
         return Verdict("failed", said or _rank_in_words(first), int(first["status"]))
     if said:
         return Verdict("failed", said, EXIT_FAILED)
-    # When a rank has ended during start-up, srun kills those that could not even listen yet: 143, not 85.
-    if code == EXIT_STOPPED or any(n["event"] == "rank_stopped" for n in _own_notes(attempt)):
+    stopped = any(n["event"] == "rank_stopped" for n in _own_notes(attempt))
+    if code == EXIT_STOPPED or (stopped and code in _ENDED_BY_SIGNAL):
         return Verdict("stopped", "asked to stop", EXIT_STOPPED)
     return Verdict("failed", f"srun ended with status {code}; see the job's _log.err in {attempt.run.launch}", code)
 
@@ -123,26 +136,32 @@ def progress(attempt: Attempt) -> int:
     return 0
 
 
-def _reason_to_give_up(attempt: Attempt, verdict: Verdict) -> str | None:
+def _reason_to_give_up(attempt: Attempt, verdict: Verdict, failures: int) -> str | None:
     policy = attempt.site.requeue
     if attempt.number >= policy.max_restarts:
         return f"{verdict.reason}; the job was restarted {attempt.number} times, as often as the site allows"
-    if verdict.outcome == "stopped":
-        return None
     if verdict.status == EXIT_USAGE:
         return f"{verdict.reason}; trying again would not help"
-    failures = _failures_without_progress(attempt)
-    if failures >= policy.same_step_failures:
-        where = f" at step {progress(attempt)}" if attempt.stage == "train" else ""
-        return f"failed {failures} times{where} without progress: {verdict.reason}"
-    return None
+    if failures < policy.same_step_failures:
+        return None
+    where = f" at step {progress(attempt)}" if attempt.stage == "train" else ""
+    if verdict.outcome == "stopped":
+        return f"reached its time limit {failures} times{where} without progress; raise time_limit_min in the site file"
+    return f"failed {failures} times{where} without progress: {verdict.reason}"
 
 
 def _failures_without_progress(attempt: Attempt) -> int:
-    """Failures of this job, this one included, since it last got further; lost nodes are nobody's failure."""
+    """Earlier attempts of this job that count, since it last got further."""
     ended = [n for n in records.notes(attempt.run, attempt.stage) if n["event"] == "ended" and n["job"] == attempt.job]
-    now = ended[-1]["progress"]
-    return sum(1 for n in ended if n["outcome"] == "failed" and n["progress"] == now and not n.get("lost"))
+    now = progress(attempt)
+    return sum(1 for n in ended if n.get("counts") and n["progress"] == now and n["attempt"] != attempt.number)
+
+
+def _limit_is_near(attempt: Attempt) -> bool:
+    """Whether it must have been the time limit that stopped this attempt, and not preemption."""
+    deadline = float(os.environ.get(DEADLINE_VARIABLE, math.inf))
+    began = max((n["time"] for n in _own_notes(attempt) if n["event"] == "began"), default=-math.inf)
+    return deadline - time.time() <= _LIMIT_IS_NEAR * (deadline - began) < math.inf
 
 
 def _killed_before(attempt: Attempt) -> dict[str, Any] | None:
@@ -175,7 +194,7 @@ def _named_by_preflight(attempt: Attempt) -> list[str]:
     return [str(node) for e in _events(attempt) if e["event"] == "bad_node" for node in e["nodes"]]
 
 
-def _requeue(attempt: Attempt, exclude: list[str]) -> None:
+def _requeue(attempt: Attempt, nodes: list[str], exclude: list[str]) -> None:
     """Puts the job back into the queue and waits to be killed; gives the controller time to come back."""
     # Slurm ends the batch script as soon as the job is requeued; what is left to do takes less than KillWait.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -190,28 +209,45 @@ def _requeue(attempt: Attempt, exclude: list[str]) -> None:
         _give_up(attempt, "the job could not be requeued; submit it again, it goes on where it was")
         return
     if exclude and attempt.site.requeue.exclude_lost_nodes:
-        _exclude(attempt, exclude)
+        _exclude(attempt, nodes, exclude)
     time.sleep(_KILLED_WITHIN_S)
 
 
-def _exclude(attempt: Attempt, nodes: list[str]) -> None:
-    """Keeps the waiting job from nodes, if enough others are left; Slurm changes this for waiting jobs only."""
+def _exclude(attempt: Attempt, nodes: list[str], bad: list[str]) -> None:
+    """Keeps the waiting job from bad nodes, if enough others like its own are left.
+
+    Slurm changes this for waiting jobs only.
+    """
     job = slurm.show(attempt.raw_job) or {}
     before = job.get("ExcNodeList", "(null)")
-    excluded = {*nodes, *(slurm.hostnames(before) if before != "(null)" else [])}
-    left = [node for node in slurm.usable_nodes(job.get("Partition", "")) if node not in excluded]
+    excluded = {*bad, *(slurm.hostnames(before) if before != "(null)" else [])}
+    left = slurm.usable_nodes(job.get("Partition", ""), like=nodes) - excluded
     needed = int(job.get("NumNodes", "1").partition("-")[0])
     if len(left) < needed:
-        print(f"pipeline: {', '.join(nodes)} not excluded: only {len(left)} other nodes are left", file=sys.stderr)
+        print(f"pipeline: {', '.join(bad)} not excluded: only {len(left)} other such nodes are left", file=sys.stderr)
         return
     try:
         slurm.call("scontrol", "update", f"JobId={attempt.raw_job}", f"ExcNodeList={','.join(sorted(excluded))}")
     except slurm.SlurmError as error:
-        print(f"pipeline: {', '.join(nodes)} could not be excluded: {error}", file=sys.stderr, flush=True)
+        print(f"pipeline: {', '.join(bad)} could not be excluded: {error}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _room_or_not() -> Iterator[None]:
+    """What cannot be written down on a full disk must not cost the attempt, nor the requeue after it."""
+    try:
+        yield
+    except OSError as error:
+        print(f"pipeline: {error}; what became of this attempt is not recorded", file=sys.stderr, flush=True)
+
+
+def _event(attempt: Attempt, event: str, **fields: Any) -> None:
+    with _room_or_not():
+        journal.append_event(attempt.run.events_file, event, job=attempt.job, **fields)
 
 
 def _give_up(attempt: Attempt, why: str) -> None:
-    journal.append_event(attempt.run.events_file, "gave_up", job=attempt.job, stage=attempt.stage, reason=why)
+    _event(attempt, "gave_up", stage=attempt.stage, reason=why)
     print(f"pipeline: error: {attempt.stage}: {why}", file=sys.stderr, flush=True)
 
 
@@ -228,13 +264,17 @@ def _rank_in_words(note: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> int:
     """The two verbs of the batch script."""
-    attempt = this_attempt(arguments[1])
-    if arguments[0] == "end":
-        return end(attempt, int(arguments[2]))
     try:
-        print(begin(attempt), end="")
-    except PipelineError:
+        attempt = this_attempt(arguments[1])
+        if arguments[0] == "end":
+            return end(attempt, int(arguments[2]))
+        lines = begin(attempt)
+    except PipelineError as error:
+        print(f"pipeline: error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
+    if lines is None:
+        return EXIT_FAILED
+    print(lines, end="")
     return EXIT_OK
 
 

@@ -145,6 +145,9 @@ def check_visible(config: Config, site: SiteContainer, run: Run) -> list[str]:
             problems.append(f"{need.who}: {need.path} {refusal}")
         elif need.writable and not os.access(_nearest(need.path), os.W_OK):
             problems.append(f"{need.who}: {need.path} cannot be written; choose another folder")
+    if not problems and config.container.code == "snapshot":  # it is bound where the run is seen without a bind too
+        refusal = _refusal(absolute(run.code))
+        problems += [f"runs_dir: {absolute(run.code)} {refusal}"] if refusal is not None else []
     if not problems:
         problems += _links_that_lead_out(config, binds(config, site, run, None, None))
     return problems
@@ -152,12 +155,13 @@ def check_visible(config: Config, site: SiteContainer, run: Run) -> list[str]:
 
 def _needs(config: Config, run: Run) -> Iterator[_Need]:
     yield _Need("runs_dir", absolute(run.path), True)
-    yield _Need("data.path", absolute(Path(config.data.path)), True)
+    yield _Need("data.path", absolute(Path(config.data.path)), not _is_shared_dataset(Path(config.data.path)))
     uri = config.tracking.uri
     if uri.startswith("sqlite:///"):
         # SQLite keeps its journal beside the file, so the folder is what has to be seen.
         yield _Need("tracking.uri", absolute(Path(uri.removeprefix("sqlite:///"))).parent, True)
-        yield _Need("tracking.artifact_location", absolute(Path(config.tracking.artifact_location)), True)
+        if "://" not in config.tracking.artifact_location:  # an object store's address is no path
+            yield _Need("tracking.artifact_location", absolute(Path(config.tracking.artifact_location)), True)
     if config.tokenizer.path is not None:
         yield _Need("tokenizer.path", absolute(Path(config.tokenizer.path)).parent, False)
     for number, source in enumerate(config.data.sources):
@@ -165,6 +169,14 @@ def _needs(config: Config, run: Run) -> Iterator[_Need]:
             folder = _fixed_part(pattern)
             if folder is not None:
                 yield _Need(f"data.sources.{number}.paths", folder, False)
+
+
+def _is_shared_dataset(folder: Path) -> bool:
+    """Whether it is prepared already, in a folder that is somebody else's: it is only read then.
+
+    One's own stays writable, for a slice that is done again writes the manifest anew.
+    """
+    return (folder / "manifest.json").is_file() and not os.access(folder, os.W_OK)
 
 
 def _fixed_part(pattern: str) -> Path | None:

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from pipeline.launch import records, slurm
 from pipeline.launch.job import note_cancelled
+from pipeline.launch.records import Job
 from pipeline.run import Run
 
 
 def cancel(run: Run) -> list[str]:
     """Cancels what waits or runs of a run; returns the ids of its jobs, none if nothing was there.
 
-    Training saves before it ends, as far as the cluster's KillWait allows; nothing is requeued.
+    Training saves before it ends, as far as the cluster's KillWait allows; nothing is requeued. The prepare array of a
+    sweep goes with the last of its runs.
 
     Raises:
         SlurmError: Slurm does not answer.
     """
-    own = [job.id for job in records.jobs(run) if not job.shared]
-    active = {info.id for info in slurm.queued(own).values() if info.active}
-    ids = [job for job in own if job in active or job in map(slurm.base, active)]
+    known = records.jobs(run)
+    queue = slurm.names_in_queue(job.id for job in known)
+    own = [job for job in known if not job.shared and _is_queued(job, queue)]
+    left = {task: name for task, name in queue.items() if not any(_holds(job, task) for job in own)}
+    shared = [job for job in known if job.shared and _is_queued(job, queue) and not _is_waited_for(job, known, left)]
+    ids = [job.id for job in known if job in own or job in shared]
     slurm.cancel(ids)
-    for job in ids:
-        note_cancelled(run.events_file, job)
+    for job_id in ids:
+        note_cancelled(run.events_file, job_id)
     return ids
+
+
+def _is_queued(job: Job, queue: Mapping[str, str]) -> bool:
+    """Whether a job, or a task of it, is in the queue: under its id and its name."""
+    return any(_holds(job, task) and job.is_named(name) for task, name in queue.items())
+
+
+def _holds(job: Job, task: str) -> bool:
+    return job.id in (task, slurm.base(task))
+
+
+def _is_waited_for(shared: Job, known: Sequence[Job], left: Mapping[str, str]) -> bool:
+    """Whether a run of the same sweep still has a task in the arrays that wait for this job."""
+    waiting = [job for job in known if not job.shared and job.submitted == shared.submitted]
+    return any(slurm.base(task) == slurm.base(job.id) and job.is_named(left[task]) for task in left for job in waiting)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,9 @@ from pipeline.train.devices import GIB, device_named
 
 Status = Literal["ok", "warning", "failed"]
 _NODE_TIMEOUT_S = 300
+# Checks of a node that depend on what the Python there has; `node` is that it did not even start.
+_PACKAGES = ("torch", "deepspeed", "devices", "node")
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,10 @@ def check(config_file: str, site_file: str | None, overrides: Sequence[str]) -> 
         found += check_slurm(config, site, run)
     container = site.container if site else SiteContainer()
     brought = site is not None and bool(site.modules or site.setup)
-    return found + _container(config, container, run, brought) + _node(config, container, run)
+    found += _container(config, container, run, brought)
+    if config.container.image is None:
+        return found + _python(config, site, brought)
+    return found + _image(config, container, run)
 
 
 def _memory(config: Config, site: Site | None) -> Check:
@@ -168,21 +174,41 @@ def _container(config: Config, site: SiteContainer, run: Run, brought: bool) -> 
     return [Check("container", "failed", problem, "see docs/container.md") for problem in problems]
 
 
-def _node(config: Config, site: SiteContainer, run: Run) -> list[Check]:
-    """The checks that import torch: inside the image, or by this Python."""
-    inner = ["-m", "pipeline.train.check_node", str(config.runs_dir), str(Path(config.data.path).parent)]
-    environment = {"OMP_NUM_THREADS": "1"}
-    if config.container.image is None:
-        return _answer([sys.executable, *inner], {**os.environ, **environment})
+def _python(config: Config, site: Site | None, brought: bool) -> list[Check]:
+    """The checks that import torch, by the Python that a job starts."""
+    python = (site.python if site else None) or sys.executable
+    code = str(Path(pipeline.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (code, os.environ.get("PYTHONPATH"))))
+    found = _answer([python, *_inner(config)], {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path})
+    if site is None:
+        return found
+    return [_of_a_job(one, brought) if one.status == "failed" and one.name in _PACKAGES else one for one in found]
+
+
+def _of_a_job(missing: Check, brought: bool) -> Check:
+    """What is missing here need not be missing where the job's modules are loaded."""
+    if brought:
+        return replace(missing, status="warning", cure="the jobs' modules or setup are taken to bring it")
+    cure = "name a Python that has it as `python` of the site file, or a container.image"
+    return replace(missing, cure=f"{missing.cure}; or {cure}")
+
+
+def _image(config: Config, site: SiteContainer, run: Run) -> list[Check]:
+    """The same inside the image."""
     if runtime_problem(site) is not None:
         return []  # the container's own check has said so
     code = Path(pipeline.__file__).parent.parent
+    inner, environment = _inner(config), _ENVIRONMENT
     try:
         with folders_for_a_while(config, run):
             command = container_argv(config, site, run, ["python3", *inner], environment=environment, code=code)
             return _answer(command, container_environment(site, {**os.environ, **environment}))
     except PipelineError:
         return []  # likewise
+
+
+def _inner(config: Config) -> list[str]:
+    return ["-m", "pipeline.train.check_node", str(config.runs_dir), str(Path(config.data.path).parent)]
 
 
 def _answer(command: Sequence[str], environment: Mapping[str, str]) -> list[Check]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config import Config
 from pipeline.errors import PipelineError
@@ -42,12 +42,21 @@ def check_slurm(config: Config, site: Site, run: Run) -> list[Check]:
 
 
 def _fits(stage: str, ask: Resources, partitions: dict[str, _Partition]) -> Check:
-    name = f"request of {stage}"
+    """Of several partitions, `a,b`, all have to be there, and a job goes to one that it fits."""
     wanted = ask.partition or next((p.rstrip("*") for p in partitions if p.endswith("*")), "")
     known = {p.rstrip("*"): values for p, values in partitions.items()}
-    if wanted not in known:
-        return Check(name, "failed", f"there is no partition {wanted!r}", f"allowed: {', '.join(sorted(known))}")
-    has = known[wanted]
+    names = wanted.split(",")
+    absent = next((name for name in names if name not in known), None)
+    if absent is not None:
+        cure = f"allowed: {', '.join(sorted(known))}"
+        return Check(f"request of {stage}", "failed", f"there is no partition {absent!r}", cure)
+    found = [_fits_one(stage, ask, name, known[name]) for name in names]
+    best = min(found, key=lambda check: ("ok", "warning", "failed").index(check.status))
+    return best if best.status != "failed" else replace(best, found="; ".join(check.found for check in found))
+
+
+def _fits_one(stage: str, ask: Resources, wanted: str, has: _Partition) -> Check:
+    name = f"request of {stage}"
     nodes, tasks = (ask.nodes, ask.tasks_per_node) if isinstance(ask, TrainResources) else (1, 1)
     asked = (
         ("nodes", nodes, has.nodes),
@@ -61,11 +70,17 @@ def _fits(stage: str, ask: Resources, partitions: dict[str, _Partition]) -> Chec
         return Check(name, "failed", "; ".join(over), f"lower {stage} in the site file, or name another partition")
     if not has.up:
         return Check(name, "warning", f"the partition {wanted} is not up", "jobs will wait until it is")
-    working = len(slurm.usable_nodes(wanted))
+    working = _working(wanted)
     if working < nodes:
         found = f"{nodes} nodes, and {working} of the {has.nodes} in {wanted} work now"
         return Check(name, "warning", found, f"jobs will wait for the others; `sinfo -R -p {wanted}` says why")
     return Check(name, "ok", f"fits {wanted}: {nodes} of {has.nodes} nodes, {ask.time_limit_min} min")
+
+
+def _working(partition: str) -> int:
+    """How many nodes of a partition are not down."""
+    names = slurm.call("sinfo", "--noheader", "--Node", "--partition", partition, "--format", "%N").split()
+    return len(set(names)) - len(slurm.lost_nodes(names))
 
 
 def _time_limit(site: Site, run: Run) -> Check:
@@ -89,21 +104,16 @@ def _accounting(site: Site) -> Check:
 def _partitions() -> dict[str, _Partition]:
     """By name, the default's with a star; different kinds of node in one partition count at their best."""
     found: dict[str, _Partition] = {}
-    for line in slurm.call("sinfo", "--noheader", "--format", _FORMAT).splitlines():
+    # Without --exact, nodes that differ are one line with the least that any of them has.
+    for line in slurm.call("sinfo", "--noheader", "--exact", "--format", _FORMAT).splitlines():
         name, nodes, cpus, mem, limit, gres, up = line.split("|")
-        new = _Partition(
-            int(nodes), _number(cpus), _number(mem) / 1024, _minutes(limit), _gpus(gres), up.strip() == "up"
-        )  # fmt: skip
+        new = _Partition(int(nodes), int(cpus), int(mem) / 1024, _minutes(limit), _gpus(gres), up.strip() == "up")
         old = found.get(name)
         found[name] = new if old is None else _Partition(
             old.nodes + new.nodes, max(old.cpus, new.cpus), max(old.mem_gb, new.mem_gb),
             max(old.limit_min, new.limit_min), max(old.gpus, new.gpus), old.up or new.up,
         )  # fmt: skip
     return found
-
-
-def _number(text: str) -> int:
-    return int(text.rstrip("+"))  # `4+`: some nodes have more
 
 
 def _gpus(gres: str) -> int:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.launch.binds import absolute, binds, working_folder
-from pipeline.launch.image import image_identity, image_path
+from pipeline.launch.image import image_identity, image_path, start_options
 from pipeline.launch.site import SiteContainer
 from pipeline.run import Run
 
 # What a job is told by its surroundings, in a clean environment too: Slurm's word, where the ranks meet,
 # which devices are theirs, and how tracking and communication are set up.
-_PASSED_PREFIXES = ("SLURM_", "MASTER_", "MLFLOW_", "NCCL_", "GLOO_", "PIPELINE_")
+_PASSED_PREFIXES = ("SLURM_", "SLURMD_", "MASTER_", "MLFLOW_", "NCCL_", "GLOO_", "PIPELINE_")
 _PASSED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
            "HIP_VISIBLE_DEVICES")  # fmt: skip
 
@@ -66,10 +66,8 @@ def container_argv(
         **environment,
     }
     return [
-        *(site.command, "exec", "--no-eval", "--no-mount", "home,cwd"),
+        *(site.command, "exec", *start_options(image, site)),
         *([option] if option else []),
-        *(["--pid"] if site.pid else []),
-        *(["--unsquash"] if site.unsquash and image.is_file() else []),
         *(["--cleanenv"] if config.container.environment == "clean" else []),
         *(part for bind in found for part in ("--bind", bind.option())),
         *("--pwd", str(working_folder(found, run))),

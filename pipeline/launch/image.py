@@ -32,9 +32,10 @@ _START_TIMEOUT_S = 180
 # 127: there is no such command; that of a shell, so that the runtime's own failures (255) are told from it.
 _PROBE = ("sh", "-c", "command -v pipeline >/dev/null || exit 127")
 _NOT_OURS = "holds no command `pipeline`; build an image with `pipeline image build`"
+_UNSQUASH = "set `container.unsquash: true` in the site file, or use a sandbox folder"
 _CURES = (
-    ("squashfuse", "set `container.unsquash: true` in the site file, or use a sandbox folder"),
-    ("/dev/fuse", "set `container.unsquash: true` in the site file, or use a sandbox folder"),
+    ("squashfuse", _UNSQUASH),
+    ("/dev/fuse", _UNSQUASH),
     ("user namespace", "ask the administrators for user namespaces or a set-uid Apptainer"),
 )
 
@@ -156,8 +157,17 @@ def _file_problem(image: Path) -> str | None:
     return None
 
 
+def start_options(image: Path, site: SiteContainer) -> list[str]:
+    """How an image is started here, by a job as by the look at it before: what the other is told could fail alone."""
+    return [
+        *("--no-eval", "--no-mount", "home,cwd"),
+        *(["--pid"] if site.pid else []),
+        *(["--unsquash"] if site.unsquash and image.is_file() else []),
+    ]
+
+
 def _start_problem(image: Path, site: SiteContainer) -> str | None:
-    command = [site.command, "exec", "--no-mount", "home,cwd", *site.options, str(image), *_PROBE]
+    command = [site.command, "exec", *start_options(image, site), *site.options, str(image), *_PROBE]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_START_TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -169,4 +179,6 @@ def _start_problem(image: Path, site: SiteContainer) -> str | None:
     said = [line for line in done.stderr.splitlines() if line.startswith("FATAL")]
     reason = said[-1].removeprefix("FATAL:").strip() if said else f"exit status {done.returncode}"
     cure = next((cure for mark, cure in _CURES if mark in done.stderr), "see docs/container.md, common errors")
+    if cure is _UNSQUASH and site.unsquash:
+        cure = "use a sandbox folder: `container.unsquash` is set already"
     return f"container.image: {image} cannot be started by {site.command}: {reason}; {cure}"

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.launch.image_apptainer import run_inside
-from pipeline.launch.image_record import read_record
+from pipeline.launch.image_record import PACKAGE_LISTS, read_record
 
 _SHOWN = 20
-_LISTS = ("python_packages", "system_packages")
 # Type, mode and the target of a link: what can differ in a file besides its bytes. Times do, and mean nothing.
 _LIST = ("find", "/", "-xdev", "-not", "-path", "/proc/*", "-printf", "%p %y %m %l\\n")
 _SUMS = ("find", "/", "-xdev", "-type", "f", "-exec", "sha256sum", "--zero", "{}", "+")
@@ -39,7 +38,7 @@ def compare(image: Path, other: Path) -> Comparison:
     Raises:
         PipelineError: One has no record or cannot be started.
     """
-    first, second = _packages(read_record(image)), _packages(read_record(other))
+    first, second = (_packages(read_record(file, PACKAGE_LISTS)) for file in (image, other))
     listed, listed_too = _files(image), _files(other)
     sums, sums_too = _sums(image), _sums(other)
     return Comparison(
@@ -64,7 +63,7 @@ def print_comparison(image: Path, other: Path) -> bool:
 
 
 def _packages(record: dict[str, Any]) -> set[str]:
-    return {package for kind in _LISTS for package in record[kind]}
+    return {package for kind in PACKAGE_LISTS for package in record[kind]}
 
 
 def _files(image: Path) -> set[str]:

@@ -8,9 +8,10 @@ from typing import Any
 from pipeline.errors import PipelineError, UsageError
 from pipeline.launch.image_apptainer import labels
 from pipeline.launch.image_build import CONTAINERS, checkout, commit_of
-from pipeline.launch.image_record import digest, read_record
+from pipeline.launch.image_record import PACKAGE_LISTS, digest, read_record
 from pipeline.launch.wheels import lock_digest, locks_of
 
+_BASE = ("base.name", "base.bootstrap", "base.digest")
 _SHOWN = ("accelerator", "architecture", "version", "commit", "lock_sha256", "date", "apptainer", "size_mb", "sha256")
 _LABELS = {"org.opencontainers.image.revision": "commit", "pipeline.lock.sha256": "lock_sha256"}
 
@@ -24,7 +25,7 @@ def print_info(image: Path) -> None:
     """
     if not image.exists():
         raise UsageError(f"{image}: does not exist; `pipeline image build` makes one")
-    record = read_record(image)
+    record = read_record(image, (*_BASE, *_SHOWN, *PACKAGE_LISTS))
     base = record["base"]
     print(f"{'base':<13} {base['name']} by {base['bootstrap']}, {base['digest']}")
     for key in _SHOWN:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.files import read_json, sha256_file, write_json
+
+PACKAGE_LISTS = ("python_packages", "system_packages")
 
 
 def record_file(image: Path) -> Path:
@@ -18,8 +20,12 @@ def record_file(image: Path) -> Path:
     return image.with_name(f"{image.name}.json")
 
 
-def read_record(image: Path) -> dict[str, Any]:
+def read_record(image: Path, keys: Collection[str] = ()) -> dict[str, Any]:
     """The record of an image.
+
+    Args:
+        image: A SIF file or a sandbox.
+        keys: What the record must tell besides the checksum, dotted.
 
     Raises:
         PipelineError: There is none, or it is damaged.
@@ -33,7 +39,20 @@ def read_record(image: Path) -> dict[str, Any]:
     record = read_json(file)
     if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
         raise PipelineError(f"{file}: is not the record of an image")
+    missing = [key for key in keys if _at(record, key) is None]
+    if missing:
+        raise PipelineError(
+            f"{file}: the record of an image lacks {', '.join(missing)}; copy the whole one along with the image, or "
+            "build one with `pipeline image build`"
+        )
     return record
+
+
+def _at(record: dict[str, Any], key: str) -> Any:
+    value: Any = record
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def write_record(image: Path, record: dict[str, Any]) -> None:

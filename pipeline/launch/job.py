@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from pipeline.config import Config
-from pipeline.errors import EXIT_STOPPED, EXIT_USAGE
+from pipeline.errors import EXIT_STOPPED, PipelineError, UsageError
 from pipeline.launch import records, slurm
 from pipeline.launch.container import container_argv, container_environment
 from pipeline.launch.image import runtime_problem
@@ -97,14 +97,15 @@ def _run(attempt: Attempt, world: World, command: Sequence[str], environment: di
     config = attempt.run.config()
     log = log_file(attempt, world.rank)
     log.parent.mkdir(parents=True, exist_ok=True)
-    problem = runtime_problem(attempt.site.container) if config.container.image is not None else None
-    if problem is not None:
-        log.write_text(f"pipeline: error: {problem}\n", encoding="utf-8")
-        _note_end(attempt, world, "rank_failed", EXIT_USAGE)
-        return EXIT_USAGE
     with log.open("ab") as out:
+        try:
+            argv = _usable_command_line(attempt, config, command, environment)
+        except PipelineError as error:
+            out.write(f"pipeline: error: {error}\n".encode())
+            _note_end(attempt, world, "rank_failed", error.exit_code)
+            return error.exit_code
         child = subprocess.Popen(
-            command_line(config, attempt.site, attempt.run, command, environment),
+            argv,
             env=container_environment(attempt.site.container, {**os.environ, **environment}),
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -113,14 +114,28 @@ def _run(attempt: Attempt, world: World, command: Sequence[str], environment: di
         )
         _wait(child, attempt, world, signals)
     code = child.returncode
-    if code < 0 and signals.asked is signal.SIGUSR2:
+    status = code if code >= 0 else 128 - code
+    if signals.asked is not None and status == 128 + signals.asked:
         # It died of the signal before it could listen: there was nothing to save yet.
         _note_end(attempt, world, "rank_stopped", EXIT_STOPPED)
         return EXIT_STOPPED
-    status = code if code >= 0 else 128 - code
     if status not in (0, EXIT_STOPPED) and signals.asked is None:
         _note_end(attempt, world, "rank_failed", status)
     return status
+
+
+def _usable_command_line(
+    attempt: Attempt, config: Config, command: Sequence[str], environment: dict[str, str]
+) -> list[str]:
+    """The command line, on a node that can run it.
+
+    Raises:
+        UsageError: This node has no container runtime, or not the image.
+    """
+    problem = runtime_problem(attempt.site.container) if config.container.image is not None else None
+    if problem is not None:
+        raise UsageError(problem)
+    return command_line(config, attempt.site, attempt.run, command, environment)
 
 
 def _note_end(attempt: Attempt, world: World, how: Literal["rank_failed", "rank_stopped"], status: int) -> None:
@@ -133,10 +148,10 @@ def _wait(child: subprocess.Popen[bytes], attempt: Attempt, world: World, signal
     passed_on = 0.0
     while child.poll() is None:
         if signals.asked is not None and time.monotonic() - passed_on > _REPEAT_S:
-            if not passed_on and world.is_first:
-                _note_cancelled(attempt)
-            passed_on = time.monotonic()
+            first, passed_on = not passed_on, time.monotonic()
             child.send_signal(signals.asked)
+            if first and world.is_first:  # after the signal: accounting may take a minute to answer
+                _note_cancelled(attempt)
         time.sleep(_POLL_S)
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 
 from pipeline.errors import UsageError
 from pipeline.launch import records
+from pipeline.launch.records import Job
 from pipeline.run import Run
 
 _NAME = re.compile(r"attempt_(\d+)_rank_(\d+)\.log$")
+# The file of the first task of a job also takes what the batch script says.
+_WORDS = "_0_log.err"
 _POLL_S = 0.5
 # Slurm's controller serves everybody.
 _ASK_S = 5.0
@@ -39,16 +42,7 @@ def log_files(run: Run, rank: int = 0) -> list[LogFile]:
 
     Jobs of one process, such as the slices of prepare, show their only rank.
     """
-    found: list[LogFile] = []
-    for job in records.jobs(run):
-        folders = sorted(run.logs.glob(f"{job.id}_*"), key=_natural) if job.tasks > 1 else [run.logs / job.id]
-        for folder in folders:
-            for path in sorted(folder.glob("attempt_*.log"), key=_natural):
-                match = _NAME.search(path.name)
-                if match and (int(match[2]) == rank or job.stage != "train"):
-                    title = f"{job.stage}, job {folder.name}, attempt {match[1]}, rank {match[2]}"
-                    found.append(LogFile(path, title))
-    return found
+    return [file for job in records.jobs(run) for task in _tasks(run, job) for file in _files_of(run, job, task, rank)]
 
 
 def printed(run: Run, rank: int = 0) -> Iterator[str]:
@@ -57,14 +51,18 @@ def printed(run: Run, rank: int = 0) -> Iterator[str]:
     Raises:
         UsageError: There is nothing.
     """
-    files = log_files(run, rank)
-    if not files:
+    anything = False
+    for job in records.jobs(run):
+        for task in _tasks(run, job):
+            for file in _files_of(run, job, task, rank):
+                anything = True
+                yield f"==> {file.title} <==\n"
+                yield file.path.read_text(encoding="utf-8", errors="replace")
+            for words in _words_of_slurm(run, task, rank):
+                anything = True
+                yield words
+    if not anything:
         raise UsageError(f"{run.path}: no job has printed anything{_ranks_there(run)}")
-    for index, file in enumerate(files):
-        yield f"==> {file.title} <==\n"
-        yield file.path.read_text(encoding="utf-8", errors="replace")
-        if index + 1 == len(files) or files[index + 1].path.parent != file.path.parent:
-            yield from _words_of_slurm(run, file.path.parent.name)
 
 
 def follow(run: Run, rank: int, ended: Callable[[], bool]) -> Iterator[str]:
@@ -94,25 +92,44 @@ def follow(run: Run, rank: int, ended: Callable[[], bool]) -> Iterator[str]:
             positions[file.path] = positions.get(file.path, 0) + len(new)
             yield new.decode(errors="replace")
         if last_round:
+            for job in records.last_chain(run):
+                for task in _tasks(run, job):
+                    yield from _words_of_slurm(run, task, rank)
             return
         time.sleep(_POLL_S)
 
 
-def _words_of_slurm(run: Run, job: str) -> Iterator[str]:
-    """What Slurm and the batch script said: time limits, cancellations, lost nodes."""
-    path = next((home / f"{job}_0_log.err" for home in _homes(run) if (home / f"{job}_0_log.err").exists()), None)
-    if path is None:
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [line for line in lines if not _CHATTER.match(line)]
-    if said:
-        yield f"==> Slurm and the batch script, job {job} <==\n"
-        yield "\n".join(said) + "\n"
+def _tasks(run: Run, job: Job) -> list[str]:
+    """The ids of a job's tasks that have left a word; its own id, if it is no array."""
+    if job.tasks == 1:
+        return [job.id]
+    words = (path.name.removesuffix(_WORDS) for home in _homes(run) for path in home.glob(f"{job.id}_*{_WORDS}"))
+    names = {*words, *(path.name for path in run.logs.glob(f"{job.id}_*"))}
+    return sorted(names, key=lambda name: _natural(Path(name)))
+
+
+def _files_of(run: Run, job: Job, task: str, rank: int) -> Iterator[LogFile]:
+    for path in sorted((run.logs / task).glob("attempt_*.log"), key=_natural):
+        match = _NAME.search(path.name)
+        if match and (int(match[2]) == rank or job.stage != "train"):
+            yield LogFile(path, f"{job.stage}, job {task}, attempt {match[1]}, rank {match[2]}")
+
+
+def _words_of_slurm(run: Run, task: str, rank: int) -> Iterator[str]:
+    """What Slurm, the batch script and a rank's launcher said: time limits, cancellations, why nothing began."""
+    names = dict.fromkeys((f"{task}{_WORDS}", f"{task}_{rank}_log.err"))
+    for path in (home / name for home in _homes(run) for name in names):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        said = [line for line in lines if not _CHATTER.match(line)]
+        if said:
+            who = "Slurm and the batch script" if path.name.endswith(_WORDS) else f"the launcher of rank {rank}"
+            yield f"==> {who}, job {task} <==\n"
+            yield "\n".join(said) + "\n"
 
 
 def _homes(run: Run) -> list[Path]:
     """Where the jobs of a run keep their files: in the run, or in the folder of the sweep it belongs to."""
-    return [run.launch, *(p for p in run.path.parent.glob("*-sweep/launch") if run.name.startswith(p.parent.name[:-6]))]
+    return [run.launch, *run.path.parent.glob("*-sweep*/launch")]
 
 
 def _natural(path: Path) -> list[int]:

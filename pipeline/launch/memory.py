@@ -58,7 +58,6 @@ class Activations:
     Attributes:
         kept: For backward, from the forward pass on.
         copies: bfloat16 copies of weights that backward needs; 0 in float32.
-        forward_copies: The same at the end of the forward pass.
         logits: Held until the end of backward.
         loss: Logits, their softmax and their gradient, when backward begins.
         again: All there is while the last block is computed again in backward, but the gradients of its weights; 0
@@ -67,7 +66,6 @@ class Activations:
 
     kept: float
     copies: float
-    forward_copies: float
     logits: float
     loss: float
     again: float
@@ -75,7 +73,7 @@ class Activations:
     @property
     def most(self) -> float:
         """The most of them at any one time."""
-        return max(self.kept + self.forward_copies + self.logits, self.kept + self.copies + self.loss, self.again)
+        return max(self.kept + self.copies + self.loss, self.again)
 
 
 def activations(model: ModelConfig, sequences: int, precision: str, checkpointing: bool) -> Activations:
@@ -101,11 +99,11 @@ def activations(model: ModelConfig, sequences: int, precision: str, checkpointin
     loss = 12 * model.vocab_size * tokens
     copies = layers * block_copies + head_copy
     if not checkpointing:
-        return Activations(layers * block + last_norm + ids, copies, copies, logits, loss, again=0)
+        return Activations(layers * block + last_norm + ids, copies, logits, loss, again=0)
     inputs = layers * (4 * d * tokens + _RNG_STATE) + ids
     # The block, the gradients on their way back through it, and its copies.
     again = inputs + logits + block + (8 * d + width * f) * tokens + block_copies
-    return Activations(inputs + last_norm, head_copy, copies, logits, loss, again)
+    return Activations(inputs + last_norm, head_copy, logits, loss, again)
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ def process_memory(config: Config, ranks: int, stage: int | None = None, on_cpu:
     early = gradients if stage == 2 else 0.0
     moments = {
         "start-up": 4.0 * total * (2 if stage in (1, 2) and on_cpu else 1) + (4 * own if stage == 3 else 0.0),
-        "forward": passing + acts.kept + acts.forward_copies + acts.logits,
+        "forward": passing + acts.kept + acts.copies + acts.logits,
         "backward": passing + acts.kept + acts.copies + acts.loss,
         "first gradients": passing + early + acts.kept + acts.copies + acts.logits,
         "recomputation": passing + early + acts.again + _fresh_gradients(model, stage, left) if acts.again else 0.0,

@@ -28,6 +28,7 @@ class Job:
         site: Name of the site.
         accounting: Whether sacct knows it.
         shared: Whether it works for other runs of a sweep too.
+        name: Its name in the queue; empty for one that was recorded before names were.
     """
 
     id: str
@@ -37,6 +38,14 @@ class Job:
     site: str
     accounting: bool
     shared: bool = False
+    name: str = ""
+
+    def is_named(self, name: str) -> bool:
+        """Whether this is the job that Slurm calls by this name.
+
+        The id alone does not tell: ids begin anew with a new cluster, and two clusters may share a file system.
+        """
+        return self.name in ("", name)
 
 
 def jobs(run: Run) -> list[Job]:

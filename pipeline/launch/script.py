@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +80,23 @@ def executor(job: StageJob, site: Site, dependency: str | None) -> Executor:
 def submit_tasks(made: Executor, job: StageJob) -> str:
     """Submits a job; returns its id, that of the array where it has several tasks."""
     count = len(job.work.tasks)
-    if count == 1:
-        return str(made.submit(run_rank, str(job.work_file)).job_id)
-    first = made.map_array(run_rank, [str(job.work_file)] * count)[0]
-    return str(first.job_id).partition("_")[0]
+    with _outside_any_job():
+        if count == 1:
+            return str(made.submit(run_rank, str(job.work_file)).job_id)
+        first = made.map_array(run_rank, [str(job.work_file)] * count)[0]
+        return str(first.job_id).partition("_")[0]
+
+
+@contextlib.contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """sbatch hands the shell's variables on: those of an interactive job would give the new one that job's shape."""
+    inside = "SLURM_JOB_ID" in os.environ
+    of_that = [name for name in os.environ if name.startswith(("SLURM_", "SLURMD_")) and name != "SLURM_CONF"]
+    hidden = {name: os.environ.pop(name) for name in of_that if inside}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _python(site: Site) -> str:
@@ -130,9 +146,13 @@ def _parameters(job: StageJob, site: Site, dependency: str | None) -> dict[str, 
 def _setup(job: StageJob, site: Site) -> list[str]:
     begin = f"begun=$({_launcher(site)} begin {_quoted(job.work_file)}) || exit $?"
     return [
+        # Of the shell that submitted, and of another job's ranks; the site may set them anew.
+        "unset MASTER_ADDR MASTER_PORT",
         *(f"module load {shlex.quote(name)}" for name in site.modules),
         *(f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()),
         *site.setup,
+        # With a site's `set -e` the script would end with srun, and nothing would be requeued.
+        "set +eu",
         # The working folder is the checkout, whose package must not be found before the submitted one.
         "export PYTHONSAFEPATH=1",
         f"export PYTHONPATH={_quoted(job.code)}${{PYTHONPATH:+:$PYTHONPATH}}",

@@ -17,24 +17,40 @@ _OWN_OPTIONS = {
     "array": "prepare.slices and prepare.max_parallel",
     "chdir": "the launcher: jobs run where they were submitted",
     "constraint": "constraint",
+    "cpus-per-gpu": "cpus_per_task of each stage",
     "cpus-per-task": "cpus_per_task of each stage",
     "dependency": "the launcher",
     "error": "the launcher: logs are in the run folder",
+    "gpus": "gpus_per_node of each stage",
     "gpus-per-node": "gpus_per_node of each stage",
+    "gpus-per-socket": "gpus_per_node of each stage",
+    "gpus-per-task": "gpus_per_node of each stage",
     "gres": "gpus_per_node of each stage and gpu_request",
     "job-name": "the launcher: jobs are called RUN-STAGE",
+    "kill-on-invalid-dep": "the launcher",
     "mem": "mem_gb of each stage",
+    "mem-per-cpu": "mem_gb of each stage",
+    "mem-per-gpu": "mem_gb of each stage",
     "no-requeue": "requeue.max_restarts",
     "nodes": "train.nodes",
+    "ntasks": "train.nodes and train.tasks_per_node",
+    "ntasks-per-gpu": "train.tasks_per_node",
     "ntasks-per-node": "train.tasks_per_node",
     "open-mode": "the launcher",
     "output": "the launcher: logs are in the run folder",
+    "parsable": "the launcher, which reads what sbatch prints",
     "partition": "partition of each stage",
     "qos": "qos",
+    "quiet": "the launcher, which reads what sbatch prints",
     "requeue": "requeue.max_restarts",
     "signal": "signal_before_end_s",
+    "test-only": "`pipeline submit --dry-run`",
     "time": "time_limit_min of each stage",
+    "wait": "the launcher",
+    "wrap": "the launcher",
 }
+# By which a job finds the code that was submitted, and not another.
+_OWN_VARIABLES = ("PYTHONPATH", "PYTHONSAFEPATH")
 
 
 def load_site(path: str | Path) -> Site:
@@ -72,9 +88,16 @@ def _cross_checks(site: Site) -> list[Problem]:
     for name in site.environment:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             problems.append(Problem(f"environment.{name}", "is no name of a variable"))
+        if name in _OWN_VARIABLES:
+            given = (
+                "allowed: other names; the launcher sets it, so that jobs run the code that was submitted "
+                "(install further packages for the jobs' Python, or into the image)"
+            )
+            problems.append(Problem(f"environment.{name}", given))
     for name, value in site.extra_sbatch.items():
-        if name in _OWN_OPTIONS:
-            given = f"given {shown(value)}, allowed: nothing; it is decided by {_OWN_OPTIONS[name]}"
+        option = name.replace("_", "-")  # submitit writes `cpus_per_task` as `--cpus-per-task`
+        if option in _OWN_OPTIONS:
+            given = f"given {shown(value)}, allowed: nothing; it is decided by {_OWN_OPTIONS[option]}"
             problems.append(Problem(f"extra_sbatch.{name}", given))
         elif value is False or name.startswith("-"):
             problems.append(

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from pipeline.errors import PipelineError
@@ -34,6 +34,7 @@ class JobInfo:
         nodes: Host list; empty while there is none.
         restarts: How often it was requeued; None where the source does not know.
         left: Time left, as Slurm writes it; empty if unknown.
+        name: Of the job.
     """
 
     id: str
@@ -42,6 +43,7 @@ class JobInfo:
     nodes: str = ""
     restarts: int | None = None
     left: str = ""
+    name: str = ""
 
     @property
     def active(self) -> bool:
@@ -82,14 +84,23 @@ def queued(ids: Iterable[str]) -> dict[str, JobInfo]:
     if not bases:
         return {}
     try:
-        text = call("squeue", "--noheader", "--array", "--jobs", ",".join(bases), "--format", "%i|%T|%r|%N|%L")
+        text = call("squeue", "--noheader", "--array", "--jobs", ",".join(bases), "--format", "%i|%T|%r|%N|%L|%j")
     except SlurmError as error:
         if "Invalid job id" in str(error):  # all of them are gone
             return {}
         raise
-    rows = [line.split("|") for line in text.splitlines()]
-    found = [JobInfo(id=i, state=state, reason=_plain(r), nodes=n, left=left) for i, state, r, n, left in rows]
+    rows = [line.split("|", 5) for line in text.splitlines()]
+    found = [JobInfo(i, state, _plain(r), n, left=left, name=name) for i, state, r, n, left, name in rows]
     return {info.id: info for info in found}
+
+
+def names_in_queue(ids: Iterable[str]) -> dict[str, str]:
+    """The names of the jobs among these that wait or run, array tasks one by one, by id.
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
+    return {info.id: info.name for info in queued(ids).values() if info.active}
 
 
 def ended(ids: Iterable[str], accounting: bool) -> dict[str, JobInfo]:
@@ -104,19 +115,37 @@ def ended(ids: Iterable[str], accounting: bool) -> dict[str, JobInfo]:
             pass  # the database is away: slurmctld still knows jobs for a while
     found = {}
     for job in wanted:
-        info = show(job)
-        if info is not None:
-            found[job] = JobInfo(job, info["JobState"], _plain(info.get("Reason", "")), restarts=int(info["Restarts"]))
+        for info in _show_all(job):
+            about = JobInfo(
+                job, info["JobState"], _plain(info.get("Reason", "")), restarts=int(info["Restarts"]),
+                name=info["JobName"],
+            )  # fmt: skip
+            for task in _ids_of(info["ArrayJobId"], info["ArrayTaskId"]) if "ArrayTaskId" in info else [job]:
+                found[task] = replace(about, id=task)
     return found
 
 
 def show(job: str) -> dict[str, str] | None:
     """The fields of `scontrol show job`; None where slurmctld does not know it or does not answer."""
+    return next(iter(_show_all(job)), None)
+
+
+def _show_all(job: str) -> list[dict[str, str]]:
+    """The same of every task of an array, those that still wait together in one."""
     try:
         text = call("scontrol", "--oneliner", "show", "job", job)
     except SlurmError:
-        return None
-    return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0])) if text.strip() else None
+        return []
+    return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines() if line.strip()]
+
+
+def _ids_of(array: str, tasks: str) -> list[str]:
+    """The ids of an array's tasks as Slurm writes them together: `12`, `3,5-7%2` -> `12_3`, `12_5`, `12_6`, `12_7`."""
+    found = []
+    for part in tasks.partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        found += [f"{array}_{number}" for number in range(int(first), int(last or first) + 1)]
+    return found
 
 
 def end_time(job: str) -> float | None:
@@ -137,22 +166,28 @@ def lost_nodes(names: Sequence[str]) -> list[str]:
     """Which of these nodes cannot be used now: down, draining, or not answering."""
     if not names:
         return []
-    states = _node_states("--nodes", ",".join(names))
-    return sorted({name for name, state in states if _is_lost(state)})
+    return sorted({name for name, state, _ in _nodes("--nodes", ",".join(names)) if _is_lost(state)})
 
 
-def usable_nodes(partition: str) -> list[str]:
-    """The nodes of a partition that work, busy or not; none where Slurm does not answer."""
-    states = _node_states("--partition", partition) if partition else []
-    return sorted({name for name, state in states if not _is_lost(state)})
+def usable_nodes(partition: str, like: Sequence[str]) -> set[str]:
+    """The nodes of a partition that work, busy or not, with the devices and features of one of those named.
+
+    None where Slurm does not answer.
+    """
+    if not partition:
+        return set()
+    nodes = _nodes("--partition", partition)
+    kinds = {kind for name, _, kind in nodes if name in like}
+    return {name for name, state, kind in nodes if kind in kinds and not _is_lost(state)}
 
 
-def _node_states(*which: str) -> list[tuple[str, str]]:
+def _nodes(*which: str) -> list[tuple[str, str, str]]:
+    """Name, state, and what tells kinds of nodes apart."""
     try:
-        text = call("sinfo", "--noheader", "--Node", *which, "--format", "%N %T")
+        text = call("sinfo", "--noheader", "--Node", *which, "--format", "%N|%T|%G|%f")
     except SlurmError:
         return []
-    return [(name, state) for name, state in (line.split() for line in text.splitlines())]
+    return [(name, state, kind) for name, state, kind in (line.split("|", 2) for line in text.splitlines())]
 
 
 def _is_lost(state: str) -> bool:
@@ -177,14 +212,15 @@ def base(job: str) -> str:
 
 def _from_sacct(ids: Sequence[str]) -> dict[str, JobInfo]:
     jobs = ",".join(sorted({base(job) for job in ids}))
-    text = call(
-        "sacct", "--noheader", "--parsable2", "--allocations", "--jobs", jobs, "--format", "JobID,State,NodeList"
-    )
+    fields = "JobID,State,NodeList,JobName"
+    text = call("sacct", "--noheader", "--parsable2", "--allocations", "--jobs", jobs, "--format", fields)
     found = {}
     for line in text.splitlines():
-        job, state, nodes = line.split("|")
-        # "CANCELLED by 0"
-        found[job] = JobInfo(job, state.split()[0], nodes="" if nodes == "None assigned" else nodes)
+        job, state, nodes, name = line.split("|", 3)
+        waiting = re.fullmatch(r"(\d+)_\[([\d,%-]+)\]", job)  # tasks that never ran are one line
+        for task in _ids_of(waiting[1], waiting[2]) if waiting else [job]:
+            # "CANCELLED by 0"
+            found[task] = JobInfo(task, state.split()[0], nodes="" if nodes == "None assigned" else nodes, name=name)
     return found
 
 

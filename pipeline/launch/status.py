@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.checkpoint.layout import published, step_of
-from pipeline.errors import UsageError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.launch import records, slurm
 from pipeline.launch.records import Job
 from pipeline.launch.slurm import JobInfo
@@ -106,7 +106,14 @@ def statuses(runs: Sequence[Run]) -> list[RunStatus]:
     """How each of these runs is; Slurm is asked once for all."""
     chains = {run.path: records.last_chain(run) for run in runs}
     infos = _ask_slurm([job for chain in chains.values() for job in chain])
-    return [_status(run, _known(run, chains[run.path], infos)) for run in runs]
+    found = []
+    for run in runs:
+        known = _known(run, chains[run.path], infos)
+        try:
+            found.append(_status(run, known, run.config().train.max_iters))
+        except PipelineError as error:  # one folder that somebody damaged must not hide the others
+            found.append(_status(run, replace(known, state="unknown", reason=str(error)), 0))
+    return found
 
 
 def _ask_slurm(jobs: Sequence[Job]) -> dict[str, JobInfo] | None:
@@ -127,7 +134,7 @@ def _ask_slurm(jobs: Sequence[Job]) -> dict[str, JobInfo] | None:
 
 
 def _belongs(info: JobInfo, job: Job) -> bool:
-    return info.id == job.id or slurm.base(info.id) == job.id
+    return job.id in (info.id, slurm.base(info.id)) and job.is_named(info.name)
 
 
 def _known(run: Run, chain: Sequence[Job], infos: dict[str, JobInfo] | None) -> _Known:
@@ -146,6 +153,8 @@ def _known(run: Run, chain: Sequence[Job], infos: dict[str, JobInfo] | None) -> 
         return _Known("queued", _why_it_waits(run, info), job.stage, info.id)
     for job in chain:
         for info in of_job[job.id]:
+            if info.state != "COMPLETED" and job.stage != "evaluate" and _ends(run)[-1:] == ["finished"]:
+                return _Known("finished", "its job was not", job.stage, info.id)  # somebody trained on by hand
             if info.state == "CANCELLED":
                 return _Known("cancelled", _said(run, ("gave_up",)), job.stage, info.id, info.nodes)
             if info.state != "COMPLETED":
@@ -161,8 +170,7 @@ def _from_folder(run: Run, job: Job | None) -> _Known | None:
     stage, job_id = (job.stage, job.id) if job else ("", None)
     if is_alive(run):
         return _Known("running", stage="train", job=job_id)
-    ends = [e for e in _events_since_submission(run) if e.get("event") in _LAUNCHER_ENDS]
-    kinds = [e["event"] for e in ends]
+    kinds = _ends(run)
     # A cancelled training still saves, and says afterwards that it was stopped.
     kind = "cancelled" if "cancelled" in kinds and "finished" not in kinds else kinds[-1] if kinds else ""
     if kind == "finished":
@@ -176,13 +184,12 @@ def _from_folder(run: Run, job: Job | None) -> _Known | None:
     return None
 
 
-def _status(run: Run, known: _Known) -> RunStatus:
-    config = run.config()
+def _status(run: Run, known: _Known, max_iters: int) -> RunStatus:
     lines = _last_lines(run)
     last = lines[-1] if lines else {}
     step = int(last.get("step", 0))
     running = known.state == "running" and known.stage == "train"
-    left = config.train.max_iters - step
+    left = max_iters - step
     recent = [float(line["time/step_s"]) for line in lines[-10:] if "time/step_s" in line]
     account = goodput(run, now=time.time() if known.state in ("running", "queued") else None)
     saved = [step_of(path) or 0 for path in published(run.checkpoints)]
@@ -195,7 +202,7 @@ def _status(run: Run, known: _Known) -> RunStatus:
         job=known.job,
         nodes=known.nodes or (began[-1]["nodes"] if began and known.stage == "train" else ""),
         step=step,
-        max_iters=config.train.max_iters,
+        max_iters=max_iters,
         loss=last.get("train/loss"),
         tokens_per_s=last.get("train/tokens_per_s"),
         eta_s=left * sum(recent) / len(recent) if running and recent else None,
@@ -225,6 +232,12 @@ def _events_since_submission(run: Run) -> list[dict[str, Any]]:
     events = _events(run)
     last = max((i for i, e in enumerate(events) if e.get("event") == "submitted"), default=0)
     return events[last:]
+
+
+def _ends(run: Run) -> list[str]:
+    """Which ends were told since the run was submitted, in order."""
+    kinds = (str(e.get("event")) for e in _events_since_submission(run))
+    return [kind for kind in kinds if kind in _LAUNCHER_ENDS]
 
 
 def _said(run: Run, kinds: Sequence[str]) -> str:

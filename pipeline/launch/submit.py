@@ -16,10 +16,11 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from pipeline.checkpoint.layout import published, step_of
 from pipeline.config import Config
-from pipeline.errors import PipelineError, UsageError
+from pipeline.data.settings import refuse_other_settings
+from pipeline.errors import PipelineError
 from pipeline.files import read_json
-from pipeline.launch import records, slurm
-from pipeline.launch.admission import refuse_invisible, refuse_unfit_images
+from pipeline.launch import records
+from pipeline.launch.admission import refuse_active, refuse_invisible, refuse_percent, refuse_unfit_images
 from pipeline.launch.binds import create_folders
 from pipeline.launch.job import command_line
 from pipeline.launch.lead import lead_s
@@ -29,7 +30,7 @@ from pipeline.launch.script import StageJob, executor, submit_tasks
 from pipeline.launch.site import Site
 from pipeline.launch.site_load import load_site
 from pipeline.launch.snapshot import take_snapshot
-from pipeline.launch.sweep import experiments
+from pipeline.launch.sweep import experiments, home_of
 from pipeline.launch.take_back import taken_back_on_failure
 from pipeline.launch.work import Task, Work
 from pipeline.run import Run, create_run, run_for
@@ -63,6 +64,11 @@ class Chain:
         """The runs, in the order of the configs."""
         return [run_for(config) for config in self.configs]
 
+    @property
+    def is_sweep(self) -> bool:
+        """Whether the jobs are arrays, of a run each."""
+        return len(self.configs) > 1
+
 
 def plan_chain(
     config_file: str,
@@ -79,7 +85,8 @@ def plan_chain(
     """
     site = load_site(site_file)
     configs = experiments(config_file, overrides, sweeps, site.train.nodes * site.train.tasks_per_node)
-    home = run_for(configs[0]) if len(configs) == 1 else Run(Path(configs[0].runs_dir) / f"{_base(configs)}-sweep")
+    home = home_of(configs)
+    refuse_percent(home)
     refuse_invisible(configs, site)
     commands, skipped = _stages(configs, site, ("--allow-image-change",) if allow_image_change else ())
     jobs = [_stage_job(stage, tasks, configs, site, home) for stage, tasks in commands.items()]
@@ -99,7 +106,7 @@ def submit(chain: Chain) -> list[Job]:
             "sbatch: not found on this machine, so nothing can be submitted from here; "
             "`pipeline run` does the same work here, and `--dry-run` shows the jobs"
         )
-    _refuse_active(chain.runs)
+    refuse_active(chain.runs, chain.home)
     refuse_unfit_images(chain.configs, chain.site, chain.allow_image_change)
     with taken_back_on_failure(chain.runs, chain.home) as submitted:
         _make_folders(chain)
@@ -110,6 +117,8 @@ def submit(chain: Chain) -> list[Job]:
             own = [_of_run(job, chain, index) for job in submitted]
             records.add_jobs(run, own)
             journal.append_event(run.events_file, "submitted", jobs=[job.id for job in own], site=chain.site.name)
+        if chain.is_sweep:
+            records.add_jobs(chain.home, submitted)
     return submitted
 
 
@@ -137,6 +146,9 @@ def _stages(
     skipped: dict[Stage, str] = {}
     manifest = Path(configs[0].data.path) / "manifest.json"
     if manifest.is_file():
+        settings = read_json(manifest).get("settings")
+        if settings is not None:
+            refuse_other_settings(configs[0].data.path, settings, configs[0])
         skipped["prepare"] = f"{manifest} is there"
     else:
         slices, run = site.prepare.slices, run_for(configs[0])
@@ -177,7 +189,7 @@ def _stage_job(stage: Stage, tasks: list[Task], configs: list[Config], site: Sit
     folder = home.launch.absolute()
     lead = max(lead_s(run_for(c), site) for c in configs) if stage == "train" else 30
     return StageJob(
-        name=f"{_base(configs)}-{stage}",
+        name=f"{home.name}-{stage}",
         work=Work(stage, tuple(tasks), json.loads(site.model_dump_json())),
         work_file=folder / f"{stage}.json",
         resources=resources,
@@ -188,28 +200,7 @@ def _stage_job(stage: Stage, tasks: list[Task], configs: list[Config], site: Sit
     )
 
 
-def _base(configs: list[Config]) -> str:
-    """What the names of these runs have in common: the config's own name."""
-    if len(configs) == 1:
-        return configs[0].name
-    first, last = min(c.name for c in configs), max(c.name for c in configs)
-    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return first[:common].rpartition("-")[0].rpartition("-")[0] or first[:common]
-
-
 # ---- submitting ----------------------------------------------------------------------------------
-
-
-def _refuse_active(runs: list[Run]) -> None:
-    known = {job.id: run for run in runs for job in records.jobs(run)}
-    bases = {slurm.base(job) for job in known}
-    active = {slurm.base(info.id) for info in slurm.queued(bases).values() if info.active}
-    for job, run in known.items():
-        if slurm.base(job) in active:
-            raise UsageError(
-                f"{run.path}: is in the queue already as job {job}; wait for it (`pipeline status {run.path}`), "
-                f"or take it out first (`pipeline cancel {run.path}`)"
-            )
 
 
 def _make_folders(chain: Chain) -> None:
@@ -221,7 +212,7 @@ def _make_folders(chain: Chain) -> None:
             create_folders(config, run)  # Apptainer cannot bind what is not there
         take_snapshot(run.code)
     chain.home.launch.mkdir(parents=True, exist_ok=True)
-    if chain.home.path not in [run.path for run in chain.runs]:
+    if chain.is_sweep:
         take_snapshot(chain.home.code)
     for job in chain.jobs:
         job.work.save(job.work_file)
@@ -235,14 +226,14 @@ def _submit_job(chain: Chain, job: StageJob, before: list[Job], now: float) -> J
             job_id = submit_tasks(made, job)
     except (FailedJobError, FailedSubmissionError) as error:
         raise refused(str(error), job.stage, chain.site_file) from error
-    return Job(job_id, job.stage, len(job.work.tasks), now, chain.site.name, chain.site.accounting)
+    return Job(job_id, job.stage, len(job.work.tasks), now, chain.site.name, chain.site.accounting, name=job.name)
 
 
 def _dependency(chain: Chain, job: StageJob, before: list[Job]) -> str | None:
     if not before:
         return None
-    # In a sweep, the evaluation of a run waits for the training of that run only.
-    kind = "aftercorr" if job.stage == "evaluate" and len(chain.configs) > 1 else "afterok"
+    # In a sweep, the evaluation of a run waits for the training of that run only; slices are of no run.
+    kind = "aftercorr" if before[-1].stage == "train" and chain.is_sweep else "afterok"
     return f"{kind}:{before[-1].id}"
 
 
@@ -257,7 +248,7 @@ def _placeholders(chain: Chain) -> list[str | None]:
 
 def _of_run(job: Job, chain: Chain, index: int) -> Job:
     """A job as one run of a sweep sees it: its own task of the array."""
-    if len(chain.configs) == 1:
+    if not chain.is_sweep:
         return job
     if job.stage == "prepare":
         return replace(job, shared=True)

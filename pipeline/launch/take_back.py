@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.launch import records, slurm
@@ -28,8 +29,8 @@ def taken_back_on_failure(runs: Sequence[Run], home: Run) -> Iterator[list[Job]]
     try:
         yield submitted
     except BaseException as error:
-        _take_back(runs, submitted)
-        for run in runs:
+        _take_back(runs, home, submitted, error)
+        for run in (*runs, home):
             if run.path not in fresh:
                 records.forget_jobs(run, {job.id for job in submitted})
         for folder in fresh:
@@ -42,14 +43,36 @@ def taken_back_on_failure(runs: Sequence[Run], home: Run) -> Iterator[list[Job]]
         raise
 
 
-def _take_back(runs: Sequence[Run], submitted: list[Job]) -> None:
+def _take_back(runs: Sequence[Run], home: Run, submitted: list[Job], why: BaseException) -> None:
+    known = [job.id for job in submitted]
     try:
-        slurm.cancel(job.id for job in submitted)
+        slurm.cancel(known)
     except slurm.SlurmError as error:
         # The jobs stay known, so that `pipeline cancel` finds them and no second chain is submitted beside them.
         for run in runs:
             records.add_jobs(run, submitted)
         raise PipelineError(
-            f"Slurm went away in the middle of the submission and holds job {', '.join(job.id for job in submitted)} "
+            f"Slurm went away in the middle of the submission and holds job {', '.join(known)} "
             f"({error}); `pipeline cancel {runs[0].path}` when `scontrol ping` answers again, then submit again"
         ) from error
+    try:
+        slurm.cancel(sorted(_unheard_of(home.launch) - set(known)))
+    except slurm.SlurmError as error:
+        if isinstance(why, PipelineError):  # sbatch itself has said that it took no more
+            return
+        raise PipelineError(
+            f"{home.launch}: the submission was broken off ({why or type(why).__name__}), and Slurm does not say "
+            f"whether it holds a job of it ({error}); look with `squeue --me` when `scontrol ping` answers again"
+        ) from why
+
+
+def _unheard_of(folder: Path) -> set[str]:
+    """Jobs in the queue whose batch script is in this folder.
+
+    submitit tells an id when it has moved its files: what happens between that and sbatch leaves a job behind that
+    nobody knows.
+    """
+    rows = [
+        line.partition("|") for line in slurm.call("squeue", "--me", "--noheader", "--format", "%F|%o").splitlines()
+    ]
+    return {job for job, _, script in rows if Path(script).parent.resolve() == folder.resolve()}

@@ -136,6 +136,7 @@ def _update_where(counts: Tensor, tensors: list[list[Tensor]], group: dict[str, 
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"] * one)
     towards = [torch.where(counts, g, m) for g, m in zip(grads, exp_avgs, strict=True)]
     torch._foreach_lerp_(exp_avgs, towards, 1 - beta1)
+    del towards  # as large as the weights, and the next one is made before this name is free
     towards = [g.masked_fill(counts.logical_not(), 0.0) for g in grads]
     torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * one)
     torch._foreach_addcmul_(exp_avg_sqs, towards, towards, 1 - beta2)

@@ -43,11 +43,14 @@ class Feed:
         self._refused: set[str] = set()
 
     def connect(self) -> tuple[Store, str]:
-        """Opens the store and finds or makes the MLflow run; the id is written down before anything is sent."""
+        """Opens the store and finds or makes the MLflow run.
+
+        Its identity is written down before it is made, and its id before anything is sent.
+        """
         if self._store is None:
             self._store = Store(self._uri, self._config.tracking.experiment, self._config.tracking.artifact_location)
         if self._run_id is None:
-            s = state.load(self._run)
+            s = state.update(self._run, lambda s: None)  # an identity that is not on disk would be another next time
             known = s.of(self._uri).run_id
             run_id = self._store.ensure_run(s.identity, known, self._run.name, self._began_ms())
             if run_id != known:
@@ -127,10 +130,14 @@ class Feed:
         sent = 0
         for file in sorted((self._run.tracking / "system").glob("*.jsonl")):
             offset = state.load(self._run).of(self._uri).system.get(file.stem, 0)
+            if offset > journal.size(file):  # it was lost or began anew; what is sent twice is stored once
+                offset = 0
             while True:
                 batch, offset = _batch(file, offset, lambda _: 0)
                 if not batch:
                     break
+                # As with metrics.jsonl: lines that the store has must not be lost, or others took their place.
+                journal.make_durable(file)
                 began = time.monotonic()
                 self._send(store, run_id, batch)
                 state.update(self._run, lambda s, n=file.stem, o=offset: s.of(self._uri).system.update({n: o}))  # type: ignore[misc]
@@ -174,9 +181,12 @@ class Feed:
         return stats
 
     def _send_params(self, store: Store, run_id: str) -> None:
-        changed = store.set_params(run_id, describe.params(self._config))
-        if changed:
-            store.set_tags(run_id, {f"changed.{name}": value for name, value in changed.items()})
+        now = describe.params(self._config)
+        changed = {f"changed.{name}" for name in store.set_params(run_id, now)}
+        # A param that was changed back equals its first value again: its tag must say so too.
+        told = store.read_run(run_id).data.tags.keys()
+        tags = {f"changed.{name}": value for name, value in now.items()}
+        store.set_tags(run_id, {tag: value for tag, value in tags.items() if tag in changed or tag in told})
 
     def _send_tags(self, store: Store, run_id: str) -> None:
         tags = describe.tags(self._run)

@@ -194,15 +194,15 @@ def _note(attempt: _Attempt, event: dict[str, Any], at: float) -> None:
         attempt.gone = at if kind in ("requeued", "node_lost") else attempt.gone
         return
     attempt.last_sign = at
+    repeating = bool(attempt.repeated) and attempt.repeated[-1][1] is None
     if kind in ("started", "resumed") and attempt.ready is None:
         attempt.ready = at
-        if attempt.repeats:
+        if attempt.repeats and not repeating:
             attempt.repeated.append([at, None])
-    elif kind == "repeating":
+    elif kind == "repeating" and not repeating:  # going back once more before it has caught up is the same repeat
         attempt.repeated.append([at, None])
-    elif kind == "caught_up":
-        for span in attempt.repeated:
-            span[1] = at if span[1] is None else span[1]
+    elif kind == "caught_up" and repeating:
+        attempt.repeated[-1][1] = at
     if event.get("stall_s"):
         attempt.stalls.append((at, float(event["stall_s"])))
     if kind in _ENDS:

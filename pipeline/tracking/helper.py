@@ -34,10 +34,11 @@ class Helper:
     Args:
         run: The run.
         uri: Resolved address of the store to feed; None to sample this node only.
+        attempt: Which start of the run this is; while the process begins, the next start may.
     """
 
-    def __init__(self, run: Run, uri: str | None) -> None:
-        command = [sys.executable, "-m", "pipeline.tracking.helper_process", str(run.path), uri or ""]
+    def __init__(self, run: Run, uri: str | None, attempt: int) -> None:
+        command = [sys.executable, "-m", "pipeline.tracking.helper_process", str(run.path), uri or "", str(attempt)]
         paths = [str(Path(pipeline.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
         quiet_environment()
         self._process: subprocess.Popen[bytes] | None = None

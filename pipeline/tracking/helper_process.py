@@ -1,4 +1,4 @@
-"""The helper process itself (see `helper.py`): `python -m pipeline.tracking.helper_process RUN [URI]`."""
+"""The helper process itself (see `helper.py`): `python -m pipeline.tracking.helper_process RUN URI ATTEMPT`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 
 from pipeline.run import Run
-from pipeline.tracking import state
 from pipeline.tracking.helper import EVERYTHING_SENT, POINTS_LEFT
 from pipeline.tracking.sync import note_killed
 from pipeline.tracking.system import NodeSampler, node_name
@@ -20,8 +19,8 @@ _NICE = 10
 _LAST_ROUND_S = 20.0  # for the rest of the points of a training that was killed
 
 
-def main(folder: str, uri: str) -> int:
-    """Samples this node and feeds the store at `uri`, if there is one, until the training has ended.
+def main(folder: str, uri: str, attempt: int) -> int:
+    """Samples this node and feeds the store at `uri`, if there is one, until that start of the run has ended.
 
     Returns:
         The exit status.
@@ -29,7 +28,6 @@ def main(folder: str, uri: str) -> int:
     _step_back()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     run = Run(Path(folder))
-    attempt = state.load(run).attempt
     closing = threading.Event()
     told: list[bytes] = []
 
@@ -59,6 +57,6 @@ def _step_back() -> None:
 
 
 if __name__ == "__main__":
-    status = main(*sys.argv[1:])
+    status = main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
     # Without the interpreter's own end, which would wait for a timer or a request that nobody needs any more.
     os._exit(status)

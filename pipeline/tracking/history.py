@@ -130,7 +130,6 @@ class History:
 
     def _diverge(self, step: int, earlier: list[dict[str, Any]]) -> None:
         last = max(r["step"] for r in self._pending)
-        self._pending = earlier
 
         def mark(s: state.State) -> None:
             number = max((r.number for r in s.retries), default=0) + 1
@@ -139,6 +138,7 @@ class History:
 
         state.update(self._run, mark)
         journal.replace(self._pending_file, map(journal.encode, earlier))
+        self._pending = earlier  # last: on a full disk this line is logged again, and must be found to differ again
 
 
 def _agrees(published: Mapping[str, Any], metrics: Mapping[str, float], tolerance: float) -> bool:

@@ -43,6 +43,7 @@ def write_report(runs: Sequence[Run], output: Path | None = None) -> Path:
         UsageError: None of the runs has any metrics yet.
         PipelineError: The file cannot be written.
     """
+    runs = list({run.path.resolve(): run for run in runs}.values())  # a run that is given twice is one curve
     names = [run.name for run in runs]
     # Runs of one name in two folders are told apart by their paths.
     series = [read_series(run, run.name if names.count(run.name) == 1 else str(run.path)) for run in runs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ class Curve:
             kept += sorted({ordered[0], ordered[-1]})
         return Curve([self.steps[i] for i in kept], [self.values[i] for i in kept])
 
+    def lone(self) -> list[bool]:
+        """Which values are numbers with none beside them: no line goes through these, they need a marker."""
+        finite = [False, *map(math.isfinite, self.values), False]
+        return [finite[i] and not (finite[i - 1] or finite[i + 1]) for i in range(1, len(finite) - 1)]
+
 
 @dataclass(frozen=True)
 class Series:
@@ -65,29 +71,47 @@ def line_chart(runs: Sequence[Series], keys: Sequence[tuple[str, str]], unit: st
         log: Whether the vertical axis is logarithmic.
     """
     figure = go.Figure()
+    restarts: list[dict[str, Any]] = []
     for number, run in enumerate(runs):
         colour = _COLOURS[number % len(_COLOURS)]
         for place, (key, label) in enumerate(keys):
             if key not in run.curves:
                 continue
             curve = run.curves[key].thinned()
+            marker = {"size": 5} if place > 0 else _lone_marker(curve)
             figure.add_scatter(
                 x=list(curve.steps),
                 y=list(curve.values),
                 name=_legend(run, label, alone=len(runs) == 1, only=len(keys) == 1),
-                mode="lines" if place == 0 else "lines+markers",
+                mode="lines+markers" if marker else "lines",
                 line={"color": colour if len(runs) > 1 else _COLOURS[place], "width": 1.6, "dash": _dash(place)},
-                marker={"size": 5},
+                marker=marker,
             )
-        for step in run.restarts:
-            figure.add_vline(x=step, line={"color": colour, "width": 1, "dash": "dot"}, opacity=0.7)
+        line = {"color": colour, "width": 1, "dash": "dot"}
+        across = {"type": "line", "y0": 0, "y1": 1, "yref": "y domain", "line": line, "opacity": 0.7}
+        restarts += [{"x0": step, "x1": step, **across} for step in run.restarts]
+    figure.update_layout(shapes=restarts)  # at once: `add_vline` copies all lines that are there
     return _styled(figure, "step", unit, log=log, legend=len(runs) > 1 or len(keys) > 1)
 
 
 def _legend(run: Series, label: str, *, alone: bool, only: bool) -> str:
     if alone:
         return label
-    return run.name if only else f"{run.name} {label}"
+    name = _plain(run.name)
+    return name if only else f"{name} {label}"
+
+
+def _plain(name: str) -> str:
+    """A name that plotly shows as it is: it takes texts for markup, and knows few entities."""
+    return html.escape(name, quote=False)
+
+
+def _lone_marker(curve: Curve) -> dict[str, Any] | None:
+    lone = curve.lone()
+    if not any(lone):
+        return None
+    # Where sizes differ, plotly makes bubbles of the points: pale, with a white edge.
+    return {"size": [5 * one for one in lone], "opacity": 1, "line": {"width": 0}}
 
 
 def time_chart(run: Series) -> go.Figure:
@@ -98,12 +122,14 @@ def time_chart(run: Series) -> go.Figure:
         curve = run.curves.get(f"time/{part}_s")
         if curve is not None:
             thin = curve.thinned()
+            marker = _lone_marker(thin)
             figure.add_scatter(
                 x=list(thin.steps),
                 y=[1000 * v for v in thin.values],
                 name=part.replace("_", "-"),
-                mode="lines",
+                mode="lines+markers" if marker else "lines",
                 line={"width": 0.8, "color": _COLOURS[number]},
+                marker=marker,
                 stackgroup="time",
             )
     return _styled(figure, "step", "ms a step")
@@ -121,7 +147,7 @@ def goodput_chart(runs: Sequence[Series]) -> go.Figure:
             100 * s / run.goodput.wall_s for s, run in zip(seconds, shown, strict=True) if run.goodput is not None
         ]
         figure.add_bar(
-            y=[run.name for run in shown],
+            y=[_plain(run.name) for run in shown],
             x=shares,
             name=part,
             orientation="h",

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from pipeline.errors import PipelineError
 from pipeline.files import read_json, write_json
 from pipeline.run import Run
 
@@ -91,10 +92,25 @@ class State(BaseModel):
 
 
 def load(run: Run) -> State:
-    """The state of a run as it is on disk."""
+    """The state of a run as it is on disk.
+
+    Raises:
+        PipelineError: The file is damaged.
+    """
     if run.mlflow_file.exists():
-        return State.model_validate(read_json(run.mlflow_file))
+        try:
+            return State.model_validate(read_json(run.mlflow_file))
+        except ValidationError as error:
+            raise PipelineError(
+                f"{run.mlflow_file}: is not what was written there ({_first(error)}); put it back from a backup, "
+                "or remove it: the run is then sent to MLflow once more, as a new run there"
+            ) from error
     return State(identity=uuid.uuid4().hex)
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors()[0]
+    return ": ".join(filter(None, [".".join(map(str, found["loc"])), found["msg"]]))
 
 
 def settled(run: Run) -> State:
@@ -150,11 +166,11 @@ def hold_alive(run: Run, attempt: int) -> int:
 def holds_alive(run: Run, attempt: int) -> bool:
     """Whether a process holds the lock of that start, as far as this machine can see."""
     try:
-        fd = os.open(_alive_file(run, attempt), os.O_RDWR)
+        fd = os.open(_alive_file(run, attempt), os.O_RDONLY)  # who looks may not be allowed to write
     except FileNotFoundError:
         return False
     try:
-        return not lock(fd, wait=False)
+        return not lock(fd, wait=False, shared=True)
     finally:
         os.close(fd)
 
@@ -163,10 +179,13 @@ def _alive_file(run: Run, attempt: int) -> Path:
     return run.tracking / f"alive.{attempt}.lock"
 
 
-def lock(fd: int, *, wait: bool) -> bool:
-    """Locks an open file; False where somebody else has it and `wait` is not asked for."""
+def lock(fd: int, *, wait: bool, shared: bool = False) -> bool:
+    """Locks an open file; False where somebody else has it and `wait` is not asked for.
+
+    NFS allows a file that is open for reading a shared lock only.
+    """
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,17 +62,21 @@ def sync(run: Run, uri: str | None = None) -> Synced:
 
     Raises:
         UsageError: `uri` is none of the forms that are allowed.
-        PipelineError: The store cannot be reached or refuses the run; nothing is lost by that.
+        PipelineError: The store cannot be reached or refuses the run, or the run folder cannot be written; nothing
+            is lost by that.
     """
     target = _target(run, uri)
-    alive = is_alive(run)
-    before = state.load(run)
-    if not alive and before.status == "RUNNING" and before.attempt:
-        note_killed(run, before.attempt)
-    if target is None:
+    try:
+        alive = _note_if_killed(run)
+        fd = None if target is None else _wait_for_lock(run)
+    except OSError as error:
+        raise PipelineError(
+            f"{run.path}: cannot be written ({error.strerror}), and what MLflow has got is noted there; "
+            "run `pipeline sync` as a user and on a machine that may write to it"
+        ) from error
+    if target is None or fd is None:
         return Synced(None, None, 0, describe.status(run, state.load(run)), alive)
     feed = Feed(run, run.config(), target)
-    fd = _wait_for_lock(run)
     try:
         points = feed.send_all()
         feed.finish()
@@ -81,6 +86,14 @@ def sync(run: Run, uri: str | None = None) -> Synced:
     finally:
         os.close(fd)
     return Synced(target, run_id, points, describe.status(run, state.load(run)), alive)
+
+
+def sync_quietly(run: Run) -> None:
+    """Sends what a command has just made; where that fails a line on stderr says so, for what was made stands."""
+    try:
+        sync(run)
+    except PipelineError as error:
+        print(f"pipeline: {error}", file=sys.stderr)
 
 
 def register_export(run: Run, folder: Path, name: str) -> str:
@@ -125,6 +138,15 @@ def is_alive(run: Run) -> bool:
         return False
     host = next((e["host"] for e in _events(run, reverse=True) if e.get("event") == "attempt"), None)
     return host != socket.gethostname() and time.time() - _last_sign(run) < _SILENCE_S
+
+
+def _note_if_killed(run: Run) -> bool:
+    """Notes it where a process ended without closing; returns whether one is alive."""
+    alive = is_alive(run)
+    before = state.load(run)
+    if not alive and before.status == "RUNNING" and before.attempt:
+        note_killed(run, before.attempt)
+    return alive
 
 
 def note_killed(run: Run, attempt: int) -> None:

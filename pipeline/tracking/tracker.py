@@ -86,7 +86,7 @@ class RunTracker(Tracker):
             self._alive = state.hold_alive(run, s.attempt)
 
         self._attempt = state.update(run, begin).attempt
-        super().__init__(Helper(run, uri))
+        super().__init__(Helper(run, uri, self._attempt))
 
     def _begin(self, step: int) -> bool:
         """Writes the event `attempt`; returns whether steps are about to be repeated."""
@@ -203,7 +203,7 @@ def start(
         samples_node: Whether such a tracker has its node's system metrics recorded: one of each further node's ranks.
     """
     if not enabled:
-        return Tracker(Helper(run, None) if samples_node else None)
+        return Tracker(Helper(run, None, state.load(run).attempt) if samples_node else None)
     if provenance and provenance not in run.provenance():
         run.add_provenance(provenance)
     return RunTracker(run, config, step=step, dataset=dataset, tokenizer_file=tokenizer_file)

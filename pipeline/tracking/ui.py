@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +26,9 @@ from pipeline.tracking.store import resolve_uri
 
 _START_S = 90.0
 _STOP_S = 10.0
+_TAIL_BYTES = 4096
+_PR_SET_PDEATHSIG = 1
+_PRCTL = ctypes.CDLL(None).prctl  # looked up here: little is safe between fork and exec
 # No proxy: these addresses are on this machine.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -50,7 +55,7 @@ def local_server(
     Args:
         uri: The sqlite store.
         port: Port to listen on; a free one if None.
-        log: File for what it prints; thrown away if None.
+        log: File for what it prints; kept until it ends if None.
         options: Further options of `mlflow server`.
 
     Raises:
@@ -64,7 +69,8 @@ def local_server(
     # Without job execution it is 2 processes and 480 MB in place of 15 and 2.7 GB.
     settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with contextlib.ExitStack() as stack:
-        output = subprocess.DEVNULL if log is None else stack.enter_context(log.open("ab")).fileno()
+        printed = stack.enter_context(tempfile.TemporaryFile()) if log is None else stack.enter_context(log.open("a+b"))
+        output = printed.fileno()
         process = subprocess.Popen(
             command,
             env={**os.environ, **settings},
@@ -72,9 +78,10 @@ def local_server(
             stdout=output,
             stderr=output,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
         stack.callback(_stop, process)
-        _wait_until_it_answers(url, process)
+        _wait_until_it_answers(url, process, output)
         yield Server(url, process)
 
 
@@ -99,8 +106,9 @@ def serve(run: Run | None, port: int | None) -> None:
     file = Path(uri.removeprefix("sqlite:///"))
     if not file.is_file():
         raise UsageError(f"{file}: there is no such store yet; train a run first, or name one: pipeline ui RUN")
-    # Ended by a signal it must take the server with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # Ended by a signal, or with its terminal, it must take the server with it.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
     with local_server(uri, port) as server, contextlib.suppress(KeyboardInterrupt):
         run_id = None if run is None else state.load(run).of(uri).run_id
         print(f"MLflow: {page_of(server.url, run_id)} (Ctrl-C ends it)", flush=True)
@@ -129,18 +137,31 @@ def _free_port(wanted: int | None) -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes]) -> None:
+def _end_with_parent() -> None:
+    """In the child: the kernel ends it when its parent is gone, after a kill -9 too; mlflow tells its own children."""
+    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes], output: int) -> None:
     until = time.monotonic() + _START_S
     while time.monotonic() < until:
         if process.poll() is not None:
-            raise PipelineError(f"mlflow server ended with status {process.returncode} before it answered")
+            said = _last_line(output)
+            raise PipelineError(f"mlflow server ended with status {process.returncode} before it answered: {said}")
         try:
             with _OPENER.open(f"{url}/health", timeout=5) as answer:
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    raise PipelineError(f"mlflow server did not answer at {url} within {_START_S:.0f} s")
+    raise PipelineError(f"mlflow server did not answer at {url} within {_START_S:.0f} s: {_last_line(output)}")
+
+
+def _last_line(output: int) -> str:
+    # Read without moving the position, at which the server goes on writing.
+    tail = os.pread(output, _TAIL_BYTES, max(0, os.fstat(output).st_size - _TAIL_BYTES))
+    lines = tail.decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

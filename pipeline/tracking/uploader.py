@@ -45,14 +45,10 @@ class Uploader:
         while True:
             # Read before the round: what is written after this moment gets a round of its own.
             last_round = self._closing.is_set()
-            fd = self._lock.acquire()
-            if fd is None:  # `pipeline sync` is sending, or the process before this one still is
+            done = self._round(last_round)
+            if done is None:
                 time.sleep(_BUSY_S)
                 continue
-            try:
-                done = self._round(last_round)
-            finally:
-                os.close(fd)
             if last_round:
                 return done
             if done:
@@ -62,13 +58,20 @@ class Uploader:
                 self._closing.wait(pause * random.uniform(0.8, 1.2))
                 pause = min(2 * pause, _PAUSE_S[1])
 
-    def _round(self, last_round: bool) -> bool:
+    def _round(self, last_round: bool) -> bool | None:
+        """Whether the store has everything now; None where `pipeline sync` or the process before is sending."""
         try:
-            self._sent += self._feed.send_all(self._rest)
-            if last_round:
-                self._feed.finish()
+            fd = self._lock.acquire()
+            if fd is None:
+                return None
+            try:
+                self._sent += self._feed.send_all(self._rest)
+                if last_round:
+                    self._feed.finish()
+            finally:
+                os.close(fd)
         except Exception as error:
-            # Whatever goes wrong with a store is no reason to disturb training: everything is on disk.
+            # Whatever goes wrong with a store, or a lock, is no reason to disturb training: everything is on disk.
             if not self._failing:
                 self._failing, self._sent = True, 0
                 _log.warning(

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable
+
+from pipeline.checkpoint.write import Saved
+
+# What a save is taken to need before the first one was measured.
+UNKNOWN_SAVE_S = 10.0
 
 
 class StepClock:
@@ -11,13 +17,17 @@ class StepClock:
 
     On a GPU the host runs ahead of the device: the step time is right over an interval, a lap is the time until
     the work was launched, or waited for.
+
+    Attributes:
+        step_s: Seconds of a step, by the last reading.
+        longest_pause_s: Seconds of the longest pause.
     """
 
     def __init__(self) -> None:
         self._last = self._began = time.perf_counter()
         self._laps: dict[str, float] = defaultdict(float)
         self._steps = 0
-        self.step_s = 0.0
+        self.step_s = self.longest_pause_s = 0.0
 
     def lap(self, name: str) -> None:
         """Books the time since the last lap to `name`."""
@@ -43,5 +53,11 @@ class StepClock:
     def pause(self) -> None:
         """Leaves out the time since the last lap: validation, say, is not part of a step."""
         now = time.perf_counter()
+        self.longest_pause_s = max(self.longest_pause_s, now - self._last)
         self._began += now - self._last
         self._last = now
+
+
+def longest_save_s(saves: Iterable[Saved]) -> float:
+    """Seconds of the longest save that became durable: one that failed may have waited for its time limit."""
+    return max((saved.seconds for saved in saves if saved.path is not None), default=UNKNOWN_SAVE_S)

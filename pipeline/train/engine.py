@@ -1,7 +1,7 @@
 """The DeepSpeed engine behind the few verbs the loop needs; the only file that imports deepspeed.
 
 The weights are always float32; `bf16` runs forward and backward under autocast. So every ZeRO stage meets one
-kind of optimiser, master weights need no second copy, and gradients accumulate in float32.
+kind of optimiser, and gradients accumulate in float32.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.config import Config
+from pipeline.errors import UsageError
 from pipeline.model.transformer import TransformerLM
 from pipeline.optim.adamw import AdamW, decay_groups
 from pipeline.optim.clipping import scale_to_norm, squared_norm
@@ -48,7 +49,9 @@ class Engine:
         model.to(device)
         model.activation_checkpointing = config.train.activation_checkpointing
         if config.train.precision == "bf16":
-            model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+            # Each weight is used once a forward: a cache of their copies would only hold them all until its end.
+            cast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+            model.forward = cast(model.forward)  # type: ignore[method-assign]
         settings = config.optimizer
         self._optimizer = AdamW(
             decay_groups(model, settings.weight_decay, settings.decay_norms),
@@ -131,7 +134,8 @@ class Engine:
     @property
     def optimizer_steps(self) -> int:
         """Steps the optimiser has taken: skipped ones do not count."""
-        return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
+        # Of all parameters alike: one is asked, for the host waits for the device at each.
+        return next((int(state["step"]) for state in self._optimizer.state.values()), 0)
 
     def fragments(self) -> list[OwnedFragment]:
         """The parts of weights and moments this rank owns, as writable float32 views."""
@@ -200,16 +204,18 @@ class Engine:
         return OwnedFragment(name, tuple(parameter.shape), mapping.lp_fragment_address.start, tensors)
 
     def _stage_3_fragment(self, name: str, parameter: Any) -> OwnedFragment | None:
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        part = parameter.partition_numel()
+        # DeepSpeed's own accessors return copies on the device where the state is offloaded: what is loaded into
+        # those is lost without a word.
+        zero = self._engine.optimizer
+        group, offset, part = zero.grad_position[zero.get_param_id(parameter)]
         start = part * self._world.rank
         length = min(part, parameter.ds_numel - start)  # the last partition is padded
         if length <= 0:
             return None
-        tensors = {"weight": safe_get_local_fp32_param(parameter)}
-        tensors |= {key: safe_get_local_optimizer_state(parameter, key) for key in _MOMENTS}
-        return OwnedFragment(name, tuple(parameter.ds_shape), start, {k: t[:length] for k, t in tensors.items()})
+        flat = zero.fp32_partitioned_groups_flat[group]
+        wholes = {"weight": flat.detach(), **{key: self._optimizer.state[flat][key] for key in _MOMENTS}}
+        tensors = {key: whole.narrow(0, offset, length) for key, whole in wholes.items()}
+        return OwnedFragment(name, tuple(parameter.ds_shape), start, tensors)
 
     def _replicas(self) -> list[OwnedFragment]:
         return [_replica(n, p, self._optimizer.state[p]) for n, p in self.module.named_parameters()]
@@ -225,6 +231,7 @@ class Engine:
                 _gather(parts, self._world)
         elif self._stage == 3:
             zero._partition_all_parameters()
+            zero.invalidate_secondary_tensor()  # a node's own copy of the weights before, with hierarchical partitions
             for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
                 zero.fp16_partitioned_groups_flat[index].data.copy_(flat.data)
                 zero._unflatten_partitioned_parameters(index)
@@ -272,9 +279,14 @@ def _initialize(model: TransformerLM, optimizer: AdamW, settings: dict[str, Any]
     # DeepSpeed calls functions that PyTorch is about to rename; nothing a user could do about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     deepspeed = _import_deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
         # Otherwise it compiles a shared-memory collective for half a minute that training never uses.
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+        raise UsageError(f"deepspeed: DeepSpeed refuses these settings ({str(error).strip()})") from error
     return engine

@@ -10,14 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.checkpoint.export import load_weights
 from pipeline.checkpoint.layout import step_of
 from pipeline.checkpoint.read import newest_checkpoint
 from pipeline.data.dataset import TokenDataset, ValidationWindows, open_dataset, validation_windows
 from pipeline.files import write_json
 from pipeline.model.loss import cross_entropy
-from pipeline.model.transformer import TransformerLM
 from pipeline.run import Run
+from pipeline.train.model import load_model
 from pipeline.train.world import World
 
 
@@ -96,11 +95,9 @@ def evaluate_run(run: Run) -> Evaluation:
     checkpoint = newest_checkpoint(run.checkpoints)
     dataset = open_dataset(config.data.path, "validation", vocab_size=config.model.vocab_size)
     windows = validation_windows(dataset, config.model.context_length)
-    model = TransformerLM(**config.model.model_dump())
-    model.load_state_dict(load_weights(checkpoint))
-    device = torch.device("cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu")
+    model = load_model(config, checkpoint)
     result = evaluate(
-        model.to(device).eval(),
+        model,
         dataset,
         windows,
         step=step_of(checkpoint) or 0,
@@ -108,7 +105,7 @@ def evaluate_run(run: Run) -> Evaluation:
         chunk=config.train.micro_batch_size,
         context_length=config.model.context_length,
         world=World(),
-        device=device,
+        device=model.lm_head.weight.device,
     )
     write_json(run.evaluation_file, asdict(result))
     return result

@@ -87,7 +87,7 @@ class Guard:
     def is_spike(self, loss: float) -> bool:
         """Whether a finite loss lies more than `spike_sigma` standard deviations above the window's mean.
 
-        A loss that does not is added to the window.
+        A loss that does not is added to the window; one that does is not, unless it is accepted.
         """
         if self._config.on_spike == "off" or not math.isfinite(loss):
             return False
@@ -99,6 +99,10 @@ class Guard:
                 return True
         self._losses.append(loss)
         return False
+
+    def accept(self, loss: float) -> None:
+        """Adds a jump to the window because training goes on from it: a lasting rise would be one at every step."""
+        self._losses.append(loss)
 
     def leave_out(self, indices: Iterable[int]) -> None:
         """Never trains on these batches again.

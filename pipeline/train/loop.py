@@ -31,6 +31,7 @@ def run_loop(session: Session, config: Config) -> None:
     train, optim, engine, clock = config.train, config.optimizer, session.engine, session.clock
     schedule = (optim.learning_rate, optim.min_learning_rate, optim.warmup_iters, optim.cosine_cycle_iters)
     step = session.step
+    session.make_up_validation()
     while step < train.max_iters:
         lr = get_lr_cosine_schedule(step, *schedule)
         engine.set_learning_rate(lr)
@@ -55,10 +56,10 @@ def run_loop(session: Session, config: Config) -> None:
         step += 1
         session.log(step, lr, agreed)
         seen = session.look(step, agreed)
-        if seen.spike is not None:
-            step = session.roll_back(seen.spike)
+        if seen.rollback is not None:
+            step = session.roll_back(seen.rollback)
             continue
-        if every(step, train.val_interval) or step == train.max_iters:
+        if session.validation_due(step) and not seen.stop:  # a save on request waits for nothing long
             session.validate(step)
         if every(step, train.checkpoint_interval) or step == train.max_iters or seen.stop:
             session.save(step)

@@ -15,16 +15,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
-from pipeline.errors import EXIT_FAILED
+from pipeline.errors import EXIT_FAILED, PipelineError
 from pipeline.train import ranks
 from pipeline.train.world import World
 
 HEARTBEAT_S = 2.0
 SILENCE_S = 60.0
+HELLO_S = 5.0
 GRACE_S = 5.0
 LAST_WORDS_S = 3.0
+GOODBYE_S = 1.0
+
+_LONGEST_HELLO = 1000
 
 
 class Peers:
@@ -44,7 +48,7 @@ class Peers:
         self._world = world
         self._lock = threading.Lock()
         self._sending = threading.Lock()
-        self._closing = False
+        self._closing = threading.Event()
         self._sockets: list[socket.socket] = []
         if world.size == 1:
             return
@@ -67,7 +71,7 @@ class Peers:
 
     def close(self, error: str | None = None) -> None:
         """Says good-bye: with an error, the others end too and show it."""
-        self._closing = True
+        self._closing.set()
         self._send_all({"bye": True, "error": error})
         for connection in self._sockets:
             connection.close()
@@ -75,20 +79,27 @@ class Peers:
     # ---- rank 0 ------------------------------------------------------------------------------
 
     def _listen(self, token: str) -> None:
-        server = socket.create_server(("", 0), backlog=self._world.size)
-        server.settimeout(SILENCE_S)
-        ranks.broadcast((self._world.master_addr, server.getsockname()[1]), self._world)
-        while len(self._sockets) < self._world.size - 1:
-            connection, _ = server.accept()
-            connection.settimeout(SILENCE_S)
-            stream = connection.makefile("r", encoding="utf-8")
-            hello = json.loads(stream.readline() or "{}")
-            if hello.get("token") != token:  # something else that scans ports
-                connection.close()
-                continue
-            self._sockets.append(connection)
-            self._start(self._hear, stream, f"rank {hello['rank']} on {hello['host']}", self._tell_all)
-        server.close()
+        deadline = time.monotonic() + SILENCE_S
+        with socket.create_server(("", 0), backlog=self._world.size) as server:
+            address = (self._world.master_addr, server.getsockname()[1])
+            ranks.broadcast(address, self._world)
+            while len(self._sockets) < self._world.size - 1:
+                server.settimeout(max(0.001, deadline - time.monotonic()))
+                try:
+                    connection, _ = server.accept()
+                except TimeoutError:
+                    raise PipelineError(
+                        f"{len(self._sockets)} of {self._world.size - 1} ranks connected to rank 0 at {address[0]}, "
+                        f"port {address[1]}, within {SILENCE_S:.0f} seconds: if the output of the others names no "
+                        "error, a firewall between the nodes must let their processes reach each other at any port"
+                    ) from None
+                stream = connection.makefile("r", encoding="utf-8")
+                hello = _hello(connection, stream, token)
+                if hello is None:
+                    connection.close()
+                    continue
+                self._sockets.append(connection)
+                self._start(self._hear, stream, f"rank {hello['rank']} on {hello['host']}", self._tell_all)
 
     def _tell_all(self, lost: str) -> None:
         self._send_all({"lost": lost})
@@ -104,8 +115,7 @@ class Peers:
     # ---- all ---------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        while not self._closing:
-            time.sleep(HEARTBEAT_S)
+        while not self._closing.wait(HEARTBEAT_S):
             self._send_all({})
 
     def _send_all(self, message: dict[str, Any]) -> None:
@@ -114,7 +124,7 @@ class Peers:
                 with contextlib.suppress(OSError):
                     _send(connection, message)
 
-    def _hear(self, stream: Any, who: str, tell: Callable[[str], None]) -> None:
+    def _hear(self, stream: TextIO, who: str, tell: Callable[[str], None]) -> None:
         lost = f"{who} ended without a word (killed, out of memory, or its node is gone)"
         try:
             for line in stream:
@@ -131,7 +141,7 @@ class Peers:
             lost = f"{who} has been silent for {SILENCE_S:.0f} seconds (stopped, or its node hangs)"
         except (OSError, ValueError):
             pass  # the connection broke: `lost` says so already
-        if not self._closing:
+        if not self._closing.is_set():
             self._end(lost, tell)
 
     def _end(self, lost: str, tell: Callable[[str], None]) -> None:
@@ -141,14 +151,27 @@ class Peers:
                 return
             self.lost = lost
         tell(lost)
-        time.sleep(GRACE_S)
-        if not self._closing:
-            self.at_exit(lost)
+        if self._closing.wait(GRACE_S):
+            return
+        self.at_exit(lost)
+        # A main thread that was still at its own last records has been waited for, and leaves by itself.
+        if not self._closing.wait(GOODBYE_S):
             print(f"pipeline: error: {lost}", file=sys.stderr, flush=True)
             os._exit(EXIT_FAILED)
 
     def _start(self, target: Callable[..., None], *args: Any) -> None:
         threading.Thread(target=target, args=args, name="peers", daemon=True).start()
+
+
+def _hello(connection: socket.socket, stream: TextIO, token: str) -> dict[str, Any] | None:
+    """How a rank introduces itself; None if it is something else, which scans ports and may say anything or nothing."""
+    connection.settimeout(HELLO_S)
+    try:
+        hello = json.loads(stream.readline(_LONGEST_HELLO))
+    except (ValueError, OSError):
+        return None
+    connection.settimeout(SILENCE_S)
+    return hello if isinstance(hello, dict) and hello.get("token") == token else None
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:

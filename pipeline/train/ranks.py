@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
+from pipeline.config import CheckpointConfig
 from pipeline.train.world import World
 
 T = TypeVar("T")
@@ -69,6 +70,11 @@ def broadcast(value: T, world: World, timeout: timedelta = COLLECTIVE_TIMEOUT) -
     store().wait([key], timeout)
     # As PyTorch passes objects between ranks: from a process of this job, never out of a file.
     return pickle.loads(bytes.fromhex(store().get(key).decode()))  # noqa: S301
+
+
+def save_timeout(config: CheckpointConfig) -> timedelta:
+    """How long a rank may be waited for that is still busy with a checkpoint."""
+    return COLLECTIVE_TIMEOUT + timedelta(minutes=config.timeout_min)
 
 
 def gather(value: T, world: World) -> list[T]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 from torch import Tensor
 
 from pipeline import tracking
-from pipeline.checkpoint import layout
 from pipeline.checkpoint.layout import published
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.checkpoint.write import CheckpointSaver, Saved
@@ -20,9 +19,11 @@ from pipeline.data.dataset import BatchReader, TokenDataset, ValidationWindows
 from pipeline.errors import CheckpointError
 from pipeline.model.flops import flops_per_token
 from pipeline.run import Run
+from pipeline.tracking import journal
+from pipeline.tracking.tracker import CloseStatus
 from pipeline.train import ranks
 from pipeline.train.agreed import Agreed
-from pipeline.train.clock import StepClock
+from pipeline.train.clock import StepClock, longest_save_s
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import Evaluation, evaluate
 from pipeline.train.guard import data_index
@@ -30,7 +31,7 @@ from pipeline.train.hardware import peak_flops_per_s
 from pipeline.train.progress import Progress
 from pipeline.train.recover import set_aside
 from pipeline.train.stop import StopRequest
-from pipeline.train.watch import Seen, Watch
+from pipeline.train.watch import Rollback, Seen, Watch
 from pipeline.train.world import World
 
 Batch = tuple[Tensor, Tensor]
@@ -38,8 +39,8 @@ Batch = tuple[Tensor, Tensor]
 # A save may wait for the file of a rank that is gone; the ranks that are left must not.
 FAILED_SAVE_S = 5.0
 
-# What a save is taken to need before the first one was measured.
-UNKNOWN_SAVE_S = 10.0
+# For a thread that is at the last records already, with a tracking server that may take its time.
+END_S = 35.0
 
 
 def every(step: int, interval: int) -> bool:
@@ -103,6 +104,8 @@ class Session:
     evaluation: Evaluation | None = None
     began: float = field(default_factory=time.monotonic)
     reached: int = 0
+    ended: bool = False
+    ending: threading.Lock = field(default_factory=threading.Lock)
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """This rank's micro-batches of a step, on the device: rows of the global batch that no other rank takes."""
@@ -120,23 +123,21 @@ class Session:
         intervals = (train.log_interval, train.val_interval, train.checkpoint_interval)
         return self.watch.look(step, agreed, step == train.max_iters or any(every(step, i) for i in intervals))
 
-    def roll_back(self, step: int) -> int:
-        """Goes back to the checkpoint before a jump at `step`, leaves its batches out; the step to go on from."""
-        self.saver.wait()
-        ranks.barrier(self.world)
-        checkpoint = self.watch.checkpoints_before(step)[0]
-        reader = CheckpointReader(checkpoint)
+    def roll_back(self, rollback: Rollback) -> int:
+        """Goes back to the checkpoint before a jump and leaves its batches out; the step to go on from."""
+        reader = CheckpointReader(rollback.checkpoint)
         self.engine.load(reader)
         state = reader.manifest.state
         reader.close()
-        self.watch.leave_out(step, state["guard"])
+        self.watch.leave_out(rollback.step, state["guard"])
         if self.world.is_first:
             for newer in published(self.run.checkpoints):
-                if newer > checkpoint:
+                if newer > rollback.checkpoint:
                     set_aside(newer)
         ranks.barrier(self.world)
         self.reached, self.tokens_seen = reader.manifest.step, state["tokens_seen"]
-        self.tracker.event("rollback", step=step, to=self.reached, skipped=list(self.watch.guard.skipped))
+        skipped = list(self.watch.guard.skipped)
+        self.tracker.event("rollback", step=rollback.step, to=self.reached, skipped=skipped)
         self.tracker.rewind(self.reached)
         return self.reached
 
@@ -147,7 +148,7 @@ class Session:
         self.tokens_seen += train.batch_size * self.config.model.context_length
         self.progress.advance(step)
         self.clock.step_done()
-        self.stop.check_time(self.clock.step_s, max((s.seconds for s in self.saves), default=UNKNOWN_SAVE_S))
+        self._check_time(step)
         if not (every(step, train.log_interval) or step in (1, train.max_iters)):
             return
         seconds = self.clock.read()
@@ -171,6 +172,31 @@ class Session:
             metrics["train/mfu"] = flops / (peak * self.world.size)
         self.tracker.log(step, metrics)
         self.progress.step(step, metrics)
+
+    def _check_time(self, step: int) -> None:
+        """Asks to stop while there is time for it, with the validation of this step.
+
+        That of the next one is reckoned too: it is left out only if the ranks agree in that step, so if asked now.
+        """
+        # As long as none was measured: as many steps as it has batches, for a step does more with a batch.
+        validation_s = self.clock.longest_pause_s or self.config.train.num_val_batches * self.clock.step_s
+        due = sum(self.validation_due(s) for s in (step, step + 1))
+        self.stop.check_time(self.clock.step_s, longest_save_s(self.saves), due * validation_s)
+
+    def validation_due(self, step: int) -> bool:
+        """Whether there is a validation after this step."""
+        return every(step, self.config.train.val_interval) or step == self.config.train.max_iters
+
+    def make_up_validation(self) -> None:
+        """Makes the validation that the start before left out, because it was asked to stop, on the same weights."""
+        if self.step == 0 or not self.validation_due(self.step):
+            return
+        there = self.world.is_first and any(
+            line.record["step"] == self.step and "val/loss" in line.record
+            for line in journal.read(self.run.metrics_file)
+        )
+        if not ranks.broadcast(there, self.world):
+            self.validate(self.step)
 
     def validate(self, step: int) -> None:
         """Evaluates on the first `num_val_batches` batches of validation windows."""
@@ -221,8 +247,8 @@ class Session:
             CheckpointError: It failed; the one before it is still there.
         """
         self.saver.wait()
-        longest = ranks.COLLECTIVE_TIMEOUT + timedelta(minutes=self.config.checkpoint.timeout_min)
-        error = ranks.broadcast(self.saves[-1].error if self.saves else None, self.world, longest)
+        error = self.saves[-1].error if self.saves else None
+        error = ranks.broadcast(error, self.world, ranks.save_timeout(self.config.checkpoint))
         if error is not None:
             raise CheckpointError(f"the last checkpoint could not be saved: {error}")
 
@@ -233,7 +259,7 @@ class Session:
             self.tracker.event("checkpoint_failed", step=saved.step, error=saved.error)
             self.progress.message(f"step {saved.step}: the checkpoint could not be saved: {saved.error}")
         else:
-            fields = {"path": str(saved.path), "digest": layout.digest(saved.path), "seconds": round(saved.seconds, 3)}
+            fields = {"path": str(saved.path), "digest": saved.digest, "seconds": round(saved.seconds, 3)}
             self.tracker.event("checkpointed", step=saved.step, **fields)
 
     def stop_message(self, step: int) -> str:
@@ -244,8 +270,22 @@ class Session:
     def fail(self, why: str) -> None:
         """Records that training failed; a save under way is given a moment, for it may be whole already."""
         self.saver.wait(FAILED_SAVE_S)
-        self.tracker.event("failed", step=self.reached, error=why)
-        self.tracker.close("FAILED")
+        self.end("failed", "FAILED", error=why)
+
+    def end(self, kind: str, status: CloseStatus, **fields: str | None) -> None:
+        """Records how this start ended, once: the watch over the other ranks may come to it beside the main thread.
+
+        Returns when that is done, or after `END_S` if another thread does not get done with it.
+        """
+        if not self.ending.acquire(timeout=END_S):
+            return
+        try:
+            if not self.ended:
+                self.ended = True
+                self.tracker.event(kind, step=self.reached, **fields)
+                self.tracker.close(status)
+        finally:
+            self.ending.release()
 
     def result(self) -> TrainResult:
         """What came of it; waits until the last checkpoint is durable."""

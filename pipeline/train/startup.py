@@ -16,11 +16,10 @@ from pipeline.checkpoint.write import CheckpointSaver
 from pipeline.config import Config
 from pipeline.data.dataset import BatchReader, TokenDataset, open_dataset, validation_windows
 from pipeline.data.manifest import TOKENIZER
-from pipeline.data.plan import tokenizer_differences
+from pipeline.data.settings import refuse_other_settings
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.errors import DataError, PipelineError, StopRequested
 from pipeline.files import sha256_file
-from pipeline.model.transformer import TransformerLM
 from pipeline.provenance import collect_provenance, current_image, refuse_other_image
 from pipeline.run import Run, create_run, run_for
 from pipeline.train import ranks
@@ -28,6 +27,7 @@ from pipeline.train.clock import StepClock
 from pipeline.train.engine import Engine
 from pipeline.train.guard import Guard
 from pipeline.train.hardware import pick_device
+from pipeline.train.model import build_model
 from pipeline.train.peers import Peers
 from pipeline.train.preflight import preflight
 from pipeline.train.progress import Progress
@@ -62,7 +62,7 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
     run = _shared_run(config, world, allow_image_change)
     preflight(config, world, device, run, data["train"].manifest.digest)
     torch.manual_seed(train.seed)
-    engine = Engine(TransformerLM(**config.model.model_dump()), config, world, device)
+    engine = Engine(build_model(config), config, world, device)
     recovery = find_checkpoint(run.checkpoints, world)
     state = _resume(engine, recovery, data["train"].manifest.digest)
     step = state.get("step", 0)
@@ -72,6 +72,14 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
     ranks.barrier(world)
     tracker = _start_tracking(config, run, world, data["train"], step)
     progress = Progress(config.name, step, train.max_iters, enabled=world.is_first)
+    writer = Writer(world.rank, world.size, train.zero_stage, attempt, ranks.store())
+    saver = CheckpointSaver(
+        run.checkpoints,
+        writer,
+        config.checkpoint,
+        lambda saved: session.report_save(saved),
+        rollback_steps=config.guard.rollback_skip if config.guard.on_spike == "rollback" else 0,
+    )
     session = Session(
         config=config,
         world=world,
@@ -80,16 +88,11 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
         validation_data=data["validation"],
         windows=windows,
         engine=engine,
-        saver=CheckpointSaver(
-            run.checkpoints,
-            Writer(world.rank, world.size, train.zero_stage, attempt, ranks.store()),
-            config.checkpoint,
-            lambda saved: session.report_save(saved),
-        ),
+        saver=saver,
         stop=stop,
         tracker=tracker,
         progress=progress,
-        watch=Watch(config, world, run, reader, tracker, progress, Guard(config.guard, state.get("guard"))),
+        watch=Watch(config, world, run, reader, tracker, progress, saver, Guard(config.guard, state.get("guard"))),
         step=step,
         tokens_seen=state.get("tokens_seen", 0),
         data_digest=data["train"].manifest.digest,
@@ -111,12 +114,7 @@ def _open_data(config: Config) -> dict[Literal["train", "validation"], TokenData
         )
         for name in names
     }
-    differences = tokenizer_differences(opened["train"].manifest.settings, config)
-    if differences:
-        raise DataError(
-            "\n  ".join([f"{path}: was made with another tokenizer than the config's:", *differences])
-            + "\nSet these back, or prepare the data at another data.path."
-        )
+    refuse_other_settings(path, opened["train"].manifest.settings, config)
     return opened
 
 
@@ -218,11 +216,9 @@ def _ended(session: Session, peers: Peers) -> Iterator[None]:
     try:
         yield
     except StopRequested:
-        session.tracker.event("preempted", step=session.reached, reason=session.stop.reason)
-        session.tracker.close("STOPPED")
+        session.end("preempted", "STOPPED", reason=session.stop.reason)
         raise
     except BaseException as error:
         session.fail(peers.cause_of(error) or f"{type(error).__name__}: {error}")
         raise
-    session.tracker.event("finished", step=session.reached)
-    session.tracker.close("FINISHED")
+    session.end("finished", "FINISHED")

@@ -43,12 +43,17 @@ class StopRequest:
         """Asks; the first reason stays."""
         self.reason = self.reason or reason
 
-    def check_time(self, step_s: float, save_s: float) -> None:
+    def check_time(self, step_s: float, save_s: float, between_s: float) -> None:
         """Asks if the time left is less than what three steps and a save take, by the measured seconds.
 
         The ranks agree in the next step and may learn of it in the one after; the third is for one that takes longer.
+
+        Args:
+            step_s: Seconds of a step.
+            save_s: Seconds until a checkpoint is durable.
+            between_s: Seconds of what else comes before the save.
         """
-        if self._deadline is not None and time.time() + 3 * step_s + 1.5 * save_s > self._deadline:
+        if self._deadline is not None and time.time() + 3 * step_s + 1.5 * save_s + between_s > self._deadline:
             self.ask("time limit")
 
     def __enter__(self) -> Self:

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline import tracking
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.layout import published
+from pipeline.checkpoint.write import CheckpointSaver
 from pipeline.config import Config
 from pipeline.data.dataset import BatchReader
 from pipeline.data.tokenizer import Tokenizer
@@ -22,15 +23,28 @@ from pipeline.train.world import World
 
 
 @dataclass(frozen=True)
+class Rollback:
+    """Going back before a loss that jumped.
+
+    Attributes:
+        step: The one whose loss jumped.
+        checkpoint: The folder to go on from.
+    """
+
+    step: int
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
 class Seen:
     """What the numbers that were read ask for, on all ranks alike.
 
     Attributes:
-        spike: The step whose loss jumped, if training has to go back before it.
+        rollback: How training has to go back; None if it need not.
         stop: Whether any rank was asked to stop.
     """
 
-    spike: int | None = None
+    rollback: Rollback | None = None
     stop: bool = False
 
 
@@ -39,6 +53,7 @@ class Watch:
     """Reads the numbers of each step when the next one has been launched: so the device never waits for the host.
 
     Attributes:
+        saver: Writes the checkpoints that a rollback goes back to.
         guard: Decides; replaced after a rollback.
     """
 
@@ -48,6 +63,7 @@ class Watch:
     reader: BatchReader
     tracker: tracking.Tracker
     progress: Progress
+    saver: CheckpointSaver
     guard: Guard
 
     def __post_init__(self) -> None:
@@ -69,27 +85,35 @@ class Watch:
         while len(self._unread) > 1 or (self._unread and (at_once or stop)):
             finished, numbers = self._unread[0][0], self._unread.popleft()[1].read()
             stop = stop or numbers.stop
-            if self._goes_back(finished, numbers):
+            rollback = self._judge(finished, numbers)
+            if rollback is not None:
                 self._unread.clear()  # what came after it is undone
-                return Seen(spike=finished)
+                return Seen(rollback)
         return Seen(stop=stop)
 
-    def _goes_back(self, step: int, numbers: Numbers) -> bool:
+    def _judge(self, step: int, numbers: Numbers) -> Rollback | None:
         if self.guard.is_bad(numbers.loss, numbers.norm):
             self._report("bad_step", step, "loss or gradient is not finite; the step is skipped", numbers)
             self.guard.check_patience(self.run.bad_batches)
-            return False
+            return None
         if not self.guard.is_spike(numbers.loss):
-            return False
-        going_back = self.config.guard.on_spike == "rollback" and bool(self.checkpoints_before(step))
-        self._report("spike", step, "the loss jumped" + ("; going back" if going_back else ""), numbers)
-        return going_back
+            return None
+        checkpoint = self._checkpoint_before(step) if self.config.guard.on_spike == "rollback" else None
+        self._report("spike", step, "the loss jumped" + ("; going back" if checkpoint else ""), numbers)
+        if checkpoint is None:
+            self.guard.accept(numbers.loss)
+            return None
+        return Rollback(step, checkpoint)
 
-    def checkpoints_before(self, step: int) -> list[Path]:
-        """Published checkpoints, newest first, whose weights no batch that a rollback leaves out has touched."""
+    def _checkpoint_before(self, step: int) -> Path | None:
+        """The newest checkpoint whose weights no batch that a rollback leaves out has touched, if there is one."""
+        # A save under way may publish this very checkpoint and delete an older one: looked at before it ends, the
+        # folder says what the disk's speed makes of it, and what was found may be gone when it is loaded.
+        self.saver.wait()
         newest = step - self.config.guard.rollback_skip
         found = published(self.run.checkpoints) if self.world.is_first else []
-        return ranks.broadcast([f for f in found if (layout.step_of(f) or 0) <= newest], self.world)
+        fit = [folder for folder in found if (layout.step_of(folder) or 0) <= newest]
+        return ranks.broadcast(fit[0] if fit else None, self.world, ranks.save_timeout(self.config.checkpoint))
 
     def leave_out(self, step: int, state: dict[str, Any]) -> None:
         """Goes back to the guard's state of a checkpoint, and leaves out the batches up to the jump at `step`."""
@@ -104,19 +128,23 @@ class Watch:
         if not self.world.is_first:
             return
         index = data_index(step - 1, self.guard.skipped)
-        path = record_batch(
-            self.run.bad_batches,
-            f"{kind}_{step:08d}",
-            self.reader,
-            index,
-            self.config.train.batch_size,
-            Tokenizer.load(self.run.tokenizer_file, self.config.tokenizer.end_of_text),
-            step=step,
-            loss=numbers.loss,
-            norm=numbers.norm,
-        )
-        found = {"loss": str(numbers.loss), "norm": str(numbers.norm), "batch": index, "path": str(path)}
-        self.tracker.event(kind, step=step, **found)
-        self.progress.message(
-            f"step {step}: {what} (loss {numbers.loss:.4g}, norm {numbers.norm:.4g}); the batch is in {path}"
-        )
+        found = {"loss": str(numbers.loss), "norm": str(numbers.norm), "batch": index}
+        try:
+            path = record_batch(
+                self.run.bad_batches,
+                f"{kind}_{step:08d}",
+                self.reader,
+                index,
+                self.config.train.batch_size,
+                Tokenizer.load(self.run.tokenizer_file, self.config.tokenizer.end_of_text),
+                step=step,
+                loss=numbers.loss,
+                norm=numbers.norm,
+            )
+        except OSError as error:  # a full disk, say: training goes on without the record
+            where = f"batch {index} could not be written to {self.run.bad_batches}: {error.strerror or error}"
+            self.tracker.event(kind, step=step, **found, path=None, error=where)
+        else:
+            where = f"the batch is in {path}"
+            self.tracker.event(kind, step=step, **found, path=str(path))
+        self.progress.message(f"step {step}: {what} (loss {numbers.loss:.4g}, norm {numbers.norm:.4g}); {where}")

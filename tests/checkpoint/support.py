@@ -34,11 +34,12 @@ def saver(
     world_size: int = 1,
     attempt: str = "a1",
     store: Store | None = None,
+    rollback_steps: int = 0,
     **config: Any,
 ) -> CheckpointSaver:
     """A saver of this rank that appends what it reports; ranks that are processes need a `store` that all reach."""
     writer = Writer(rank, world_size, 0, attempt, store or _STORES.setdefault(folder, HashStore()))
-    return CheckpointSaver(folder, writer, CheckpointConfig(**config), reports.append)
+    return CheckpointSaver(folder, writer, CheckpointConfig(**config), reports.append, rollback_steps)
 
 
 def save(folder: Path, step: int, val_loss: float | None = None, **config: Any) -> None:

@@ -6,12 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint.export import export_run, load_weights
 from pipeline.checkpoint.layout import published
@@ -92,7 +93,7 @@ def test_a_single_file_holds_the_weights_under_our_own_names(trained: Run) -> No
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_second_export_replaces_the_first_and_nothing_else(trained: Run, tmp_path: Path) -> None:
+def test_a_second_export_replaces_the_first_and_nothing_else(trained: Run) -> None:
     first = export_run(trained, "hf")
     assert export_run(trained, "hf") == first
     assert sorted(p.name for p in first.iterdir()) == [
@@ -105,12 +106,51 @@ def test_a_second_export_replaces_the_first_and_nothing_else(trained: Run, tmp_p
     assert not list(first.parent.glob(".*"))
     with safe_open(first / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "step": "6"}
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("text")
-    with pytest.raises(UsageError, match="is no exported model"):
-        export_run(trained, "hf", output=precious)
-    assert (precious / "thesis.txt").exists()
+
+
+def plain(folder: Path) -> None:
+    (folder / "thesis.txt").write_text("text")
+
+
+def with_a_config(folder: Path) -> None:
+    plain(folder)
+    (folder / "config.json").write_text("{}")
+
+
+def of_another_program(folder: Path) -> None:
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+
+
+def of_ours_with_a_thesis(folder: Path) -> None:
+    of_another_program(folder)
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt", "step": "6"})
+    plain(folder)
+
+
+@pytest.mark.parametrize("filled", [plain, with_a_config, of_another_program, of_ours_with_a_thesis])
+def test_a_folder_that_holds_anything_but_an_export_is_refused_and_left_alone(
+    trained: Run, tmp_path: Path, filled: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    filled(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UsageError, match="is no exported model of this program") as refused:
+        export_run(trained, "hf", output=folder)
+    assert ("thesis.txt" in before) == ("thesis.txt" in str(refused.value))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_file_and_an_empty_folder_are_no_exports_and_only_the_folder_is_used(trained: Run, tmp_path: Path) -> None:
+    file, empty = tmp_path / "thesis.txt", tmp_path / "empty"
+    file.write_text("text")
+    empty.mkdir()
+    with pytest.raises(UsageError, match="is no exported model of this program"):
+        export_run(trained, "hf", output=file)
+    assert file.read_text() == "text"
+    assert export_run(trained, "hf", output=empty) == empty and (empty / "config.json").exists()
 
 
 def test_an_unknown_step_or_format_is_refused_with_what_there_is(trained: Run) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.checkpoint import retention
 from pipeline.checkpoint.draft import begin_attempt
-from pipeline.checkpoint.layout import published, step_of
+from pipeline.checkpoint.layout import Manifest, published, step_of
 from pipeline.checkpoint.write import Saved
 from tests.checkpoint.support import fragments, save, saver
 
@@ -67,6 +67,53 @@ def test_a_deletion_cut_short_leaves_nothing_that_looks_published(
     monkeypatch.undo()
     begin_attempt(folder, "a2")
     assert not list(folder.glob(".step_*"))
+
+
+def test_a_deletion_that_failed_is_tried_again_after_the_next_save(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(folder, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(retention.shutil, "rmtree", lambda *args, **kwargs: None)
+        save(folder, 2, keep_last=1)
+    assert list(folder.glob(".step_*"))
+    save(folder, 3, keep_last=2)
+    assert steps(folder) == [2, 3]
+    assert not list(folder.glob(".step_*"))
+
+
+def test_one_that_a_rollback_can_go_back_to_stays(folder: Path) -> None:
+    one = saver(folder, [], rollback_steps=2, keep_last=1, keep_best=False)
+    kept = []
+    for step in (10, 20, 21, 22, 30):
+        one.save(step, fragments(float(step)), {})
+        one.wait()
+        kept.append(steps(folder))
+    assert kept == [[10], [10, 20], [10, 20, 21], [20, 21, 22], [22, 30]]
+
+
+def test_a_manifest_of_an_earlier_start_is_read_once_and_those_of_this_one_never(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save(folder, step, val_loss=float(step), keep_every=1)
+    read: list[int | None] = []
+    real = Manifest.load
+    monkeypatch.setattr(Manifest, "load", lambda path: read.append(step_of(path)) or real(path))
+    one = saver(folder, [], keep_last=1, keep_every=3)
+    for step, loss in enumerate([5.0, 4.0, 3.0], start=3):
+        one.save(step, fragments(float(step)), {"val_loss": loss})
+        one.wait()
+    assert sorted(map(str, read)) == ["1", "2"]
+    assert steps(folder) == [1, 3, 5], "the best of an earlier start counts"
+
+
+def test_a_step_saved_anew_after_a_rollback_counts_with_its_new_loss(folder: Path) -> None:
+    one = saver(folder, [], keep_last=1)
+    for step, loss in ((1, 1.0), (2, 3.0), (1, 2.5), (3, 2.0), (4, 4.0)):
+        one.save(step, fragments(float(step)), {"val_loss": loss})
+        one.wait()
+    assert steps(folder) == [3, 4]
 
 
 def test_a_deletion_that_fails_does_not_fail_the_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

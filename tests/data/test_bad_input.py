@@ -89,6 +89,30 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], list[str], str, list[str]]] =
         "invalid JSON",
         GOOD,
     ),
+    "two records in one line, and a blank one": (
+        "a.jsonl",
+        _lines(b'{"text": "a"} {"text": "b"}\n'),
+        {},
+        ["line 2", "Extra data"],
+        "invalid JSON",
+        GOOD,
+    ),
+    "two records in one line, and one over two": (
+        "a.jsonl",
+        _lines(b'{"text":\n"a"}\n{"text": "a"} {"text": "b"}'),
+        {},
+        ["line 2", "invalid JSON"],
+        "invalid JSON",
+        GOOD,
+    ),
+    "a number as long as no number": (
+        "a.jsonl",
+        _lines(b'{"text": ' + b"1" * 5000 + b"}"),
+        {},
+        ["line 2", "field is no string"],
+        "field is no string",
+        GOOD,
+    ),
     "missing field": (
         "a.jsonl",
         _lines(b'{"txt": "a", "id": 3}'),
@@ -213,6 +237,31 @@ def test_too_many_bad_records_stop_the_build_all_the_same(tmp_path: Path) -> Non
         "missing field": 20
     }
     assert before.items() <= tree_digest(tmp_path / "out").items()
+
+
+def test_the_part_that_is_bad_is_that_of_all_records_wherever_they_stand(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b"{}\n" * 200 + jsonl(["word " * 40] * 30_000))
+    made = config(tmp_path / "out", [one_source(path)], on_bad="skip", max_bad_fraction=0.01)
+    assert prepare(made).bad == {"missing field": 200}
+
+
+def test_a_long_line_is_judged_by_its_text_wherever_it_stands(tmp_path: Path) -> None:
+    # Each line is longer than a document may be; some of them go over the end of a block.
+    lines = [json.dumps({"text": f"{i}" * 700_000, "more": "m" * 700_000}) for i in range(8)]
+    lines[5] = json.dumps({"text": "5" * 1_000_001})
+    path = write(tmp_path / "a.jsonl", "\n".join(lines).encode())
+    for slice_size_mb in (64.0, 0.3):
+        out = tmp_path / f"out{slice_size_mb}"
+        made = config(
+            out,
+            [one_source(path)],
+            on_bad="skip",
+            max_bad_fraction=0.9,
+            max_document_mb=1.0,
+            slice_size_mb=slice_size_mb,
+        )
+        assert prepare(made).bad == {"document too long": 1}
+        assert [text[0] for text in split_texts(out)] == list("0123467")
 
 
 def test_a_dataset_with_skipped_records_is_refused_under_error(tmp_path: Path) -> None:

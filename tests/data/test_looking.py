@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_a_part_says_what_is_missing(files: tuple[Path, Path], capsys: pytest.Ca
     assert "allowed: I/N" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["1", "0/3", "4/3", "a/b", "1/0", "-1/3", "1/3/5"])
+@pytest.mark.parametrize("text", ["1", "0/3", "4/3", "a/b", "1/0", "-1/3", "1/3/5", "²/3", "1/³", "١/٣"])
 def test_a_bad_slice_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="--slice"):
         parse_slice(text)
@@ -82,6 +83,31 @@ def test_inspect_of_nothing_is_an_error(tmp_path: Path, files: tuple[Path, Path]
     command("prepare", str(files[0]))
     assert command("inspect", str(files[1]), "--split", "validation") == 1
     assert command("inspect", str(files[1]), "--split", "test") == 2
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.idx"])
+@pytest.mark.parametrize("left", [None, 0, 2])
+def test_inspect_of_a_damaged_dataset_names_the_file(
+    name: str, left: int | None, files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("prepare", str(files[0]))
+    (file,) = files[1].rglob(name)
+    if left is None:
+        file.unlink()
+    else:
+        os.truncate(file, left)
+    for count in ("0", "1"):
+        assert command("inspect", str(files[1]), "--count", count) == 1
+        assert f"pipeline: error: {file}: " in capsys.readouterr().err
+
+
+def test_a_folder_with_brackets_in_its_name_is_printed_as_it_is(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "[b]o[" / "b]"
+    assert command("prepare", str(files[0]), f"data.path={folder}") == 0
+    assert command("inspect", str(folder)) == 0
+    assert "[b]o[/b]" in "".join(capsys.readouterr().out.split())
 
 
 def test_drawn_documents_are_whole_and_the_same_for_a_seed(files: tuple[Path, Path]) -> None:
@@ -110,6 +136,28 @@ def test_verify_says_what_it_compared(files: tuple[Path, Path], capsys: pytest.C
     assert command("verify", str(files[1])) == 1
     assert str(shard) in capsys.readouterr().err
     assert command("verify", str(files[0].parent)) == 2
+
+
+def test_verify_knows_a_dataset_by_its_manifest(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    command("prepare", str(files[0]))
+    (files[1] / "plan.json").unlink()
+    assert command("verify", str(files[1])) == 0
+    assert "all 3 files" in capsys.readouterr().out
+    (files[1] / "manifest.json").write_text("{}")
+    assert command("verify", str(files[1])) == 1
+
+
+def test_ctrl_c_is_one_message_and_a_promised_exit_status(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.build.wait", interrupted)
+        assert command("prepare", str(files[0])) == 1
+    assert capsys.readouterr().err == "pipeline: interrupted; the same command goes on from what is finished\n"
+    assert command("prepare", str(files[0])) == 0
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from pipeline.config_load import dump_config
-from pipeline.data import build
+from pipeline.data import build, manifest, recorded, vocabulary
 from pipeline.data.build import prepare
 from pipeline.data.manifest import Manifest
 from pipeline.errors import DataError, UsageError
@@ -47,6 +48,82 @@ def test_a_finished_build_is_left_alone(whole: tuple[Path, dict[str, str]]) -> N
     assert prepare(config_of_every_kind(folder, "out")) == Manifest.load(folder / "out")
     assert {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("*.bin")} == before
     assert dataset_digest(folder / "out") == digests
+
+
+def _stamps(folder: Path) -> dict[Path, int]:
+    """When each file was written, and when anything was last made or removed in each folder."""
+    return {p: p.stat().st_mtime_ns for p in [folder, *folder.rglob("*")]}
+
+
+def test_a_finished_dataset_may_lie_where_nobody_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config_of_every_kind(tmp_path, "out")
+    prepare(made)
+    before = _stamps(tmp_path / "out")
+    prepare(made)
+    assert _stamps(tmp_path / "out") == before
+
+    def read_only(path: Path, *_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    for module in (recorded, manifest, vocabulary):
+        for name in ("write_bytes", "write_text", "write_json"):
+            monkeypatch.setattr(module, name, read_only, raising=False)
+    (tmp_path / "in" / "lines.jsonl").touch()
+    assert prepare(made) == Manifest.load(tmp_path / "out")
+
+
+def test_what_others_left_in_the_folder_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = config_of_every_kind(tmp_path, "out")
+    kept = [
+        out / ".notes.tmp",
+        out / ".plan.json.tmp",
+        out / "slices" / ".mine.tmp" / "file",
+        out / ".cache.tmp" / "file",
+    ]
+    ours = [out / ".plan.json.0123456789ab.tmp", out / "slices" / ".000000-00000.0123456789ab.tmp" / "train.bin"]
+    for file in (*kept, *ours):
+        write(file, b"x")
+    prepare(made)
+    assert all(file.exists() for file in kept) and not any(file.exists() for file in ours)
+
+
+def _cut_in_half(shard: Path) -> None:
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "words"),
+    [
+        (Path.unlink, "train.idx", "is missing"),
+        (_cut_in_half, "train.idx", "has .* bytes, the slice was published with"),
+        (_cut_in_half, "train.bin", "has .* bytes, the slice was published with"),
+        (lambda file: file.write_text("{}"), "slice.json", "is not the record of a slice"),
+        (lambda file: file.write_text('{"shards": 5}'), "slice.json", "is not the record of a slice"),
+    ],
+)
+def test_a_slice_that_lost_something_is_named_and_made_again(
+    damage: Any, name: str, words: str, tmp_path: Path
+) -> None:
+    made = config_of_every_kind(tmp_path, "out", dtype="uint32")
+    prepare(made)
+    before = dataset_digest(tmp_path / "out")
+    file = tmp_path / "out" / "slices" / "000000-00000" / name
+    damage(file)
+    with pytest.raises(DataError, match=f"{file}: {words}.*; remove the folder {file.parent} and run"):
+        prepare(made)
+    shutil.rmtree(file.parent)
+    prepare(made)
+    assert dataset_digest(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("content", ["[]", '{"plan_version": 1}', '{"plan_version": 1, "settings": 5}'])
+def test_a_damaged_plan_is_one_message(content: str, tmp_path: Path) -> None:
+    made = config_of_every_kind(tmp_path, "out")
+    prepare(made, slice_spec=(1, 2))
+    file = write(tmp_path / "out" / "plan.json", content.encode())
+    with pytest.raises(DataError, match=f"{file}: .*; remove {file.parent} and prepare the dataset again"):
+        prepare(made)
 
 
 @pytest.mark.parametrize("parts", [1, 3, 40])

@@ -18,7 +18,7 @@ from pipeline.data.text import Documents
 from pipeline.data.tokenizer import Tokenizer, train_bpe
 from pipeline.data.tokenizer_json import compose, compose_bytes
 from pipeline.errors import DataError
-from tests.data.helpers import COMPRESS, config, documents, jsonl, split_texts, write, write_parquet
+from tests.data.helpers import COMPRESS, config, documents, jsonl, one_source, split_texts, write, write_parquet
 
 END = "<|endoftext|>"
 TEXTS = documents(200, seed=11)
@@ -91,6 +91,96 @@ def test_training_gives_the_same_file_every_time_and_agrees_with_hugging_face() 
 def test_nothing_is_merged_across_documents_or_from_a_special_token_that_is_forged(tmp_path: Path) -> None:
     made = json.loads(train_bpe(b"\xff".join([b"ab"] * 500), b"\xff", 400, [END], "gpt2"))
     assert set(made["model"]["vocab"]) - set(json.loads(compose_bytes([END]))["model"]["vocab"]) == {"ab"}
+
+
+# A word as pre-tokenizers cut them, so that models with a vocabulary of words look it up whole.
+WORD = "ENDOFTEXT"
+
+
+def _with_words(kind: str, end: str = WORD) -> dict[str, Any]:
+    """A tokenizer.json whose model has its special tokens in its vocabulary too."""
+    if kind.startswith("ignore_merges"):
+        tree = json.loads(train_bpe(SAMPLE, b"\xff", 299, [end], "gpt2"))
+        tree["model"]["vocab"][end] = tree["added_tokens"][0]["id"]
+        tree["model"]["ignore_merges"] = True
+        tree["normalizer"] = {"type": "NFKC"} if kind == "ignore_merges and fallback" else None
+        return dict(tree)
+    special = ["<unk>", end]
+    made: Any
+    if kind == "unigram":
+        made = tokenizers.Tokenizer(tokenizers.models.Unigram())
+        made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+        trainer: Any = tokenizers.trainers.UnigramTrainer(
+            vocab_size=290, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    else:
+        model, trained = {
+            "wordlevel": (tokenizers.models.WordLevel, tokenizers.trainers.WordLevelTrainer),
+            "wordpiece": (tokenizers.models.WordPiece, tokenizers.trainers.WordPieceTrainer),
+        }[kind]
+        made = tokenizers.Tokenizer(model(unk_token="<unk>"))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        trainer = trained(vocab_size=290, special_tokens=special, show_progress=False)
+    made.train_from_iterator(TEXTS, trainer)
+    return dict(json.loads(made.to_str()))
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordlevel", "wordpiece", "ignore_merges", "ignore_merges and fallback"])
+def test_a_vocabulary_that_holds_its_special_tokens_cannot_be_made_to_forge_a_boundary(
+    kind: str, tmp_path: Path
+) -> None:
+    forged = [f"first {WORD} second", WORD, f"{WORD}\n{WORD}{WORD}", f"x{WORD}y", "<unk>", *TEXTS[:20]]
+    tree = _with_words(kind)
+    wanted = {"kind": "file", "path": str(_save(tmp_path, json.dumps(tree))), "end_of_text": WORD}
+    text = write(tmp_path / "a.jsonl", jsonl(forged))
+    manifest = prepare(config(tmp_path / "out", [one_source(text)], tokenizer=wanted))
+    assert manifest.encoder == ("gigatoken" if kind == "ignore_merges" else "tokenizers")
+    (shard,) = manifest.shards
+    tokens = np.fromfile(tmp_path / "out" / shard.file, manifest.numpy_dtype)
+    ends = np.flatnonzero(tokens == manifest.end_of_text_id) + 1
+    index = np.fromfile(tmp_path / "out" / shard.index, "<u8")
+    assert ends.tolist() == index[1:].tolist() and len(ends) == len(forged)
+    # Ordinary text has the ids it always had.
+    whole = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    for document, (start, stop) in zip(TEXTS[:20], itertools.pairwise(index[5:].astype(int)), strict=True):
+        assert tokens[start : stop - 1].tolist() == whole.encode(document, add_special_tokens=False).ids
+
+
+def test_a_special_token_that_merges_would_make_is_encoded_in_its_parts(tmp_path: Path) -> None:
+    tree = json.loads(train_bpe(b"\xff".join([b"ab"] * 500), b"\xff", 257, [END], "gpt2"))
+    tree["model"]["merges"] = [["a", "b"], ["ab", "c"]]
+    tree["model"]["vocab"] |= {"ab": 257, "abc": 258}
+    tree["added_tokens"][0] |= {"id": 257, "content": "ab"}
+    made = Tokenizer.load(_save(tmp_path, json.dumps(tree)), "ab")
+    assert made.encoder == "gigatoken"
+    assert made.encode("ab abc") == made.reference_encode(["ab abc"])[0] == [*b"ab abc"]
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFKC"}])
+def test_other_added_tokens_keep_their_ids(normalizer: Any, tmp_path: Path) -> None:
+    tree = json.loads(_trained(size=300))
+    tree["normalizer"] = normalizer
+    tree["added_tokens"].append({**tree["added_tokens"][0], "id": 300, "content": "<tool>", "special": False})
+    made = Tokenizer.load(_save(tmp_path, json.dumps(tree)), END)
+    assert made.encoder == ("tokenizers" if normalizer else "gigatoken")
+    ids = made.encode(f"a<tool>b{END}")
+    assert ids == made.reference_encode([f"a<tool>b{END}"])[0]
+    assert ids[:3] == [ord("a"), 300, ord("b")] and made.end_of_text_id not in ids
+
+
+def test_a_tokenizer_that_ends_documents_with_its_unknown_words_is_refused(tmp_path: Path) -> None:
+    tree = _with_words("wordlevel")
+    tree["model"]["unk_token"] = WORD
+    wanted = {"kind": "file", "path": str(_save(tmp_path, json.dumps(tree))), "end_of_text": WORD}
+    known = TEXTS[0].split()[1]
+    for number, text in enumerate([known, f"{known} unheard-of", known]):
+        write(tmp_path / "in" / f"{number}.txt", text.encode())
+    made = config(tmp_path / "out", [one_source(tmp_path / "in" / "*.txt")], tokenizer=wanted)
+    with pytest.raises(
+        DataError, match=rf"0\.txt to .*2\.txt \(3 files\): .*unheard-of.*{WORD}.*tokenizer.end_of_text"
+    ):
+        prepare(made)
+    assert not list((tmp_path / "out").rglob("*.bin"))
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "bytes", "file", "fallback"])
@@ -192,6 +282,40 @@ def test_every_build_is_checked_against_tokenizers(tmp_path: Path, monkeypatch: 
     assert not list((tmp_path / "other").rglob("*.bin"))
 
 
+def test_the_ids_of_long_documents_are_those_that_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = write(tmp_path / "a.jsonl", jsonl([f"chapter {i} of a long book. " * 800 for i in range(40)]))
+    encode = Tokenizer.encode_batch
+
+    def reversed_batch(self: Tokenizer, batch: Documents, parallel: bool = False) -> Any:
+        ids, offsets = encode(self, batch, parallel)
+        return (ids[::-1].copy() if len(batch) > 1 else ids), offsets
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", reversed_batch)
+    with pytest.raises(DataError, match="encode the document that begins 'chapter .* differently"):
+        prepare(config(tmp_path / "out", [one_source(text)], tokenizer={"kind": "bpe"}))
+    assert not list((tmp_path / "out").rglob("*.bin"))
+
+
+def test_a_long_document_whose_beginning_is_encoded_otherwise_by_itself_is_compared_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = Tokenizer(_trained().encode(), "here")
+    long = Documents.of([b"one two " * 3000])
+    ids, offsets = made.encode_batch(long)
+    encode = Tokenizer.encode_batch
+    seen: list[int] = []
+    reference = made.reference_encode
+
+    def cut_matters(self: Tokenizer, batch: Documents, parallel: bool = False) -> Any:
+        ids, offsets = encode(self, batch, parallel)
+        return np.roll(ids, 1), offsets
+
+    monkeypatch.setattr(made, "reference_encode", lambda texts: seen.extend(map(len, texts)) or reference(texts))
+    monkeypatch.setattr(Tokenizer, "encode_batch", cut_matters)
+    crosscheck.CrossCheck(made, 0, "here").offer(long, ids, offsets)
+    assert seen == [24_000]
+
+
 def test_the_sample_is_random_but_the_same_every_time_and_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,10 +325,10 @@ def test_the_sample_is_random_but_the_same_every_time_and_bounded(
     monkeypatch.setattr(made, "reference_encode", lambda texts: seen.append(list(texts)) or reference(texts))
     many = Documents.of([f"{i} ".encode() * 100 for i in range(500)])
     for seed in (1, 1, 2):
-        check = crosscheck.CrossCheck(made, seed)
+        check = crosscheck.CrossCheck(made, seed, "here")
         for _ in range(3):
             check.offer(many, *made.encode_batch(many))
-        check.finish("here")
+        check.finish()
     assert seen[0] == seen[1] != seen[2]
     assert sum(map(len, seen[0])) <= 33_000 and len(seen[0]) == 16
 
@@ -214,6 +338,14 @@ def test_the_sample_is_random_but_the_same_every_time_and_bounded(
     [
         ("{", None, "is not a tokenizer.json"),
         ("{}", None, "is not a tokenizer.json"),
+        ("[]", None, "is not a tokenizer.json"),
+        ('{"model": {"vocab": {}}}', None, "is not a tokenizer.json"),
+        ('{"model": {"vocab": 5}}', None, "is not a tokenizer.json"),
+        ('{"model": {"vocab": {"a": "b"}}}', None, "is not a tokenizer.json"),
+        ('{"model": {"vocab": [["a"]]}}', None, "is not a tokenizer.json"),
+        ('{"model": {"vocab": {"a": 0}, "merges": [5]}}', None, "is not a tokenizer.json"),
+        ('{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}', None, "is not a tokenizer.json"),
+        ('{"model": {"vocab": {"a": 0}}, "added_tokens": {"id": 1}}', None, "is not a tokenizer.json"),
         (compose_bytes([]), None, "no special token"),
         (
             compose_bytes(["<|x|>"]),

@@ -20,6 +20,12 @@ from tests.launch.test_image import HERE, sif
 OTHER_ARCHITECTURE = b"11"
 # A runtime that finds the command `pipeline` in any image, and one that finds it in none.
 APPTAINERS = {"whole": "#!/bin/sh\n", "bare": "#!/bin/sh\nexit 127\n"}
+# One that starts an image only if it may unpack it, as on nodes where /dev/fuse is closed, and one that never does.
+FUSE = "echo 'FATAL:   squashfuse_ll mount: fuse: failed to open /dev/fuse: Permission denied' >&2; exit 255"
+CLOSED = {
+    "unpacks": f"#!/bin/sh\ncase \" $* \" in *' --unsquash '*) exit 0;; esac\n{FUSE}\n",
+    "never": f"#!/bin/sh\n{FUSE}\n",
+}
 MACHINE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
 # What is wrong: the image, the runtime, and all that is said.
 IMAGES = {
@@ -63,6 +69,35 @@ def test_an_image_that_no_job_could_use_is_refused_before_anything_is_queued(
     message = expected.format(image=tmp_path / "image.sif", command=slurm.folder / "apptainer")
     assert (done.status, done.err) == (2, f"pipeline: error: {message}\n  nothing was submitted\n")
     assert not slurm.calls("sbatch") and not (tmp_path / "runs").exists()
+
+
+def test_an_image_is_started_as_the_jobs_will_start_it(tmp_path: Path, slurm: FakeSlurm):
+    site = _contained(tmp_path, slurm, HERE, "whole")
+    command = Path(site["container"]["command"])
+    command.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/said\n')
+    write_files(tmp_path, site={**site, "container": {**site["container"], "unsquash": True, "options": ["--userns"]}})
+    assert submit(tmp_path, slurm, "container.image=image.sif").status == 0
+    said = (tmp_path / "said").read_text()
+    assert said.startswith(f"exec --no-eval --no-mount home,cwd --pid --unsquash --userns {tmp_path}/image.sif sh -c")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "unsquash", "words"),
+    [
+        ("unpacks", False, "set `container.unsquash: true` in the site file, or use a sandbox folder\n"),
+        ("unpacks", True, None),
+        ("never", True, "use a sandbox folder: `container.unsquash` is set already\n"),
+    ],
+)
+def test_where_fuse_is_closed_the_cure_that_is_named_is_one(
+    tmp_path: Path, slurm: FakeSlurm, runtime: str, unsquash: bool, words: str | None
+):
+    site = _contained(tmp_path, slurm, HERE, "whole")
+    Path(site["container"]["command"]).write_text(CLOSED[runtime])
+    write_files(tmp_path, site={**site, "container": {**site["container"], "unsquash": unsquash}})
+    done = submit(tmp_path, slurm, "container.image=image.sif")
+    assert done.status == (2 if words else 0), done.err
+    assert (words or "") in done.err
 
 
 def test_a_path_that_no_job_would_see_is_refused_before_anything_is_queued(tmp_path: Path, slurm: FakeSlurm):

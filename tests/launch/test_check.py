@@ -17,13 +17,18 @@ from pipeline.launch.check_slurm import check_slurm
 from pipeline.launch.site import Site
 from tests.launch.support import CONFIG, ROOT, SITE, FakeSlurm, make_run, pipeline, write_files
 
-PARTITIONS = "main*|4|8|64000|1-00:00:00|gpu:a100:4(S:0-1)|up\nsmall|1|2+|4000|10:00|(null)|up\n"
+PARTITIONS = """main*|4|8|64000|1-00:00:00|gpu:a100:4(S:0-1)|up
+small|1|2|4000|10:00|(null)|up
+small|1|4|8000|10:00|(null)|up
+"""
 
 
 @pytest.fixture
 def cluster(slurm: FakeSlurm) -> FakeSlurm:
     slurm.says("sinfo", PARTITIONS, call=1)
-    slurm.says("sinfo", "gpu1 idle\ngpu2 allocated\ngpu3 drained\ngpu4 down*\n")
+    for stage in range(3):
+        slurm.says("sinfo", "gpu1\ngpu2\ngpu3\ngpu4\n", call=2 + 2 * stage)
+    slurm.says("sinfo", "gpu1|idle|(null)|\ngpu2|allocated|(null)|\ngpu3|drained|(null)|\ngpu4|down*|(null)|\n")
     return slurm
 
 
@@ -67,7 +72,12 @@ def test_a_site_that_gives_what_is_asked_for_passes(tmp_path: Path, cluster: Fak
         ({"mem_gb": 100}, "100 GB of memory a node, and main has 62.5"),
         ({"gpus_per_node": 8, "tasks_per_node": 8}, "8 GPUs a node, and main has 4"),
         ({"time_limit_min": 1441}, "1441 minutes, and main has 1440"),
-        ({"partition": "small", "nodes": 1, "cpus_per_task": 4}, "4 CPUs a node, and small has 2"),
+        ({"partition": "small", "nodes": 1, "cpus_per_task": 8, "time_limit_min": 9}, "8 CPUs a node, and small has 4"),
+        ({"partition": "main,none"}, "there is no partition 'none'"),
+        (
+            {"partition": "small,main", "cpus_per_task": 16, "time_limit_min": 9},
+            "small has 4; 16 CPUs a node, and main",
+        ),
     ],
 )
 def test_a_request_that_the_partition_cannot_give_is_named(
@@ -77,6 +87,53 @@ def test_a_request_that_the_partition_cannot_give_is_named(
     found = {one.name: one for one in check_slurm(config, Site.model_validate(with_site(**train)), run)}
     assert found["request of train"].status == "failed" and words in found["request of train"].found
     assert found["request of train"].cure
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({"partition": "small", "cpus_per_task": 4, "time_limit_min": 9}, "fits small: 2 of 2 nodes"),
+        ({"partition": "small,main"}, "fits main: 2 of 4 nodes, 30 min"),
+    ],
+)
+def test_a_request_that_sbatch_would_take_is_not_refused(
+    train, words, tmp_path: Path, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+):
+    run, config = make_run(tmp_path, monkeypatch)
+    found = {one.name: one for one in check_slurm(config, Site.model_validate(with_site(**train)), run)}
+    assert words in found["request of train"].found and found["request of train"].status == "ok"
+    # Without it, `4+` would stand for nodes of 4 cores and more.
+    assert "--exact" in cluster.calls("sinfo")[0]
+
+
+def without_torch(folder: Path) -> str:
+    """A Python, as on a login node, that has not got what training imports."""
+    python = folder / "bare-python"
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'deepspeed')))"
+    run = "import runpy; sys.argv = sys.argv[1:]; runpy.run_module('pipeline.train.check_node', run_name='__main__')"
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -c "{blocked}; {run}" check_node "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def test_the_python_of_the_site_is_asked_for_torch(tmp_path: Path, cluster: FakeSlurm):
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh\necho '[{"name": "torch", "status": "ok", "found": "of the site", "cure": ""}]'\n""")
+    python.chmod(0o755)
+    write_files(tmp_path, site={**SITE, "python": str(python)})
+    status, found = check(tmp_path, "--site", "site.yaml", slurm=cluster)
+    assert (status, found["torch"]["found"]) == (0, "of the site")
+
+
+@pytest.mark.parametrize(("modules", "expected"), [([], (1, "failed")), (["pytorch"], (0, "warning"))])
+def test_a_login_node_without_torch_is_judged_by_what_the_jobs_load(
+    tmp_path: Path, cluster: FakeSlurm, modules: list[str], expected: tuple[int, str]
+):
+    write_files(tmp_path, site={**SITE, "python": without_torch(tmp_path), "modules": modules})
+    status, found = check(tmp_path, "--site", "site.yaml", slurm=cluster)
+    assert (status, found["torch"]["status"]) == expected
+    assert ("modules" in found["torch"]["cure"]) == bool(modules)
+    assert ("`python` of the site file" in found["torch"]["cure"]) != bool(modules)
 
 
 def test_nodes_that_are_down_are_a_warning_where_the_others_are_too_few(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,29 @@ def test_the_folders_that_are_bound_for_writing_are_made_first(work, tmp_path):
     assert all(Path(bind.split(":")[0]).is_dir() for bind in bound(argv(loaded)))
 
 
+def test_a_prepared_dataset_that_belongs_to_somebody_else_is_bound_for_reading(work, tmp_path, monkeypatch):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    loaded = config(f"data.path={shared}")
+    access = os.access
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: access(path, mode) and (Path(path) != shared or mode != os.W_OK))
+        assert problems(loaded) == [f"data.path: {shared} cannot be written; choose another folder"]
+        (shared / "manifest.json").write_text("{}")
+        assert problems(loaded) == []
+        assert f"{shared}:{shared}:ro" in bound(argv(loaded))
+    # One's own stays writable: a slice that is done again writes the manifest anew.
+    assert str(shared) in bound(argv(loaded))
+
+
+def test_artifacts_in_an_object_store_are_no_folder(work, tmp_path):
+    loaded = config(f"tracking.uri=sqlite:///{tmp_path}/mlflow/mlflow.db", "tracking.artifact_location=s3://bucket/x")
+    create_folders(loaded, run_for(loaded))
+    assert not (work / "s3:").exists()
+    assert problems(loaded) == []
+    assert [bind for bind in bound(argv(loaded)) if "s3" in bind] == []
+
+
 def test_a_home_is_never_bound_as_a_whole(work, tmp_path, monkeypatch):
     home = tmp_path / "home"
     (home / "runs").mkdir()
@@ -163,6 +187,14 @@ def test_a_source_file_that_is_a_link_to_where_nothing_is_bound_is_an_error(work
 def test_what_cannot_be_bound_is_one_clear_error(work, override, message):
     [problem] = problems(config(override))
     assert message in problem
+
+
+def test_a_snapshot_that_cannot_be_bound_is_an_error_where_the_run_needs_no_bind(work, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.launch.binds._ALWAYS_SEEN", (tmp_path / "seen",))
+    loaded = [f"runs_dir='{tmp_path}/seen/a,b'", "tracking.uri=none"]
+    [problem] = problems(config(*loaded))
+    assert problem.startswith(f"runs_dir: {tmp_path}/seen/a,b/tiny/code has a comma, colon or backslash in its name")
+    assert problems(config(*loaded, "container.code=image")) == []
 
 
 def test_binds_of_config_and_site_keep_their_place_and_mode(work, tmp_path):
@@ -225,7 +257,7 @@ def test_a_clean_environment_still_passes_what_a_job_lives_on_and_keeps_secrets_
     loaded = config("container.environment=clean")
     around = {
         "SLURM_JOB_ID": "7", "MASTER_ADDR": "n1", "MLFLOW_TRACKING_PASSWORD": "secret", "NCCL_DEBUG": "INFO",
-        "RANK": "1", "CUDA_VISIBLE_DEVICES": "0,1", "EDITOR": "vi",
+        "SLURMD_NODENAME": "n1", "RANK": "1", "CUDA_VISIBLE_DEVICES": "0,1", "EDITOR": "vi",
     }  # fmt: skip
     command, passed = argv(loaded), container_environment(SiteContainer(), around)
     assert "--cleanenv" in command and "secret" not in " ".join(command)

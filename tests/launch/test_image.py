@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -151,6 +152,18 @@ def test_train_refuses_another_image_before_it_touches_the_run(tmp_path, monkeyp
     assert run_here(monkeypatch, capsys, "train", config, "--allow-image-change")[0] == 0
     recorded = [start["image"]["sha256"] for start in Run(run).provenance()]
     assert recorded == ["a" * 64, "b" * 64]
+
+
+@pytest.mark.parametrize(
+    ("record", "lacks"),
+    [({}, "base.name, base.bootstrap, base.digest, accelerator"), ({"base": "bookworm"}, "base.name")],
+)
+def test_a_record_that_tells_too_little_is_named(tmp_path, monkeypatch, capsys, record, lacks):
+    image = sif(tmp_path / "img.sif")
+    (tmp_path / "img.sif.json").write_text(json.dumps({"sha256": "x", **record}))
+    status, err = run_here(monkeypatch, capsys, "image", "info", str(image))
+    assert status == 1 and err.count("\n") == 1
+    assert f"{tmp_path}/img.sif.json: the record of an image lacks {lacks}" in err
 
 
 def test_info_names_an_image_that_is_not_there(tmp_path, monkeypatch, capsys):

@@ -65,47 +65,11 @@ def test_stages_that_are_done_are_skipped(tmp_path: Path, slurm: FakeSlurm):
 def test_a_run_in_the_queue_is_not_submitted_a_second_time(tmp_path: Path, slurm: FakeSlurm):
     write_files(tmp_path)
     assert submit(tmp_path, slurm).status == 0
-    slurm.says("squeue", "102|RUNNING|None|n[1-2]|10:00\n")
+    slurm.says("squeue", "102|RUNNING|None|||tiny-train\n")
     done = submit(tmp_path, slurm)
     assert done.status == 2
     assert "is in the queue already as job 102" in done.err
     assert len(slurm.calls("sbatch")) == 3
-
-
-REFUSALS = {
-    "partition": ("error: invalid partition specified: nope\nsbatch: error: Batch job submission failed: Invalid "
-                  "partition name specified", 2, ["prepare.partition", "nope", "partitions here: main, high"]),
-    "nodes": ("error: Batch job submission failed: Node count specification invalid", 2, ["prepare.nodes", "%D"]),
-    "nodes of the partition": ("error: Batch job submission failed: Requested node configuration is not available", 2,
-                               ["prepare.nodes"]),
-    "memory": ("error: Memory specification can not be satisfied\nsbatch: error: Batch job submission failed: "
-               "Requested node configuration is not available", 2, ["prepare.mem_gb"]),
-    "account": ("error: Batch job submission failed: Invalid account or account/partition combination specified", 2,
-                ["site.yaml: account", "sacctmgr"]),
-    "qos": ("error: Batch job submission failed: Invalid qos specification", 2, ["site.yaml: qos"]),
-    "time": ("error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)", 2,
-             ["prepare.time_limit_min"]),
-    "controller": ("error: Batch job submission failed: Unable to contact slurm controller (connect failure)", 1,
-                   ["controller does not answer", "scontrol ping"]),
-    "quota": ("error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates "
-              "accounting/QOS policy (job submit limit, user's size and/or time limits)", 1, ["squeue --me"]),
-    "other": ("error: Batch job submission failed: I/O error writing script/environment to file", 1, ["I/O error"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", REFUSALS)
-def test_a_refusal_is_one_message_with_its_cure_and_leaves_nothing(tmp_path: Path, slurm: FakeSlurm, kind: str):
-    words, status, expected = REFUSALS[kind]
-    write_files(tmp_path)
-    slurm.says("sbatch", err=f"sbatch: {words}\n", status=1, call=1)
-    slurm.says("sinfo", "main\nhigh\n")
-    done = submit(tmp_path, slurm)
-    assert done.status == status
-    assert done.err.startswith("pipeline: error: ")
-    assert done.err.count("\n") == 1
-    for word in (*expected, "othing was submitted"):
-        assert word in done.err
-    assert not (tmp_path / "runs/tiny").exists()
 
 
 def test_a_chain_that_fails_in_the_middle_is_taken_back(tmp_path: Path, slurm: FakeSlurm):
@@ -118,6 +82,37 @@ def test_a_chain_that_fails_in_the_middle_is_taken_back(tmp_path: Path, slurm: F
     assert not (tmp_path / "runs/tiny").exists()
 
 
+def test_a_job_whose_id_was_never_told_is_taken_back(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    # submitit fails when sbatch has put the job into the queue already.
+    (slurm.folder / "sbatch").write_text('#!/bin/sh\nrm "$1"; echo Submitted batch job 101\n')
+    launch = tmp_path / "runs/tiny/launch"
+    slurm.says("squeue", f"101|{launch}/.submission_file_1.sh\n99|{tmp_path}/runs/other/launch/.submission_file_2.sh\n")
+    done = submit(tmp_path, slurm)
+    assert (done.status, done.err.count("\n")) == (1, 1), done.err
+    assert slurm.calls("scancel") == ["101"]
+    assert not (tmp_path / "runs/tiny").exists()
+
+
+def test_where_slurm_does_not_say_whether_it_holds_a_job_that_is_said(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    (slurm.folder / "sbatch").write_text('#!/bin/sh\nrm "$1"; echo Submitted batch job 101\n')
+    slurm.says("squeue", err="squeue: error: Unable to contact slurm controller (connect failure)\n", status=1)
+    done = submit(tmp_path, slurm)
+    assert (done.status, done.err.count("\n")) == (1, 1), done.err
+    assert "whether it holds a job" in done.err and "`squeue --me`" in done.err
+
+
+@pytest.mark.parametrize("folder", ["p%A_%a", "p%j"])
+def test_a_folder_that_slurm_would_fill_in_is_refused(tmp_path: Path, slurm: FakeSlurm, folder: str):
+    write_files(tmp_path)
+    done = submit(tmp_path, slurm, f"runs_dir={folder}/runs")
+    assert done.status == 2
+    assert f"runs_dir: {tmp_path}/{folder}/runs/tiny/launch has a % in its name" in done.err
+    assert slurm.calls("sbatch") == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "site.yaml", "slurm"]
+
+
 def test_jobs_that_cannot_be_taken_back_are_named_and_kept_in_mind(tmp_path: Path, slurm: FakeSlurm):
     write_files(tmp_path)
     away = "error: Unable to contact slurm controller (connect failure)\n"
@@ -127,7 +122,7 @@ def test_jobs_that_cannot_be_taken_back_are_named_and_kept_in_mind(tmp_path: Pat
     assert (done.status, done.err.count("\n")) == (1, 1)
     assert "holds job 101, 102" in done.err
     assert "pipeline cancel runs/tiny" in done.err
-    slurm.says("squeue", "101_0|PENDING|None||\n102|PENDING|Dependency||\n")
+    slurm.says("squeue", "101_0|PENDING|None|||tiny-prepare\n102|PENDING|None|||tiny-train\n")
     slurm.says("scancel")
     again = submit(tmp_path, slurm)
     assert (again.status, "is in the queue already" in again.err) == (2, True), again.err
@@ -154,7 +149,11 @@ def test_a_run_that_was_there_before_survives_a_refusal(tmp_path: Path, slurm: F
         ({"train": {"gpus_per_node": 4}}, "one process a GPU, gpus_per_node = 4"),
         ({"extra_sbatch": {"time": "60"}}, "decided by time_limit_min"),
         ({"extra_sbatch": {"--exclusive": True}}, "a name without dashes"),
+        ({"extra_sbatch": {"cpus_per_task": "99"}}, "decided by cpus_per_task"),
+        ({"extra_sbatch": {"open_mode": "truncate"}}, "decided by the launcher"),
         ({"environment": {"A B": "1"}}, "no name of a variable"),
+        ({"environment": {"PYTHONPATH": "/mine"}}, "environment.PYTHONPATH: allowed: other names"),
+        ({"environment": {"PYTHONSAFEPATH": ""}}, "environment.PYTHONSAFEPATH: allowed: other names"),
         ({"train": {"time_limit_min": 1}, "signal_before_end_s": 90}, "leaves no time to train"),
     ],
 )
@@ -165,6 +164,17 @@ def test_a_wrong_site_file_is_refused_before_anything_is_written(tmp_path: Path,
     assert words in done.err
     assert not (tmp_path / "runs").exists()
     assert slurm.calls("sbatch") == []
+
+
+def test_no_further_option_of_sbatch_may_contradict_the_launcher(tmp_path: Path, slurm: FakeSlurm):
+    names = (
+        "ntasks", "gpus", "gpus_per_task", "mem-per-cpu", "mem-per-gpu", "kill-on-invalid-dep", "parsable", "quiet",
+    )  # fmt: skip
+    write_files(tmp_path, site={**SITE, "extra_sbatch": dict.fromkeys(names, "1")})
+    done = submit(tmp_path, slurm, "--dry-run")
+    assert done.status == 2
+    for name in names:
+        assert f'extra_sbatch.{name}: given "1", allowed: nothing; it is decided by' in done.err
 
 
 def test_the_global_batch_is_checked_against_the_processes_of_the_site(tmp_path: Path, slurm: FakeSlurm):
@@ -193,41 +203,6 @@ def test_without_slurm_a_dry_run_works_and_a_submission_says_what_to_do(tmp_path
     done = pipeline(tmp_path, *arguments)
     assert done.status == 1
     assert "sbatch: not found" in done.err
-
-
-def test_a_sweep_is_one_array_and_a_run_folder_for_every_value(tmp_path: Path, slurm: FakeSlurm):
-    write_files(tmp_path)
-    done = submit(tmp_path, slurm, "--sweep", "optimizer.learning_rate=1e-2,3e-3", "--sweep", "train.seed=1,2")
-    assert done.status == 0, done.err
-    names = sorted(p.name for p in (tmp_path / "runs").glob("*-seed-*"))
-    assert names == [f"tiny-learning_rate-{rate}-seed-{seed}" for rate in ("1e_2", "3e_3") for seed in (1, 2)]
-    script = (tmp_path / "runs/tiny-sweep/launch/102_submission.sh").read_text()
-    assert "#SBATCH --array=0-3%4" in script
-    assert "aftercorr:102" in (tmp_path / "runs/tiny-sweep/launch/103_submission.sh").read_text()
-    for index, name in enumerate(names):
-        jobs = json.loads((tmp_path / "runs" / name / "launch/jobs.json").read_text())["jobs"]
-        assert [j["id"] for j in jobs] == ["101", f"102_{index}", f"103_{index}"]
-        config = (tmp_path / "runs" / name / "config.yaml").read_text()
-        assert f"seed: {1 + index % 2}" in config
-        assert f"learning_rate: {(0.01, 0.003)[index // 2]}" in config
-
-
-@pytest.mark.parametrize(
-    ("sweep", "words"),
-    [
-        ("optimizer.learning_rate", "dotted.key=value,value"),
-        ("optimizer.learning_rate=1,,2", "dotted.key=value,value"),
-        ("train.seed=1,1", "names a value twice"),
-        ("train.sed=1,2", "did you mean `seed`"),
-        ("model.vocab_size=257,300", "shares one dataset"),
-    ],
-)
-def test_a_sweep_that_makes_no_sense_is_refused(tmp_path: Path, slurm: FakeSlurm, sweep: str, words: str):
-    write_files(tmp_path)
-    done = submit(tmp_path, slurm, "--sweep", sweep)
-    assert done.status == 2
-    assert words in done.err
-    assert not (tmp_path / "runs").exists()
 
 
 def test_submitting_takes_less_than_its_time_and_no_torch(tmp_path: Path, slurm: FakeSlurm):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from pipeline.optim.clipping import clip_gradients
+from pipeline.optim.clipping import clip_gradients, squared_norm
 from pipeline.optim.schedule import get_lr_cosine_schedule
 
 
@@ -53,3 +53,10 @@ def test_norm_of_nothing_is_zero_and_of_a_nan_is_nan():
     params = gradients()
     params[0].grad[0, 0] = math.nan
     assert math.isnan(clip_gradients(params, 1.0))
+
+
+def test_the_norm_of_a_large_flat_gradient_is_exact():
+    """What ZeRO hands over on a CPU: all of a rank's gradients in one tensor."""
+    flat = torch.randn(20_000_000, generator=torch.Generator().manual_seed(0))
+    exact = sum(float(part.double().square().sum()) for part in flat.split(1 << 20))
+    assert float(squared_norm([flat])) == pytest.approx(exact, rel=1e-6)

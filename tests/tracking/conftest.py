@@ -13,7 +13,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 class InThread:
     """The helper's work in a thread of the test: starting a process that imports mlflow takes seconds."""
 
-    def __init__(self, run, uri):
+    def __init__(self, run, uri, attempt):
         self.closing = threading.Event()
         self.done = uri is None
         self.thread = threading.Thread(target=self.work, args=(run, uri), daemon=True)

@@ -93,6 +93,23 @@ def test_a_rollback_counts_as_repeated_until_it_has_caught_up():
     ) == {"training": 80, "repeated": 20}
 
 
+def test_going_back_again_before_the_first_repeat_has_caught_up_counts_every_second_once():
+    assert parts(
+        attempt(0, 0),
+        event(10, "started"),
+        event(110, "repeating", step=100, reached=150),
+        event(150, "repeating", step=100, reached=150),
+        event(210, "caught_up"),
+        event(220, "finished"),
+    ) == {"startup": 10, "training": 110, "repeated": 100}
+    assert parts(
+        attempt(0, 0, step=50, reached=100),
+        event(10, "resumed"),
+        event(110, "repeating", step=50, reached=100),
+        event(120, "failed"),
+    ) == {"startup": 10, "repeated": 110}
+
+
 def test_a_run_that_died_while_repeating_and_again_before_its_first_step():
     assert parts(
         attempt(0, 1),

@@ -182,6 +182,23 @@ def test_a_rollback_that_ends_otherwise_gets_keys_of_its_own_and_no_step_has_two
         assert by_key.get((f"{key}.retry1", step), by_key.get((key, step))) == value
 
 
+def test_a_retry_that_could_not_be_noted_is_noted_when_the_line_is_logged_again(run, ticks, monkeypatch):
+    store = KeepingStore(run)
+    history = History(run, 0)
+    train(history, 1, 18)
+    store.send()
+    history.rewind(10)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(state, "update", full)
+        history.log(11, {"train/loss": 9.0})
+    history.log(11, {"train/loss": 9.0})
+    assert [(r.first_step, r.last_step) for r in state.load(run).retries] == [(11, 18)]
+
+
 def test_a_rollback_without_telling_is_seen_by_the_step_going_back(run, ticks):
     history = History(run, 0)
     train(history, 1, 18)

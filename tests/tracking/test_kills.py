@@ -1,14 +1,11 @@
 """The real training, killed; two runs at once; a real server that goes away."""
 
 import random
-import re
-import subprocess
 import sys
 import time
 
 import psutil
 import pytest
-import requests
 
 from pipeline.checkpoint.layout import Manifest, published
 from pipeline.errors import PipelineError
@@ -225,25 +222,3 @@ def train_without_mlflow(experiment):
 def test_training_does_not_import_mlflow(experiment):
     finish(processes.fork(train_without_mlflow, (str(experiment),), 1, experiment.parent / "log"))
     assert sync(run_of(experiment)).status == "FINISHED"
-
-
-def test_the_page_of_a_store_starts_on_loopback_and_leaves_no_process(tmp_path):
-    run, config = make_run(tmp_path)
-    begin(run, config).close("FINISHED")
-    run_id = sync(run).run_id
-    command = [sys.executable, "-m", "pipeline", "ui", str(run.path)]
-    page = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        address = page.stdout.readline()
-        url, experiment = re.match(
-            r"MLflow: (http://127\.0\.0\.1:\d+)/#/experiments/(\d+)/runs/" + run_id, address
-        ).groups()
-        assert requests.get(f"{url}/health", timeout=30).status_code == 200
-        assert requests.get(f"{url}/api/2.0/mlflow/experiments/get?experiment_id={experiment}", timeout=30).ok
-        children = psutil.Process(page.pid).children(recursive=True)
-        ports = [c.laddr for p in children for c in p.net_connections() if c.status == "LISTEN"]
-        assert ports and all(a.ip == "127.0.0.1" for a in ports)
-    finally:
-        page.terminate()
-        page.communicate(timeout=30)
-    assert not [p for p in children if p.is_running() and p.status() != "zombie"]

@@ -173,6 +173,15 @@ def test_a_param_that_changed_between_two_starts_is_told_by_a_tag(folder):
     assert data.params["train.log_interval"] == "5" and data.tags["changed.train.log_interval"] == "7"
 
 
+def test_a_param_that_was_changed_back_is_told_by_its_tag(folder):
+    for interval in (5, 7, 5):
+        run, config = make_run(folder, None, f"train.log_interval={interval}")
+        begin(run, config).close("STOPPED")
+    store, run_id = open_store(run, config)
+    tags = {k: v for k, v in store.read_run(run_id).data.tags.items() if k.startswith("changed.")}
+    assert tags == {"changed.train.log_interval": "5"}
+
+
 def test_an_exported_model_becomes_a_registered_version_that_names_its_checkpoint(folder):
     run, config = make_run(folder)
     tracker = begin(run, config)
@@ -231,10 +240,32 @@ def test_addresses_that_are_no_store_are_refused(uri):
         resolve_uri(uri)
 
 
-def test_a_password_in_the_address_is_refused_without_being_repeated(tmp_path):
-    with pytest.raises(UsageError) as refused:
-        make_run(tmp_path, "https://me:secret@host")
-    assert "secret" not in str(refused.value) and "MLFLOW_TRACKING_PASSWORD" in str(refused.value)
+@pytest.mark.parametrize(
+    ("uri", "cure"),
+    [
+        ("https://ada:secretpw@host", "MLFLOW_TRACKING_PASSWORD"),
+        ("ada:secretpw@host:5000", "MLFLOW_TRACKING_PASSWORD"),
+        ("//secretpw@host", "MLFLOW_TRACKING_PASSWORD"),
+        ("https://ada:secretpw@[bad", "MLFLOW_TRACKING_PASSWORD"),
+        ("http://ada:secretpw", r"http\(s\)://HOST:PORT"),
+        ("https://[secretpw", r"http\(s\)://HOST:PORT"),
+        ("http://127.0.0.1:9/?token=secretpw", "MLFLOW_TRACKING_TOKEN"),
+        ("http://127.0.0.1:9/#secretpw", "MLFLOW_TRACKING_TOKEN"),
+        ("sqlite:///mlflow.db?key=secretpw", "sqlite:///FILE"),
+    ],
+)
+def test_a_password_in_the_address_is_refused_without_being_repeated(tmp_path, uri, cure):
+    run, _ = make_run(tmp_path, "none")
+    for try_it in (lambda: make_run(tmp_path, uri), lambda: sync(run, uri), lambda: resolve_uri(uri)):
+        with pytest.raises(UsageError, match=cure) as refused:
+            try_it()
+        assert "secretpw" not in str(refused.value)
+    assert not any(b"secretpw" in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
+
+
+@pytest.mark.parametrize("uri", ["http://[::1]:5000", "https://host/mlflow", "sqlite:////home/ada@host/c#/mlflow.db"])
+def test_addresses_without_a_secret_are_taken(uri):
+    assert resolve_uri(uri) == uri
 
 
 def test_a_rank_that_samples_its_node_feeds_no_store(tmp_path, monkeypatch):
@@ -244,7 +275,7 @@ def test_a_rank_that_samples_its_node_feeds_no_store(tmp_path, monkeypatch):
     about = {"step": 0, "provenance": {}, "dataset": {}, "tokenizer_file": None, "enabled": False}
     for samples_node in (True, False):
         tracking.start(run, config, **about, samples_node=samples_node)
-    assert started == [(run, None)]
+    assert started == [(run, None, 0)]
 
 
 def test_ranks_other_than_the_first_record_nothing(tmp_path):

@@ -1,11 +1,15 @@
+import math
 import re
+import time
 
 import pytest
 
 from pipeline.errors import UsageError
 from pipeline.files import write_text
+from pipeline.run import open_run
+from pipeline.tracking.goodput import Goodput
 from pipeline.tracking.report import write_report
-from pipeline.tracking.report_charts import Curve
+from pipeline.tracking.report_charts import Curve, Series, goodput_chart, line_chart, time_chart
 from tests.tracking.support import begin, make_run
 
 
@@ -72,3 +76,65 @@ def test_thinning_keeps_spikes_and_values_that_are_no_numbers():
     thin = Curve(range(100_000), values).thinned(2000)
     assert len(thin.steps) <= 2000 and 50.0 in thin.values and any(v != v for v in thin.values)
     assert list(thin.steps) == sorted(thin.steps)
+
+
+LOSS = [("train/loss", "training")]
+
+
+def series(name="try", values=(3.0, 2.0), restarts=(), key="train/loss"):
+    return Series(name, {key: Curve(range(len(values)), values)}, restarts, Goodput(training_s=10.0))
+
+
+def test_a_run_that_was_restarted_hundreds_of_times_is_drawn_at_once():
+    began = time.monotonic()
+    figure = line_chart([series(restarts=range(300)), series("other", restarts=range(300))], LOSS, "nats")
+    assert time.monotonic() - began < 10
+    assert len(figure.layout.shapes) == 600
+    first, last = figure.layout.shapes[0], figure.layout.shapes[-1]
+    assert (first.x0, first.x1, first.y0, first.y1, first.yref) == (0, 0, 0, 1, "y domain")
+    assert first.line.color != last.line.color
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes"),
+    [
+        ([3.0], [5]),
+        ([3.0, math.nan, 2.0, 1.0, math.inf, 1.0], [5, 0, 0, 0, 0, 5]),
+    ],
+)
+def test_a_value_that_no_line_goes_through_is_a_point(values, sizes):
+    for chart in (
+        line_chart([series(values=values)], LOSS, "nats"),
+        time_chart(series(values=values, key="time/data_s")),
+    ):
+        (drawn,) = chart.data
+        assert drawn.mode == "lines+markers" and list(drawn.marker.size) == sizes
+
+
+def test_an_ordinary_curve_is_a_line_without_points():
+    assert line_chart([series()], LOSS, "nats").data[0].mode == "lines"
+    assert time_chart(series(key="time/data_s")).data[0].mode == "lines"
+
+
+def test_a_name_is_no_markup_in_a_chart():
+    runs = [series("a<b>bold</b>&"), series("plain")]
+    assert line_chart(runs, LOSS, "nats").data[0].name == "a&lt;b&gt;bold&lt;/b&gt;&amp;"
+    assert goodput_chart(runs).data[0].y[0] == "a&lt;b&gt;bold&lt;/b&gt;&amp;"
+
+
+def test_a_run_that_is_given_twice_is_drawn_once(tmp_path, monkeypatch):
+    run = recorded(tmp_path)
+    once = write_report([run], tmp_path / "once.html").read_text()
+    monkeypatch.chdir(tmp_path)
+    twice = write_report([open_run("runs/try"), run], tmp_path / "twice.html").read_text()
+    assert twice.count('"type":"scatter"') == once.count('"type":"scatter"') > 0
+    assert "Differences of the configs" not in twice
+
+
+def test_a_run_folder_one_stands_in_has_its_name(tmp_path, monkeypatch):
+    run = recorded(tmp_path)
+    (run.path / "code").mkdir()
+    for folder, place in ((run.path, "."), (run.path / "code", "..")):
+        monkeypatch.chdir(folder)
+        assert open_run(place).name == "try"
+    assert "<h1>try</h1>" in without_script(write_report([open_run("..")]).read_text())

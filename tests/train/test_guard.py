@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -49,6 +50,8 @@ def test_a_guard_restored_from_its_state_decides_alike():
     second = Guard(GuardConfig(), json.loads(json.dumps(first.state())))
     for loss in [*losses[25:], 8.0]:
         assert whole.is_spike(loss) == second.is_spike(loss)
+    whole.accept(8.0), second.accept(8.0)
+    assert whole.is_spike(7.0) == second.is_spike(7.0)
     assert whole.state() == second.state()
 
 
@@ -130,6 +133,33 @@ def test_a_spike_is_reported_and_training_goes_on_by_default(tmp_path, monkeypat
     loop.train(config)
     assert [e["step"] for e in events(config, "spike")] == [30]
     assert not events(config, "rollback")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_spike", ["warn", "rollback"])
+def test_a_lasting_rise_is_reported_and_then_what_losses_are_compared_with(on_spike, tmp_path, monkeypatch):
+    """With nothing to go back to a rollback is no more than a warning."""
+    config = tiny(tmp_path, **{"guard": {"on_spike": on_spike}, "train.checkpoint_interval": 1000})
+    monkeypatch.setattr(loop, "cross_entropy", Sabotage(set(range(25, 41)), 3.0))
+    loop.train(config)
+    assert [e["step"] for e in events(config, "spike")] == [25]
+    assert len(list(run_for(config).bad_batches.iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_the_record_of_a_batch_and_not_the_run(tmp_path, monkeypatch, capsys):
+    config = tiny(tmp_path, **{"train.max_iters": 30})
+
+    def full(path: Path, value: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pipeline.train.guard.write_json", full)
+    monkeypatch.setattr(loop, "cross_entropy", Sabotage({3}, float("nan")))
+    assert loop.train(config).step == 30
+    (event,) = events(config, "bad_step")
+    assert event["step"] == 3 and event["batch"] == 2 and event["path"] is None
+    assert event["error"] == f"batch 2 could not be written to {run_for(config).bad_batches}: No space left on device"
+    assert event["error"] in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +162,42 @@ def test_a_rank_that_fails_ends_the_others_within_seconds_with_its_error_last(
     (failed,) = events(run, "failed")
     assert (after if rank else "shard 7 is gone") in failed["error"]
     assert last_step(run) <= 5
+
+
+def train_dying_in_a_save(config: str) -> None:
+    """Rank 1 is killed while it writes its part; the other one is slow to end its records."""
+    import os
+
+    from pipeline.checkpoint.draft import Draft
+    from pipeline.tracking.tracker import RunTracker
+    from pipeline.train import peers, session
+
+    peers.GRACE_S = session.FAILED_SAVE_S = 0.5
+    close = RunTracker.close
+
+    def close_slowly(self: RunTracker, status: Any) -> None:
+        time.sleep(3)
+        close(self, status)
+        print("tracking is closed", flush=True)
+
+    def die(self: Draft, *args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    RunTracker.close = close_slowly  # type: ignore[method-assign]
+    if os.environ["RANK"] == "1":
+        Draft.write_part = die  # type: ignore[method-assign]
+    processes.command(["train", config])
+
+
+def test_a_rank_that_dies_while_a_save_is_under_way_is_recorded_once(lab: Lab, tmp_path: Path) -> None:
+    config = lab.config("dies_in_save", **{"train.checkpoint_interval": 3})
+    ranks = processes.fork(train_dying_in_a_save, (str(config),), 2, tmp_path / "log")
+    assert ranks.wait(90), "a rank hangs"
+    assert ranks.codes == {0: EXIT_FAILED, 1: -signal.SIGKILL}, ranks.words()
+    (failed,) = events(config.parent / "runs" / config.stem, "failed")
+    assert "ended without a word" in failed["error"]
+    assert ranks.words().count("tracking is closed") == 1, "closed once, and not cut off"
+    assert ranks.words().count("pipeline: error: ") == 1
 
 
 def train_freezing(config: str) -> None:

@@ -1,0 +1,34 @@
+"""The model of an experiment, fresh or out of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pipeline.checkpoint.export import load_weights
+from pipeline.config import Config
+from pipeline.model.transformer import TransformerLM
+
+
+def build_model(config: Config) -> TransformerLM:
+    """A model of the config's shape with fresh weights, on the CPU."""
+    return TransformerLM(**config.model.model_dump())
+
+
+def load_model(config: Config, checkpoint: Path) -> TransformerLM:
+    """The model of a checkpoint for a single process that does not train it.
+
+    It is put on the GPU if there is one and `train.device` is not `cpu`: a run trained on GPUs needs none here.
+
+    Args:
+        config: The experiment.
+        checkpoint: The folder.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    model = build_model(config)
+    model.load_state_dict(load_weights(checkpoint))
+    usable = config.train.device != "cpu" and torch.cuda.is_available()
+    return model.to("cuda" if usable else "cpu").eval()

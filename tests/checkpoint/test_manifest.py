@@ -1,0 +1,82 @@
+"""A manifest says everything about a checkpoint, and costs little at a thousand ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.checkpoint import layout
+from pipeline.checkpoint.draft import begin_attempt
+from pipeline.checkpoint.layout import MANIFEST, Manifest, rank_file
+from pipeline.checkpoint.write import Saved
+from pipeline.errors import CheckpointError
+from tests.checkpoint.support import fragments, saver
+
+RANKS, PARAMETERS = 20, 30
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    parts = [[rank_file(rank), rank * 10, 10] for rank in range(RANKS)]
+    names = [f"layers.{i}.ffn.w1.weight" for i in range(PARAMETERS)]
+    return Manifest(
+        7,
+        RANKS,
+        3,
+        {rank_file(rank): {"bytes": rank, "sha256": "ab" * 32} for rank in range(RANKS)},
+        {name: {"shape": [10 * RANKS], "dtype": "float32", "fragments": parts} for name in names},
+        {"val_loss": float("inf"), "config": {"name": "größer", "a": {"z": 1, "b": [None, True, 1e-8]}}, "guard": {}},
+    )
+
+
+def test_what_is_read_is_what_was_saved(manifest: Manifest, tmp_path: Path) -> None:
+    digest = manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+    tree = json.loads((tmp_path / MANIFEST).read_bytes())
+    assert tree.pop("digest") == digest
+    assert hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest() == digest, "as documented"
+
+
+def test_one_of_an_earlier_program_which_indented_it_is_read(manifest: Manifest, tmp_path: Path) -> None:
+    manifest.save(tmp_path)
+    file = tmp_path / MANIFEST
+    tree = json.loads(file.read_bytes())
+    file.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert Manifest.load(tmp_path) == manifest
+    file.write_text(json.dumps({**tree, "step": 8}, indent=2), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="digest does not match"):
+        Manifest.load(tmp_path)
+
+
+def test_writing_it_holds_the_interpreter_for_one_parameter_at_a_time_and_reading_encodes_nothing(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces: list[int] = []
+    real = json.dumps
+
+    def dumps(value: Any, **options: Any) -> str:
+        text = real(value, **options)
+        pieces.append(len(text))
+        return text
+
+    monkeypatch.setattr(layout.json, "dumps", dumps)
+    manifest.save(tmp_path)
+    size = (tmp_path / MANIFEST).stat().st_size
+    assert max(pieces) < 1.5 * size / PARAMETERS
+    pieces.clear()
+    Manifest.load(tmp_path)
+    assert pieces == []
+
+
+def test_what_is_reported_of_a_save_names_its_content(tmp_path: Path) -> None:
+    begin_attempt(tmp_path, "a1")
+    reports: list[Saved] = []
+    one = saver(tmp_path, reports)
+    one.save(1, fragments(1.0), {})
+    one.wait()
+    assert reports[0].path is not None
+    assert reports[0].digest == json.loads((reports[0].path / MANIFEST).read_bytes())["digest"]

@@ -1,0 +1,106 @@
+"""A sweep: one array a stage, a run folder for every value, and a folder of its own for the jobs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.launch.support import FakeSlurm, submit, write_files
+
+RATES = ("--sweep", "optimizer.learning_rate=1e-2,3e-3")
+SEEDS = ("--sweep", "train.seed=1,2")
+
+
+def homes(folder: Path) -> list[Path]:
+    """Where the files of the jobs of each sweep are."""
+    return sorted(folder.glob("runs/tiny-sweep-*"))
+
+
+def test_a_sweep_is_one_array_and_a_run_folder_for_every_value(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    done = submit(tmp_path, slurm, "--sweep", "optimizer.learning_rate=1e-2,3e-3", "--sweep", "train.seed=1,2")
+    assert done.status == 0, done.err
+    names = sorted(p.name for p in (tmp_path / "runs").glob("*-seed-*"))
+    assert names == [f"tiny-learning_rate-{rate}-seed-{seed}" for rate in ("1e_2", "3e_3") for seed in (1, 2)]
+    [home] = homes(tmp_path)
+    assert "#SBATCH --array=0-3%4" in (home / "launch/102_submission.sh").read_text()
+    assert "aftercorr:102" in (home / "launch/103_submission.sh").read_text()
+    for index, name in enumerate(names):
+        jobs = json.loads((tmp_path / "runs" / name / "launch/jobs.json").read_text())["jobs"]
+        assert [j["id"] for j in jobs] == ["101", f"102_{index}", f"103_{index}"]
+        config = (tmp_path / "runs" / name / "config.yaml").read_text()
+        assert f"seed: {1 + index % 2}" in config
+        assert f"learning_rate: {(0.01, 0.003)[index // 2]}" in config
+
+
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        ("optimizer.learning_rate", "dotted.key=value,value"),
+        ("optimizer.learning_rate=1,,2", "dotted.key=value,value"),
+        ("train.seed=1,1", "names a value twice"),
+        ("train.sed=1,2", "did you mean `seed`"),
+        ("model.vocab_size=257,300", "shares one dataset"),
+        ("sample.prompt=a b,a-b", "two of its runs would both be called tiny-prompt-a_b"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(tmp_path: Path, slurm: FakeSlurm, sweep: str, words: str):
+    write_files(tmp_path)
+    done = submit(tmp_path, slurm, "--sweep", sweep)
+    assert done.status == 2
+    assert words in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_second_sweep_of_the_config_leaves_the_work_of_the_first_alone(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    assert submit(tmp_path, slurm, *RATES).status == 0
+    [first] = homes(tmp_path)
+    before = (first / "launch/train.json").read_bytes()
+    done = submit(tmp_path, slurm, *SEEDS)
+    assert done.status == 0, done.err
+    assert (first / "launch/train.json").read_bytes() == before
+    [second] = [home for home in homes(tmp_path) if home != first]
+    for home, job, key in ((first, "102", "learning_rate"), (second, "105", "seed")):
+        script = (home / f"launch/{job}_submission.sh").read_text()
+        assert f"attempt begin {home}/launch/train.json" in script
+        assert f"--job-name={home.name}-train" in script
+        tasks = json.loads((home / "launch/train.json").read_text())["tasks"]
+        assert all(f"tiny-{key}-" in task["run"] for task in tasks)
+
+
+def test_a_sweep_in_the_queue_is_not_submitted_again_even_if_its_run_folders_are_gone(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    assert submit(tmp_path, slurm, *SEEDS).status == 0
+    [home] = homes(tmp_path)
+    slurm.says("squeue", f"102_1|PENDING|None|||{home.name}-train\n")
+    done = submit(tmp_path, slurm, *SEEDS)
+    assert (done.status, "runs/tiny-seed-1: is in the queue already as job 102_0" in done.err) == (2, True), done.err
+    for run in tmp_path.glob("runs/tiny-seed-*"):
+        shutil.rmtree(run)
+    done = submit(tmp_path, slurm, *SEEDS)
+    assert done.status == 2
+    assert f"runs/{home.name}: is in the queue already as job 102" in done.err and "`scancel 102`" in done.err
+    assert len(slurm.calls("sbatch")) == 3
+
+
+def test_a_refused_sweep_leaves_nothing(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    slurm.says("sbatch", err="sbatch: error: invalid partition specified: nope\n", status=1, call=3)
+    assert submit(tmp_path, slurm, *SEEDS).status == 2
+    assert slurm.calls("scancel") == ["101 102"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_an_evaluation_after_slices_waits_for_all_of_them(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    for seed in (1, 2):  # trained, and somebody has removed the tokens since
+        checkpoint = tmp_path / f"runs/tiny-seed-{seed}/checkpoints/step_00000100"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text("{}")
+    done = submit(tmp_path, slurm, "--dry-run", *SEEDS)
+    assert "### train" not in done.out
+    assert "#SBATCH --dependency='afterok:<prepare>'" in done.out and "aftercorr" not in done.out
