@@ -108,7 +108,10 @@ def test_cancel_saves_ends_all_and_says_so(cluster: Cluster, training: Training)
     out, err = following.communicate(timeout=60)  # it ends by itself, since the run has ended
     assert (following.returncode, err) == (0, "")
     log = (training.run / "logs" / job / "attempt_0_rank_0.log").read_text()
-    assert out == f"==> train, job {job}, attempt 0, rank 0 <==\n{log}"
+    title, words = f"==> train, job {job}, attempt 0, rank 0 <==\n", f"==> Slurm and the batch script, job {job} <==\n"
+    shown, _, slurm = out.partition(words)
+    assert shown == title + log
+    assert f"*** JOB {job} ON" in slurm and "CANCELLED" in slurm
     found = _status(training)
     assert (found["state"], found["step"], found["checkpoint"]) == ("cancelled", last, last)
     again = training.pipeline("cancel", str(training.run))
