@@ -91,11 +91,6 @@ class Manifest:
         return cls(**tree)
 
 
-def digest(folder: Path) -> str:
-    """What names a checkpoint's whole content: the digest in its manifest, which holds those of its files."""
-    return json.loads((folder / MANIFEST).read_bytes())["digest"]
-
-
 def step_name(step: int) -> str:
     """Folder name of a checkpoint."""
     return f"step_{step:08d}"
