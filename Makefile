@@ -29,7 +29,7 @@ lint: $(VENV)/.dev  ## linters, type checker, import rules
 	$(BIN)/lint-imports
 
 schema: $(VENV)/.dev  ## write the schemas and reference pages of config and site anew from their code
-	$(BIN)/python -m pipeline.config_docs
+	$(BIN)/python -m pipeline.cli.reference
 
 lock: $(VENV)/.dev  ## resolve the newest versions that pyproject.toml allows into the lock files
 	$(BIN)/uv pip compile pyproject.toml --extra train --extra dev --universal --python-version 3.11 --upgrade \

@@ -37,9 +37,9 @@ import torch
 
 from benchmarks.checkpoint_peers import OWN, Bench, Saving
 from benchmarks.harness import save
-from pipeline.config_load import parse_config
-from pipeline.train.ranks import process_group
-from pipeline.train.world import World
+from pipeline.config.load import parse_config
+from pipeline.run.world import World
+from pipeline.train.ranks.group import process_group
 from tests import processes
 from tests.train.loading import load_state, save_state
 

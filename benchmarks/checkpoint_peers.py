@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from pipeline.checkpoint.draft import Writer, begin_attempt
-from pipeline.checkpoint.write import CheckpointSaver
-from pipeline.config import Config
+from pipeline.checkpoint.pending import Writer, begin_attempt
+from pipeline.checkpoint.saver import CheckpointSaver
+from pipeline.config.sections import Config
 from pipeline.model.loss import cross_entropy
 from pipeline.model.transformer import TransformerLM
-from pipeline.train.engine import Engine
-from pipeline.train.world import World
+from pipeline.run.world import World
+from pipeline.train.engine.engine import Engine
 
 OWN = "own, asynchronous"
 

@@ -20,12 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import interleaved, save
-from pipeline.config_load import load_config
-from pipeline.launch.binds import create_folders
-from pipeline.launch.container import container_argv, container_environment
-from pipeline.launch.image_build import apptainer_version
+from pipeline.config.load import load_config
+from pipeline.image.build import apptainer_version
+from pipeline.launch.container.binds import create_folders
+from pipeline.launch.container.command import container_argv, container_environment
 from pipeline.launch.site import SiteContainer
-from pipeline.run import run_for
+from pipeline.run.folder import run_for
 
 ROOT = Path(__file__).parent.parent
 IMAGES = {"sif": ROOT / "build/images/pipeline-cpu.sif", "sandbox": ROOT / "build/images/pipeline-cpu"}

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.provenance import collect_provenance
+from pipeline.run.provenance import collect_provenance
 
 RESULTS = Path(__file__).parent / "results"
 

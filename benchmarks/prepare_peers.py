@@ -53,7 +53,7 @@ def _by_tiktoken(tokenizer: str) -> Callable[[list[str]], list[list[int]]]:
 
 def _ranks(tokenizer: str) -> dict[bytes, int]:
     """The vocabulary as tiktoken wants it: the ids are the order of the merges already."""
-    from pipeline.data.tokenizer_json import byte_characters
+    from pipeline.text_format import byte_characters
 
     byte_of = {c: b for b, c in enumerate(byte_characters())}
     vocab = json.loads(Path(tokenizer).read_text())["model"]["vocab"]
@@ -78,7 +78,7 @@ def train(name: str, text: str, megabytes: str, out: str) -> None:
         content = source.read(int(megabytes) * 10**6)
     content = content[: content.rindex(SEPARATOR.encode())]
     if name == "pipeline":
-        from pipeline.data.tokenizer import train_bpe
+        from pipeline.data.tokenize.tokenizer import train_bpe
 
         made = train_bpe(content, SEPARATOR.encode(), VOCAB_SIZE, [END_OF_TEXT], "gpt2")
         Path(out).write_text(made, encoding="utf-8")

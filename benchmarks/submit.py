@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from benchmarks.harness import save
-from slurm.devcluster import cluster as devcluster
-from slurm.devcluster.hosts import environment
+from pipeline.devcluster import cluster as devcluster
+from pipeline.devcluster.hosts import environment
 
 _ROOT = Path(__file__).parents[1]
 _ROUNDS = 10

@@ -35,10 +35,10 @@ import numpy as np
 import psutil
 
 from benchmarks.harness import save
-from pipeline.run import Run
-from pipeline.tracking import state
-from pipeline.tracking.sync import sync
-from pipeline.tracking.ui import local_server
+from pipeline.run.folder import Run
+from pipeline.tracking import upload_state
+from pipeline.tracking.upload.sync import sync
+from pipeline.tracking.upload.ui import local_server
 from tests.tracking.support import gate, make_run, of_journal, of_mlflow, unused_port
 
 SECONDS = {  # of one pass
@@ -82,7 +82,7 @@ class Switched:
 
     def has_sent(self) -> bool:
         """Whether the store has acknowledged points."""
-        return self._run.mlflow_file.exists() and any(s.sent for s in state.load(self._run).stores.values())
+        return self._run.mlflow_file.exists() and any(s.sent for s in upload_state.load(self._run).stores.values())
 
     def end(self) -> dict[str, float]:
         """Closes the tracker; returns the helper's CPU seconds and how long closing took."""
@@ -239,7 +239,7 @@ def measure(condition: str) -> dict[str, Any]:
 def complete(folder: Path) -> dict[str, Any]:
     """What training had got through by itself, and whether MLflow equals metrics.jsonl after `pipeline sync`."""
     run = Run(folder / "runs" / "try")
-    sent = max((s.sent for s in state.load(run).stores.values()), default=0)
+    sent = max((s.sent for s in upload_state.load(run).stores.values()), default=0)
     share = sent / run.metrics_file.stat().st_size
     sync(run)
     equal = of_mlflow(run, run.config()) == of_journal(run)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.single import load_checkpoint, save_checkpoint
+from pipeline.checkpoint.single_file import load_checkpoint, save_checkpoint
 from pipeline.data.dataset import get_batch
 from pipeline.model import layers
 from pipeline.model.loss import cross_entropy

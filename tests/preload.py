@@ -12,10 +12,10 @@ import pytest  # noqa: E402, F401
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 - every optimiser imports it, which takes a second
 
-import pipeline.cli  # noqa: E402
-import pipeline.data.display  # noqa: E402
+import pipeline.cli.main  # noqa: E402
+import pipeline.data.build.display  # noqa: E402
 import pipeline.train.loop  # noqa: E402, F401
-from pipeline.train.engine import _import_deepspeed  # noqa: E402
+from pipeline.train.engine.engine import _import_deepspeed  # noqa: E402
 
 _import_deepspeed()
 

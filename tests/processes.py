@@ -176,7 +176,7 @@ def _rank(target: Callable[..., None], args: tuple[Any, ...], log: Path, environ
 
 def command(arguments: list[str]) -> None:
     """The command line, in this process."""
-    from pipeline.cli import main
+    from pipeline.cli.main import main
 
     sys.argv = ["pipeline", *arguments]
     main()
@@ -185,8 +185,8 @@ def command(arguments: list[str]) -> None:
 def _called(function: Callable[..., Any], answers: list[Connection], args: tuple[Any, ...]) -> None:
     import torch
 
-    from pipeline.train.ranks import process_group
-    from pipeline.train.world import world_from_environment
+    from pipeline.run.world import world_from_environment
+    from pipeline.train.ranks.group import process_group
 
     world = world_from_environment()
     for rank, answer in enumerate(answers):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.cli import main
-from tests.test_cli import pipeline
+from pipeline.cli.main import main
+from tests.cli.test_main import pipeline
 
 TEXT = "We hold these truths to be self-evident, that all men are created equal. " * 60
 

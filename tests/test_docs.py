@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from pipeline.cli import app
-from pipeline.config import Config
-from pipeline.section_load import known_paths
+from pipeline.cli.main import app
+from pipeline.config.sections import Config
+from pipeline.config.yaml_tree import known_paths
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

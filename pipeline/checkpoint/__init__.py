@@ -1,1 +1,4 @@
-"""Own checkpoint format: fragments of float32 weights and moments, read at any world size and ZeRO stage."""
+"""The project's own checkpoint format: layout, writing, reading at any world size, and retention.
+
+It knows parameters by name and fragments of them; it knows neither DeepSpeed nor the training loop.
+"""

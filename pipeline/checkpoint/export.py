@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pipeline.checkpoint.layout import published, step_name, step_of
 from pipeline.checkpoint.read import CheckpointReader, newest_checkpoint, verify
-from pipeline.config import Config, ModelConfig
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.config.sections import Config, ModelConfig
+from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import fsync_dir, publish_dir, write_bytes, write_json
-from pipeline.run import Run
+from pipeline.run.folder import Run
 
 FORMATS = ("hf", "safetensors")
 

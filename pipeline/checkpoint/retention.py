@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.checkpoint.layout import Manifest, published, step_of
-from pipeline.config import CheckpointConfig
+from pipeline.config.sections import CheckpointConfig
 from pipeline.errors import CheckpointError
 
 

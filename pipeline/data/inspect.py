@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.manifest import TOKENIZER, Manifest, Shard, check_sizes
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import DataError, UsageError
 from pipeline.files import write_text
 

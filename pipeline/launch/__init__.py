@@ -1,1 +1,4 @@
-"""From a config and a site to Slurm jobs in a container: everything a login node does, without torch."""
+"""Running on a cluster: the site file, submitting, the job itself, watching it. No torch.
+
+Training and launching know nothing of each other; they meet in the run folder.
+"""

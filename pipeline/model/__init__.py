@@ -1,1 +1,4 @@
-"""The transformer: pure PyTorch, knowing nothing of engines, files or clusters."""
+"""The transformer in pure PyTorch: layers, loss, sampling, FLOP counts.
+
+It knows nothing of engines, files or clusters.
+"""

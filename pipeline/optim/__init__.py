@@ -1,1 +1,4 @@
-"""AdamW, the learning-rate schedule and gradient clipping: pure PyTorch."""
+"""AdamW, the learning-rate schedule and gradient clipping in pure PyTorch.
+
+It does not know the model.
+"""

@@ -1,7 +1,6 @@
 """Recording a run: metrics.jsonl and events.jsonl first, MLflow from them.
 
-`start` gives the training loop its tracker. mlflow is imported only in this package, and never in the process
-that trains.
+`tracker.py` is what the training loop holds; `upload/` feeds MLflow in a process of its own; `report/` makes the page.
 """
 
 from pipeline.tracking.tracker import Tracker, start

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from pipeline.run import Run
-from pipeline.tracking import journal
-from pipeline.train.progress import duration
+from pipeline.run import journal
+from pipeline.run.folder import Run
+from pipeline.text_format import duration
 
 _ENDS = ("preempted", "finished", "failed", "stopped")
 # Written by a launcher or by the prepare stage: no sign of life of a training process.

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 import pipeline
-from pipeline.run import Run
-from pipeline.tracking.store import quiet_environment
+from pipeline.run.folder import Run
+from pipeline.tracking.upload.store import quiet_environment
 
 _log = logging.getLogger("pipeline.tracking")
 

@@ -9,11 +9,11 @@ import sys
 import threading
 from pathlib import Path
 
-from pipeline.run import Run
+from pipeline.run.folder import Run
 from pipeline.tracking.helper import EVERYTHING_SENT, POINTS_LEFT
-from pipeline.tracking.sync import note_killed
 from pipeline.tracking.system import NodeSampler, node_name
-from pipeline.tracking.uploader import Uploader
+from pipeline.tracking.upload.sync import note_killed
+from pipeline.tracking.upload.uploader import Uploader
 
 _NICE = 10
 _LAST_ROUND_S = 20.0  # for the rest of the points of a training that was killed

@@ -15,8 +15,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.run import Run
-from pipeline.tracking import journal, state
+from pipeline.run import journal
+from pipeline.run.folder import Run
+from pipeline.tracking import upload_state
 
 # A restart on another number of ranks repeats a step with another rounding; that is not another result.
 _ROUNDING = 1e-2
@@ -102,7 +103,7 @@ class History:
             if line.end == whole + len(line.raw):
                 whole = line.end
 
-        def lower(s: state.State) -> None:
+        def lower(s: upload_state.State) -> None:
             nonlocal whole
             self._pending = _merge(
                 [line.record for line in journal.read(self._pending_file)],
@@ -124,19 +125,19 @@ class History:
             s.generation += 1
 
         # Cut under the lock: an uploader must not read the old lines for the new position.
-        state.update(self._run, lower, lambda: journal.replace(self._run.metrics_file, [raw for _, raw in kept]))
+        upload_state.update(self._run, lower, lambda: journal.replace(self._run.metrics_file, [raw for _, raw in kept]))
         self._writer = journal.Writer(self._run.metrics_file)
         self._step, self._keys = step, set()
 
     def _diverge(self, step: int, earlier: list[dict[str, Any]]) -> None:
         last = max(r["step"] for r in self._pending)
 
-        def mark(s: state.State) -> None:
+        def mark(s: upload_state.State) -> None:
             number = max((r.number for r in s.retries), default=0) + 1
-            s.retries.append(state.Retry(number=number, first_step=step, last_step=last))
+            s.retries.append(upload_state.Retry(number=number, first_step=step, last_step=last))
             s.generation += 1
 
-        state.update(self._run, mark)
+        upload_state.update(self._run, mark)
         journal.replace(self._pending_file, map(journal.encode, earlier))
         self._pending = earlier  # last: on a full disk this line is logged again, and must be found to differ again
 

@@ -14,9 +14,9 @@ import threading
 import time
 from typing import Any
 
-from pipeline.run import Run
-from pipeline.tracking import journal
-from pipeline.tracking.store import quiet_environment
+from pipeline.run import journal
+from pipeline.run.folder import Run
+from pipeline.tracking.upload.store import quiet_environment
 
 _log = logging.getLogger("pipeline.tracking")
 

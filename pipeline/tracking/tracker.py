@@ -13,13 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config import Config
+from pipeline.config.sections import Config
 from pipeline.errors import PipelineError
-from pipeline.run import Run
-from pipeline.tracking import describe, journal, state
+from pipeline.run import journal
+from pipeline.run.folder import Run
+from pipeline.tracking import upload_state
 from pipeline.tracking.helper import Helper
 from pipeline.tracking.history import History
-from pipeline.tracking.store import resolve_uri
+from pipeline.tracking.upload import describe
+from pipeline.tracking.upload.store import resolve_uri
 
 _log = logging.getLogger("pipeline.tracking")
 
@@ -79,13 +81,13 @@ class RunTracker(Tracker):
         self._uri = uri
         self._run_id: str | None = None
 
-        def begin(s: state.State) -> None:
+        def begin(s: upload_state.State) -> None:
             s.status, s.ended, s.store, s.attempt = "RUNNING", None, uri, s.attempt + 1
             s.dataset = dict(dataset) or s.dataset
             # Held until the process ends, however it ends: others see by it that the run is alive.
-            self._alive = state.hold_alive(run, s.attempt)
+            self._alive = upload_state.hold_alive(run, s.attempt)
 
-        self._attempt = state.update(run, begin).attempt
+        self._attempt = upload_state.update(run, begin).attempt
         super().__init__(Helper(run, uri, self._attempt))
 
     def _begin(self, step: int) -> bool:
@@ -149,7 +151,7 @@ class RunTracker(Tracker):
         """Id of the MLflow run that is fed, as the helper has written it down."""
         if self._uri is not None and self._run_id is None:
             try:
-                self._run_id = state.load(self._run).of(self._uri).run_id
+                self._run_id = upload_state.load(self._run).of(self._uri).run_id
             except PipelineError as error:
                 _log.warning("the id of the MLflow run is not known: %s", error)
         return self._run_id
@@ -160,12 +162,12 @@ class RunTracker(Tracker):
         if status == "STOPPED" and "SLURM_JOB_ID" not in os.environ:
             status = "KILLED"  # nothing but a person will start it again
 
-        def end(s: state.State) -> None:
+        def end(s: upload_state.State) -> None:
             # On a node that was given up for lost an older process may end after a newer one has begun.
             if s.attempt == self._attempt:
                 s.status, s.ended = status, round(time.time(), 3)
 
-        state.update(self._run, end)
+        upload_state.update(self._run, end)
         assert self._helper is not None
         if not self._helper.close(_CLOSE_S[status]):
             _log.warning("MLflow has not got everything yet; send the rest by: pipeline sync %s", self._run.path)
@@ -203,7 +205,7 @@ def start(
         samples_node: Whether such a tracker has its node's system metrics recorded: one of each further node's ranks.
     """
     if not enabled:
-        return Tracker(Helper(run, None, state.load(run).attempt) if samples_node else None)
+        return Tracker(Helper(run, None, upload_state.load(run).attempt) if samples_node else None)
     if provenance and provenance not in run.provenance():
         run.add_provenance(provenance)
     return RunTracker(run, config, step=step, dataset=dataset, tokenizer_file=tokenizer_file)

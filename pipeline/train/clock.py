@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 
-from pipeline.checkpoint.write import Saved
+from pipeline.checkpoint.saver import Saved
 
 # What a save is taken to need before the first one was measured.
 UNKNOWN_SAVE_S = 10.0

@@ -15,9 +15,9 @@ from pipeline.checkpoint.read import newest_checkpoint
 from pipeline.data.dataset import TokenDataset, ValidationWindows, open_dataset, validation_windows
 from pipeline.files import write_json
 from pipeline.model.loss import cross_entropy
-from pipeline.run import Run
+from pipeline.run.folder import Run
+from pipeline.run.world import World
 from pipeline.train.model import load_model
-from pipeline.train.world import World
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import GuardConfig
+from pipeline.config.sections import GuardConfig
 from pipeline.data.dataset import BatchReader
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config import Config
+from pipeline.config.sections import Config
 from pipeline.errors import StopRequested
 from pipeline.model.loss import cross_entropy
 from pipeline.optim.schedule import get_lr_cosine_schedule

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pipeline.checkpoint.export import load_weights
-from pipeline.config import Config
+from pipeline.config.sections import Config
 from pipeline.model.transformer import TransformerLM
 
 

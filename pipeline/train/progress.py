@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from pipeline.text_format import duration, short
+
 
 class Progress:
     """Shows steps as they finish; does nothing where `enabled` is False (every rank but the first).
@@ -97,18 +99,3 @@ def _columns(metrics: Mapping[str, float]) -> list[str]:
     elif "train/flops_per_s" in metrics:
         columns.append(f"{short(metrics['train/flops_per_s'])}FLOP/s")
     return columns
-
-
-def short(value: float) -> str:
-    """A rate in three or four characters: 12.3k."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.1f}{unit}"
-    return f"{value:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -9,8 +9,8 @@ from pathlib import Path
 from pipeline.checkpoint.layout import published
 from pipeline.checkpoint.read import verify
 from pipeline.errors import CheckpointError
-from pipeline.train import ranks
-from pipeline.train.world import World
+from pipeline.run.world import World
+from pipeline.train.ranks import group
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ def find_checkpoint(checkpoints: Path, world: World) -> Recovery:
     A damaged one is renamed to `step_X.rejected` and kept for a person to look at.
     """
     rejected: list[str] = []
-    for folder in ranks.broadcast(published(checkpoints) if world.is_first else [], world):
+    for folder in group.broadcast(published(checkpoints) if world.is_first else [], world):
         problem = None
         try:
             verify(folder, mine=lambda index: index % world.size == world.rank)
         except CheckpointError as error:
             problem = str(error)
-        problems = [p for p in ranks.gather(problem, world) if p]
+        problems = [p for p in group.gather(problem, world) if p]
         if not problems:
             return Recovery(folder, tuple(rejected))
         rejected.append(problems[0])
         if world.is_first:
             set_aside(folder)
-        ranks.barrier(world)
+        group.barrier(world)
     return Recovery(None, tuple(rejected))
 
 

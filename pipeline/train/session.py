@@ -13,26 +13,26 @@ from torch import Tensor
 from pipeline import tracking
 from pipeline.checkpoint.layout import published
 from pipeline.checkpoint.read import CheckpointReader
-from pipeline.checkpoint.write import CheckpointSaver, Saved
-from pipeline.config import Config
+from pipeline.checkpoint.saver import CheckpointSaver, Saved
+from pipeline.config.sections import Config
 from pipeline.data.dataset import BatchReader, TokenDataset, ValidationWindows
 from pipeline.errors import CheckpointError
 from pipeline.model.flops import flops_per_token
-from pipeline.run import Run
-from pipeline.tracking import journal
+from pipeline.run import journal
+from pipeline.run.folder import Run
+from pipeline.run.world import World
 from pipeline.tracking.tracker import CloseStatus
-from pipeline.train import ranks
-from pipeline.train.agreed import Agreed
 from pipeline.train.clock import StepClock, longest_save_s
-from pipeline.train.engine import Engine
+from pipeline.train.engine.engine import Engine
+from pipeline.train.engine.step_numbers import Agreed
 from pipeline.train.evaluate import Evaluation, evaluate
 from pipeline.train.guard import data_index
-from pipeline.train.hardware import peak_flops_per_s
+from pipeline.train.incidents import Rollback, Seen, Watch
 from pipeline.train.progress import Progress
+from pipeline.train.ranks import group
+from pipeline.train.ranks.device import peak_flops_per_s
+from pipeline.train.ranks.stop import StopRequest
 from pipeline.train.recover import set_aside
-from pipeline.train.stop import StopRequest
-from pipeline.train.watch import Rollback, Seen, Watch
-from pipeline.train.world import World
 
 Batch = tuple[Tensor, Tensor]
 
@@ -134,7 +134,7 @@ class Session:
             for newer in published(self.run.checkpoints):
                 if newer > rollback.checkpoint:
                     set_aside(newer)
-        ranks.barrier(self.world)
+        group.barrier(self.world)
         self.reached, self.tokens_seen = reader.manifest.step, state["tokens_seen"]
         skipped = list(self.watch.guard.skipped)
         self.tracker.event("rollback", step=rollback.step, to=self.reached, skipped=skipped)
@@ -195,7 +195,7 @@ class Session:
             line.record["step"] == self.step and "val/loss" in line.record
             for line in journal.read(self.run.metrics_file)
         )
-        if not ranks.broadcast(there, self.world):
+        if not group.broadcast(there, self.world):
             self.validate(self.step)
 
     def validate(self, step: int) -> None:
@@ -248,7 +248,7 @@ class Session:
         """
         self.saver.wait()
         error = self.saves[-1].error if self.saves else None
-        error = ranks.broadcast(error, self.world, ranks.save_timeout(self.config.checkpoint))
+        error = group.broadcast(error, self.world, group.save_timeout(self.config.checkpoint))
         if error is not None:
             raise CheckpointError(f"the last checkpoint could not be saved: {error}")
 

@@ -10,32 +10,32 @@ from typing import Any, Literal
 import torch
 
 from pipeline import tracking
-from pipeline.checkpoint.draft import Writer, begin_attempt
+from pipeline.checkpoint.pending import Writer, begin_attempt
 from pipeline.checkpoint.read import CheckpointReader
-from pipeline.checkpoint.write import CheckpointSaver
-from pipeline.config import Config
+from pipeline.checkpoint.saver import CheckpointSaver
+from pipeline.config.sections import Config
 from pipeline.data.dataset import BatchReader, TokenDataset, open_dataset, validation_windows
+from pipeline.data.fingerprint import refuse_other_settings
 from pipeline.data.manifest import TOKENIZER
-from pipeline.data.settings import refuse_other_settings
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import DataError, PipelineError, StopRequested
 from pipeline.files import sha256_file
-from pipeline.provenance import collect_provenance, current_image, refuse_other_image
-from pipeline.run import Run, create_run, run_for
-from pipeline.train import ranks
+from pipeline.run.folder import Run, create_run, run_for
+from pipeline.run.provenance import collect_provenance, current_image, refuse_other_image
+from pipeline.run.world import World, world_from_environment
 from pipeline.train.clock import StepClock
-from pipeline.train.engine import Engine
+from pipeline.train.engine.engine import Engine
 from pipeline.train.guard import Guard
-from pipeline.train.hardware import pick_device
+from pipeline.train.incidents import Watch
 from pipeline.train.model import build_model
-from pipeline.train.peers import Peers
-from pipeline.train.preflight import preflight
 from pipeline.train.progress import Progress
+from pipeline.train.ranks import group
+from pipeline.train.ranks.device import pick_device
+from pipeline.train.ranks.peers import Peers
+from pipeline.train.ranks.preflight import preflight
+from pipeline.train.ranks.stop import StopRequest
 from pipeline.train.recover import Recovery, find_checkpoint
 from pipeline.train.session import Session
-from pipeline.train.stop import StopRequest
-from pipeline.train.watch import Watch
-from pipeline.train.world import World, world_from_environment
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def open_session(config: Config, allow_image_change: bool = False) -> Iterator[S
     """Everything ready for the next step: ranks joined, data open, the newest whole checkpoint loaded."""
     world = world_from_environment()
     device = pick_device(config, world)
-    with StopRequest() as stop, ranks.process_group(world, device), _watched(world) as peers:
+    with StopRequest() as stop, group.process_group(world, device), _watched(world) as peers:
         session = _start(config, world, device, stop, allow_image_change)
         peers.at_exit = session.fail
         with session.progress, _ended(session, peers):
@@ -66,13 +66,13 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
     recovery = find_checkpoint(run.checkpoints, world)
     state = _resume(engine, recovery, data["train"].manifest.digest)
     step = state.get("step", 0)
-    attempt = ranks.broadcast(secrets.token_hex(4), world)
+    attempt = group.broadcast(secrets.token_hex(4), world)
     if world.is_first:
         begin_attempt(run.checkpoints, attempt)
-    ranks.barrier(world)
+    group.barrier(world)
     tracker = _start_tracking(config, run, world, data["train"], step)
     progress = Progress(config.name, step, train.max_iters, enabled=world.is_first)
-    writer = Writer(world.rank, world.size, train.zero_stage, attempt, ranks.store())
+    writer = Writer(world.rank, world.size, train.zero_stage, attempt, group.store())
     saver = CheckpointSaver(
         run.checkpoints,
         writer,
@@ -128,7 +128,7 @@ def _shared_run(config: Config, world: World, allow_image_change: bool) -> Run:
             run = create_run(config)
         except PipelineError as error:
             problem = error
-    run, problem = ranks.broadcast((run, problem), world)
+    run, problem = group.broadcast((run, problem), world)
     if problem is not None:
         raise problem
     assert run is not None
@@ -160,7 +160,7 @@ def _resume(engine: Engine, recovery: Recovery, data_digest: str) -> dict[str, A
 
 
 def _start_tracking(config: Config, run: Run, world: World, data: TokenDataset, step: int) -> tracking.Tracker:
-    provenance = ranks.gather(collect_provenance(), world)
+    provenance = group.gather(collect_provenance(), world)
     about = {**provenance[0], "hosts": sorted({p["host"] for p in provenance}), "dataset": data.manifest.digest}
     dataset = {
         "name": config.data.path,

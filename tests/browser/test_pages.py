@@ -8,10 +8,10 @@ import time
 import pytest
 
 from pipeline.files import write_json, write_text
-from pipeline.tracking import journal
-from pipeline.tracking.report import write_report
-from pipeline.tracking.sync import sync
-from pipeline.tracking.ui import local_server, page_of
+from pipeline.run import journal
+from pipeline.tracking.report.report import write_report
+from pipeline.tracking.upload.sync import sync
+from pipeline.tracking.upload.ui import local_server, page_of
 from tests.tracking.conftest import InThread
 from tests.tracking.support import begin, make_run, open_store
 

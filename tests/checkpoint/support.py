@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.distributed import HashStore, Store
 
-from pipeline.checkpoint.draft import Writer
 from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.layout import KEYS
-from pipeline.checkpoint.write import CheckpointSaver, Saved
-from pipeline.config import CheckpointConfig
+from pipeline.checkpoint.pending import Writer
+from pipeline.checkpoint.saver import CheckpointSaver, Saved
+from pipeline.config.sections import CheckpointConfig
 
 NUMEL = 1000
 

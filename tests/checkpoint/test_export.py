@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint.export import export_run, load_weights
 from pipeline.checkpoint.layout import published
-from pipeline.config_load import load_config
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.commands.verify import verify_path
+from pipeline.config.load import load_config
+from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import UsageError
 from pipeline.model.transformer import TransformerLM
-from pipeline.run import Run, open_run
-from pipeline.verify import verify_path
+from pipeline.run.folder import Run, open_run
 from tests import processes
 
 TEXT = "We hold these truths to be self-evident, that all men are created equal; 1776 was a year. " * 80
@@ -162,7 +162,7 @@ def test_an_unknown_step_or_format_is_refused_with_what_there_is(trained: Run) -
 
 def test_exporting_imports_neither_transformers_nor_deepspeed(trained: Run, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipeline.run import open_run\n"
+        "import sys; from pathlib import Path; from pipeline.run.folder import open_run\n"
         "from pipeline.checkpoint.export import export_run\n"
         f"export_run(open_run({str(trained.path)!r}), 'hf', output=Path({str(tmp_path / 'out')!r}))\n"
         "assert not {'transformers', 'deepspeed'} & sys.modules.keys()"

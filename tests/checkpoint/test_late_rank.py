@@ -14,11 +14,11 @@ import pytest
 import safetensors.torch
 from torch import Tensor
 
-from pipeline.checkpoint import draft
-from pipeline.checkpoint.draft import begin_attempt
+from pipeline.checkpoint import pending
 from pipeline.checkpoint.layout import Manifest, published, rank_file
+from pipeline.checkpoint.pending import begin_attempt
 from pipeline.checkpoint.read import newest_checkpoint, verify
-from pipeline.checkpoint.write import CheckpointSaver, Saved
+from pipeline.checkpoint.saver import CheckpointSaver, Saved
 from tests.checkpoint.support import NUMEL, fragments, saver
 
 PART = 3 * 4 * NUMEL // 2  # bytes of a half of the parameter and of its moments
@@ -52,7 +52,7 @@ def give_disk(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
         used = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
         return usage(size, used, size - used)
 
-    monkeypatch.setattr(draft.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(pending.shutil, "disk_usage", disk_usage)
 
 
 def test_a_late_rank_needs_room_for_its_own_part_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_a_rank_that_comes_after_the_save_failed_leaves_nothing(
 def test_a_rank_that_is_writing_while_the_save_fails_takes_its_part_away(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failed, real = threading.Event(), draft.sha256_file
+    failed, real = threading.Event(), pending.sha256_file
 
     def late(path: Path) -> str:
         digest = real(path)
@@ -115,7 +115,7 @@ def test_a_rank_that_is_writing_while_the_save_fails_takes_its_part_away(
             failed.wait(30)
         return digest
 
-    monkeypatch.setattr(draft, "sha256_file", late)
+    monkeypatch.setattr(pending, "sha256_file", late)
     reports: list[Saved] = []
     both = [saver(folder, reports, rank, 2, timeout_min=0.001) for rank in range(2)]
     begin(both[1], 1, 1)
@@ -139,9 +139,9 @@ def test_what_a_failed_save_left_goes_before_the_next_and_other_starts_are_left_
     assert leftovers(folder) == [".step_00000001.a1.1.tmp"]
     (folder / ".step_00000001.a2.1.tmp").mkdir()
     found: list[list[str]] = []
-    real = draft.Draft.check_space
+    real = pending.Draft.check_space
     monkeypatch.setattr(
-        draft.Draft, "check_space", lambda self, size: found.append(leftovers(folder)) or real(self, size)
+        pending.Draft, "check_space", lambda self, size: found.append(leftovers(folder)) or real(self, size)
     )
     one.save(2, fragments(2.0), {})
     one.wait()
@@ -152,7 +152,7 @@ def test_what_a_failed_save_left_goes_before_the_next_and_other_starts_are_left_
 def test_a_rank_that_fails_after_its_part_arrived_takes_nothing_out_of_what_is_published(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    collected, real_json, real_merged = threading.Event(), draft.write_json, draft._merged
+    collected, real_json, real_merged = threading.Event(), pending.write_json, pending._merged
     reports: list[Saved] = []
     both = [saver(folder, reports, rank, 2) for rank in range(2)]
 
@@ -167,8 +167,8 @@ def test_a_rank_that_fails_after_its_part_arrived_takes_nothing_out_of_what_is_p
         both[1].wait()
         return real_merged(*args)
 
-    monkeypatch.setattr(draft, "write_json", fails_late)
-    monkeypatch.setattr(draft, "_merged", merged)
+    monkeypatch.setattr(pending, "write_json", fails_late)
+    monkeypatch.setattr(pending, "_merged", merged)
     for rank in range(2):
         begin(both[rank], 1, rank)
     both[0].wait()

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint import layout
-from pipeline.checkpoint.draft import begin_attempt
 from pipeline.checkpoint.layout import MANIFEST, Manifest, rank_file
-from pipeline.checkpoint.write import Saved
+from pipeline.checkpoint.pending import begin_attempt
+from pipeline.checkpoint.saver import Saved
 from pipeline.errors import CheckpointError
 from tests.checkpoint.support import fragments, saver
 

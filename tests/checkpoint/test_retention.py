@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import retention
-from pipeline.checkpoint.draft import begin_attempt
 from pipeline.checkpoint.layout import Manifest, published, step_of
-from pipeline.checkpoint.write import Saved
+from pipeline.checkpoint.pending import begin_attempt
+from pipeline.checkpoint.saver import Saved
 from tests.checkpoint.support import fragments, save, saver
 
 

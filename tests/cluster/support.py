@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slurm.devcluster import cluster as devcluster
-from slurm.devcluster import services
-from slurm.devcluster.hosts import environment, run_on
-from slurm.devcluster.settings import Settings, load, state_folder
+from pipeline.devcluster import cluster as devcluster
+from pipeline.devcluster import services
+from pipeline.devcluster.hosts import environment, run_on
+from pipeline.devcluster.settings import Settings, load, state_folder
 
 ROOT = Path(__file__).parents[2]
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL"}

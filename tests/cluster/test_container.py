@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.files import sha256_file
-from pipeline.run import Run
+from pipeline.run.folder import Run
 from tests import experiment
 from tests.cluster.support import Cluster, open_cluster
 from tests.cluster.training import start

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from slurm.devcluster.hosts import run_on
-from slurm.devcluster.settings import LOGIN
+from pipeline.devcluster.hosts import run_on
+from pipeline.devcluster.settings import LOGIN
 from tests.cluster.support import ROOT, Cluster, open_cluster, wait_until
 from tests.cluster.training import Training, describe
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pipeline.run import Run
-from pipeline.tracking.sync import sync
+from pipeline.run.folder import Run
+from pipeline.tracking.upload.sync import sync
 from tests import experiment
 from tests.cluster import training
 from tests.cluster.support import Cluster, Figures

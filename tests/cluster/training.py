@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from pipeline.checkpoint.layout import Manifest, step_name
-from pipeline.launch import records
-from pipeline.run import Run
+from pipeline.launch.slurm import job_records
+from pipeline.run.folder import Run
 from tests import experiment
 from tests.cluster.support import ENDED, ROOT, Cluster, pipeline, wait_until
 
@@ -70,9 +70,9 @@ class Training:
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
 
-    def job(self, stage: records.Stage) -> str:
+    def job(self, stage: job_records.Stage) -> str:
         """Id of the stage's newest job."""
-        return [job.id for job in records.jobs(Run(self.run)) if job.stage == stage][-1]
+        return [job.id for job in job_records.jobs(Run(self.run)) if job.stage == stage][-1]
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """The events of one kind."""
@@ -86,7 +86,7 @@ class Training:
         """Waits until the condition holds; fails with everything that the jobs said."""
         wait_until(condition, seconds, lambda: f"{what}\n{self.words()}")
 
-    def wait_for_end(self, stage: records.Stage, seconds: float = 300) -> dict[str, str]:
+    def wait_for_end(self, stage: job_records.Stage, seconds: float = 300) -> dict[str, str]:
         """Waits until the stage's job has ended for good; returns what Slurm knows of it."""
         job = self.job(stage)
 
@@ -155,7 +155,7 @@ def assert_same_beginning(run: Path, reference: Path) -> None:
 
 def processes_of(cluster: Cluster, node: str, words: str) -> list[int]:
     """Processes on a node whose command line holds these words, by the machine's own numbers."""
-    from slurm.devcluster.hosts import pid_of
+    from pipeline.devcluster.hosts import pid_of
 
     host = pid_of(cluster.settings, node)
     assert host is not None

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.config_load import load_config
-from pipeline.launch.binds import create_folders
-from pipeline.launch.container import container_argv, container_environment
+from pipeline.config.load import load_config
+from pipeline.config.sections import Config
+from pipeline.launch.container.binds import create_folders
+from pipeline.launch.container.command import container_argv, container_environment
 from pipeline.launch.site import SiteContainer
-from pipeline.run import Run
+from pipeline.run.folder import Run
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "build" / "images"

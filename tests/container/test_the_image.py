@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.files import sha256_file
-from pipeline.launch.container import container_environment
-from pipeline.launch.image import check_image
-from pipeline.launch.image_build import commit_of
-from pipeline.launch.image_compare import Comparison, compare, print_comparison
-from pipeline.launch.image_record import digest, read_record, write_record
+from pipeline.image.build import commit_of
+from pipeline.image.compare import Comparison, compare, print_comparison
+from pipeline.image.record import digest, read_record, write_record
+from pipeline.launch.container.command import container_environment
+from pipeline.launch.container.image import check_image
 from pipeline.launch.site import SiteContainer
+from tests.cli.test_main import pipeline
 from tests.container.support import ROOT, Jobs
-from tests.test_cli import pipeline
 
 # The image is built if no test before has done so.
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
@@ -137,7 +137,7 @@ def test_preflight_looks_at_the_node_from_inside_the_image(jobs: Jobs, tmp_path:
     inside = ("torch", "deepspeed", "devices", "writable runs", "clock", "/dev/shm", "open files", "locked memory")
     assert {name: found[name]["status"] == "failed" for name in inside} == dict.fromkeys(inside, False)
     [look] = [call for call in (tmp_path / "calls").read_text().splitlines() if "check_node" in call]
-    assert f"{jobs.image} python3 -m pipeline.train.check_node runs" in look
+    assert f"{jobs.image} python3 -m pipeline.check.node runs" in look
     assert not jobs.run("checked").path.exists()
 
 

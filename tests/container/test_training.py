@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.checkpoint.layout import published
 from pipeline.files import sha256_file
-from pipeline.launch.container import container_environment
+from pipeline.launch.container.command import container_environment
 from pipeline.launch.site import SiteContainer
 from tests.container.support import ROOT, Jobs
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config.sections import Config
 from tests.data.helpers import COMPRESS, config, documents, jsonl, write, write_parquet
 
 TEXTS = documents(300, seed=5)

@@ -19,10 +19,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from pipeline.cli import main
-from pipeline.config import Config
+from pipeline.cli.main import main
+from pipeline.config.sections import Config
 from pipeline.data.manifest import Manifest
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokenize.tokenizer import Tokenizer
 
 COMPRESS = {
     "gz": gzip.compress,

@@ -30,7 +30,7 @@ from typing import Any
 
 from benchmarks.harness import machine
 from pipeline.files import write_text
-from pipeline.provenance import collect_provenance
+from pipeline.run.provenance import collect_provenance
 from tests import experiment, processes
 from tests.faults.disk import small_disk
 from tests.faults.strikes import DAMAGES, STRIKES, Deck, Strike, kill_all

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import Config
-from pipeline.config_load import load_config
-from pipeline.run import Run, create_run
+from pipeline.config.load import load_config
+from pipeline.config.sections import Config
+from pipeline.run.folder import Run, create_run
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.tracking.uploader import Uploader
+from pipeline.tracking.upload.uploader import Uploader
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
@@ -37,8 +37,8 @@ def real_helper():
 @pytest.fixture(autouse=True)
 def quick(request, monkeypatch):
     """No test waits for pauses that are there for the sake of training, nor for a process it does not test."""
-    monkeypatch.setattr("pipeline.tracking.uploader._ROUND_S", 0.1)
-    monkeypatch.setattr("pipeline.tracking.uploader._PAUSE_S", (0.1, 0.5))
+    monkeypatch.setattr("pipeline.tracking.upload.uploader._ROUND_S", 0.1)
+    monkeypatch.setattr("pipeline.tracking.upload.uploader._PAUSE_S", (0.1, 0.5))
     if "real_helper" not in request.fixturenames:
         monkeypatch.setattr("pipeline.tracking.tracker.Helper", InThread)
 
@@ -54,7 +54,7 @@ def empty_store(tmp_path_factory):
 
     from mlflow.store.tracking import sqlalchemy_store
 
-    from pipeline.tracking.store import Store
+    from pipeline.tracking.upload.store import Store
 
     def die(uri, *_):
         with sqlite3.connect(uri.removeprefix("sqlite:///")) as db:

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import tracking
-from pipeline.config import Config
-from pipeline.config_load import parse_config
-from pipeline.run import Run, create_run
-from pipeline.tracking import journal, state
-from pipeline.tracking.store import Store
+from pipeline.config.load import parse_config
+from pipeline.config.sections import Config
+from pipeline.run import journal
+from pipeline.run.folder import Run, create_run
+from pipeline.tracking import upload_state
+from pipeline.tracking.upload.store import Store
 
 CONFIG = """
 name: try
@@ -62,7 +63,7 @@ def of_journal(run: Run) -> Points:
 
 
 def open_store(run: Run, config: Config) -> tuple[Store, str]:
-    s = state.load(run)
+    s = upload_state.load(run)
     uri, known = next((uri, of.run_id) for uri, of in s.stores.items() if of.run_id)
     return Store(uri, config.tracking.experiment, config.tracking.artifact_location), known
 
@@ -96,7 +97,7 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
 
 def acknowledged(run: Run) -> int:
     """Bytes of metrics.jsonl that the store has acknowledged."""
-    return max((s.sent for s in state.load(run).stores.values()), default=0)
+    return max((s.sent for s in upload_state.load(run).stores.values()), default=0)
 
 
 class Gate:

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from pipeline.launch.status import statuses
-from pipeline.launch.status_view import view
-from pipeline.tracking import journal
+from pipeline.launch.watch.status import statuses
+from pipeline.launch.watch.status_view import view
+from pipeline.run import journal
 from pipeline.tracking.goodput import goodput, split
 from tests.tracking.support import begin, make_run
 
@@ -248,7 +248,7 @@ def test_status_counts_the_time_that_a_run_is_waiting(tmp_path, monkeypatch):
     run, _ = make_run(tmp_path, "none")
     journal.append_event(run.events_file, "submitted")
     monkeypatch.setattr(
-        "pipeline.launch.status._known",
+        "pipeline.launch.watch.status._known",
         lambda *_: SimpleNamespace(state="queued", reason="", stage="train", job="7", nodes=""),
     )
     monkeypatch.setattr("time.time", lambda real=time.time: real() + 600)

@@ -7,9 +7,10 @@ import threading
 
 import pytest
 
-from pipeline.tracking import journal, state
-from pipeline.tracking.feed import Feed
+from pipeline.run import journal
+from pipeline.tracking import upload_state
 from pipeline.tracking.history import History
+from pipeline.tracking.upload.feed import Feed
 from tests.tracking.support import make_run
 
 URI = "memory"
@@ -24,7 +25,7 @@ class KeepingStore:
 
     def claim(self, bytes_limit=None):
         """Begins to send: the position is noted, nothing has arrived."""
-        s = state.load(self.run)
+        s = upload_state.load(self.run)
         begin, batch, end = s.of(URI).sent, [], s.of(URI).sent
         for line in journal.read(self.run.metrics_file, begin):
             if bytes_limit is not None and line.end - begin > bytes_limit:
@@ -40,7 +41,7 @@ class KeepingStore:
         def note(s):
             s.of(URI).sending = max(s.of(URI).sending, end)
 
-        state.update(self.run, note)
+        upload_state.update(self.run, note)
         return s.generation, batch, end
 
     def arrive(self, claim):
@@ -51,7 +52,7 @@ class KeepingStore:
             if s.generation == generation:
                 s.of(URI).sent = max(s.of(URI).sent, end)
 
-        state.update(self.run, note)
+        upload_state.update(self.run, note)
 
     def send(self, bytes_limit=None):
         self.arrive(self.claim(bytes_limit))
@@ -158,7 +159,7 @@ def test_another_rounding_of_a_repeated_step_is_no_contradiction(run, ticks):
     train(History(run, 10), 11, 20, lambda s: loss(s) * (1 + 1e-6))  # another number of ranks
     store.send()
     assert store.points == of_file(run)
-    assert state.load(run).retries == []
+    assert upload_state.load(run).retries == []
 
 
 def test_a_rollback_that_ends_otherwise_gets_keys_of_its_own_and_no_step_has_two_values(run, ticks):
@@ -169,7 +170,7 @@ def test_a_rollback_that_ends_otherwise_gets_keys_of_its_own_and_no_step_has_two
     history.rewind(10)
     train(history, 11, 30, lambda s: loss(s) if s < 15 else 0.9 * loss(s))  # the batch of step 15 was skipped
     store.send()
-    retry = state.load(run).retries[0]
+    retry = upload_state.load(run).retries[0]
     assert (retry.first_step, retry.last_step) == (15, 18)
     by_key = {}
     for key, step, _, value in store.points:
@@ -193,10 +194,10 @@ def test_a_retry_that_could_not_be_noted_is_noted_when_the_line_is_logged_again(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(state, "update", full)
+        patch.setattr(upload_state, "update", full)
         history.log(11, {"train/loss": 9.0})
     history.log(11, {"train/loss": 9.0})
-    assert [(r.first_step, r.last_step) for r in state.load(run).retries] == [(11, 18)]
+    assert [(r.first_step, r.last_step) for r in upload_state.load(run).retries] == [(11, 18)]
 
 
 def test_a_rollback_without_telling_is_seen_by_the_step_going_back(run, ticks):
@@ -220,7 +221,7 @@ def test_a_loss_that_is_no_number_agrees_with_itself(run, ticks):
     store.send()
     history.rewind(0)
     history.log(1, {"train/loss": math.nan})
-    assert state.load(run).retries == []
+    assert upload_state.load(run).retries == []
     assert len(steps(run)) == 1
 
 
@@ -270,7 +271,7 @@ def test_a_line_of_a_retry_that_was_read_before_the_retry_was_known_is_not_sent_
     send = feed_of(run, store)
     send()
     history.rewind(10)
-    real = state.settled
+    real = upload_state.settled
 
     def settled(run):
         found = real(run)
@@ -278,7 +279,7 @@ def test_a_line_of_a_retry_that_was_read_before_the_retry_was_known_is_not_sent_
         train(history, 11, 18, lambda s: 2 * loss(s))
         return found
 
-    monkeypatch.setattr(state, "settled", settled)
+    monkeypatch.setattr(upload_state, "settled", settled)
     send()
     by_key = {}
     for key, step, _, value in store.points:

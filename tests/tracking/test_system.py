@@ -6,7 +6,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.tracking import journal, state
+from pipeline.run import journal
+from pipeline.tracking import upload_state
 from pipeline.tracking.helper import Helper
 from pipeline.tracking.system import NodeSampler, open_monitors, read_monitors
 from tests.tracking.support import make_run, wait_for
@@ -57,11 +58,13 @@ def test_memory_utilisation_and_power_of_every_gpu_are_sampled(monkeypatch):
 @pytest.mark.parametrize(("attempt", "status"), [(1, "RUNNING"), (2, "KILLED")])
 def test_a_helper_whose_training_was_killed_speaks_for_its_own_start_only(tmp_path, attempt, status):
     run, _ = make_run(tmp_path, "none")
-    state.update(run, lambda s: setattr(s, "attempt", 2))  # the next start, while the helper's imports took seconds
+    upload_state.update(
+        run, lambda s: setattr(s, "attempt", 2)
+    )  # the next start, while the helper's imports took seconds
     helper = Helper(run, None, attempt)
     helper._process.stdin.close()
     assert helper._process.wait(60) == 0
-    assert state.load(run).status == status
+    assert upload_state.load(run).status == status
 
 
 def test_the_helper_leaves_the_processor_to_training(tmp_path):

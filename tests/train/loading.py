@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint.draft import Writer, begin_attempt
+from pipeline.checkpoint.pending import Writer, begin_attempt
 from pipeline.checkpoint.read import CheckpointReader
-from pipeline.checkpoint.write import CheckpointSaver, Saved
-from pipeline.config import CheckpointConfig
-from pipeline.config_load import load_config
+from pipeline.checkpoint.saver import CheckpointSaver, Saved
+from pipeline.config.load import load_config
+from pipeline.config.sections import CheckpointConfig
 from pipeline.model.transformer import TransformerLM
-from pipeline.train import ranks
-from pipeline.train.engine import Engine
-from pipeline.train.world import World
+from pipeline.run.world import World
+from pipeline.train.engine.engine import Engine
+from pipeline.train.ranks import group
 
 
 def private_bytes() -> int:
@@ -58,8 +58,8 @@ def save_state(world: World, config_file: str, folder: str, stage: int) -> None:
     engine, reports = new_engine(config_file, stage, world), list[Saved]()
     if world.is_first:
         begin_attempt(Path(folder), "a")
-    ranks.barrier(world)
-    writer = Writer(world.rank, world.size, stage, "a", ranks.store())
+    group.barrier(world)
+    writer = Writer(world.rank, world.size, stage, "a", group.store())
     saver = CheckpointSaver(Path(folder), writer, CheckpointConfig(), reports.append)
     saver.save(1, engine.fragments(), {"optimizer_steps": 1})
     saver.wait()

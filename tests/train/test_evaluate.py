@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.config_load import load_config
+from pipeline.config.load import load_config
 from pipeline.data.dataset import open_dataset, validation_windows
-from pipeline.train.engine import Engine
+from pipeline.run.world import World
+from pipeline.train.engine.engine import Engine
 from pipeline.train.evaluate import evaluate
-from pipeline.train.world import World
 from tests import processes
 from tests.train.conftest import Lab
-from tests.train.reference import new_model
+from tests.train.engine.reference import new_model
 
 # Seven chunks of three windows and one of a single window: no number of ranks above one shares them evenly.
 WINDOWS, CHUNK = 22, 3

@@ -11,12 +11,12 @@ import pytest
 import pipeline.train.clock as clock
 import pipeline.train.evaluate as evaluating
 import pipeline.train.loop as loop
+import pipeline.train.ranks.stop as stopping
 import pipeline.train.session as sessions
-import pipeline.train.stop as stopping
 from pipeline.checkpoint import layout
 from pipeline.checkpoint.layout import published, step_of
 from pipeline.checkpoint.read import verify
-from pipeline.checkpoint.write import Saved
+from pipeline.checkpoint.saver import Saved
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, StopRequested
 from pipeline.files import read_json
 from pipeline.model.loss import cross_entropy

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-import pipeline.sample
-from pipeline.run import open_run
+import pipeline.commands.sample
+from pipeline.run.folder import open_run
 from pipeline.train.evaluate import evaluate_run
 from tests.train.conftest import Lab
 
@@ -19,13 +19,13 @@ def test_device_cpu_keeps_samples_and_evaluation_off_the_gpu(lab: Lab, monkeypat
     run = open_run(lab.train("sampled", 1, 0, "train.max_iters=2"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     devices: list[str] = []
-    generate = pipeline.sample.generate
+    generate = pipeline.commands.sample.generate
 
     def noted(model: Any, *args: Any) -> list[int]:
         devices.append(model.lm_head.weight.device.type)
         return generate(model, *args)
 
-    monkeypatch.setattr(pipeline.sample, "generate", noted)
-    assert len(pipeline.sample.sample_run(run, "the")) == 1
+    monkeypatch.setattr(pipeline.commands.sample, "generate", noted)
+    assert len(pipeline.commands.sample.sample_run(run, "the")) == 1
     assert devices == ["cpu"]
     assert evaluate_run(run).step == 2

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.draft import begin_attempt
 from pipeline.checkpoint.layout import published
-from pipeline.checkpoint.write import Saved
+from pipeline.checkpoint.pending import begin_attempt
+from pipeline.checkpoint.saver import Saved
+from pipeline.run.world import World
 from pipeline.train.recover import find_checkpoint
-from pipeline.train.world import World
 from tests import processes
 from tests.checkpoint.support import fragments, saver
 

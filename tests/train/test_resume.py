@@ -11,12 +11,12 @@ import torch
 from pipeline.checkpoint.export import load_weights
 from pipeline.checkpoint.layout import published, step_name
 from pipeline.checkpoint.read import CheckpointReader
-from pipeline.config_load import load_config
+from pipeline.config.load import load_config
 from tests import processes
 from tests.experiment import STEPS, curve, events, validations
 from tests.train.conftest import Lab
-from tests.train.reference import learning_rate, new_model, plain_optimizer, train_plainly
-from tests.train.test_numerics import LAYOUTS, TOLERANCE, losses
+from tests.train.engine.reference import learning_rate, new_model, plain_optimizer, train_plainly
+from tests.train.engine.test_numerics import LAYOUTS, TOLERANCE, losses
 
 HALF = 50  # the uninterrupted runs have a checkpoint there
 

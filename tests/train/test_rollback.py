@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import pipeline.train.loop as loop
-from pipeline.checkpoint.draft import Draft
+from pipeline.checkpoint.pending import Draft
 from tests import processes
 from tests.experiment import events
 from tests.train.conftest import Lab

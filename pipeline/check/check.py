@@ -1,0 +1,207 @@
+"""`pipeline check`: whether a config will work here, or at a site, before anybody waits for it. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+import pipeline
+from pipeline.check.result import Check
+from pipeline.checkpoint.layout import published
+from pipeline.config.load import load_config
+from pipeline.config.sections import Config
+from pipeline.data.manifest import MANIFEST, Manifest
+from pipeline.data.read.sources import find_files
+from pipeline.errors import PipelineError
+from pipeline.launch.container.binds import check_visible, folders_for_a_while
+from pipeline.launch.container.command import container_argv, container_environment, gpu_option
+from pipeline.launch.container.image import check_image, runtime_problem
+from pipeline.launch.site import Site, SiteContainer, load_site
+from pipeline.plan.devices import GIB, device_named
+from pipeline.plan.memory import checkpoint_bytes, process_memory
+from pipeline.plan.plan import fits_device, needed_bytes
+from pipeline.run.folder import Run, run_for
+
+_NODE_TIMEOUT_S = 300
+# Checks of a node that depend on what the Python there has; `node` is that it did not even start.
+_PACKAGES = ("torch", "deepspeed", "devices", "node")
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+
+
+def check(config_file: str, site_file: str | None, overrides: Sequence[str]) -> list[Check]:
+    """All checks of a config, on this machine or for a site.
+
+    Raises:
+        ConfigError: Everything that is wrong with the config or the site file.
+    """
+    site = load_site(site_file) if site_file else None
+    world = site.train.nodes * site.train.tasks_per_node if site else 1
+    config = load_config(config_file, overrides, world_size=world)
+    run = run_for(config)
+    found = [Check("config", "ok", f"valid for {world} process{'es' if world > 1 else ''}")]
+    found += [_memory(config, site), _disk(config), _data(config)]
+    if site is not None:
+        from pipeline.check.slurm import check_slurm
+
+        found += check_slurm(config, site, run)
+    container = site.container if site else SiteContainer()
+    brought = site is not None and bool(site.modules or site.setup)
+    found += _container(config, container, run, brought)
+    if config.container.image is None:
+        return found + _python(config, site, brought)
+    return found + _image(config, container, run)
+
+
+def _memory(config: Config, site: Site | None) -> Check:
+    world = site.train.nodes * site.train.tasks_per_node if site else 1
+    has_gpu = bool(site.train.gpus_per_node) if site else gpu_option("auto") is not None
+    on_cpu = config.train.device == "cpu" or not has_gpu
+    memory = process_memory(config, world, on_cpu=on_cpu)
+    needs = f"{needed_bytes(memory) / GIB:.2f} GiB a process at its peak ({memory.moment})"
+    limit, of = _memory_limit(site, on_cpu)
+    if limit is None:
+        return Check("memory", "ok", f"{needs}; {of}")
+    if fits_device(memory, limit):
+        return Check("memory", "ok", f"{needs}, of {limit:.1f} GiB {of}")
+    cure = "raise train.zero_stage, set train.activation_checkpointing, or lower train.micro_batch_size"
+    return Check("memory", "failed", f"{needs}, and there are {limit:.1f} GiB {of}", cure)
+
+
+def _memory_limit(site: Site | None, on_cpu: bool) -> tuple[float | None, str]:
+    """GiB that a process may take, and what of; None where it is not known."""
+    if site is None and on_cpu:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, "of this machine"
+    if site is None:
+        return None, "compare with the memory of this machine's GPU"
+    if on_cpu:
+        if site.train.mem_gb is None:
+            return None, "the site sets no train.mem_gb to compare with"
+        return site.train.mem_gb / site.train.tasks_per_node, "by train.mem_gb of the site"
+    if site.gpu_type is None:
+        return None, "the site names no gpu_type to compare with"
+    try:
+        return device_named(site.gpu_type).memory_gib, f"of a {site.gpu_type}"
+    except PipelineError:
+        return None, f"the memory of a {site.gpu_type} is not known here"
+
+
+def _disk(config: Config) -> Check:
+    keep, train = config.checkpoint, config.train
+    # One more is being written while the oldest is still there.
+    kept = keep.keep_last + 1 + keep.keep_best + (train.max_iters // keep.keep_every if keep.keep_every else 0)
+    kept = min(kept, -(-train.max_iters // train.checkpoint_interval) + 1)
+    there = len(published(run_for(config).checkpoints))
+    needed = max(1, kept - there) * checkpoint_bytes(config) / 1e9
+    place = _nearest(Path(config.runs_dir))
+    free = shutil.disk_usage(place).free / 1e9
+    found = f"{max(1, kept - there)} more checkpoints take {needed:.2f} GB, {free:.1f} GB are free at {place}"
+    if needed <= free:
+        return Check("disk", "ok", found)
+    return Check("disk", "failed", found, "make room, choose another runs_dir, or keep fewer checkpoints")
+
+
+def _data(config: Config) -> Check:
+    folder = Path(config.data.path)
+    if not (folder / MANIFEST).exists():
+        try:
+            files = [file for source in config.data.sources for file in find_files(source)]
+        except PipelineError as error:
+            return Check("data", "failed", str(error), "correct data.sources")
+        size = sum(Path(file.path).stat().st_size for file in files) / 1e6
+        found = f"to be prepared from {len(files):,} files, {size:,.1f} MB"
+        place = _nearest(folder)
+        free = shutil.disk_usage(place).free / 1e6
+        if free < size:  # tokens usually take half of plain text, and more than compressed text
+            return Check("data", "warning", f"{found}; {free:,.1f} MB are free at {place}", "make room for the tokens")
+        return Check("data", "ok", found)
+    try:
+        manifest = Manifest.load(folder)
+    except PipelineError as error:
+        return Check("data", "failed", str(error), "prepare the data again")
+    item = np.dtype(manifest.dtype).itemsize
+    sizes = {shard.file: shard.tokens * item for shard in manifest.shards}
+    sizes |= {shard.index: (shard.documents + 1) * 8 for shard in manifest.shards}
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.exists() or file.stat().st_size != size:
+            return Check("data", "failed", f"{file}: is missing or not of its size", f"pipeline verify {folder}")
+    return Check("data", "ok", f"{manifest.splits['train'].tokens:,} training tokens, sizes agree with the manifest")
+
+
+def _container(config: Config, site: SiteContainer, run: Run, brought: bool) -> list[Check]:
+    if config.container.image is None:
+        return [Check("container", "ok", "none: jobs use the environment they find")]
+    missing = runtime_problem(site)
+    if missing is not None and not brought:
+        return [Check("container", "failed", missing, "install apptainer, or correct container.command of the site")]
+    problems = check_visible(config, site, run) + check_image(config, site, brought=brought)
+    if not problems and missing is not None:
+        return [Check("container", "warning", missing, "the jobs' modules are taken to bring it")]
+    if not problems:
+        return [Check("container", "ok", f"{config.container.image} starts, and all paths can be seen in it")]
+    return [Check("container", "failed", problem, "see docs/container.md") for problem in problems]
+
+
+def _python(config: Config, site: Site | None, brought: bool) -> list[Check]:
+    """The checks that import torch, by the Python that a job starts."""
+    python = (site.python if site else None) or sys.executable
+    code = str(Path(pipeline.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (code, os.environ.get("PYTHONPATH"))))
+    found = _answer([python, *_inner(config)], {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path})
+    if site is None:
+        return found
+    return [_of_a_job(one, brought) if one.status == "failed" and one.name in _PACKAGES else one for one in found]
+
+
+def _of_a_job(missing: Check, brought: bool) -> Check:
+    """What is missing here need not be missing where the job's modules are loaded."""
+    if brought:
+        return replace(missing, status="warning", cure="the jobs' modules or setup are taken to bring it")
+    cure = "name a Python that has it as `python` of the site file, or a container.image"
+    return replace(missing, cure=f"{missing.cure}; or {cure}")
+
+
+def _image(config: Config, site: SiteContainer, run: Run) -> list[Check]:
+    """The same inside the image."""
+    if runtime_problem(site) is not None:
+        return []  # the container's own check has said so
+    code = Path(pipeline.__file__).parent.parent
+    inner, environment = _inner(config), _ENVIRONMENT
+    try:
+        with folders_for_a_while(config, run):
+            command = container_argv(config, site, run, ["python3", *inner], environment=environment, code=code)
+            return _answer(command, container_environment(site, {**os.environ, **environment}))
+    except PipelineError:
+        return []  # likewise
+
+
+def _inner(config: Config) -> list[str]:
+    return ["-m", "pipeline.check.node", str(config.runs_dir), str(Path(config.data.path).parent)]
+
+
+def _answer(command: Sequence[str], environment: Mapping[str, str]) -> list[Check]:
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_NODE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return [Check("node", "failed", f"no answer in {_NODE_TIMEOUT_S} s", "look at the node's file systems")]
+    except OSError as error:
+        return [Check("node", "failed", f"{command[0]}: {error.strerror}", "see docs/container.md")]
+    try:
+        return [Check(**fields) for fields in json.loads(done.stdout)]
+    except ValueError:
+        said = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        return [Check("node", "failed", said[0], f"run it by hand: {shlex.join(command)}")]
+
+
+def _nearest(path: Path) -> Path:
+    """The folder itself, or the first above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())

@@ -1,0 +1,112 @@
+"""What `pipeline check` looks at where training will run: inside the image, or in the environment the jobs find.
+
+    python -m pipeline.check.node FOLDER...     # prints a JSON list of checks
+
+It is a process of its own, because it imports torch, which a login node need not have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import resource
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.check.result import Check
+from pipeline.files import clock_skew_s
+
+_MOST_SKEW_S = 5.0
+# Two processes of NCCL share memory by /dev/shm; 64 MB, some containers' default, is not enough.
+_SHM_GB = 1.0
+_OPEN_FILES = 4096
+
+
+def checks(folders: list[str]) -> list[Check]:
+    """Every check of this machine.
+
+    Args:
+        folders: Where training will write.
+    """
+    parts: list[Callable[[], Check]] = [lambda: _imports("torch"), lambda: _imports("deepspeed"), _devices]
+    found = [part() for part in parts]
+    found += [_writable(Path(folder)) for folder in folders]
+    return [*found, _clock(Path(folders[0] if folders else ".")), _shared_memory(), _open_files(), _locked_memory()]
+
+
+def _imports(name: str) -> Check:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            module = importlib.import_module(name)
+    except Exception as error:  # a broken installation fails in any way it likes
+        return Check(name, "failed", f"{type(error).__name__}: {error}", "install the extra: pip install '.[train]'")
+    return Check(name, "ok", str(module.__version__))
+
+
+def _devices() -> Check:
+    try:
+        import torch
+    except ImportError:
+        return Check("devices", "failed", "unknown without torch", "install the extra: pip install '.[train]'")
+    if not torch.cuda.is_available():
+        return Check("devices", "ok", f"no GPU, {len(os.sched_getaffinity(0))} CPU cores")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Check("devices", "ok", ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)))
+
+
+def _writable(folder: Path) -> Check:
+    name = f"writable {folder}"
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"x")
+    except OSError as error:
+        return Check(name, "failed", error.strerror or str(error), "choose another folder, or bind it into the image")
+    return Check(name, "ok", "yes" if place == folder else f"yes, {place} is")
+
+
+def _clock(folder: Path) -> Check:
+    """Against the clock of the file system, which all nodes share."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        skew = clock_skew_s(place)
+    except OSError as error:
+        return Check("clock", "warning", f"cannot be compared: {error.strerror}", "make the folder writable")
+    if abs(skew) > _MOST_SKEW_S:
+        return Check("clock", "failed", f"{skew:+.0f} s against the file system's", "let the node's clock be set (NTP)")
+    return Check("clock", "ok", f"{skew:+.1f} s against the file system's")
+
+
+def _shared_memory() -> Check:
+    state = os.statvfs("/dev/shm")
+    size = state.f_blocks * state.f_frsize / 1e9
+    if size < _SHM_GB:
+        return Check("/dev/shm", "warning", f"{size:.2f} GB", f"make it {_SHM_GB:g} GB or more")
+    return Check("/dev/shm", "ok", f"{size:.1f} GB")
+
+
+def _open_files() -> Check:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
+        return Check("open files", "warning", f"{soft} (hard limit {hard})", f"ulimit -n {_OPEN_FILES} in `setup`")
+    return Check("open files", "ok", str(soft))
+
+
+def _locked_memory() -> Check:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return Check("locked memory", "ok", "unlimited")
+    if Path("/dev/infiniband").exists():
+        cure = "ulimit -l unlimited in `setup`; InfiniBand needs it"
+        return Check("locked memory", "warning", f"{soft / 1e6:.0f} MB", cure)
+    return Check("locked memory", "ok", f"{soft / 1e6:.0f} MB, and no InfiniBand that would need more")
+
+
+if __name__ == "__main__":
+    print(json.dumps([check.to_json() for check in checks(sys.argv[1:])]))

@@ -1,0 +1,74 @@
+"""The main job on this machine: prepare, train, evaluate, sample; and the table at its end."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config.sections import Config
+from pipeline.errors import UsageError
+from pipeline.run.folder import Run, run_for
+from pipeline.run.world import world_from_environment
+
+if TYPE_CHECKING:
+    from pipeline.train.evaluate import Evaluation
+
+
+def run_all(config: Config) -> None:
+    """Takes raw text to a trained model and prints what came of it; every stage goes on from where it was left.
+
+    Raises:
+        UsageError: Several processes were started; they would all prepare the same data.
+    """
+    if world_from_environment().size > 1:
+        raise UsageError("`pipeline run` is one process; run `pipeline prepare`, then `pipeline train` on every rank")
+    from pipeline.commands.sample import sample_run
+    from pipeline.data.baseline import bigram_loss
+    from pipeline.data.build.display import prepare_here
+    from pipeline.data.dataset import open_dataset
+    from pipeline.tracking.upload.sync import sync_quietly
+    from pipeline.train.evaluate import evaluate_run
+    from pipeline.train.loop import train
+
+    began = time.monotonic()
+    prepare_here(config, None)
+    train(config)
+    run = run_for(config)
+    evaluation = evaluate_run(run)
+    train_data, validation_data = (open_dataset(config.data.path, name) for name in ("train", "validation"))
+    bigram = bigram_loss(train_data, validation_data, config.model.context_length, config.model.vocab_size)
+    texts = sample_run(run)
+    console = Console(highlight=False)
+    console.print(_results(run, evaluation, bigram, time.monotonic() - began))
+    console.print("[bold]A sample:[/bold]")
+    console.print(texts[0], soft_wrap=True, markup=False)
+    console.print(_next_commands(run, config), soft_wrap=True, markup=False)
+    sync_quietly(run)  # tracking closed with the training: the evaluation and the sample came after
+
+
+def _results(run: Run, evaluation: Evaluation, bigram: float, seconds: float) -> Table:
+    table = Table("on the validation tokens", "loss (nats/token)", "perplexity", "bits/byte", title=f"run {run.name}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    bits = evaluation.bits_per_byte / evaluation.loss
+    for name, loss in ((f"model, step {evaluation.step}", evaluation.loss), ("bigram counts", bigram)):
+        table.add_row(name, f"{loss:.4f}", f"{2.718281828459045**loss:.1f}", f"{loss * bits:.3f}")
+    table.caption = f"{evaluation.tokens:,} tokens; {seconds:.0f} s in all"
+    return table
+
+
+def _next_commands(run: Run, config: Config) -> str:
+    lines = [
+        f"checkpoints, metrics, config:  {run.path}",
+        f"more text:                     pipeline sample {shlex.quote(str(run.path))} --prompt 'The economy'",
+        f"the report:                    pipeline report {shlex.quote(str(run.path))}",
+    ]
+    if config.tracking.uri.startswith("sqlite:"):
+        lines.append(f"the MLflow page:               pipeline ui {shlex.quote(str(run.path))}")
+    elif config.tracking.uri != "none":
+        lines.append(f"the MLflow page:               {config.tracking.uri}")
+    return "\n".join(lines)

@@ -1,0 +1,186 @@
+"""What a person sees of a build: a progress bar while it works, a table when it is done."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.status import Status
+from rich.table import Table
+
+from pipeline.config.sections import Config
+from pipeline.data.build.build import Progress as BuildProgress
+from pipeline.data.build.build import prepare
+from pipeline.data.manifest import Manifest
+from pipeline.errors import UsageError
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Display:
+    """Shows the progress of a build, if there is any, on stderr: a bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self, verb: str = "prepare", console: Console | None = None) -> None:
+        self._verb = verb
+        self._console = console or Console(file=sys.stderr)
+        self._status = Status("making the tokenizer", console=self._console)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task(verb, start=False)
+        self._shown: Status | Progress | None = None
+        self._lock = threading.Lock()
+        self._began: float | None = None
+        self._last_line = 0.0
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._show(None)
+
+    def __call__(self, progress: BuildProgress) -> None:
+        """Takes one report of a build."""
+        if progress.message is not None:
+            self._console.print(progress.message, highlight=False, markup=False)
+        elif progress.phase == "tokenizer":
+            self._show(self._status)
+        elif progress.phase == "slices":
+            self.bytes(progress.done, progress.total)
+
+    def bytes(self, done: int, total: int) -> None:
+        """Takes how much is done."""
+        if not self._console.is_terminal:
+            self._line(done, total)
+            return
+        self._bar.start_task(self._task)
+        self._bar.update(self._task, completed=done, total=total)
+        self._show(self._bar)
+
+    def _show(self, wanted: Status | Progress | None) -> None:
+        with self._lock:
+            if wanted is self._shown or not self._console.is_terminal:
+                return
+            if self._shown is not None:
+                self._shown.stop()
+            if wanted is not None:
+                wanted.start()
+            self._shown = wanted
+
+    def _line(self, done: int, total: int) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self._began is None:
+                self._began = self._last_line = now
+            if now - self._last_line < _SECONDS_BETWEEN_LINES:
+                return
+            self._last_line = now
+        speed = done / (now - self._began)
+        left = (total - done) / speed if speed else 0.0
+        self._console.print(
+            f"{self._verb} {done / 1e6:.0f} of {total / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s, {left:.0f} s left",
+            highlight=False,
+        )
+
+
+def prepare_here(config: Config, slice_spec: tuple[int, int] | None = None) -> Manifest | None:
+    """Builds a dataset, or a part of it, with a progress display and a table at the end; see `build.prepare`.
+
+    Args:
+        config: The experiment.
+        slice_spec: Part `I` of `N`.
+    """
+    began = time.monotonic()
+    with Display() as display:
+        manifest = prepare(config, slice_spec=slice_spec, progress=display)
+    console = Console()
+    if manifest is None:
+        assert slice_spec is not None
+        console.print(
+            f"part {slice_spec[0]} of {slice_spec[1]} is done; other parts are still missing", highlight=False
+        )
+        return None
+    console.print(summary_table(manifest, config.data.path))
+    console.print(f"{time.monotonic() - began:.1f} s, dataset {manifest.digest[:12]}", highlight=False)
+    return manifest
+
+
+def summary_table(manifest: Manifest, title: str) -> Table:
+    """Documents, tokens, bytes a token, the longest document and the records that were left out."""
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("")
+    for split in manifest.splits:
+        table.add_column(split, justify="right")
+    rows = {
+        "documents": [f"{s.documents:,}" for s in manifest.splits.values()],
+        "tokens": [f"{s.tokens:,}" for s in manifest.splits.values()],
+        "bytes of text": [f"{s.bytes:,}" for s in manifest.splits.values()],
+        "bytes a token": [f"{s.bytes / s.tokens:.2f}" if s.tokens else "-" for s in manifest.splits.values()],
+        "longest document, tokens": [f"{s.longest:,}" for s in manifest.splits.values()],
+        "shards": [f"{len(s.shards):,}" for s in manifest.splits.values()],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    table.add_section()
+    table.add_row("empty documents, skipped", f"{manifest.empty:,}")
+    table.add_row("bad records, skipped", f"{sum(manifest.bad.values()):,}")
+    for reason, count in manifest.bad.items():
+        table.add_row(f"  {reason}", f"{count:,}")
+    return table
+
+
+def parse_slice(text: str | None) -> tuple[int, int] | None:
+    """`3/8` as `(3, 8)`.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    if text is None:
+        return None
+    part, slash, parts = text.partition("/")
+    if not (
+        slash
+        and part.isascii()
+        and part.isdecimal()
+        and parts.isascii()
+        and parts.isdecimal()
+        and 1 <= int(part) <= int(parts)
+    ):
+        raise UsageError(f"--slice {text}: is no part, allowed: I/N with I from 1 to N, 3/8 say")
+    return int(part), int(parts)
+
+
+def inspect_here(path: str, split: str, count: int, seed: int, page: str | None) -> None:
+    """Prints documents of a dataset and writes a page about it; see `inspect`."""
+    from pathlib import Path
+
+    from pipeline.data.inspect import draw_documents, write_page
+
+    console = Console()
+    console.print(summary_table(Manifest.load(path), path))
+    for document in draw_documents(path, split, count, seed):
+        console.rule(f"{split} document {document.number:,}, source {document.source}, {document.tokens:,} tokens")
+        console.print(_shortened(document.text), markup=False, highlight=False)
+    out = Path(page) if page is not None else Path(path) / "inspect.html"
+    try:
+        write_page(path, out)
+    except OSError as error:
+        raise UsageError(
+            f"{out}: the page cannot be written ({error.strerror}); choose another place with --html"
+        ) from error
+    console.print(f"written: {out}", markup=False, highlight=False)
+
+
+def _shortened(text: str, longest: int = 1200) -> str:
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest // 2]}\n[... {len(text) - longest:,} characters ...]\n{text[-longest // 2 :]}"

@@ -1,0 +1,227 @@
+"""One slice: encoded, indexed and hashed while it is written, and published as a folder by one rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config.sections import SourceConfig
+from pipeline.data.build.slice_store import RECORD, SLICES, Record, slice_name
+from pipeline.data.manifest import SPLITS, Shard
+from pipeline.data.read.chunks import Chunk, Piece
+from pipeline.data.read.documents import Documents, Flags, Offsets
+from pipeline.data.tokenize.crosscheck import CrossCheck
+from pipeline.data.tokenize.tokenizer import Ids, Tokenizer
+from pipeline.errors import DataError
+from pipeline.files import publish_dir, read_json, write_json
+
+
+class _ShardWriter:
+    """The tokens and the document index of one split."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any]) -> None:
+        self._file = folder / f"{split}.bin"
+        self._index_file = folder / f"{split}.idx"
+        self._dtype = dtype
+        self._out: BinaryIO | None = None
+        self._index: BinaryIO | None = None
+        self._digest, self._index_digest = hashlib.sha256(), hashlib.sha256()
+        self.tokens = self.documents = self.text_bytes = self.longest = self.largest_id = 0
+
+    def add(self, tokens: npt.NDArray[Any], lengths: Offsets, text_bytes: int) -> None:
+        """Documents of `lengths` tokens, end-of-text tokens included."""
+        if not len(lengths):
+            return
+        if self._out is None or self._index is None:
+            self._out, self._index = self._file.open("wb"), self._index_file.open("wb")
+            self._write_index(np.zeros(1, np.uint64))
+        content = np.ascontiguousarray(tokens).data.cast("B")
+        self._out.write(content)
+        self._digest.update(content)
+        self._write_index((self.tokens + np.cumsum(lengths)).astype(np.uint64))
+        self.tokens += len(tokens)
+        self.documents += len(lengths)
+        self.text_bytes += text_bytes
+        self.longest = max(self.longest, int(lengths.max()))
+        self.largest_id = max(self.largest_id, int(tokens.max()))
+
+    def finish(self, folder_name: str, source: str, split: str) -> Shard | None:
+        """Makes the files durable; None if there is no document."""
+        if self._out is None or self._index is None:
+            return None
+        self.close(durable=True)
+        return Shard(
+            file=f"{SLICES}/{folder_name}/{self._file.name}",
+            index=f"{SLICES}/{folder_name}/{self._index_file.name}",
+            source=source,
+            split=split,
+            tokens=self.tokens,
+            documents=self.documents,
+            text_bytes=self.text_bytes,
+            longest=self.longest,
+            largest_id=self.largest_id,
+            sha256=self._digest.hexdigest(),
+            index_sha256=self._index_digest.hexdigest(),
+        )
+
+    def close(self, durable: bool = False) -> None:
+        for out in (self._out, self._index):
+            if out is not None and not out.closed:
+                out.flush()
+                if durable:
+                    os.fsync(out.fileno())
+                out.close()
+
+    def _write_index(self, offsets: npt.NDArray[np.uint64]) -> None:
+        assert self._index is not None
+        content = offsets.astype("<u8").tobytes()
+        self._index.write(content)
+        self._index_digest.update(content)
+
+
+class SliceWriter:
+    """Takes the chunks of a slice and publishes it; use as a context manager, so that nothing half-written stays."""
+
+    def __init__(
+        self,
+        folder: Path,
+        task: int,
+        part: int,
+        *,
+        source: SourceConfig,
+        tokenizer: Tokenizer,
+        dtype: np.dtype[Any],
+        validation_fraction: float,
+        build: str,
+        files: Sequence[str],
+    ) -> None:
+        self.name = slice_name(task, part)
+        self._final = folder / SLICES / self.name
+        # A name of its own, so that a requeued job and its orphan do not write into one folder.
+        self._temp = folder / SLICES / f".{self.name}.{secrets.token_hex(6)}.tmp"
+        self._source = source
+        self._tokenizer = tokenizer
+        self._dtype = dtype
+        self._fraction = validation_fraction
+        self._identity = {"slice": self.name, "task": task, "part": part, "source": source.name, "build": build}
+        self._files = files
+        place = f"slice {self.name} of source {source.name}"
+        self._check = CrossCheck(tokenizer, seed=task << 32 | part, place=place)
+        self._records = self._empty = 0
+        self._bad: Counter[str] = Counter()
+        self._shards: dict[str, _ShardWriter] = {}
+
+    def __enter__(self) -> SliceWriter:
+        self._temp.parent.mkdir(parents=True, exist_ok=True)
+        self._temp.mkdir()
+        self._shards = {split: _ShardWriter(self._temp, split, self._dtype) for split in SPLITS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for shard in self._shards.values():
+            shard.close()
+        shutil.rmtree(self._temp, ignore_errors=True)
+
+    def add(self, chunk: Chunk, parallel: bool) -> None:
+        """Encodes and writes documents.
+
+        Raises:
+            DataError: The tokenizer gives ordinary text the end-of-text token, or the encoders disagree.
+        """
+        self._records += chunk.records
+        self._empty += chunk.empty
+        self._bad.update(chunk.bad)
+        documents = chunk.documents
+        if not len(documents):
+            return
+        ids, offsets = self._tokenizer.encode_batch(documents, parallel)
+        self._refuse_forged_end(documents, ids, offsets)
+        self._check.offer(documents, ids, offsets)
+        tokens = _with_ends(ids, offsets, self._tokenizer.end_of_text_id, self._dtype)
+        lengths = np.diff(offsets) + 1
+        validation = self._for_validation(documents)
+        text_bytes = documents.lengths
+        for split, chosen in zip(SPLITS, (~validation, validation), strict=True):
+            self._shards[split].add(_only(tokens, lengths, chosen), lengths[chosen], int(text_bytes[chosen].sum()))
+
+    def _refuse_forged_end(self, documents: Documents, ids: Ids, offsets: Offsets) -> None:
+        forged = np.flatnonzero(ids == self._tokenizer.end_of_text_id)
+        if not len(forged):
+            return
+        text = documents[int(np.searchsorted(offsets, forged[0], side="right")) - 1].decode()
+        first, last, count = self._files[0], self._files[-1], len(self._files)
+        place = first if count == 1 else f"{first} to {last} ({count} files)"
+        raise DataError(
+            f"{place}: in the document that begins {text[:60]!r}, "
+            f"the tokenizer gives ordinary text the token {self._tokenizer.end_of_text!r}, which ends a document; set "
+            "tokenizer.end_of_text to a special token that stands for nothing else, unknown words say"
+        )
+
+    def _for_validation(self, documents: Documents) -> Flags:
+        if self._source.split != "auto" or self._fraction == 0:
+            return np.full(len(documents), self._source.split == "validation")
+        return documents.hash_fractions() < self._fraction
+
+    def publish(self, pieces: list[Piece], last: bool) -> Record:
+        """Makes the slice visible, whole.
+
+        Raises:
+            DataError: The encoders disagree.
+        """
+        checked = self._check.finish()
+        shards = [writer.finish(self.name, self._source.name, split) for split, writer in self._shards.items()]
+        record = {
+            **self._identity,
+            "last": last,
+            "records": self._records,
+            "empty": self._empty,
+            "bad": dict(sorted(self._bad.items())),
+            "cross_checked": checked,
+            "pieces": [asdict(piece) for piece in pieces],
+            "shards": [asdict(shard) for shard in shards if shard is not None],
+        }
+        write_json(self._temp / RECORD, record)
+        try:
+            publish_dir(self._temp, self._final)
+        except OSError:
+            # Another process did the same slice; what it published was made by the same code from the same bytes.
+            if not (self._final / RECORD).exists() or read_json(self._final / RECORD) != record:
+                raise
+        return record
+
+
+def _with_ends(ids: Ids, offsets: Offsets, end: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The ids in their stored type, with the end-of-text token after each document."""
+    documents = len(offsets) - 1
+    tokens = np.empty(len(ids) + documents, dtype)
+    if len(ids) > 64 * documents:
+        for i, (a, b) in enumerate(zip(offsets.tolist(), offsets[1:].tolist(), strict=False)):
+            tokens[a + i : b + i] = ids[a:b]
+            tokens[b + i] = end
+        return tokens
+    ends = offsets[1:] + np.arange(documents)
+    ordinary = np.ones(len(tokens), np.bool_)
+    ordinary[ends] = False
+    tokens[ordinary] = ids
+    tokens[ends] = end
+    return tokens
+
+
+def _only(tokens: npt.NDArray[Any], lengths: Offsets, chosen: Flags) -> npt.NDArray[Any]:
+    """The tokens of the chosen documents, copied run by run: a mask of every token costs ten times as much."""
+    if chosen.all():
+        return tokens
+    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    edges = bounds[np.flatnonzero(np.diff(chosen, prepend=False, append=False))].tolist()
+    runs = [tokens[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    return np.concatenate(runs) if runs else tokens[:0]

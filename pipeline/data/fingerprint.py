@@ -1,0 +1,106 @@
+"""The settings that decide what a dataset holds, and in what those of two differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.sections import Config
+from pipeline.errors import DataError
+
+# They decide how tokens are stored and cut into files, not which there are.
+_OF_STORAGE = ("dtype", "slice_size_mb")
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings of a config that decide the bytes of its dataset; `weight` and `order` are for training alone."""
+    data, tokenizer = config.data, config.tokenizer
+    return {
+        "sources": [
+            {
+                "name": s.name,
+                "separator": s.separator,
+                "field": s.field,
+                "split": s.split,
+            }
+            for s in data.sources
+        ],
+        "validation_fraction": data.validation_fraction,
+        "dtype": data.dtype,
+        "slice_size_mb": data.slice_size_mb,
+        "max_document_mb": data.max_document_mb,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "end_of_text": tokenizer.end_of_text,
+            **({"special_tokens": list(tokenizer.special_tokens)} if tokenizer.kind == "bytes" else {}),
+            **(
+                {
+                    "special_tokens": list(tokenizer.special_tokens),
+                    "split_pattern": tokenizer.split_pattern,
+                    "train_sample_mb": tokenizer.train_sample_mb,
+                    "vocab_size": config.model.vocab_size,
+                }
+                if tokenizer.kind == "bpe"
+                else {}
+            ),
+        },
+    }
+
+
+def refuse_other_settings(path: str | Path, settings: dict[str, Any], config: Config) -> None:
+    """Refuses a finished dataset whose documents or tokens are not those that the config describes.
+
+    Only settings are compared: the text may be gone, or be elsewhere, once the dataset is made.
+
+    Args:
+        path: The dataset folder, for the message.
+        settings: `settings` of its manifest.
+        config: The experiment.
+
+    Raises:
+        DataError: Names every setting that differs.
+    """
+    problems = changed_settings(_of_content(settings), _of_content(settings_of(config)))
+    if problems:
+        raise DataError(
+            "\n".join(
+                [
+                    f"{path}: was prepared with other settings than the config's:",
+                    *(f"  {p}" for p in problems),
+                    "Set these back, or prepare the data at another data.path.",
+                ]
+            )
+        )
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """In what two results of `settings_of` differ; a line a setting."""
+    before, after = ({s["name"]: s for s in settings["sources"]} for settings in (old, new))
+    problems = [f"sources.{name}: was there then, is not now" for name in before if name not in after]
+    problems += [f"sources.{name}: is new" for name in after if name not in before]
+    for name in before:
+        problems += _changed(before[name], after.get(name, before[name]), f"sources.{name}.")
+    if not problems and list(before) != list(after):
+        problems.append(f"sources: in the order {', '.join(before)} then, {', '.join(after)} now")
+    return problems + _changed(_without(old, "sources"), _without(new, "sources"))
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    problems = []
+    for key in {**old, **new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            problems += _changed(before, after, f"{prefix}{key}.")
+        elif before != after:
+            problems.append(f"{prefix}{key}: {before!r} then, {after!r} now")
+    return problems
+
+
+def _of_content(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those that decide which documents and tokens there are, with the sources in one order."""
+    sources = sorted(settings["sources"], key=lambda source: str(source["name"]))
+    return {**_without(settings, *_OF_STORAGE), "sources": sources}
+
+
+def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in names}

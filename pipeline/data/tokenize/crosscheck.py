@@ -1,0 +1,118 @@
+"""A random sample of every slice is encoded a second time, by Hugging Face's `tokenizers`, and must match id for id."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.data.read.documents import Documents, Offsets
+from pipeline.data.tokenize.tokenizer import Ids, Tokenizer
+from pipeline.errors import DataError
+
+# At most this much text of a slice: tokenizers is some hundred times slower than what it checks.
+_DOCUMENTS = 16
+_SAMPLE_BYTES = 32_000
+# Of a longer document its beginning is encoded again, by both.
+_LONGEST = 16_000
+
+
+@dataclass(frozen=True)
+class _Excerpt:
+    """A document, or the beginning of a long one, and the ids that the fast encoder gave it."""
+
+    words: str
+    ids: Ids
+    size: int
+
+
+class CrossCheck:
+    """The sample of one slice: the documents with the smallest of keyed random numbers.
+
+    Args:
+        tokenizer: What encodes.
+        seed: Of the random numbers.
+        place: The slice, for messages.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, seed: int, place: str) -> None:
+        self._tokenizer = tokenizer
+        self._random = np.random.default_rng(seed)
+        self._place = place
+        self._sample: list[tuple[float, int, _Excerpt]] = []
+        self._count = 0
+
+    def offer(self, documents: Documents, ids: Ids, offsets: Offsets) -> None:
+        """Documents and the ids they got; some may be kept until `finish`.
+
+        Raises:
+            DataError: The encoders disagree about a long document.
+        """
+        if self._tokenizer.encoder == "tokenizers" or not len(documents):
+            return
+        keys = self._random.random(len(documents))
+        for index in np.argsort(keys)[:_DOCUMENTS].tolist():
+            key = -float(keys[index])
+            if len(self._sample) == _DOCUMENTS and key <= self._sample[0][0]:
+                break
+            item = (key, self._count, self._excerpt(documents[index], ids[offsets[index] : offsets[index + 1]]))
+            self._count += 1
+            if len(self._sample) < _DOCUMENTS:
+                heapq.heappush(self._sample, item)
+            else:
+                heapq.heapreplace(self._sample, item)
+
+    def finish(self) -> int:
+        """Compares.
+
+        Returns:
+            The documents that were compared.
+
+        Raises:
+            DataError: The encoders disagree.
+        """
+        chosen: list[_Excerpt] = []
+        size = 0
+        for _, _, excerpt in sorted(self._sample, reverse=True):
+            if chosen and size + excerpt.size > _SAMPLE_BYTES:
+                continue
+            size += excerpt.size
+            chosen.append(excerpt)
+        if chosen:
+            self._compare(chosen)
+        return len(chosen)
+
+    def _excerpt(self, text: bytes, stored: Ids) -> _Excerpt:
+        """What is to be compared of a document; of a long one the ids that were stored must begin like it.
+
+        What follows the end of an excerpt can change the ids before it, but hardly ever those of its first half. Where
+        these differ the whole document decides.
+        """
+        if len(text) <= _LONGEST:
+            return _Excerpt(text.decode(), stored.copy(), len(text))
+        words = text[:_LONGEST].decode(errors="ignore")
+        ids, _ = self._tokenizer.encode_batch(Documents.of([words.encode()]))
+        half = len(ids) // 2
+        if not np.array_equal(stored[:half], ids[:half]):
+            self._compare([_Excerpt(text.decode(), stored, len(text))])
+        return _Excerpt(words, ids.copy(), _LONGEST + 1)
+
+    def _compare(self, chosen: Sequence[_Excerpt]) -> None:
+        expected = self._tokenizer.reference_encode([excerpt.words for excerpt in chosen])
+        for excerpt, reference in zip(chosen, expected, strict=True):
+            found = excerpt.ids.tolist()
+            if found != reference:
+                raise DataError(_disagreement(self._place, self._tokenizer, excerpt.words, found, reference))
+
+
+def _disagreement(place: str, tokenizer: Tokenizer, text: str, found: list[int], reference: list[int]) -> str:
+    at = next(
+        (i for i, (a, b) in enumerate(zip(found, reference, strict=False)) if a != b), min(len(found), len(reference))
+    )
+    return (
+        f"{place}: {tokenizer.encoder} and tokenizers encode the document that begins {text[:60]!r} differently, "
+        f"from token {at} on: {found[at : at + 5]} against {reference[at : at + 5]}; nothing was published. "
+        "Please report the tokenizer.json and this text to gigatoken"
+    )

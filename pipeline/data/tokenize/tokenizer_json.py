@@ -1,0 +1,195 @@
+"""The Hugging Face `tokenizer.json` as data: written for a trained vocabulary, read for its special tokens."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pipeline.text_format import byte_characters
+
+SplitPattern = Literal["gpt2", "gpt4"]
+
+# The pattern of GPT-4 (cl100k_base); Llama 3 took it over.
+GPT4_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Names by which published tokenizers call the token between documents, the likeliest first.
+KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eot|>", "[EOS]")
+
+
+def compose(
+    vocabulary: Sequence[bytes],
+    merges: Sequence[tuple[bytes, bytes]],
+    special_tokens: Sequence[str],
+    split_pattern: SplitPattern,
+) -> str:
+    """The text of a byte-level BPE's tokenizer.json.
+
+    Args:
+        vocabulary: Bytes of each token, by id.
+        merges: Pairs in the order they are merged.
+        special_tokens: They get the ids after the vocabulary.
+        split_pattern: How text is cut before merging.
+    """
+    characters = byte_characters()
+
+    def spelled(token: bytes) -> str:
+        return "".join(characters[b] for b in token)
+
+    return json.dumps(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {
+                    "id": len(vocabulary) + i,
+                    "content": token,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": True,
+                }
+                for i, token in enumerate(special_tokens)
+            ],
+            "normalizer": None,
+            "pre_tokenizer": _pre_tokenizer(split_pattern),
+            "post_processor": None,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": {spelled(token): i for i, token in enumerate(vocabulary)},
+                "merges": [[spelled(a), spelled(b)] for a, b in merges],
+            },
+        },
+        ensure_ascii=False,
+    )
+
+
+def compose_bytes(special_tokens: Sequence[str]) -> str:
+    """The tokenizer.json with one token a byte, whose id is the byte."""
+    return compose([bytes([b]) for b in range(256)], [], special_tokens, "gpt2")
+
+
+def is_bytes(tree: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is what `compose_bytes` writes."""
+    model = tree["model"]
+    return (
+        model.get("type") == "BPE"
+        and not model.get("merges")
+        and model.get("vocab") == {c: b for b, c in enumerate(byte_characters())}
+        and tree.get("normalizer") is None
+    )
+
+
+def special_tokens(tree: dict[str, Any]) -> dict[str, int]:
+    """Special tokens and their ids, by id."""
+    added = sorted(tree.get("added_tokens") or [], key=lambda token: token["id"])
+    return {token["content"]: token["id"] for token in added if token.get("special")}
+
+
+def vocabulary_size(tree: dict[str, Any]) -> int:
+    """One more than the largest token id."""
+    vocab = tree["model"]["vocab"]
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    return max([*ids, *(token["id"] for token in tree.get("added_tokens") or [])]) + 1
+
+
+def problem(tree: Any) -> str | None:
+    """What keeps a parsed tokenizer.json from being one; None if nothing that this program reads does."""
+    model = tree.get("model") if isinstance(tree, dict) else None
+    if not isinstance(model, dict):
+        return "it has no `model`"
+    vocab, merges, added = model.get("vocab"), model.get("merges"), tree.get("added_tokens")
+    if not (vocab and (_are_ids(vocab) or _are_scores(vocab))):
+        return "`model.vocab` has neither ids of tokens nor tokens with scores"
+    if not (merges is None or (isinstance(merges, list) and all(_is_merge(m) for m in merges))):
+        return "`model.merges` is no list of pairs"
+    if not (added is None or (isinstance(added, list) and all(_is_added(token) for token in added))):
+        return "`added_tokens` is no list of tokens with `id` and `content`"
+    return None
+
+
+def ordinary_text_only(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer for ordinary text: what spells a special token is text like any other.
+
+    Each special token is spelled anew, as no document can guess: not to look for it in the text is not enough, since
+    models of words, of pieces and with `ignore_merges` have it in their vocabulary too. All ids stay as they are;
+    were a token taken out, `tokenizers` would give its id to another.
+    """
+    secret = {token: f"<{secrets.token_hex(16)}>" for token in special_tokens(tree)}
+    model, added = dict(tree["model"]), tree.get("added_tokens") or []
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {secret.get(token, token): i for token, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[secret.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("merges"):
+        model["merges"] = [m for m in model["merges"] if not secret.keys() & _spellings(m)]
+    if model.get("unk_token") in secret:
+        model["unk_token"] = secret[model["unk_token"]]
+    added = [{**token, "content": secret.get(token["content"], token["content"])} for token in added]
+    return {**tree, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None, "model": model}
+
+
+def without_special_tokens(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer, not looking for special tokens; only for who takes the other tokens' ids from the file."""
+    return {**tree, "added_tokens": [token for token in tree.get("added_tokens") or [] if not token.get("special")]}
+
+
+def end_of_text(tree: dict[str, Any], wanted: str | None = None) -> str | None:
+    """The token that ends a document: `wanted` if it is there, else the likeliest; None if there is none."""
+    special = special_tokens(tree)
+    if wanted is not None:
+        return wanted if wanted in special else None
+    return next((t for t in (*KNOWN_ENDS, *special) if t in special), None)
+
+
+def _pre_tokenizer(split_pattern: SplitPattern) -> dict[str, Any]:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    if split_pattern == "gpt2":
+        return {**byte_level, "use_regex": True}
+    split = {"type": "Split", "pattern": {"Regex": GPT4_PATTERN}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
+
+
+def _are_ids(vocab: Any) -> bool:
+    return isinstance(vocab, dict) and all(_is_id(i) for i in vocab.values())
+
+
+def _are_scores(vocab: Any) -> bool:
+    return isinstance(vocab, list) and all(
+        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], int | float)
+        for entry in vocab
+    )
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_added(token: Any) -> bool:
+    return isinstance(token, dict) and isinstance(token.get("content"), str) and _is_id(token.get("id"))
+
+
+def _is_merge(merge: Any) -> bool:
+    """`"a b"`, or `["a", "b"]` in newer files."""
+    pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(token, str) for token in pair)
+
+
+def _spellings(merge: str | list[str]) -> set[str]:
+    """The two tokens of a merge, and the one it makes."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return {left, right, left + right}

@@ -1,0 +1,166 @@
+"""A devcluster as a whole: up, down, what is running, and the accidents that befall it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.devcluster import services
+from pipeline.devcluster.files import CGROUPS, free_letter, has_cgroup_v1, write_clients, write_files
+from pipeline.devcluster.hosts import kill_host, pid_of, run_on, start_host
+from pipeline.devcluster.settings import LOGIN, Settings, exists, load
+from pipeline.errors import PipelineError, UsageError
+
+INSTALL_SCRIPT = Path(__file__).with_name("install.sh")
+_PROGRAMS = (
+    "slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-install-db", "sbatch", "sacctmgr", "ip",
+    "nsenter", "unshare", "setsid",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HostState:
+    """One host in `status`: its name, address, and what Slurm thinks of it (`login` for the login host)."""
+
+    host: str
+    address: str
+    up: bool
+    slurm: str
+
+
+def up(state: Path, node_count: int) -> Settings:
+    """Starts a cluster, or finds the one that runs in this folder already.
+
+    Raises:
+        PipelineError: Something is missing here, or a part did not start; what had started is taken down.
+    """
+    _check_machine()
+    if exists(state):
+        settings = load(state)
+        if pid_of(settings, LOGIN) is not None:
+            if settings.node_count != node_count:
+                raise UsageError(f"{state}: a cluster of {settings.node_count} nodes runs here; take it down first")
+            return settings
+        down(state)  # what a reboot left of one
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{state}: cannot be made ({error.strerror}); choose another --state") from error
+    if any(state.iterdir()):
+        raise UsageError(f"{state}: holds other files; choose an empty or new folder for --state")
+    with _one_at_a_time():
+        settings = Settings(state, node_count, free_letter(), has_cgroup_v1())
+        settings.save()
+        try:
+            _start(settings)
+        except BaseException:
+            down(state)
+            raise
+    return settings
+
+
+def down(state: Path) -> None:
+    """Ends everything and removes every trace; jobs that run are lost.
+
+    Raises:
+        PipelineError: There is no cluster in this folder.
+    """
+    settings = load(state)
+    for host in reversed(settings.hosts):
+        kill_host(settings, host)
+    shutil.rmtree(state)
+
+
+def status(settings: Settings) -> list[HostState]:
+    """The hosts, and what Slurm thinks of each.
+
+    Raises:
+        PipelineError: The login host is down, or the controller does not answer.
+    """
+    listed = run_on(settings, LOGIN, ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T"])
+    if listed.returncode != 0:
+        raise PipelineError(f"slurmctld does not answer: {listed.stderr.strip()}")
+    states = {LOGIN: "login", **dict(line.split() for line in listed.stdout.splitlines())}
+    return [
+        HostState(host, settings.address(host), pid_of(settings, host) is not None, states.get(host, "unknown"))
+        for host in settings.hosts
+    ]
+
+
+def kill_node(settings: Settings, node: str) -> None:
+    """Cuts a node's power.
+
+    Raises:
+        UsageError: It is down already.
+    """
+    if pid_of(settings, node) is None:
+        raise UsageError(f"{node} is down already; `pipeline devcluster start-node {node}` brings it back")
+    kill_host(settings, node)
+
+
+def start_node(settings: Settings, node: str) -> None:
+    """Brings a node back, and waits until jobs can run on it.
+
+    Raises:
+        UsageError: It is up already.
+    """
+    if pid_of(settings, node) is not None:
+        raise UsageError(f"{node} is up already")
+    old = services.registrations(settings)
+    start_host(settings, node)
+    services.start_slurmd(settings, node)
+    services.wait_for_nodes(settings, [node], old)
+
+
+def restart_controller(settings: Settings) -> None:
+    """Ends slurmctld, starts it again, and waits until the nodes are known to it; jobs that run go on."""
+    services.stop_controller(settings)
+    services.start_controller(settings)
+    services.wait_for_nodes(settings, [node for node in settings.nodes if pid_of(settings, node) is not None])
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Holds off other clusters that start on this machine: a letter is free until the first slurmd has used it."""
+    folder = os.open(CGROUPS, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _start(settings: Settings) -> None:
+    write_files(settings)
+    start_host(settings, LOGIN)
+    login = pid_of(settings, LOGIN)
+    assert login is not None
+    write_clients(settings, login)
+    with ThreadPoolExecutor() as pool:
+        database = pool.submit(services.start_database, settings)
+        services.start_munge(settings)
+        for node in settings.nodes:
+            start_host(settings, node)
+        database.result()
+    services.start_accounting(settings)
+    # Slurm's daemons wait for each other.
+    for node in settings.nodes:
+        services.start_slurmd(settings, node)
+    services.start_controller(settings)
+    services.wait_for_nodes(settings, settings.nodes)
+
+
+def _check_machine() -> None:
+    if os.geteuid() != 0:
+        raise UsageError("a devcluster needs root: namespaces, mounts and daemons")
+    missing = [name for name in _PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    if missing:
+        raise PipelineError(
+            f"{', '.join(missing)}: not installed here; `bash {INSTALL_SCRIPT}` installs Debian's packages"
+        )

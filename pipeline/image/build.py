@@ -1,0 +1,216 @@
+"""`pipeline image build`: from a checkout to an image and its record, both visible only when whole."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+import pipeline
+from pipeline.errors import UsageError
+from pipeline.files import sha256_bytes
+from pipeline.image.apptainer import apptainer_version, build, read_inside
+from pipeline.image.base import Base, read_base
+from pipeline.image.record import IMAGE_HOME, record_file, write_record
+from pipeline.image.wheels import PROJECT_PARTS, lock_digest, locks_of, project_wheel, wheelhouse
+from pipeline.run.provenance import git_state, untracked
+
+CONTAINERS = "containers"
+
+_DIRTY = "-dirty"
+# Debian with a compiler, and the compiled forms of what the wheels bring.
+_BASE_BYTES, _COMPILED_BYTES = 0.6e9, 0.3e9
+
+
+def checkout() -> Path:
+    """The checkout that this code is in.
+
+    Raises:
+        UsageError: The code is installed; an image is built from a checkout.
+    """
+    root = Path(pipeline.__file__).parents[1]
+    if (root / "Apptainer.def").is_file():
+        return root
+    raise UsageError(f"an image is built from a checkout of the project, and {root} is none; clone it and run it there")
+
+
+def commit_of(root: Path) -> str:
+    """The commit of a checkout, marked where what goes into an image differs from it; `unknown` without git."""
+    state = git_state(root)
+    if state["commit"] is None:
+        return "unknown"
+    dirty = state["dirty"] or untracked(root, PROJECT_PARTS)
+    return f"{state['commit']}{_DIRTY if dirty else ''}"
+
+
+def build_image(base_name: str, sandbox: bool) -> Path:
+    """Builds an image of this checkout into `build/images`, tests it, and records what it was built from.
+
+    Args:
+        base_name: One of `containers/*.args`, or the path of another argument file.
+        sandbox: A folder in place of a SIF file.
+
+    Raises:
+        UsageError: The base is not usable, or a program is missing.
+        PipelineError: Wheels cannot be fetched, or the build or the image's own test failed.
+    """
+    root = checkout()
+    base = read_base(base_name, root)
+    version = apptainer_version()
+    with _Steps() as steps:
+        image = _build(root, base, sandbox, version, steps)
+        steps.say("done")
+    return image
+
+
+def _build(root: Path, base: Base, sandbox: bool, apptainer: str, steps: _Steps) -> Path:
+    commit = commit_of(root)
+    if commit.endswith(_DIRTY):
+        steps.say(f"files differ from the commit, and the image is recorded as {commit}; commit them for one to keep")
+    images = _folder(root / "build" / "images")
+    locks = locks_of(base.accelerator, root / CONTAINERS)
+    wheels = wheelhouse(base.accelerator, locks, root / "build" / "wheels", steps.say)
+    _refuse_little_room(wheels, images if sandbox else _temporary_folder())
+    image = images / f"pipeline-{base.name}{'' if sandbox else '.sif'}"
+    temp = images / f".{image.name}.{secrets.token_hex(4)}"
+    log = images / f"{image.name}.log"
+    arguments = {
+        **base.arguments,
+        "VERSION": pipeline.__version__,
+        "COMMIT": commit,
+        "LOCK": lock_digest(locks),
+    }
+    try:
+        with _context(root, wheels, locks, steps) as context:
+            steps.say(f"apptainer builds {image.name}; its own words are in {log}")
+            bind = f"{context}:/mnt:ro"
+            build(root / "Apptainer.def", temp, arguments, bind, log, sandbox=sandbox, say=steps.say)
+        steps.say("computing the checksum")
+        _publish(temp, image, {**_record(base, temp, arguments), "apptainer": apptainer})
+    finally:
+        _remove(temp)
+    return image
+
+
+def _folder(images: Path) -> Path:
+    """Makes the folder of the images.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    try:
+        images.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=images.parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{images}: cannot be written ({error.strerror}); build from a clone in a folder of your own"
+        ) from error
+    return images
+
+
+def _record(base: Base, image: Path, arguments: dict[str, str]) -> dict[str, Any]:
+    """What the image was built from, as plain JSON values."""
+    python, system = (read_inside(image, IMAGE_HOME / f"{kind}-packages.txt") for kind in ("python", "system"))
+    return {
+        "base": {
+            "bootstrap": base.arguments["BOOTSTRAP"],
+            "name": base.arguments["FROM"],
+            "digest": base.digest or f"sha256:{sha256_bytes(system.encode())}",
+        },
+        "accelerator": base.accelerator,
+        "version": arguments["VERSION"],
+        "commit": arguments["COMMIT"],
+        "lock_sha256": arguments["LOCK"],
+        "architecture": platform.machine(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python_packages": python.split(),
+        "system_packages": system.split(),
+    }
+
+
+class _Steps:
+    """What a person sees on stderr: a line a step, with the seconds since the start, and on a terminal a clock."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._clock = Progress(
+            SpinnerColumn(), TimeElapsedColumn(), console=self._console, transient=True,
+            disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._began = time.monotonic()
+
+    def __enter__(self) -> _Steps:
+        self._clock.add_task("")
+        self._clock.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._clock.stop()
+
+    def say(self, what: str) -> None:
+        self._console.print(f"[{time.monotonic() - self._began:4.0f} s] {what}", markup=False)
+
+
+@contextmanager
+def _context(root: Path, wheels: Path, locks: list[Path], steps: _Steps) -> Iterator[Path]:
+    """The folder that the build sees as /mnt: links to the wheels, the project's own wheel, the locks."""
+    with tempfile.TemporaryDirectory(dir=root / "build", prefix=".context.") as temp:
+        context = Path(temp)
+        (context / "wheels").mkdir()
+        for wheel in wheels.iterdir():
+            (context / "wheels" / wheel.name).hardlink_to(wheel)
+        steps.say("making the project's wheel")
+        project_wheel(root, context / "project", wheels)
+        for lock in locks:
+            shutil.copy(lock, context)
+        yield context
+
+
+def _temporary_folder() -> Path:
+    """Where Apptainer unpacks what it makes a SIF file of."""
+    return Path(os.environ.get("APPTAINER_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
+
+
+def _refuse_little_room(wheels: Path, folder: Path) -> None:
+    """On a full disk debootstrap would say that packages cannot be downloaded."""
+    needed = _BASE_BYTES + _COMPILED_BYTES
+    for wheel in wheels.iterdir():
+        with zipfile.ZipFile(wheel) as packed:
+            needed += sum(member.file_size for member in packed.infolist())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UsageError(
+            f"{folder}: {free / 1e9:.1f} GB are free, and unpacked the image takes {needed / 1e9:.1f} GB there; make "
+            "room, or export APPTAINER_TMPDIR=DIR on a larger disk"
+        )
+
+
+def _publish(temp: Path, image: Path, record: dict[str, Any]) -> None:
+    """Puts image and record in their places; a record never stands beside an image that it is not about."""
+    record_file(image).unlink(missing_ok=True)
+    if image.is_dir():
+        old = image.with_name(f".{image.name}.{secrets.token_hex(4)}.old")
+        image.rename(old)
+        _remove(old)
+    temp.rename(image)
+    write_record(image, record)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

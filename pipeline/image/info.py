@@ -1,0 +1,63 @@
+"""`pipeline image info`: what an image was built from, and whether it still is what was built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError, UsageError
+from pipeline.image.apptainer import labels
+from pipeline.image.build import CONTAINERS, checkout, commit_of
+from pipeline.image.record import PACKAGE_LISTS, digest, read_record
+from pipeline.image.wheels import lock_digest, locks_of
+
+_BASE = ("base.name", "base.bootstrap", "base.digest")
+_SHOWN = ("accelerator", "architecture", "version", "commit", "lock_sha256", "date", "apptainer", "size_mb", "sha256")
+_LABELS = {"org.opencontainers.image.revision": "commit", "pipeline.lock.sha256": "lock_sha256"}
+
+
+def print_info(image: Path) -> None:
+    """Prints the record of an image and how it differs from this checkout.
+
+    Raises:
+        UsageError: There is no image at this place.
+        PipelineError: It has no record, or is not what its record says.
+    """
+    if not image.exists():
+        raise UsageError(f"{image}: does not exist; `pipeline image build` makes one")
+    record = read_record(image, (*_BASE, *_SHOWN, *PACKAGE_LISTS))
+    base = record["base"]
+    print(f"{'base':<13} {base['name']} by {base['bootstrap']}, {base['digest']}")
+    for key in _SHOWN:
+        print(f"{key:<13} {record[key]}")
+    print(
+        f"{'packages':<13} {len(record['python_packages'])} of Python, {len(record['system_packages'])} of the system"
+    )
+    for line in _differences_from_checkout(record):
+        print(line)
+    problems = _contradictions(image, record)
+    if problems:
+        raise PipelineError("\n  ".join([f"{image}: is not what its record says:", *problems]))
+    print("the image is what its record says")
+
+
+def _differences_from_checkout(record: dict[str, Any]) -> list[str]:
+    try:
+        root = checkout()
+    except UsageError:  # installed without one: there is nothing to compare with
+        return []
+    locks = locks_of(record["accelerator"], root / CONTAINERS)
+    here = {"commit": commit_of(root), "lock_sha256": lock_digest(locks)}
+    return [f"{key} of this checkout is another: {value}" for key, value in here.items() if record[key] != value]
+
+
+def _contradictions(image: Path, record: dict[str, Any]) -> list[str]:
+    problems = []
+    found = digest(image)
+    if found != record["sha256"]:
+        problems.append(f"its sha256 is {found}: it was changed, signed or damaged after it was built")
+    said = labels(image)
+    for label, key in _LABELS.items():
+        if said.get(label) != record[key]:
+            problems.append(f"its label {label} is {said.get(label)}: the record is another image's")
+    return problems

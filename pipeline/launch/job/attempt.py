@@ -1,0 +1,285 @@
+"""Once an attempt, in the batch script: what happened to the one before, and what comes after this one.
+
+    python -m pipeline.launch.job.attempt begin WORK     prints shell lines for the tasks; status 1: do not start
+    python -m pipeline.launch.job.attempt end WORK RC    requeues or not; its status is the job's
+
+It runs on the first node, outside the image, where Slurm's commands are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.checkpoint.layout import published, step_of
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, PipelineError
+from pipeline.launch.job.spec import Attempt, this_attempt
+from pipeline.launch.slurm import client as slurm
+from pipeline.launch.slurm import job_records
+from pipeline.run import journal
+from pipeline.run.world import DEADLINE_VARIABLE
+
+# Slurm ends the batch script when it has requeued the job; ending earlier would look like the job's own end.
+_KILLED_WITHIN_S = 120.0
+_REQUEUE_TRIES, _REQUEUE_WAIT_S = 30, 5.0
+# The signal before the limit comes at most a quarter of a short limit early.
+_LIMIT_IS_NEAR = 0.25
+# What srun returns when it has ended ranks that could not even listen yet.
+_ENDED_BY_SIGNAL = frozenset({128 + signal.SIGTERM, 128 + signal.SIGUSR2})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an attempt ended.
+
+    Attributes:
+        outcome: `done`, `stopped` on request with everything saved, or `failed`.
+        reason: In words; empty for `done`.
+        status: Exit status of the job, if it is not requeued.
+    """
+
+    outcome: Literal["done", "stopped", "failed"]
+    reason: str
+    status: int
+
+
+def begin(attempt: Attempt) -> str | None:
+    """Notes that an attempt begins and what became of the one before.
+
+    Returns:
+        Shell lines for the batch script; None if the job was restarted too often.
+    """
+    earlier = _killed_before(attempt)
+    if earlier is not None:
+        lost = slurm.lost_nodes(slurm.hostnames(earlier["nodes"]))
+        if lost:
+            _event(attempt, "node_lost", nodes=lost)
+    with _room_or_not():
+        job_records.note(attempt.run, "began", **attempt.about(), nodes=attempt.nodes)
+    limit = attempt.site.requeue.max_restarts
+    if attempt.number > limit:
+        _give_up(attempt, f"the job was restarted {attempt.number} times; requeue.max_restarts of the site is {limit}")
+        return None
+    ends = slurm.end_time(attempt.raw_job)
+    return "" if ends is None else f"export {DEADLINE_VARIABLE}={math.floor(ends)}\n"
+
+
+def end(attempt: Attempt, code: int) -> int:
+    """Decides what follows an attempt whose tasks ended with this status; returns the job's.
+
+    Where the job is requeued this does not return: Slurm ends the batch script.
+    """
+    verdict = judge(attempt, code)
+    nodes = [] if verdict.outcome == "done" else slurm.hostnames(attempt.nodes)
+    lost = slurm.lost_nodes(nodes)
+    # A lost node is nobody's failure, and neither is a stop, unless it is always the time limit that comes first.
+    failed = verdict.outcome == "failed" or (verdict.outcome == "stopped" and _limit_is_near(attempt))
+    counts = failed and not lost
+    before = _failures_without_progress(attempt)
+    with _room_or_not():
+        job_records.note(
+            attempt.run, "ended", **attempt.about(), outcome=verdict.outcome, reason=verdict.reason, code=code,
+            progress=progress(attempt), lost=lost, counts=counts,
+        )  # fmt: skip
+    if verdict.outcome == "done":
+        return EXIT_OK
+    why_not = _reason_to_give_up(attempt, verdict, before + 1 if counts else 0)
+    if why_not is not None:
+        _give_up(attempt, why_not)
+        return verdict.status
+    if lost:
+        _event(attempt, "node_lost", nodes=lost)
+    _event(attempt, "requeued", reason=verdict.reason)
+    _requeue(attempt, nodes, sorted({*lost, *_lost_before(attempt), *_named_by_preflight(attempt)}))
+    return verdict.status
+
+
+def judge(attempt: Attempt, code: int) -> Verdict:
+    """How this attempt ended.
+
+    srun's status alone does not tell: when the first rank ends, it kills the others and returns the highest status.
+    What training itself recorded comes first, then ranks that ended without having been asked to.
+    """
+    events = _events(attempt) if attempt.stage == "train" else []
+    words = {e["event"]: e for e in events}
+    if code == EXIT_OK or "finished" in words:
+        return Verdict("done", "", EXIT_OK)
+    if "preempted" in words:
+        return Verdict("stopped", str(words["preempted"].get("reason") or "asked to stop"), EXIT_STOPPED)
+    culprits = [n for n in _own_notes(attempt) if n["event"] == "rank_failed"]
+    said = str(words["failed"]["error"]) if "failed" in words else _bad_nodes_in_words(words.get("bad_node"))
+    if culprits:
+        first = culprits[0]
+        return Verdict("failed", said or _rank_in_words(first), int(first["status"]))
+    if said:
+        return Verdict("failed", said, EXIT_FAILED)
+    stopped = any(n["event"] == "rank_stopped" for n in _own_notes(attempt))
+    if code == EXIT_STOPPED or (stopped and code in _ENDED_BY_SIGNAL):
+        return Verdict("stopped", "asked to stop", EXIT_STOPPED)
+    return Verdict("failed", f"srun ended with status {code}; see the job's _log.err in {attempt.run.launch}", code)
+
+
+def progress(attempt: Attempt) -> int:
+    """What no failure takes away again: the step of the newest checkpoint, or the number of finished slices."""
+    run = attempt.run
+    if attempt.stage == "train":
+        return max((step_of(path) or 0 for path in published(run.checkpoints)), default=0)
+    if attempt.stage == "prepare":
+        return len(list((Path(run.config().data.path) / "slices").glob("[0-9]*")))
+    return 0
+
+
+def _reason_to_give_up(attempt: Attempt, verdict: Verdict, failures: int) -> str | None:
+    policy = attempt.site.requeue
+    if attempt.number >= policy.max_restarts:
+        return f"{verdict.reason}; the job was restarted {attempt.number} times, as often as the site allows"
+    if verdict.status == EXIT_USAGE:
+        return f"{verdict.reason}; trying again would not help"
+    if failures < policy.same_step_failures:
+        return None
+    where = f" at step {progress(attempt)}" if attempt.stage == "train" else ""
+    if verdict.outcome == "stopped":
+        return f"reached its time limit {failures} times{where} without progress; raise time_limit_min in the site file"
+    return f"failed {failures} times{where} without progress: {verdict.reason}"
+
+
+def _failures_without_progress(attempt: Attempt) -> int:
+    """Earlier attempts of this job that count, since it last got further."""
+    ended = [
+        n for n in job_records.notes(attempt.run, attempt.stage) if n["event"] == "ended" and n["job"] == attempt.job
+    ]
+    now = progress(attempt)
+    return sum(1 for n in ended if n.get("counts") and n["progress"] == now and n["attempt"] != attempt.number)
+
+
+def _limit_is_near(attempt: Attempt) -> bool:
+    """Whether it must have been the time limit that stopped this attempt, and not preemption."""
+    deadline = float(os.environ.get(DEADLINE_VARIABLE, math.inf))
+    began = max((n["time"] for n in _own_notes(attempt) if n["event"] == "began"), default=-math.inf)
+    return deadline - time.time() <= _LIMIT_IS_NEAR * (deadline - began) < math.inf
+
+
+def _killed_before(attempt: Attempt) -> dict[str, Any] | None:
+    """The attempt before this one, if it ended without a word: its node died, or Slurm killed it."""
+    before = [n for n in job_records.notes(attempt.run, attempt.stage) if n["job"] == attempt.job]
+    began = [n for n in before if n["event"] == "began"]
+    if not began or any(n["event"] == "ended" and n["attempt"] == began[-1]["attempt"] for n in before):
+        return None
+    return began[-1]
+
+
+def _own_notes(attempt: Attempt) -> list[dict[str, Any]]:
+    notes = job_records.notes(attempt.run, attempt.stage)
+    return [n for n in notes if n["job"] == attempt.job and n["attempt"] == attempt.number]
+
+
+def _events(attempt: Attempt) -> list[dict[str, Any]]:
+    """What training recorded since this attempt began."""
+    began = max((n["time"] for n in _own_notes(attempt) if n["event"] == "began"), default=0.0)
+    return [e.record for e in journal.read(attempt.run.events_file) if float(e.record.get("time", 0)) >= began]
+
+
+def _lost_before(attempt: Attempt) -> list[str]:
+    """Nodes that this job lost in earlier attempts. Slurm put it back then and there, before anybody could say so."""
+    events = (line.record for line in journal.read(attempt.run.events_file))
+    return [str(n) for e in events if e["event"] == "node_lost" and e["job"] == attempt.job for n in e["nodes"]]
+
+
+def _named_by_preflight(attempt: Attempt) -> list[str]:
+    return [str(node) for e in _events(attempt) if e["event"] == "bad_node" for node in e["nodes"]]
+
+
+def _requeue(attempt: Attempt, nodes: list[str], exclude: list[str]) -> None:
+    """Puts the job back into the queue and waits to be killed; gives the controller time to come back."""
+    # Slurm ends the batch script as soon as the job is requeued; what is left to do takes less than KillWait.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for _ in range(_REQUEUE_TRIES):
+        try:
+            slurm.call("scontrol", "requeue", attempt.raw_job)
+            break
+        except slurm.SlurmError as error:
+            print(f"pipeline: {error}; trying again", file=sys.stderr, flush=True)
+            time.sleep(_REQUEUE_WAIT_S)
+    else:
+        _give_up(attempt, "the job could not be requeued; submit it again, it goes on where it was")
+        return
+    if exclude and attempt.site.requeue.exclude_lost_nodes:
+        _exclude(attempt, nodes, exclude)
+    time.sleep(_KILLED_WITHIN_S)
+
+
+def _exclude(attempt: Attempt, nodes: list[str], bad: list[str]) -> None:
+    """Keeps the waiting job from bad nodes, if enough others like its own are left.
+
+    Slurm changes this for waiting jobs only.
+    """
+    job = slurm.show(attempt.raw_job) or {}
+    before = job.get("ExcNodeList", "(null)")
+    excluded = {*bad, *(slurm.hostnames(before) if before != "(null)" else [])}
+    left = slurm.usable_nodes(job.get("Partition", ""), like=nodes) - excluded
+    needed = int(job.get("NumNodes", "1").partition("-")[0])
+    if len(left) < needed:
+        print(f"pipeline: {', '.join(bad)} not excluded: only {len(left)} other such nodes are left", file=sys.stderr)
+        return
+    try:
+        slurm.call("scontrol", "update", f"JobId={attempt.raw_job}", f"ExcNodeList={','.join(sorted(excluded))}")
+    except slurm.SlurmError as error:
+        print(f"pipeline: {', '.join(bad)} could not be excluded: {error}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _room_or_not() -> Iterator[None]:
+    """What cannot be written down on a full disk must not cost the attempt, nor the requeue after it."""
+    try:
+        yield
+    except OSError as error:
+        print(f"pipeline: {error}; what became of this attempt is not recorded", file=sys.stderr, flush=True)
+
+
+def _event(attempt: Attempt, event: str, **fields: Any) -> None:
+    with _room_or_not():
+        journal.append_event(attempt.run.events_file, event, job=attempt.job, **fields)
+
+
+def _give_up(attempt: Attempt, why: str) -> None:
+    _event(attempt, "gave_up", stage=attempt.stage, reason=why)
+    print(f"pipeline: error: {attempt.stage}: {why}", file=sys.stderr, flush=True)
+
+
+def _bad_nodes_in_words(event: dict[str, Any] | None) -> str:
+    """What preflight found, which ends before training could record anything; empty if nothing."""
+    return f"bad node {', '.join(event['nodes'])}: {'; '.join(event['problems'])}" if event else ""
+
+
+def _rank_in_words(note: dict[str, Any]) -> str:
+    status = int(note["status"])
+    how = f"was killed by signal {status - 128}" if status > 128 else f"ended with status {status}"
+    return f"rank {note['rank']} on {note['host']} {how}"
+
+
+def main(arguments: list[str]) -> int:
+    """The two verbs of the batch script."""
+    try:
+        attempt = this_attempt(arguments[1])
+        if arguments[0] == "end":
+            return end(attempt, int(arguments[2]))
+        lines = begin(attempt)
+    except PipelineError as error:
+        print(f"pipeline: error: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    if lines is None:
+        return EXIT_FAILED
+    print(lines, end="")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

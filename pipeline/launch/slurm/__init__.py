@@ -1,0 +1,1 @@
+"""Asking Slurm, and what the launcher remembers of its jobs. No decision is made here."""

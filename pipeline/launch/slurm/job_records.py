@@ -1,0 +1,84 @@
+"""What the launcher remembers of a run: its jobs, and what became of every attempt.
+
+`launch/jobs.json` is written where jobs are submitted; `launch/attempts.jsonl` is appended to inside them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pipeline.files import read_json, write_json
+from pipeline.run import journal
+from pipeline.run.folder import Run
+
+Stage = Literal["prepare", "train", "evaluate"]
+STAGES: tuple[Stage, ...] = ("prepare", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that was submitted for a run.
+
+    Attributes:
+        id: `12`; `12_3` where the run is one task of a sweep's array.
+        stage: What it does.
+        tasks: Tasks of the array, for a job that is one; else 1.
+        submitted: When, Unix seconds.
+        site: Name of the site.
+        accounting: Whether sacct knows it.
+        shared: Whether it works for other runs of a sweep too.
+        name: Its name in the queue; empty for one that was recorded before names were.
+    """
+
+    id: str
+    stage: Stage
+    tasks: int
+    submitted: float
+    site: str
+    accounting: bool
+    shared: bool = False
+    name: str = ""
+
+    def is_named(self, name: str) -> bool:
+        """Whether this is the job that Slurm calls by this name.
+
+        The id alone does not tell: ids begin anew with a new cluster, and two clusters may share a file system.
+        """
+        return self.name in ("", name)
+
+
+def jobs(run: Run) -> list[Job]:
+    """Every job of a run, oldest first."""
+    return [Job(**entry) for entry in read_json(run.jobs_file)["jobs"]] if run.jobs_file.exists() else []
+
+
+def add_jobs(run: Run, new: list[Job]) -> None:
+    """Remembers jobs that were just submitted."""
+    write_json(run.jobs_file, {"jobs": [asdict(job) for job in [*jobs(run), *new]]})
+
+
+def forget_jobs(run: Run, ids: set[str]) -> None:
+    """Strikes out jobs that were taken back before they began."""
+    known = jobs(run)
+    kept = [job for job in known if job.id not in ids]
+    if kept != known:  # on a full disk, nothing can be written that need not be
+        write_json(run.jobs_file, {"jobs": [asdict(job) for job in kept]})
+
+
+def last_chain(run: Run) -> list[Job]:
+    """The newest job of each stage of the last submission, in the order of the stages."""
+    found = jobs(run)
+    newest = max((job.submitted for job in found), default=0.0)
+    return [job for job in found if job.submitted == newest]
+
+
+def note(run: Run, event: Literal["began", "ended", "rank_failed", "rank_stopped"], **fields: Any) -> None:
+    """Appends what happened to an attempt."""
+    run.attempts_file.parent.mkdir(parents=True, exist_ok=True)
+    journal.append_event(run.attempts_file, event, **fields)
+
+
+def notes(run: Run, stage: Stage) -> list[dict[str, Any]]:
+    """What happened to the attempts of a stage, in order."""
+    return [line.record for line in journal.read(run.attempts_file) if line.record.get("stage") == stage]

@@ -1,0 +1,101 @@
+"""What is refused before anything is queued: runs that are in the queue, images and paths that no job could use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config.sections import Config
+from pipeline.errors import UsageError
+from pipeline.launch.container.binds import check_visible
+from pipeline.launch.container.image import check_image, image_identity, image_path
+from pipeline.launch.site import Site
+from pipeline.launch.slurm import client as slurm
+from pipeline.launch.slurm import job_records
+from pipeline.run.folder import Run, run_for
+from pipeline.run.provenance import refuse_other_image
+
+
+def refuse_percent(home: Run) -> None:
+    """Refuses a folder for the files of the jobs that Slurm would not take by its name.
+
+    Raises:
+        UsageError: It has a % in it.
+    """
+    folder = home.launch.absolute()
+    if "%" in str(folder):
+        # Both Slurm and submitit fill it in, each in its own way, and submitit only when the job is in the queue.
+        raise UsageError(
+            f"runs_dir: {folder} has a % in its name, which Slurm takes for a variable (%j, the job's id); "
+            "choose another runs_dir, or rename the folder"
+        )
+
+
+def refuse_active(runs: list[Run], home: Run) -> None:
+    """Refuses what is in the queue already: two jobs would train one run, or read each other's work.
+
+    Args:
+        runs: What is to be submitted.
+        home: Where the files of the jobs are; it remembers the jobs of a sweep, whose run folders may be gone.
+
+    Raises:
+        UsageError: A job of theirs waits or runs.
+        SlurmError: Slurm does not answer.
+    """
+    known = [(folder, job) for folder in (*runs, home) for job in job_records.jobs(folder)]
+    queue = slurm.names_in_queue(job.id for _, job in known)
+    for folder, job in known:
+        if not any(slurm.base(task) == slurm.base(job.id) and job.is_named(name) for task, name in queue.items()):
+            continue
+        where, out = (
+            (f"pipeline status {folder.path}", f"pipeline cancel {folder.path}")
+            if folder in runs
+            else (f"squeue --jobs {job.id}", f"scancel {job.id}")
+        )
+        raise UsageError(
+            f"{folder.path}: is in the queue already as job {job.id}; wait for it (`{where}`), "
+            f"or take it out first (`{out}`)"
+        )
+
+
+def refuse_invisible(configs: list[Config], site: Site) -> None:
+    """Refuses paths of a config that a job in its container would not see.
+
+    Raises:
+        UsageError: All of them, each with its cure.
+    """
+    problems = [
+        problem for config in _contained(configs) for problem in check_visible(config, site.container, run_for(config))
+    ]
+    if problems:
+        raise UsageError(
+            "\n  ".join(["the jobs could not see everything in their container:", *dict.fromkeys(problems)])
+        )
+
+
+def refuse_unfit_images(configs: list[Config], site: Site, allow_image_change: bool) -> None:
+    """Refuses images that cannot be used, and those that a run was not trained in; starts each image once.
+
+    Args:
+        configs: Of all runs.
+        site: The cluster; what its modules bring is judged on the nodes.
+        allow_image_change: Whether a run may go on in another image.
+
+    Raises:
+        UsageError: An image is missing, damaged, of another architecture, not ours, or not the run's.
+        PipelineError: An image cannot be read.
+    """
+    brought = bool(site.modules or site.setup)
+    by_image: dict[Path, Config] = {image_path(config): config for config in _contained(configs)}
+    problems = [
+        problem for config in by_image.values() for problem in check_image(config, site.container, brought=brought)
+    ]
+    if problems:
+        raise UsageError("\n  ".join([*problems, "nothing was submitted"]))
+    for config in _contained(configs):
+        image = image_identity(image_path(config))  # the ranks will find the sum in the cache
+        if not allow_image_change:
+            refuse_other_image(run_for(config).provenance(), {"path": str(image.path), "sha256": image.sha256})
+
+
+def _contained(configs: list[Config]) -> list[Config]:
+    return [config for config in configs if config.container.image is not None]

@@ -1,0 +1,90 @@
+"""What sbatch says when it refuses a job, as one message that names the field to change."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pipeline.errors import PipelineError, UsageError
+from pipeline.launch.slurm import client as slurm
+from pipeline.launch.slurm.job_records import Stage
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """sbatch's words, the field of the site file they are about, and the cure."""
+
+    words: str
+    field: str
+    cure: str
+
+
+# QOSMaxWallDurationPerJobLimit, AssocMaxNodePerJobLimit, QOSMinGRES ...: one job alone goes beyond them, and waiting
+# does not help.
+_LIMIT = r"\b(qos|assoc)\w*"
+_LIMITS_HERE = (
+    "limits of yours: `sacctmgr show qos format=name,maxwall,maxtres,mintres` and "
+    "`sacctmgr show associations user=$USER format=account,qos,maxwall,maxtres`"
+)
+
+# {stage} is the section of the stage. Order matters: Slurm often says a general thing after a special one.
+_RULES = (
+    _Rule("invalid partition", "{stage}.partition", "partitions here: {partitions}"),
+    _Rule("invalid account", "account", "your accounts: `sacctmgr show associations user=$USER format=account`"),
+    _Rule("invalid qos", "qos", "yours: `sacctmgr show associations user=$USER format=account,qos`"),
+    _Rule("invalid feature", "constraint", "features here: `sinfo --format '%N %f'`"),
+    _Rule("job array", "{array}", "arrays here are smaller than `scontrol show config | grep MaxArraySize` says"),
+    _Rule(_LIMIT + "wall", "{stage}.time_limit_min", _LIMITS_HERE),
+    _Rule(_LIMIT + "(gres|gpu)", "{stage}.gpus_per_node", _LIMITS_HERE),
+    _Rule(_LIMIT + "mem", "{stage}.mem_gb", _LIMITS_HERE),
+    _Rule(_LIMIT + "cpu", "{stage}.cpus_per_task", _LIMITS_HERE),
+    _Rule(_LIMIT + "node", "{stage}.nodes", _LIMITS_HERE),
+    _Rule("time limit", "{stage}.time_limit_min", "limits here: `sinfo --format '%P %l'`"),
+    _Rule("memory", "{stage}.mem_gb", "memory of the nodes here: `sinfo --format '%P %N %m'` (in MB)"),
+    _Rule("gres|gpu", "{stage}.gpus_per_node", "GPUs here: `sinfo --format '%P %N %G'` (gpu_request and gpu_type too)"),
+    _Rule(
+        "node configuration|node count|processors|cpu count|partitionnodelimit|nodes? required",
+        "{stage}.nodes" + ", tasks_per_node, cpus_per_task, gpus_per_node",
+        "nodes, cores and GPUs here: `sinfo --format '%P %D %c %G'`",
+    ),
+    _Rule("dependency", "the chain", "a job it waits for is gone; submit again"),
+)
+_TOO_MANY = r"submit\w*limit|max(imum)? (number of )?jobs"
+# Slurm says this after each limit, whichever it was; the words would be found by the rules.
+_POLICY = re.compile(r"job violates accounting/qos policy.*", re.IGNORECASE)
+
+
+def refused(words: str, stage: Stage, site_file: str) -> PipelineError:
+    """The error for what sbatch wrote on stderr; exit status 2 where the request is to be changed, else 1."""
+    said = "; ".join(re.sub(r"^sbatch: (error: )?", "", line) for line in words.splitlines() if line.strip())
+    said = said.replace("Batch job submission failed: ", "")
+    if re.search("unable to contact|connection refused|connect failure|timed out", words, re.IGNORECASE):
+        return PipelineError(
+            f"Slurm's controller does not answer ({said}); nothing was submitted. "
+            "Look with `scontrol ping` and submit again when it is back"
+        )
+    special = _POLICY.sub("", words)
+    if re.search(_TOO_MANY, special, re.IGNORECASE):
+        return PipelineError(
+            f"{stage}: Slurm refuses more jobs of yours ({said}); nothing was submitted. "
+            "Wait until some have ended (`squeue --me`), or ask for a higher limit"
+        )
+    for rule in _RULES:
+        if re.search(rule.words, special, re.IGNORECASE):
+            field = rule.field.format(stage=stage, array="prepare.slices" if stage == "prepare" else "--sweep")
+            where = field if field.startswith("--") else f"{site_file}: {field}"
+            cure = rule.cure.replace("{partitions}", _partitions())
+            return UsageError(f"{where}: Slurm refuses it ({said}); {cure}. Nothing was submitted")
+    if special != words:
+        return PipelineError(
+            f"{stage}: a limit of your account or QOS is met ({said}); nothing was submitted. Wait until jobs of yours "
+            f"have ended (`squeue --me`), or ask for less in {site_file}; {_LIMITS_HERE}"
+        )
+    return PipelineError(f"{stage}: sbatch failed ({said or 'without a word'}); nothing was submitted")
+
+
+def _partitions() -> str:
+    try:
+        return ", ".join(slurm.call("sinfo", "--noheader", "--format", "%R").split())
+    except slurm.SlurmError:
+        return "`sinfo --format %R`"

@@ -1,0 +1,80 @@
+"""How long before the time limit a job must be told to stop, by the step and save times the run has measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipeline.errors import UsageError
+from pipeline.launch.site import Site
+from pipeline.run import journal
+from pipeline.run.folder import Run
+
+_UNMEASURED_S = 120
+_LEAST_S = 30
+# What ending takes besides the step and the save: agreeing, closing files, MLflow's last points, srun.
+_ENDING_S = 15.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What earlier attempts of a run took, in seconds.
+
+    Attributes:
+        step_s: A step.
+        save_s: The longest save, from its beginning until it was durable.
+        startup_s: From the beginning of the process to its first step.
+    """
+
+    step_s: float
+    save_s: float
+    startup_s: float
+
+
+def measured(run: Run) -> Measured | None:
+    """What the run has measured; None before its first logged step and first save."""
+    if not run.path.is_dir():
+        return None
+    steps = [
+        float(line.record["time/step_s"]) for line in journal.read(run.metrics_file) if "time/step_s" in line.record
+    ]
+    events = [line.record for line in journal.read(run.events_file)]
+    saves = [float(e["seconds"]) for e in events if e.get("event") == "checkpointed" and "seconds" in e]
+    if not steps or not saves:
+        return None
+    startup, began = 0.0, None
+    for event in events:
+        if event.get("event") == "attempt":
+            began = float(event["began"])
+        elif event.get("event") in ("started", "resumed") and began is not None:
+            startup, began = max(startup, float(event["time"]) - began), None
+    return Measured(max(steps[-20:]), max(saves), startup)
+
+
+def lead_s(run: Run, site: Site) -> int:
+    """Seconds before the time limit of training at which Slurm is to send the signal.
+
+    Raises:
+        UsageError: The limit leaves no time to train.
+    """
+    limit = site.train.time_limit_min * 60
+    known = measured(run)
+    if known is not None:
+        needed = max(_LEAST_S, math.ceil(2 * known.step_s + 1.5 * known.save_s + _ENDING_S))
+    else:
+        needed = max(10, min(_UNMEASURED_S, limit // 4))
+    if site.signal_before_end_s is not None:
+        if known is not None and site.signal_before_end_s < known.step_s + known.save_s:
+            raise UsageError(
+                f"site {site.name}: signal_before_end_s: given {site.signal_before_end_s}, but a step and a save of "
+                f"{run.path} took {known.step_s:.0f} + {known.save_s:.0f} s; allowed: {needed} or more, or nothing"
+            )
+        needed = site.signal_before_end_s
+    startup = known.startup_s if known is not None else 0.0
+    if needed + startup >= limit:
+        raise UsageError(
+            f"site {site.name}: train.time_limit_min: given {site.train.time_limit_min}, which leaves no time to "
+            f"train: start-up takes {startup:.0f} s, and the signal to save comes {needed} s before the end; "
+            f"allowed: {math.ceil((needed + startup) / 60) + 1} or more"
+        )
+    return needed

@@ -1,0 +1,264 @@
+"""`pipeline submit`: the whole pipeline as a chain of Slurm jobs, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from pipeline.checkpoint.layout import published, step_of
+from pipeline.config.sections import Config
+from pipeline.data.fingerprint import refuse_other_settings
+from pipeline.errors import PipelineError
+from pipeline.files import read_json
+from pipeline.launch.container.binds import create_folders
+from pipeline.launch.job.batch_script import StageJob, executor, submit_tasks
+from pipeline.launch.job.rank import command_line
+from pipeline.launch.job.spec import Task, Work
+from pipeline.launch.site import Site, load_site
+from pipeline.launch.slurm import job_records
+from pipeline.launch.slurm.job_records import Job, Stage
+from pipeline.launch.submit.admission import refuse_active, refuse_invisible, refuse_percent, refuse_unfit_images
+from pipeline.launch.submit.sbatch_errors import refused
+from pipeline.launch.submit.signal_time import lead_s
+from pipeline.launch.submit.snapshot import take_snapshot
+from pipeline.launch.submit.sweep import experiments, home_of
+from pipeline.launch.submit.undo import taken_back_on_failure
+from pipeline.run import journal
+from pipeline.run.folder import Run, create_run, run_for
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a submission consists of.
+
+    Attributes:
+        configs: One a run.
+        site: The cluster.
+        site_file: As it was given, for messages.
+        jobs: In the order in which they wait for each other.
+        skipped: Stages that are done already, with the reason.
+        home: Where the files of the jobs are: the run, or a folder for the whole sweep.
+        allow_image_change: Whether a run may go on in another image than it was trained in.
+    """
+
+    configs: list[Config]
+    site: Site
+    site_file: str
+    jobs: list[StageJob]
+    skipped: dict[Stage, str]
+    home: Run
+    allow_image_change: bool
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs, in the order of the configs."""
+        return [run_for(config) for config in self.configs]
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether the jobs are arrays, of a run each."""
+        return len(self.configs) > 1
+
+
+def plan_chain(
+    config_file: str,
+    site_file: str,
+    overrides: Sequence[str],
+    sweeps: Sequence[str],
+    allow_image_change: bool = False,
+) -> Chain:
+    """Reads config and site and decides which jobs there are to be; changes nothing.
+
+    Raises:
+        ConfigError: Everything that is wrong with the config or the site file.
+        UsageError: They do not fit together.
+    """
+    site = load_site(site_file)
+    configs = experiments(config_file, overrides, sweeps, site.train.nodes * site.train.tasks_per_node)
+    home = home_of(configs)
+    refuse_percent(home)
+    refuse_invisible(configs, site)
+    commands, skipped = _stages(configs, site, ("--allow-image-change",) if allow_image_change else ())
+    jobs = [_stage_job(stage, tasks, configs, site, home) for stage, tasks in commands.items()]
+    return Chain(configs, site, site_file, jobs, skipped, home, allow_image_change)
+
+
+def submit(chain: Chain) -> list[Job]:
+    """Submits the jobs; if one of them is refused, those before it are taken back.
+
+    Raises:
+        UsageError: A run is in the queue already, its image cannot be used, or Slurm refuses what the site file asks
+            for.
+        PipelineError: Slurm or the run folder's disk does not do its part.
+    """
+    if shutil.which("sbatch") is None:
+        raise PipelineError(
+            "sbatch: not found on this machine, so nothing can be submitted from here; "
+            "`pipeline run` does the same work here, and `--dry-run` shows the jobs"
+        )
+    refuse_active(chain.runs, chain.home)
+    refuse_unfit_images(chain.configs, chain.site, chain.allow_image_change)
+    with taken_back_on_failure(chain.runs, chain.home) as submitted:
+        _make_folders(chain)
+        now = round(time.time(), 3)
+        for job in chain.jobs:
+            submitted.append(_submit_job(chain, job, submitted, now))
+        for index, run in enumerate(chain.runs):
+            own = [_of_run(job, chain, index) for job in submitted]
+            job_records.add_jobs(run, own)
+            journal.append_event(run.events_file, "submitted", jobs=[job.id for job in own], site=chain.site.name)
+        if chain.is_sweep:
+            job_records.add_jobs(chain.home, submitted)
+    return submitted
+
+
+def dry_run(chain: Chain) -> str:
+    """Every batch script, and the command each task runs inside it; nothing is written or submitted."""
+    parts = []
+    for job, dependency in zip(chain.jobs, _placeholders(chain), strict=True):
+        text = executor(job, chain.site, dependency).text(len(job.work.tasks))
+        parts.append(f"### {job.stage}: {job.name}\n{text.rstrip()}\n")
+        count = len(job.work.tasks)
+        whose = f"the first of {count} array tasks" if count > 1 else "every process"
+        lines = [f"#   {line}" for line in _inner_commands(chain, job)]
+        parts.append("\n".join([f"# {whose} starts, with the variables of its rank added:", *lines]) + "\n")
+    return "\n".join(parts)
+
+
+# ---- what is to be done --------------------------------------------------------------------------
+
+
+def _stages(
+    configs: list[Config], site: Site, train_options: tuple[str, ...]
+) -> tuple[dict[Stage, list[Task]], dict[Stage, str]]:
+    """The tasks of every stage that is not done, and why the others are left out."""
+    todo: dict[Stage, list[Task]] = {}
+    skipped: dict[Stage, str] = {}
+    manifest = Path(configs[0].data.path) / "manifest.json"
+    if manifest.is_file():
+        settings = read_json(manifest).get("settings")
+        if settings is not None:
+            refuse_other_settings(configs[0].data.path, settings, configs[0])
+        skipped["prepare"] = f"{manifest} is there"
+    else:
+        slices, run = site.prepare.slices, run_for(configs[0])
+        todo["prepare"] = [
+            Task(str(run.path), (("prepare", str(run.config_file), "--slice", f"{i}/{slices}"),))
+            for i in range(1, slices + 1)
+        ]
+    untrained = [c for c in configs if not _trained(c)]
+    if untrained:
+        todo["train"] = [
+            Task(str(run_for(c).path), (("train", str(run_for(c).config_file), *train_options),)) for c in configs
+        ]
+    else:
+        skipped["train"] = f"step {configs[0].train.max_iters} is saved"
+    if untrained or not all(_evaluated(c) for c in configs):
+        todo["evaluate"] = [
+            Task(str(run_for(c).path), (("evaluate", str(run_for(c).path)), ("report", str(run_for(c).path))))
+            for c in configs
+        ]
+    else:
+        skipped["evaluate"] = "evaluation.json and report.html are there"
+    return todo, skipped
+
+
+def _trained(config: Config) -> bool:
+    return any((step_of(path) or 0) >= config.train.max_iters for path in published(run_for(config).checkpoints))
+
+
+def _evaluated(config: Config) -> bool:
+    run = run_for(config)
+    if not run.evaluation_file.is_file() or not run.report_file.is_file():
+        return False
+    return int(read_json(run.evaluation_file)["step"]) >= config.train.max_iters
+
+
+def _stage_job(stage: Stage, tasks: list[Task], configs: list[Config], site: Site, home: Run) -> StageJob:
+    resources = {"prepare": site.prepare, "train": site.train, "evaluate": site.evaluate}[stage]
+    folder = home.launch.absolute()
+    lead = max(lead_s(run_for(c), site) for c in configs) if stage == "train" else 30
+    return StageJob(
+        name=f"{home.name}-{stage}",
+        work=Work(stage, tuple(tasks), json.loads(site.model_dump_json())),
+        work_file=folder / f"{stage}.json",
+        resources=resources,
+        parallel=site.prepare.max_parallel if stage == "prepare" else len(tasks),
+        lead_s=lead,
+        code=home.code.absolute(),
+        folder=folder,
+    )
+
+
+# ---- submitting ----------------------------------------------------------------------------------
+
+
+def _make_folders(chain: Chain) -> None:
+    for config in chain.configs:
+        run = create_run(config)
+        run.launch.mkdir(exist_ok=True)
+        run.events_file.touch()  # the first job may write to it before this process does
+        if config.container.image is not None:
+            create_folders(config, run)  # Apptainer cannot bind what is not there
+        take_snapshot(run.code)
+    chain.home.launch.mkdir(parents=True, exist_ok=True)
+    if chain.is_sweep:
+        take_snapshot(chain.home.code)
+    for job in chain.jobs:
+        job.work.save(job.work_file)
+
+
+def _submit_job(chain: Chain, job: StageJob, before: list[Job], now: float) -> Job:
+    words = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(words):  # submitit prints what it also raises
+            made = executor(job, chain.site, _dependency(chain, job, before))
+            job_id = submit_tasks(made, job)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise refused(str(error), job.stage, chain.site_file) from error
+    return Job(job_id, job.stage, len(job.work.tasks), now, chain.site.name, chain.site.accounting, name=job.name)
+
+
+def _dependency(chain: Chain, job: StageJob, before: list[Job]) -> str | None:
+    if not before:
+        return None
+    # In a sweep, the evaluation of a run waits for the training of that run only; slices are of no run.
+    kind = "aftercorr" if before[-1].stage == "train" and chain.is_sweep else "afterok"
+    return f"{kind}:{before[-1].id}"
+
+
+def _placeholders(chain: Chain) -> list[str | None]:
+    before: list[Job] = []
+    found: list[str | None] = []
+    for job in chain.jobs:
+        found.append(_dependency(chain, job, before))
+        before.append(Job(f"<{job.stage}>", job.stage, 1, 0.0, chain.site.name, False))
+    return found
+
+
+def _of_run(job: Job, chain: Chain, index: int) -> Job:
+    """A job as one run of a sweep sees it: its own task of the array."""
+    if not chain.is_sweep:
+        return job
+    if job.stage == "prepare":
+        return replace(job, shared=True)
+    return replace(job, id=f"{job.id}_{index}", tasks=1)
+
+
+def _inner_commands(chain: Chain, job: StageJob) -> list[str]:
+    """What the first task starts; the others differ in their slice or their run only."""
+    task = job.work.tasks[0]
+    run = Run(Path(task.run))
+    return [
+        shlex.join(command_line(chain.configs[0], chain.site, run, command, chain.site.environment))
+        for command in task.commands
+    ]

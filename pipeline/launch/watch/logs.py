@@ -1,0 +1,144 @@
+"""What the jobs of a run printed: all attempts, in order, as one stream."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from pipeline.launch.slurm import job_records
+from pipeline.launch.slurm.job_records import Job
+from pipeline.run.folder import Run
+
+_NAME = re.compile(r"attempt_(\d+)_rank_(\d+)\.log$")
+# The file of the first task of a job also takes what the batch script says.
+_WORDS = "_0_log.err"
+_POLL_S = 0.5
+# Slurm's controller serves everybody.
+_ASK_S = 5.0
+# submitit's own lines in the file that holds Slurm's messages.
+_CHATTER = re.compile(r"^submitit (INFO|WARNING)|^\s*$")
+
+
+@dataclass(frozen=True)
+class LogFile:
+    """One attempt's output of one rank.
+
+    Attributes:
+        path: The file.
+        title: Which stage, job, attempt and rank it is.
+    """
+
+    path: Path
+    title: str
+
+
+def log_files(run: Run, rank: int = 0) -> list[LogFile]:
+    """The files of a rank, in the order in which the jobs were submitted and the attempts began.
+
+    Jobs of one process, such as the slices of prepare, show their only rank.
+    """
+    return [
+        file for job in job_records.jobs(run) for task in _tasks(run, job) for file in _files_of(run, job, task, rank)
+    ]
+
+
+def printed(run: Run, rank: int = 0) -> Iterator[str]:
+    """Everything so far, with a title before each attempt and Slurm's own messages at the end of a job.
+
+    Raises:
+        UsageError: There is nothing.
+    """
+    anything = False
+    for job in job_records.jobs(run):
+        for task in _tasks(run, job):
+            for file in _files_of(run, job, task, rank):
+                anything = True
+                yield f"==> {file.title} <==\n"
+                yield file.path.read_text(encoding="utf-8", errors="replace")
+            for words in _words_of_slurm(run, task, rank):
+                anything = True
+                yield words
+    if not anything:
+        raise UsageError(f"{run.path}: no job has printed anything{_ranks_there(run)}")
+
+
+def follow(run: Run, rank: int, ended: Callable[[], bool]) -> Iterator[str]:
+    """Everything so far and everything that comes, attempt after attempt, until the run has ended.
+
+    Args:
+        run: The run.
+        rank: Whose output.
+        ended: Whether no job of the run waits or runs any more.
+    """
+    positions: dict[Path, int] = {}
+    current: Path | None = None
+    asked = -math.inf
+    while True:
+        last_round = False
+        if time.monotonic() - asked >= _ASK_S:
+            asked, last_round = time.monotonic(), ended()
+        for file in log_files(run, rank):
+            with file.path.open("rb") as source:
+                source.seek(positions.get(file.path, 0))
+                new = source.read()
+            if not new:
+                continue
+            if file.path != current:
+                yield f"==> {file.title} <==\n"
+                current = file.path
+            positions[file.path] = positions.get(file.path, 0) + len(new)
+            yield new.decode(errors="replace")
+        if last_round:
+            for job in job_records.last_chain(run):
+                for task in _tasks(run, job):
+                    yield from _words_of_slurm(run, task, rank)
+            return
+        time.sleep(_POLL_S)
+
+
+def _tasks(run: Run, job: Job) -> list[str]:
+    """The ids of a job's tasks that have left a word; its own id, if it is no array."""
+    if job.tasks == 1:
+        return [job.id]
+    words = (path.name.removesuffix(_WORDS) for home in _homes(run) for path in home.glob(f"{job.id}_*{_WORDS}"))
+    names = {*words, *(path.name for path in run.logs.glob(f"{job.id}_*"))}
+    return sorted(names, key=lambda name: _natural(Path(name)))
+
+
+def _files_of(run: Run, job: Job, task: str, rank: int) -> Iterator[LogFile]:
+    for path in sorted((run.logs / task).glob("attempt_*.log"), key=_natural):
+        match = _NAME.search(path.name)
+        if match and (int(match[2]) == rank or job.stage != "train"):
+            yield LogFile(path, f"{job.stage}, job {task}, attempt {match[1]}, rank {match[2]}")
+
+
+def _words_of_slurm(run: Run, task: str, rank: int) -> Iterator[str]:
+    """What Slurm, the batch script and a rank's launcher said: time limits, cancellations, why nothing began."""
+    names = dict.fromkeys((f"{task}{_WORDS}", f"{task}_{rank}_log.err"))
+    for path in (home / name for home in _homes(run) for name in names):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        said = [line for line in lines if not _CHATTER.match(line)]
+        if said:
+            who = "Slurm and the batch script" if path.name.endswith(_WORDS) else f"the launcher of rank {rank}"
+            yield f"==> {who}, job {task} <==\n"
+            yield "\n".join(said) + "\n"
+
+
+def _homes(run: Run) -> list[Path]:
+    """Where the jobs of a run keep their files: in the run, or in the folder of the sweep it belongs to."""
+    return [run.launch, *run.path.parent.glob("*-sweep*/launch")]
+
+
+def _natural(path: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", path.name)]
+
+
+def _ranks_there(run: Run) -> str:
+    files = [path for path in run.logs.rglob("attempt_*.log") if _NAME.search(path.name)]
+    ranks = sorted({int(m[2]) for path in files if (m := _NAME.search(path.name))})
+    return f"; ranks that have: {', '.join(map(str, ranks))}" if ranks else ""

@@ -1,0 +1,256 @@
+"""How runs are: from their folders, and from Slurm where it is there and answers."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.checkpoint.layout import published, step_of
+from pipeline.errors import PipelineError, UsageError
+from pipeline.launch.slurm import client as slurm
+from pipeline.launch.slurm import job_records
+from pipeline.launch.slurm.client import JobInfo
+from pipeline.launch.slurm.job_records import Job
+from pipeline.run import journal
+from pipeline.run.folder import Run, open_run
+from pipeline.tracking.goodput import Goodput, goodput
+from pipeline.tracking.upload.sync import is_alive
+
+State = Literal["queued", "running", "finished", "cancelled", "failed", "stopped", "unknown"]
+
+# Where the last logged step is looked for: lines are about 400 bytes.
+_TAIL_BYTES = 1 << 16
+# `requeued` is no end: what was said before it does not hold any more.
+_LAUNCHER_ENDS = ("gave_up", "cancelled", "failed", "preempted", "requeued", "finished")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How a run is.
+
+    Attributes:
+        run: Its folder.
+        state: In one word; `stopped` goes on when it is submitted or started again; `unknown` where Slurm does not
+            answer and the run folder does not tell.
+        reason: Why it waits, failed or stopped; empty if there is nothing to say.
+        stage: What runs, waits or failed; empty where there is no job.
+        job: Its Slurm job; None for a run that is trained here.
+        nodes: Where it runs, or ran last.
+        step: Finished steps, as far as they were logged.
+        max_iters: Steps in all.
+        loss: Training loss at `step`.
+        tokens_per_s: Throughput at `step`.
+        eta_s: Seconds until the last step; None unless it is training.
+        restarts: How often training was started again.
+        goodput: Part of the wall time since submission in which training got further.
+        wall: Where the wall time went: seconds of the queue, of start-up, of training and so on.
+        checkpoint: Step of the newest checkpoint; None before the first.
+        updated: When something was last logged, Unix seconds.
+    """
+
+    run: str
+    state: State
+    reason: str
+    stage: str
+    job: str | None
+    nodes: str
+    step: int
+    max_iters: int
+    loss: float | None
+    tokens_per_s: float | None
+    eta_s: float | None
+    restarts: int
+    goodput: float | None
+    wall: Goodput | None
+    checkpoint: int | None
+    updated: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for programs."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known about the run's work: its state, why, and which job it is about."""
+
+    state: State
+    reason: str = ""
+    stage: str = ""
+    job: str | None = None
+    nodes: str = ""
+
+
+def find_runs(paths: Sequence[str]) -> list[Run]:
+    """The runs at these places, each a run folder or a folder of run folders.
+
+    Raises:
+        UsageError: There is none.
+    """
+    found: list[Run] = []
+    for path in paths:
+        inside = sorted(Path(path).glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
+        if (Path(path) / "config.yaml").is_file() or not inside:
+            found.append(open_run(path))
+        else:
+            found += [Run(p.parent) for p in inside]
+    if not found:
+        raise UsageError("there is no run")
+    return found
+
+
+def statuses(runs: Sequence[Run]) -> list[RunStatus]:
+    """How each of these runs is; Slurm is asked once for all."""
+    chains = {run.path: job_records.last_chain(run) for run in runs}
+    infos = _ask_slurm([job for chain in chains.values() for job in chain])
+    found = []
+    for run in runs:
+        known = _known(run, chains[run.path], infos)
+        try:
+            found.append(_status(run, known, run.config().train.max_iters))
+        except PipelineError as error:  # one folder that somebody damaged must not hide the others
+            found.append(_status(run, replace(known, state="unknown", reason=str(error)), 0))
+    return found
+
+
+def _ask_slurm(jobs: Sequence[Job]) -> dict[str, JobInfo] | None:
+    """What Slurm knows of these jobs; None where it is not there or does not answer."""
+    if not jobs:
+        return {}
+    if not slurm.installed():
+        return None
+    try:
+        infos = slurm.queued(job.id for job in jobs)
+    except slurm.SlurmError as error:
+        print(f"pipeline: {error}; what follows is from the run folder alone", file=sys.stderr)
+        return None
+    gone = [job for job in jobs if not any(_belongs(info, job) for info in infos.values())]
+    for accounting in (True, False):
+        infos |= slurm.ended([job.id for job in gone if job.accounting is accounting], accounting)
+    return infos
+
+
+def _belongs(info: JobInfo, job: Job) -> bool:
+    return job.id in (info.id, slurm.base(info.id)) and job.is_named(info.name)
+
+
+def _known(run: Run, chain: Sequence[Job], infos: dict[str, JobInfo] | None) -> _Known:
+    newest = chain[-1] if chain else None
+    if newest is None:
+        return _from_folder(run, None) or _Known("stopped", "its process ended without a word")
+    if infos is None:
+        return _from_folder(run, newest) or _Known("unknown", "Slurm does not answer here", newest.stage, newest.id)
+    of_job = {job.id: [info for info in infos.values() if _belongs(info, job)] for job in chain}
+    active = [(job, info) for job in chain for info in of_job[job.id] if info.active]
+    for job, info in active:
+        if info.state not in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+            return _Known("running", "", job.stage, info.id, info.nodes)
+    if active:
+        job, info = active[0]
+        return _Known("queued", _why_it_waits(run, info), job.stage, info.id)
+    for job in chain:
+        for info in of_job[job.id]:
+            if info.state != "COMPLETED" and job.stage != "evaluate" and _ends(run)[-1:] == ["finished"]:
+                return _Known("finished", "its job was not", job.stage, info.id)  # somebody trained on by hand
+            if info.state == "CANCELLED":
+                return _Known("cancelled", _said(run, ("gave_up",)), job.stage, info.id, info.nodes)
+            if info.state != "COMPLETED":
+                return _Known("failed", _said(run, ("gave_up", "failed")) or info.state, job.stage, info.id, info.nodes)
+    if all(of_job[job.id] for job in chain):
+        return _Known("finished", stage=newest.stage, job=newest.id)
+    gone = _Known("stopped", "its jobs are not in the queue any more", newest.stage, newest.id)
+    return _from_folder(run, newest) or gone
+
+
+def _from_folder(run: Run, job: Job | None) -> _Known | None:
+    """What the run folder alone tells, on a machine without Slurm, or about jobs that Slurm has forgotten; or None."""
+    stage, job_id = (job.stage, job.id) if job else ("", None)
+    if is_alive(run):
+        return _Known("running", stage="train", job=job_id)
+    kinds = _ends(run)
+    # A cancelled training still saves, and says afterwards that it was stopped.
+    kind = "cancelled" if "cancelled" in kinds and "finished" not in kinds else kinds[-1] if kinds else ""
+    if kind == "finished":
+        return _Known("finished", stage=stage, job=job_id)
+    if kind == "cancelled":
+        return _Known("cancelled", stage=stage, job=job_id)
+    if kind in ("gave_up", "failed"):
+        return _Known("failed", _said(run, (kind,)), stage, job_id)
+    if kind == "preempted":
+        return _Known("stopped", "everything is saved; the same command goes on", stage, job_id)
+    return None
+
+
+def _status(run: Run, known: _Known, max_iters: int) -> RunStatus:
+    lines = _last_lines(run)
+    last = lines[-1] if lines else {}
+    step = int(last.get("step", 0))
+    running = known.state == "running" and known.stage == "train"
+    left = max_iters - step
+    recent = [float(line["time/step_s"]) for line in lines[-10:] if "time/step_s" in line]
+    account = goodput(run, now=time.time() if known.state in ("running", "queued") else None)
+    saved = [step_of(path) or 0 for path in published(run.checkpoints)]
+    began = [note for note in job_records.notes(run, "train") if note["event"] == "began"]
+    return RunStatus(
+        run=str(run.path),
+        state=known.state,
+        reason=known.reason,
+        stage=known.stage,
+        job=known.job,
+        nodes=known.nodes or (began[-1]["nodes"] if began and known.stage == "train" else ""),
+        step=step,
+        max_iters=max_iters,
+        loss=last.get("train/loss"),
+        tokens_per_s=last.get("train/tokens_per_s"),
+        eta_s=left * sum(recent) / len(recent) if running and recent else None,
+        restarts=max(0, sum(1 for e in _events(run) if e.get("event") == "attempt") - 1),
+        goodput=account.fraction if account is not None else None,
+        wall=account,
+        checkpoint=max(saved, default=None),
+        updated=last.get("time"),
+    )
+
+
+def _last_lines(run: Run) -> list[dict[str, Any]]:
+    """The last logged steps, without reading the whole history."""
+    if not run.metrics_file.exists():
+        return []
+    start = max(0, run.metrics_file.stat().st_size - _TAIL_BYTES)
+    # The first line is cut where the tail begins within it; no JSON object, it is left out.
+    found = (line.record for line in journal.read(run.metrics_file, start))
+    return [record for record in found if "train/loss" in record]
+
+
+def _events(run: Run) -> list[dict[str, Any]]:
+    return [line.record for line in journal.read(run.events_file)]
+
+
+def _events_since_submission(run: Run) -> list[dict[str, Any]]:
+    events = _events(run)
+    last = max((i for i, e in enumerate(events) if e.get("event") == "submitted"), default=0)
+    return events[last:]
+
+
+def _ends(run: Run) -> list[str]:
+    """Which ends were told since the run was submitted, in order."""
+    kinds = (str(e.get("event")) for e in _events_since_submission(run))
+    return [kind for kind in kinds if kind in _LAUNCHER_ENDS]
+
+
+def _said(run: Run, kinds: Sequence[str]) -> str:
+    """The reason in the newest event of these kinds since the run was submitted."""
+    for event in reversed(_events_since_submission(run)):
+        if event.get("event") in kinds:
+            return str(event.get("reason") or event.get("error") or "")
+    return ""
+
+
+def _why_it_waits(run: Run, info: JobInfo) -> str:
+    if info.reason == "Dependency":
+        return "waits for the stage before"
+    again = _said(run, ("requeued",))
+    return f"requeued after: {again}" if again and info.reason in ("BeginTime", "None", "") else info.reason

@@ -1,0 +1,186 @@
+"""What a config would need and reach on many nodes, before anybody waits for them: bounds and expectations.
+
+Pure functions of the config and of stated inputs; nothing is measured here, and nothing heavy imported. docs/scaling.md
+explains the model, its sources and its limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.config.sections import Config
+from pipeline.plan.devices import GIB, Device
+from pipeline.plan.failure_model import Failures
+from pipeline.plan.memory import Memory, checkpoint_bytes, process_memory
+from pipeline.plan.step_time import ARITHMETIC, LINKS, Network, StepTime, step_time
+
+# Beside what PyTorch allocates: the context of CUDA or ROCm and the buffers of NCCL, and what its allocator cannot use.
+RESERVE_BYTES = 1 * GIB
+FRAGMENTATION = 0.05
+# Of one process: hashing, writing and syncing (benchmarks/checkpoint.py, 103M parameters, waited for: 0.27 to 0.35).
+WRITER_GB_PER_S = 0.35
+# 419 unexpected interruptions in 54 days on 2,048 nodes (Grattafiori et al. 2024, section 3.3.4).
+MTBF_NODE_HOURS = 54 * 24 * 2048 / 419
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The inputs that are the cluster's.
+
+    Attributes:
+        device: What each rank has.
+        per_node: Devices a node.
+        intra_gb_per_s: Between the devices of a node, one direction.
+        inter_gb_per_s: From a node to others, one direction, all adapters together.
+        storage_gb_per_s: Of the shared file system, for all writers together.
+        mtbf_node_hours: Mean hours until a node takes a job with it.
+        restart_s: From a failure to the first new step.
+    """
+
+    device: Device
+    per_node: int
+    intra_gb_per_s: float
+    inter_gb_per_s: float
+    storage_gb_per_s: float = 20.0
+    mtbf_node_hours: float = MTBF_NODE_HOURS
+    restart_s: float = 300.0
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the devices are cores of the host."""
+        return self.device.name.startswith("CPU")
+
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is expected at one number of nodes; a range goes from the lowest to the highest.
+
+    Attributes:
+        nodes: Number of nodes.
+        ranks: Processes, one a device.
+        batch_size: The config's global batch, or the next larger one that these ranks can share.
+        memory: Of each process at the config's ZeRO stage.
+        peak_by_stage: The most memory at stages 0 to 3, in bytes.
+        fits: Whether it fits the device; None where the device's memory is not known.
+        step_s: Seconds of a step.
+        communication_s: Seconds of its collectives.
+        tokens_per_s: Of all devices.
+        efficiency: The part of a step in which devices compute.
+        days: Until `max_iters`, failures included.
+        checkpoint_gb: Size of a checkpoint.
+        save_s: Until it is durable.
+        mtbf_hours: Mean hours between failures of the job.
+        best_interval_steps: Steps between checkpoints at which the most time is new work.
+        goodput: Expected part of the time that is new work, at the config's interval.
+        best_goodput: The same at the best interval.
+    """
+
+    nodes: int
+    ranks: int
+    batch_size: int
+    memory: Memory
+    peak_by_stage: tuple[float, ...]
+    fits: bool | None
+    step_s: Range
+    communication_s: Range
+    tokens_per_s: Range
+    efficiency: Range
+    days: Range
+    checkpoint_gb: float
+    save_s: float
+    mtbf_hours: float
+    best_interval_steps: int
+    goodput: float
+    best_goodput: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def plan(config: Config, nodes: Sequence[int], cluster: Cluster) -> list[Row]:
+    """One row for each number of nodes."""
+    return [_row(config, count, cluster) for count in nodes]
+
+
+def fits_device(memory: Memory, device_gib: float) -> bool:
+    """Whether the peak fits a device, with room for what PyTorch does not allocate."""
+    return needed_bytes(memory) <= device_gib * GIB
+
+
+def needed_bytes(memory: Memory) -> float:
+    """The peak, with what fragmentation, the driver's context and NCCL take."""
+    return memory.peak * (1 + FRAGMENTATION) + RESERVE_BYTES
+
+
+def save_seconds(config: Config, ranks: int, storage_gb_per_s: float) -> float:
+    """Seconds until a checkpoint is durable: each rank writes its part, all share the file system."""
+    size = checkpoint_bytes(config) / 1e9
+    return max(size / ranks / WRITER_GB_PER_S, size / storage_gb_per_s)
+
+
+def shared_batch(config: Config, ranks: int) -> int:
+    """The config's global batch, or the next larger one that ranks and micro-batches divide."""
+    unit = config.train.micro_batch_size * ranks
+    return -(-config.train.batch_size // unit) * unit
+
+
+def _row(config: Config, nodes: int, cluster: Cluster) -> Row:
+    network = Network(nodes, cluster.per_node, cluster.intra_gb_per_s, cluster.inter_gb_per_s)
+    ranks, train = network.ranks, config.train
+    batch = shared_batch(config, ranks)
+    grown = config.model_copy(update={"train": train.model_copy(update={"batch_size": batch})})
+    memory = process_memory(grown, ranks, on_cpu=cluster.on_cpu)
+    times = _times(grown, cluster.device, network, batch)
+    fastest, slowest = times[0], times[-1]
+    tokens = batch * config.model.context_length
+    size = checkpoint_bytes(config)
+    failures = Failures(
+        mtbf_s=cluster.mtbf_node_hours * 3600 / nodes,
+        restart_s=cluster.restart_s,
+        stall_s=size / ranks / (cluster.device.host_gb_per_s * 1e9),
+        save_s=save_seconds(config, ranks, cluster.storage_gb_per_s),
+    )
+    typical = (fastest.total_s * slowest.total_s) ** 0.5
+    best = failures.best_interval_s()
+    goodput = failures.goodput(train.checkpoint_interval * typical)
+    days = [train.max_iters * t.total_s / max(goodput, 1e-9) / 86400 for t in (fastest, slowest)]
+    memory_gib = cluster.device.memory_gib
+    return Row(
+        nodes=nodes,
+        ranks=ranks,
+        batch_size=batch,
+        memory=memory,
+        peak_by_stage=tuple(process_memory(grown, ranks, stage, cluster.on_cpu).peak for stage in range(4)),
+        fits=fits_device(memory, memory_gib) if memory_gib else None,
+        step_s=(fastest.total_s, slowest.total_s),
+        communication_s=_range([t.communication_s for t in times]),
+        tokens_per_s=(tokens / slowest.total_s, tokens / fastest.total_s),
+        efficiency=_range([t.efficiency for t in times]),
+        days=(days[0], days[1]),
+        checkpoint_gb=size / 1e9,
+        save_s=failures.save_s,
+        mtbf_hours=failures.mtbf_s / 3600,
+        best_interval_steps=max(1, round(best / typical)),
+        goodput=goodput,
+        best_goodput=failures.goodput(best),
+    )
+
+
+def _times(config: Config, device: Device, network: Network, batch: int) -> list[StepTime]:
+    """Step times at the ends of the attainable ranges, fastest first; communication hides at the best links only."""
+    times = [
+        step_time(config, device, network, batch, arithmetic, links, config.train.overlap_comm and links == max(LINKS))
+        for arithmetic in ARITHMETIC
+        for links in LINKS
+    ]
+    return sorted(times, key=lambda t: t.total_s)
+
+
+def _range(values: Sequence[float]) -> Range:
+    return min(values), max(values)

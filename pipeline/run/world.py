@@ -1,0 +1,111 @@
+"""Which of how many processes this is: from torchrun's variables or from srun's; no launcher of our own, no ssh."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.errors import UsageError
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+# Unix seconds at which the job ends; the launcher sets it, training stops in time before it.
+DEADLINE_VARIABLE = "PIPELINE_DEADLINE"
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among those that train together.
+
+    Attributes:
+        rank: Number of this process.
+        local_rank: Its number on its node: the GPU it takes.
+        size: Number of processes.
+        master_addr: Where rank 0 listens.
+        master_port: Its port.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that speaks for all."""
+        return self.rank == 0
+
+    def export(self, environ: dict[str, str]) -> None:
+        """Sets the variables that torch.distributed and DeepSpeed read."""
+        environ.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.size),
+            LOCAL_RANK=str(self.local_rank),
+            MASTER_ADDR=self.master_addr,
+            MASTER_PORT=str(self.master_port),
+        )
+
+
+def world_from_environment(environ: Mapping[str, str] = os.environ) -> World:
+    """The process's place, from RANK, WORLD_SIZE and LOCAL_RANK, else from an srun step's variables, else alone.
+
+    Raises:
+        UsageError: The variables are incomplete or no numbers.
+    """
+    if any(name in environ for name in _TORCHRUN):
+        return _from_torchrun(environ)
+    if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
+        return world_from_srun(environ)
+    return World()
+
+
+def _from_torchrun(environ: Mapping[str, str]) -> World:
+    missing = [name for name in _TORCHRUN if name not in environ]
+    if missing:
+        raise UsageError(f"of {', '.join(_TORCHRUN)} the environment lacks {', '.join(missing)}; set all or none")
+    rank, size, local_rank = (_number(environ, name) for name in _TORCHRUN)
+    if not 0 <= rank < size:
+        raise UsageError(f"RANK={rank} is not below WORLD_SIZE={size}")
+    if size > 1 and ("MASTER_ADDR" not in environ or "MASTER_PORT" not in environ):
+        raise UsageError("several processes need MASTER_ADDR and MASTER_PORT in the environment")
+    port = _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else 0
+    return World(rank, local_rank, size, environ.get("MASTER_ADDR", "127.0.0.1"), port)
+
+
+def world_from_srun(environ: Mapping[str, str]) -> World:
+    """The task's place in an srun step, whatever RANK and its like say.
+
+    Raises:
+        UsageError: The variables are incomplete or no numbers.
+    """
+    rank, size, local_rank = (
+        _number(environ, name) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    )
+    nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    # Derived from the job, so that all ranks agree without talking and two jobs on a node do not meet; and from
+    # the restart, for ranks of the attempt before may still be alive on a node that Slurm gave up too early.
+    attempt = int(environ.get("SLURM_RESTART_COUNT", 0))
+    port = 20000 + (_number(environ, "SLURM_JOB_ID") * 7 + _number(environ, "SLURM_STEP_ID") + attempt) % 20000
+    return World(
+        rank, local_rank, size, environ.get("MASTER_ADDR", first_host(nodes)), int(environ.get("MASTER_PORT", port))
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm host list: `gpu[003-007,012],login` -> `gpu003`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
+    if match is None:
+        raise UsageError(f"the host list {nodes!r} of the Slurm job cannot be understood; set MASTER_ADDR")
+    return match[1] + (match[2] or "") + match[3]
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except KeyError as error:
+        raise UsageError(f"the environment lacks {name}") from error
+    except ValueError as error:
+        raise UsageError(f"{name}={environ[name]!r} is not a number") from error

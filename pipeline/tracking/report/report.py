@@ -1,0 +1,226 @@
+"""`pipeline report`: what happened in one or several runs, as one HTML file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError, UsageError
+from pipeline.files import read_json, write_text
+from pipeline.run import journal
+from pipeline.run.folder import Run
+from pipeline.text_format import short
+from pipeline.tracking.goodput import goodput
+from pipeline.tracking.report import page
+from pipeline.tracking.report.charts import Curve, Series, goodput_chart, line_chart, time_chart, to_html
+from pipeline.tracking.upload.describe import checkpoints, flatten
+
+_QUIET = frozenset(["started", "resumed", "checkpointed"])  # shown elsewhere, or once more than needed
+_UNTOLD = ("time", "event", "began", "last_seen")
+_CURVES = (  # metric, title, unit, note
+    ("train/lr", "Learning rate", "learning rate", "Warm-up, then a cosine."),
+    ("train/grad_norm", "Gradient norm", "L2 norm", "Of the global batch, before clipping."),
+    ("train/tokens_per_s", "Throughput", "tokens per second", "All processes together, mean of a log interval."),
+    ("train/mfu", "MFU", "fraction of the peak", "Model FLOP/s over the devices' peak."),
+    ("val/bits_per_byte", "Validation, bits per byte", "bits per byte of text", "No tokenizer can flatter it."),
+)
+_TIME_NOTE = "Mean of a log interval, on the first rank."
+_GOODPUT_NOTE = "Training: steps done for the first time. Everything else is overhead."
+_EVENTS = 200
+_SAMPLES = 5
+
+
+def write_report(runs: Sequence[Run], output: Path | None = None) -> Path:
+    """Writes the report of the runs, overlaid where there are several.
+
+    Args:
+        runs: The runs, at least one.
+        output: The file; `report.html` in the first run's folder if None.
+
+    Raises:
+        UsageError: None of the runs has any metrics yet.
+        PipelineError: The file cannot be written.
+    """
+    runs = list({run.path.resolve(): run for run in runs}.values())  # a run that is given twice is one curve
+    names = [run.name for run in runs]
+    # Runs of one name in two folders are told apart by their paths.
+    series = [read_series(run, run.name if names.count(run.name) == 1 else str(run.path)) for run in runs]
+    if not any(s.curves for s in series):
+        raise UsageError(f"{runs[0].path}: there is nothing to report yet, metrics.jsonl is empty")
+    from plotly.offline import get_plotlyjs
+
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    title = " · ".join(s.name for s in series)
+    alone = len(runs) == 1
+    sections = [*_charts(series), *_details(runs, series)]
+    if not alone:
+        sections = [_comparison(series), _differences(runs, series), *sections]
+    parts = [*([_tiles(runs[0], series[0])] if alone else []), page.grid(sections)]
+    target = output or runs[0].report_file
+    try:
+        write_text(target, page.page(title, f"made {made} by pipeline report", get_plotlyjs(), parts))
+    except OSError as error:
+        raise PipelineError(f"{target}: cannot be written ({error.strerror}); choose another --output") from error
+    return target
+
+
+def read_series(run: Run, name: str) -> Series:
+    """The curves of a run from metrics.jsonl, and its restarts from events.jsonl."""
+    columns: dict[str, tuple[list[int], list[float]]] = {}
+    for line in journal.read(run.metrics_file):
+        step = int(line.record["step"])
+        for key, value in line.record.items():
+            if key not in ("step", "time") and isinstance(value, (int, float)):
+                steps, values = columns.setdefault(key, ([], []))
+                steps.append(step)
+                values.append(float(value))
+    restarts = [int(e["step"]) for e in _events(run) if e.get("event") in ("attempt", "repeating")][1:]
+    curves = {key: Curve(steps, values) for key, (steps, values) in columns.items()}
+    return Series(name, curves, restarts, goodput(run))
+
+
+def _events(run: Run) -> list[dict[str, Any]]:
+    return [line.record for line in journal.read(run.events_file)]
+
+
+def _charts(series: Sequence[Series]) -> list[str]:
+    def has(key: str) -> bool:
+        return any(key in s.curves for s in series)
+
+    loss = [("train/loss", "training"), ("val/loss", "validation")]
+    restarted = any(s.restarts for s in series)
+    dotted = "Dotted: a run was started again there, or went back to there." if restarted else ""
+    made = [("Loss", dotted, line_chart(series, loss, "nats per token"), True)]
+    for key, title, unit, note in _CURVES:
+        if has(key):
+            chart = line_chart(series, [(key, title)], unit, log=key == "train/grad_norm")
+            made.append((title, note, chart, False))
+    made += [
+        (f"Time of a step{'' if len(series) == 1 else ': ' + s.name}", _TIME_NOTE, time_chart(s), len(series) == 1)
+        for s in series
+        if "time/data_s" in s.curves or "time/forward_backward_s" in s.curves
+    ]
+    if any(s.goodput for s in series):
+        made.append(("Goodput", _GOODPUT_NOTE, goodput_chart(series), True))
+    return [
+        page.section(title, to_html(figure, f"chart-{number}"), wide=wide, note=note)
+        for number, (title, note, figure, wide) in enumerate(made)
+    ]
+
+
+def _tiles(run: Run, series: Series) -> str:
+    figures = []
+    for key, label, form in (
+        ("train/loss", "last training loss", "{:.4f}"),
+        ("val/loss", "last validation loss", "{:.4f}"),
+        ("val/perplexity", "validation perplexity", "{:.1f}"),
+        ("val/bits_per_byte", "bits per byte", "{:.3f}"),
+    ):
+        if key in series.curves:
+            figures.append((label, form.format(series.curves[key].values[-1])))
+    last = max((c.steps[-1] for c in series.curves.values()), default=0)
+    figures.insert(0, (f"of {run.config().train.max_iters:,} steps", f"{last:,}"))
+    if "train/tokens_seen" in series.curves:
+        figures.append(("tokens seen", short(series.curves["train/tokens_seen"].values[-1])))
+    if series.goodput is not None:
+        figures.append(("goodput", f"{100 * series.goodput.fraction:.1f}%"))
+        figures.append(("wall time", _duration(series.goodput.wall_s)))
+    figures.append(("restarts and rollbacks", str(len(series.restarts))))
+    return page.tiles(figures)
+
+
+def _comparison(series: Sequence[Series]) -> str:
+    rows = []
+    for s in series:
+        losses = [f"{s.curves[k].values[-1]:.4f}" if k in s.curves else "" for k in ("train/loss", "val/loss")]
+        speed = s.curves.get("train/tokens_per_s")
+        middle = f"{sorted(speed.values)[len(speed.values) // 2]:,.0f}" if speed else ""
+        last = max((c.steps[-1] for c in s.curves.values()), default=0)
+        good = f"{100 * s.goodput.fraction:.1f}% of {_duration(s.goodput.wall_s)}" if s.goodput else ""
+        rows.append([s.name, f"{last:,}", *losses, middle, good, str(len(s.restarts))])
+    head = ["run", "step", "training loss", "validation loss", "tokens/s (median)", "goodput", "restarts"]
+    return page.section("Runs", page.table(head, rows), wide=True)
+
+
+def _differences(runs: Sequence[Run], series: Sequence[Series]) -> str:
+    configs = [dict(flatten(run.config().model_dump(mode="json"))) for run in runs]
+    rows = []
+    for key in dict.fromkeys(k for config in configs for k in config):
+        values = [json.dumps(c[key], ensure_ascii=False) if key in c else "" for c in configs]
+        if len(set(values)) > 1 and key != "name":
+            rows.append([key, *values])
+    inside = page.table(["setting", *(s.name for s in series)], rows) if rows else "<p>The configs are the same.</p>"
+    return page.section("Differences of the configs", inside, wide=True)
+
+
+def _details(runs: Sequence[Run], series: Sequence[Series]) -> list[str]:
+    made = []
+    for run, s in zip(runs, series, strict=True):
+        of = "" if len(runs) == 1 else f": {s.name}"
+        made.append(page.section(f"Samples{of}", _samples(run)))
+        evaluation = _evaluation(run)
+        if evaluation:
+            table = page.table(["on the whole validation split", ""], evaluation)
+            made.append(page.section(f"Evaluation{of}", table))
+        made.append(page.section(f"Starts, stops and incidents{of}", _incidents(run)))
+        made.append(page.section(f"Provenance{of}", _provenance(run)))
+        config = run.config_file.read_text(encoding="utf-8")
+        made.append(page.section(f"Config{of}", page.folded("config.yaml", config), wide=True))
+        saved = [[f"{c['step']:,}", c["path"], (c["digest"] or "")[:16]] for c in checkpoints(run)]
+        if saved:
+            table = page.table(["step", "path", "SHA-256 of its manifest"], saved[-20:])
+            made.append(page.section(f"Checkpoints{of}", table, wide=True))
+    return made
+
+
+def _samples(run: Run) -> str:
+    found = sorted(run.samples.glob("*.txt")) if run.samples.is_dir() else []
+    texts = [f.read_text(encoding="utf-8", errors="replace") for f in found[-_SAMPLES:]]
+    inside = "".join(
+        page.folded(f.stem, text, opened=f == found[-1]) for f, text in zip(found[-_SAMPLES:], texts, strict=True)
+    )
+    return inside or "<p>None yet: <code>pipeline sample RUN</code></p>"
+
+
+def _evaluation(run: Run) -> list[list[str]]:
+    if not run.evaluation_file.is_file():
+        return []
+    found = read_json(run.evaluation_file)
+    return [
+        ["step", f"{found['step']:,}"],
+        ["loss, nats per token", f"{found['loss']:.4f}"],
+        ["perplexity", f"{found['perplexity']:.2f}"],
+        ["bits per byte of text", f"{found['bits_per_byte']:.4f}"],
+        ["tokens", f"{found['tokens']:,}"],
+    ]
+
+
+def _incidents(run: Run) -> str:
+    rows = []
+    for event in [e for e in _events(run) if e.get("event") not in _QUIET][-_EVENTS:]:
+        when = datetime.fromtimestamp(float(event.get("time", 0)), UTC).strftime("%Y-%m-%d %H:%M:%S")
+        rest = ", ".join(f"{k}: {_plain(v)}" for k, v in event.items() if k not in _UNTOLD and v not in (None, False))
+        rows.append([when, str(event["event"]), rest])
+    return page.table(["time (UTC)", "event", ""], rows)
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _provenance(run: Run) -> str:
+    starts = run.provenance()
+    if not starts:
+        return "<p>None.</p>"
+    values = dict(flatten(starts[-1]))
+    rows = [[k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)] for k, v in values.items()]
+    return page.table([f"start {len(starts)} of {len(starts)}", ""], rows)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,147 @@
+"""What MLflow is told about a run besides its metrics: params, tags, the dataset and the files."""
+
+from __future__ import annotations
+
+import getpass
+import json
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.sections import Config
+from pipeline.files import read_json, sha256_file, write_text
+from pipeline.run import journal
+from pipeline.run.folder import Run
+from pipeline.tracking.upload.store import RunStatus
+from pipeline.tracking.upload_state import State
+
+
+def params(config: Config) -> dict[str, str]:
+    """The resolved config as dotted names and text values."""
+    return {name: _text(value) for name, value in flatten(config.model_dump(mode="json"))}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and leaves of nested mappings; a list is a leaf."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def tags(run: Run) -> dict[str, str]:
+    """Provenance of the run's first and newest start, and its newest checkpoint by path and digest."""
+    found = {"pipeline.run_folder": str(run.path.resolve()), "mlflow.user": _user(), "mlflow.source.name": "pipeline"}
+    starts = run.provenance()
+    if starts:
+        newest = starts[-1]
+        found |= {f"provenance.{name}": _text(value) for name, value in flatten(newest)}
+        found["pipeline.starts"] = str(len(starts))
+        commit = (newest.get("git") or {}).get("commit")
+        if commit:
+            found["mlflow.source.git.commit"] = commit
+        found["mlflow.source.type"] = "JOB" if newest.get("slurm_job_id") else "LOCAL"
+    return found | checkpoint_tags(run)
+
+
+def checkpoint_tags(run: Run, step: int | None = None) -> dict[str, str]:
+    """Path, step and digest of the checkpoint of a step, of the newest if None; nothing where there is none."""
+    made = [c for c in checkpoints(run) if step is None or c["step"] == step]
+    if not made:
+        return {}
+    about = {"": made[-1]["path"], ".step": made[-1]["step"], ".digest": made[-1]["digest"]}
+    return {f"pipeline.checkpoint{name}": str(value) for name, value in about.items() if value is not None}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        return "unknown"
+
+
+def checkpoints(run: Run) -> list[dict[str, Any]]:
+    """Every checkpoint that was published, oldest first: step, Unix time, path, and the digest of its manifest."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in journal.read(run.events_file):
+        event = line.record
+        if event.get("event") != "checkpointed" or "step" not in event:
+            continue
+        step = int(event["step"])
+        folder = run.checkpoints / f"step_{step:08d}"
+        manifest = folder / "manifest.json"
+        digest = event.get("digest") or (sha256_file(manifest) if manifest.is_file() else None)
+        path = str(event.get("path") or folder)
+        by_step[step] = {"step": step, "time": event.get("time"), "path": path, "digest": digest}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def evaluation(run: Run) -> dict[str, Any] | None:
+    """The result of the last `pipeline evaluate` as a line of metrics; it has the time of the checkpoint.
+
+    Evaluating a checkpoint again gives the same numbers, and so no second point.
+    """
+    if not run.evaluation_file.is_file():
+        return None
+    found = read_json(run.evaluation_file)
+    made = next((c["time"] for c in checkpoints(run) if c["step"] == found["step"]), None)
+    values = {f"evaluation/{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte")}
+    return {"step": found["step"], "time": made or run.evaluation_file.stat().st_mtime, **values}
+
+
+def status(run: Run, s: State) -> RunStatus:
+    """What MLflow is told: a run that a scheduler will start again is running, unless it was given up."""
+    if s.status != "STOPPED":
+        return s.status
+    newest = "attempt"
+    for line in journal.read(run.events_file):
+        kind = line.record.get("event")
+        if kind in ("attempt", "submitted", "requeued", "cancelled", "gave_up"):
+            newest = kind
+    ended: dict[str, RunStatus] = {"cancelled": "KILLED", "gave_up": "FAILED"}
+    return ended.get(newest, "RUNNING")
+
+
+def files(run: Run) -> Iterator[tuple[Path, str | None]]:
+    """The files that become artifacts, each with its folder there."""
+    for file in (
+        run.config_file,
+        run.provenance_file,
+        run.tokenizer_file,
+        run.tracking / "environment.txt",
+        run.tracking / "checkpoints.json",
+        run.evaluation_file,
+        run.events_file,
+        run.report_file,
+    ):
+        if file.is_file():
+            yield file, None
+    if run.samples.is_dir():
+        for file in sorted(run.samples.iterdir()):
+            if file.is_file() and not file.name.startswith("."):
+                yield file, "samples"
+
+
+def dataset(run: Run, config: Config, given: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
+    """Name, digest, source and profile of the data; None where nothing is known about it yet."""
+    about = dict(given)
+    manifest = Path(config.data.path) / "manifest.json"
+    if not about and manifest.is_file():
+        about = {k: v for k, v in read_json(manifest).items() if not isinstance(v, (list, dict))}
+    if not about:
+        return None
+    digest = str(about.get("digest") or about.get("manifest_digest") or "unknown")
+    source = json.dumps({"uri": str(Path(config.data.path).resolve())})
+    return Path(config.data.path).name, digest, source, json.dumps(about, default=str, ensure_ascii=False)
+
+
+def write_environment(run: Run) -> None:
+    """Lists the installed packages; environment variables are left out, they may hold secrets."""
+    lines = sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions() if d.metadata["Name"]})
+    write_text(run.tracking / "environment.txt", "\n".join(lines) + "\n")

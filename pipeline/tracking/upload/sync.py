@@ -1,0 +1,201 @@
+"""`pipeline sync`: sends what MLflow has not got yet, from any machine that sees the run folder."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.sections import tracking_uri_problem
+from pipeline.errors import PipelineError, UsageError
+from pipeline.run import journal
+from pipeline.run.folder import Run
+from pipeline.tracking import upload_state
+from pipeline.tracking.upload import describe
+from pipeline.tracking.upload.errors import in_words
+from pipeline.tracking.upload.feed import Feed, UploadLock
+from pipeline.tracking.upload.store import Store, resolve_uri
+
+# A process on a machine whose locks this one may not see counts as alive for as long after its last line;
+# its sampler writes one every ten seconds.
+_SILENCE_S = 300.0
+_LOCK_WAIT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What `sync` did.
+
+    Attributes:
+        uri: The store, None where the run has `tracking.uri: none`.
+        run_id: Id of the MLflow run.
+        points: Points sent now.
+        status: Status the MLflow run has.
+        alive: Whether a process is still training, and so will send more.
+    """
+
+    uri: str | None
+    run_id: str | None
+    points: int
+    status: str
+    alive: bool
+
+    def message(self) -> str:
+        """One line for a person."""
+        if self.uri is None:
+            return "this run has tracking.uri: none; name a store with --uri to send it there"
+        more = "; it is still training" if self.alive else ""
+        return f"{self.uri}: {self.points} points sent, MLflow run {self.run_id} is {self.status} and complete{more}"
+
+
+def sync(run: Run, uri: str | None = None) -> Synced:
+    """Sends metrics, system metrics, files and status that the store has not got.
+
+    Safe at any time and as often as one likes, during training too. A run whose process is gone without having
+    closed is KILLED from now on; resuming it makes it RUNNING again.
+
+    Args:
+        run: The run.
+        uri: The store; without it the one the run was recorded for.
+
+    Raises:
+        UsageError: `uri` is none of the forms that are allowed.
+        PipelineError: The store cannot be reached or refuses the run, or the run folder cannot be written; nothing
+            is lost by that.
+    """
+    target = _target(run, uri)
+    try:
+        alive = _note_if_killed(run)
+        fd = None if target is None else _wait_for_lock(run)
+    except OSError as error:
+        raise PipelineError(
+            f"{run.path}: cannot be written ({error.strerror}), and what MLflow has got is noted there; "
+            "run `pipeline sync` as a user and on a machine that may write to it"
+        ) from error
+    if target is None or fd is None:
+        return Synced(None, None, 0, describe.status(run, upload_state.load(run)), alive)
+    feed = Feed(run, run.config(), target)
+    try:
+        points = feed.send_all()
+        feed.finish()
+        run_id = feed.connect()[1]
+    except Exception as error:
+        raise PipelineError(f"MLflow at {target}: {in_words(error)}") from error
+    finally:
+        os.close(fd)
+    return Synced(target, run_id, points, describe.status(run, upload_state.load(run)), alive)
+
+
+def sync_quietly(run: Run) -> None:
+    """Sends what a command has just made; where that fails a line on stderr says so, for what was made stands."""
+    try:
+        sync(run)
+    except PipelineError as error:
+        print(f"pipeline: {error}", file=sys.stderr)
+
+
+def register_export(run: Run, folder: Path, name: str) -> str:
+    """Makes a registered model version of an exported model.
+
+    The files are stored as artifacts of the run first: a server takes no version from a path it cannot reach.
+
+    Args:
+        run: The run the model is from.
+        folder: The exported files.
+        name: Name of the registered model; made where there is none.
+
+    Returns:
+        The number of the version.
+
+    Raises:
+        UsageError: The run has no store.
+        PipelineError: The store cannot be reached or refuses the model.
+    """
+    from safetensors import safe_open
+
+    synced = sync(run)
+    if synced.uri is None or synced.run_id is None:
+        raise UsageError(f"{run.path}: has tracking.uri: none, so there is no store to register the model in")
+    config = run.config()
+    with safe_open(folder / "model.safetensors", "np") as weights:
+        tags = {"pipeline.run": run.name, **describe.checkpoint_tags(run, int(weights.metadata()["step"]))}
+    try:
+        store = Store(synced.uri, config.tracking.experiment, config.tracking.artifact_location)
+        store.send_folder(synced.run_id, folder, f"export/{folder.name}")
+        return store.register(synced.run_id, name, f"export/{folder.name}", tags)
+    except Exception as error:
+        raise PipelineError(f"MLflow at {synced.uri}: {in_words(error)}") from error
+
+
+def is_alive(run: Run) -> bool:
+    """Whether some process still trains this run, as far as can be seen from here."""
+    s = upload_state.load(run)
+    if upload_state.holds_alive(run, s.attempt):
+        return True
+    if s.status != "RUNNING" or not s.attempt:
+        return False
+    host = next((e["host"] for e in _events(run, reverse=True) if e.get("event") == "attempt"), None)
+    return host != socket.gethostname() and time.time() - _last_sign(run) < _SILENCE_S
+
+
+def _note_if_killed(run: Run) -> bool:
+    """Notes it where a process ended without closing; returns whether one is alive."""
+    alive = is_alive(run)
+    before = upload_state.load(run)
+    if not alive and before.status == "RUNNING" and before.attempt:
+        note_killed(run, before.attempt)
+    return alive
+
+
+def note_killed(run: Run, attempt: int) -> None:
+    """Notes that a process ended without closing, unless the run was started again meanwhile."""
+
+    def settle(s: upload_state.State) -> None:
+        if s.status == "RUNNING" and s.attempt == attempt:
+            s.status, s.ended = "KILLED", round(_last_sign(run), 3)
+
+    upload_state.update(run, settle)
+
+
+def _events(run: Run, *, reverse: bool = False) -> list[dict[str, object]]:
+    events = [line.record for line in journal.read(run.events_file)]
+    return events[::-1] if reverse else events
+
+
+def _last_sign(run: Run) -> float:
+    """When the run's files last changed."""
+    files = [run.metrics_file, run.events_file, *(run.tracking / "system").glob("*.jsonl")]
+    return max((f.stat().st_mtime for f in files if f.exists()), default=0.0)
+
+
+def _target(run: Run, uri: str | None) -> str | None:
+    if uri is not None:
+        if uri == "none":
+            raise UsageError("--uri none is no store")
+        problem = tracking_uri_problem(uri)
+        if problem is not None:
+            raise UsageError(f"--uri {problem}")
+        return resolve_uri(uri)
+    recorded = upload_state.load(run).store
+    if recorded is not None:
+        return recorded
+    configured = run.config().tracking.uri
+    return None if configured == "none" else resolve_uri(configured)
+
+
+def _wait_for_lock(run: Run, clock: Callable[[], float] = time.monotonic) -> int:
+    lock = UploadLock(run)
+    until = clock() + _LOCK_WAIT_S
+    while True:
+        fd = lock.acquire()
+        if fd is not None:
+            return fd
+        if clock() > until:
+            raise PipelineError(
+                f"{run.path}: another process has been sending this run for {_LOCK_WAIT_S:.0f} s; try again later"
+            )
+        time.sleep(0.2)

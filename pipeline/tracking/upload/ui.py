@@ -1,0 +1,177 @@
+"""`pipeline ui`: MLflow's own server on loopback, for the store a run was recorded in."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.sections import TrackingConfig
+from pipeline.errors import PipelineError, UsageError
+from pipeline.run.folder import Run
+from pipeline.tracking import upload_state
+from pipeline.tracking.upload.store import resolve_uri
+
+_START_S = 90.0
+_STOP_S = 10.0
+_TAIL_BYTES = 4096
+_PR_SET_PDEATHSIG = 1
+_PRCTL = ctypes.CDLL(None).prctl  # looked up here: little is safe between fork and exec
+# No proxy: these addresses are on this machine.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers.
+
+    Attributes:
+        url: Its address.
+        process: Its first process, the leader of a process group of its own.
+    """
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
+@contextlib.contextmanager
+def local_server(
+    uri: str, port: int | None = None, log: Path | None = None, options: Sequence[str] = ()
+) -> Iterator[Server]:
+    """Runs `mlflow server` on loopback until the block ends, with all its processes.
+
+    Args:
+        uri: The sqlite store.
+        port: Port to listen on; a free one if None.
+        log: File for what it prints; kept until it ends if None.
+        options: Further options of `mlflow server`.
+
+    Raises:
+        UsageError: The port is taken.
+        PipelineError: The server did not come up.
+    """
+    port = _free_port(port)
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--workers", "1", "--backend-store-uri", resolve_uri(uri), *options]
+    # Without job execution it is 2 processes and 480 MB in place of 15 and 2.7 GB.
+    settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with contextlib.ExitStack() as stack:
+        printed = stack.enter_context(tempfile.TemporaryFile()) if log is None else stack.enter_context(log.open("a+b"))
+        output = printed.fileno()
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **settings},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+        stack.callback(_stop, process)
+        _wait_until_it_answers(url, process, output)
+        yield Server(url, process)
+
+
+def serve(run: Run | None, port: int | None) -> None:
+    """Serves MLflow's page until Ctrl-C and prints its address; of a run that is on a server, the address only.
+
+    Args:
+        run: The run whose store is shown; the config's default store without one.
+        port: Port on loopback; a free one if None.
+
+    Raises:
+        UsageError: There is no store to show, or the port is taken.
+        PipelineError: The server did not come up.
+    """
+    uri = TrackingConfig().uri if run is None else upload_state.load(run).store or run.config().tracking.uri
+    if uri == "none":
+        raise UsageError("tracking.uri is none: there is no store to show; try `pipeline report`")
+    uri = resolve_uri(uri)
+    if not uri.startswith("sqlite:"):
+        print(f"MLflow: {uri}")
+        return
+    file = Path(uri.removeprefix("sqlite:///"))
+    if not file.is_file():
+        raise UsageError(f"{file}: there is no such store yet; train a run first, or name one: pipeline ui RUN")
+    # Ended by a signal, or with its terminal, it must take the server with it.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
+    with local_server(uri, port) as server, contextlib.suppress(KeyboardInterrupt):
+        run_id = None if run is None else upload_state.load(run).of(uri).run_id
+        print(f"MLflow: {page_of(server.url, run_id)} (Ctrl-C ends it)", flush=True)
+        server.process.wait()
+
+
+def page_of(url: str, run_id: str | None) -> str:
+    """The address to open: on the run if there is one, and not on MLflow's pages for language agents."""
+    path = "/experiments"
+    if run_id is not None:
+        with (
+            contextlib.suppress(urllib.error.HTTPError),  # somebody has purged the run from the store
+            _OPENER.open(f"{url}/api/2.0/mlflow/runs/get?run_id={run_id}", timeout=30) as answer,
+        ):
+            path = f"/experiments/{json.load(answer)['run']['info']['experiment_id']}/runs/{run_id}"
+    return f"{url}/#{path}?workflowType=machine_learning"
+
+
+def _free_port(wanted: int | None) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted or 0))
+        except OSError as error:
+            raise UsageError(f"port {wanted} is taken ({error.strerror}); choose another with --port") from error
+        return int(probe.getsockname()[1])
+
+
+def _end_with_parent() -> None:
+    """In the child: the kernel ends it when its parent is gone, after a kill -9 too; mlflow tells its own children."""
+    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes], output: int) -> None:
+    until = time.monotonic() + _START_S
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            said = _last_line(output)
+            raise PipelineError(f"mlflow server ended with status {process.returncode} before it answered: {said}")
+        try:
+            with _OPENER.open(f"{url}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise PipelineError(f"mlflow server did not answer at {url} within {_START_S:.0f} s: {_last_line(output)}")
+
+
+def _last_line(output: int) -> str:
+    # Read without moving the position, at which the server goes on writing.
+    tail = os.pread(output, _TAIL_BYTES, max(0, os.fstat(output).st_size - _TAIL_BYTES))
+    lines = tail.decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_S)
+            # The workers of a server that ended in order are gone too; one that hung is killed with its group.
+            if number == signal.SIGTERM:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            return

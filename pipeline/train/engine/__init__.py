@@ -1,0 +1,1 @@
+"""DeepSpeed behind a few verbs. The only code that imports it."""

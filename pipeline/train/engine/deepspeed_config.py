@@ -1,0 +1,40 @@
+"""The DeepSpeed config that our own settings make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pipeline.config.sections import Config
+from pipeline.run.world import World
+
+
+def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
+    """The DeepSpeed config; what the user passes through is merged in, section by section."""
+    train = config.train
+    own: dict[str, Any] = {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * world.size),
+        "gradient_clipping": 0.0,  # its default is 1.0; we clip ourselves
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _zero_settings(config),
+    }
+    # Its own measuring would make the host wait for the device twice a micro-batch.
+    quiet = {"steps_per_print": 1 << 62, "timers": {"throughput": {"enabled": False}}}
+    merged = {**quiet, **config.deepspeed, **own}
+    merged["zero_optimization"] = {**config.deepspeed.get("zero_optimization", {}), **own["zero_optimization"]}
+    return merged
+
+
+def _zero_settings(config: Config) -> dict[str, Any]:
+    settings: dict[str, Any] = {"stage": config.train.zero_stage, "overlap_comm": config.train.overlap_comm}
+    if config.train.zero_stage in (1, 2) and not config.train.offload_optimizer:
+        settings["compute_grad_norm"] = (
+            False  # ours is known already, and DeepSpeed would make the host wait for its own
+        )
+    if config.train.offload_optimizer:
+        settings["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return settings

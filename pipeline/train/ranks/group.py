@@ -1,0 +1,93 @@
+"""The group of all ranks, and what they tell each other outside the steps: small values, seldom."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store
+
+from pipeline.config.sections import CheckpointConfig
+from pipeline.run.world import World
+
+T = TypeVar("T")
+
+# A rank that dies closes its connections and the others notice at once; this is for one that hangs.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@contextlib.contextmanager
+def process_group(world: World, device: torch.device) -> Iterator[None]:
+    """The process group of all ranks, destroyed at the end; one process makes a group of its own."""
+    if world.size > 1:
+        world.export(os.environ)  # type: ignore[arg-type]
+        store: dict[str, Any] = {"init_method": "env://"}
+    else:
+        store = {"store": HashStore(), "rank": 0, "world_size": 1}
+        World().export(os.environ)  # type: ignore[arg-type]
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **store)
+    try:
+        yield
+    finally:
+        _destroy_process_group()
+
+
+def _destroy_process_group() -> None:
+    """Through DeepSpeed, where it has joined the group: it keeps references that break the next one."""
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is None or comm.cdb is None:
+        dist.destroy_process_group()
+        return
+    comm.destroy_process_group()
+    setattr(comm, "cdb", None)  # noqa: B010 - a global of a module that is not typed
+
+
+def store() -> Store:
+    """What all ranks write to and read from without a collective, in any thread, as long as the group is there."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def broadcast(value: T, world: World, timeout: timedelta = COLLECTIVE_TIMEOUT) -> T:
+    """Rank 0's value, on every rank; plain values only.
+
+    It goes by the store and needs no device: what start-up says before `preflight` arrives also where a device hangs.
+    """
+    if world.size == 1:
+        return value
+    number = store().add(f"broadcast/of_rank_{world.rank}", 1)
+    key = f"broadcast/{number}"
+    if world.is_first:
+        store().set(key, pickle.dumps(value).hex())
+        return value
+    store().wait([key], timeout)
+    # As PyTorch passes objects between ranks: from a process of this job, never out of a file.
+    return pickle.loads(bytes.fromhex(store().get(key).decode()))  # noqa: S301
+
+
+def save_timeout(config: CheckpointConfig) -> timedelta:
+    """How long a rank may be waited for that is still busy with a checkpoint."""
+    return COLLECTIVE_TIMEOUT + timedelta(minutes=config.timeout_min)
+
+
+def gather(value: T, world: World) -> list[T]:
+    """Every rank's value, in the order of the ranks, on every rank; plain values only."""
+    if world.size == 1:
+        return [value]
+    values: list[T | None] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def barrier(world: World) -> None:
+    """Waits for all ranks."""
+    if world.size > 1:
+        # NCCL is told the device; otherwise PyTorch warns that it has to guess it.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)

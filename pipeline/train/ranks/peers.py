@@ -1,0 +1,178 @@
+"""Noticing a rank that dies, within seconds, whatever the backend does.
+
+gloo fails as soon as a connection breaks; NCCL waits for a collective that never ends. So every rank keeps one TCP
+connection to rank 0, and the kernel closes it with the process, however that ends. Rank 0 tells the others who it was
+and what its last words were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from pipeline.errors import EXIT_FAILED, PipelineError
+from pipeline.run.world import World
+from pipeline.train.ranks import group
+
+HEARTBEAT_S = 2.0
+SILENCE_S = 60.0
+HELLO_S = 5.0
+GRACE_S = 5.0
+LAST_WORDS_S = 3.0
+GOODBYE_S = 1.0
+
+_LONGEST_HELLO = 1000
+
+
+class Peers:
+    """The other ranks, as seen from this one.
+
+    Args:
+        world: This process's place.
+
+    Attributes:
+        at_exit: Called with the reason before the process is ended because its main thread hangs in a collective.
+        lost: Which rank ended before its time and why, once that is known.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.at_exit: Callable[[str], None] = lambda lost: None
+        self.lost: str | None = None
+        self._world = world
+        self._lock = threading.Lock()
+        self._sending = threading.Lock()
+        self._closing = threading.Event()
+        self._sockets: list[socket.socket] = []
+        if world.size == 1:
+            return
+        token = group.broadcast(os.urandom(16).hex(), world)
+        if world.is_first:
+            self._listen(token)
+        else:
+            self._connect(group.broadcast(("", 0), world), token)
+        self._start(self._beat)
+
+    def cause_of(self, error: BaseException) -> str | None:
+        """The rank whose end made this error, waiting a moment for the news; None if the error is our own.
+
+        A collective that breaks raises a RuntimeError; the cause is what another rank has to say.
+        """
+        deadline = time.monotonic() + (LAST_WORDS_S if isinstance(error, RuntimeError) else 0.0)
+        while self._world.size > 1 and self.lost is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.lost
+
+    def close(self, error: str | None = None) -> None:
+        """Says good-bye: with an error, the others end too and show it."""
+        self._closing.set()
+        self._send_all({"bye": True, "error": error})
+        for connection in self._sockets:
+            connection.close()
+
+    # ---- rank 0 ------------------------------------------------------------------------------
+
+    def _listen(self, token: str) -> None:
+        deadline = time.monotonic() + SILENCE_S
+        with socket.create_server(("", 0), backlog=self._world.size) as server:
+            address = (self._world.master_addr, server.getsockname()[1])
+            group.broadcast(address, self._world)
+            while len(self._sockets) < self._world.size - 1:
+                server.settimeout(max(0.001, deadline - time.monotonic()))
+                try:
+                    connection, _ = server.accept()
+                except TimeoutError:
+                    raise PipelineError(
+                        f"{len(self._sockets)} of {self._world.size - 1} ranks connected to rank 0 at {address[0]}, "
+                        f"port {address[1]}, within {SILENCE_S:.0f} seconds: if the output of the others names no "
+                        "error, a firewall between the nodes must let their processes reach each other at any port"
+                    ) from None
+                stream = connection.makefile("r", encoding="utf-8")
+                hello = _hello(connection, stream, token)
+                if hello is None:
+                    connection.close()
+                    continue
+                self._sockets.append(connection)
+                self._start(self._hear, stream, f"rank {hello['rank']} on {hello['host']}", self._tell_all)
+
+    def _tell_all(self, lost: str) -> None:
+        self._send_all({"lost": lost})
+
+    # ---- the others --------------------------------------------------------------------------
+
+    def _connect(self, address: tuple[str, int], token: str) -> None:
+        connection = socket.create_connection(address, timeout=SILENCE_S)
+        _send(connection, {"token": token, "rank": self._world.rank, "host": socket.gethostname()})
+        self._sockets.append(connection)
+        self._start(self._hear, connection.makefile("r", encoding="utf-8"), "rank 0", lambda lost: None)
+
+    # ---- all ---------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        while not self._closing.wait(HEARTBEAT_S):
+            self._send_all({})
+
+    def _send_all(self, message: dict[str, Any]) -> None:
+        with self._sending:  # two threads must not mix their lines
+            for connection in self._sockets:
+                with contextlib.suppress(OSError):
+                    _send(connection, message)
+
+    def _hear(self, stream: TextIO, who: str, tell: Callable[[str], None]) -> None:
+        lost = f"{who} ended without a word (killed, out of memory, or its node is gone)"
+        try:
+            for line in stream:
+                message = json.loads(line)
+                if "lost" in message:
+                    lost = message["lost"]
+                    break
+                if message.get("bye"):
+                    if message["error"] is None:
+                        return
+                    lost = f"{who} failed: {message['error']}"
+                    break
+        except TimeoutError:
+            lost = f"{who} has been silent for {SILENCE_S:.0f} seconds (stopped, or its node hangs)"
+        except (OSError, ValueError):
+            pass  # the connection broke: `lost` says so already
+        if not self._closing.is_set():
+            self._end(lost, tell)
+
+    def _end(self, lost: str, tell: Callable[[str], None]) -> None:
+        """The main thread has a few seconds to fail by itself; then the process is ended under it."""
+        with self._lock:
+            if self.lost is not None:
+                return
+            self.lost = lost
+        tell(lost)
+        if self._closing.wait(GRACE_S):
+            return
+        self.at_exit(lost)
+        # A main thread that was still at its own last records has been waited for, and leaves by itself.
+        if not self._closing.wait(GOODBYE_S):
+            print(f"pipeline: error: {lost}", file=sys.stderr, flush=True)
+            os._exit(EXIT_FAILED)
+
+    def _start(self, target: Callable[..., None], *args: Any) -> None:
+        threading.Thread(target=target, args=args, name="peers", daemon=True).start()
+
+
+def _hello(connection: socket.socket, stream: TextIO, token: str) -> dict[str, Any] | None:
+    """How a rank introduces itself; None if it is something else, which scans ports and may say anything or nothing."""
+    connection.settimeout(HELLO_S)
+    try:
+        hello = json.loads(stream.readline(_LONGEST_HELLO))
+    except (ValueError, OSError):
+        return None
+    connection.settimeout(SILENCE_S)
+    return hello if isinstance(hello, dict) and hello.get("token") == token else None
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    connection.sendall((json.dumps(message) + "\n").encode())

@@ -1,0 +1,229 @@
+"""What the ranks check before the first step, in a fraction of a second: a bad node is named, and the job ends at once.
+
+Without it a broken device, a node that cannot reach the others or a wrong clock shows after minutes, as a timeout of
+some collective that names nobody.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import statistics
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.checkpoint.layout import KEYS
+from pipeline.config.sections import Config
+from pipeline.errors import PipelineError
+from pipeline.files import clock_skew_s
+from pipeline.model.flops import num_parameters
+from pipeline.run import journal
+from pipeline.run.folder import Run
+from pipeline.run.provenance import IMAGE_SHA256_VARIABLE
+from pipeline.run.world import World
+from pipeline.train.ranks import group
+
+# Ranks have met just before; one that needs longer than this hangs.
+MEET_LIMIT_S = 60.0
+# Deadlines and the times of events are compared between nodes.
+MOST_SKEW_S = 5.0
+
+_SIZE = 256
+_SLOWEST_S = 10.0
+_POLL_S = 0.01
+_ELEMENTS = 1 << 18  # a megabyte: more than fits a message that needs no real transfer
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank found and knows.
+
+    Attributes:
+        host: Its node, by Slurm's name for it where there is one.
+        faults: What is wrong with its node.
+        problems: What is wrong, but would be the same on another node.
+        skew: Seconds by which its clock is ahead of the file system's; None where that cannot be told.
+        image: SHA-256 of the image it runs in; empty outside.
+        dataset: Digest of the data it opened.
+    """
+
+    host: str
+    faults: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    skew: float | None = None
+    image: str = ""
+    dataset: str = ""
+
+
+def preflight(config: Config, world: World, device: torch.device, run: Run, dataset: str) -> None:
+    """Checks this rank's device, the network, disk, clocks and digests, together with all ranks.
+
+    Args:
+        config: The experiment.
+        world: This process's place.
+        device: Where it trains.
+        run: The run; its folder exists.
+        dataset: Digest of the manifest this rank has read.
+
+    Raises:
+        PipelineError: Something is wrong; the message is the same on all ranks and names node and rank. A fault of a
+            node is also recorded as the event `bad_node`, so that a retry can keep away from it.
+    """
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    store = group.store()
+    store.set(f"preflight/{world.rank}", host)  # known to the others even if the device never answers
+    faults = _device_faults(device)
+    problems = _disk_problems(config, run)
+    missing = _meet(world)
+    if missing:
+        _refuse_ranks(missing, "did not get through its checks", world, run)
+    faults += _network_faults(world, device, run)
+    report = Report(host, faults, problems, _skew_s(run), os.environ.get(IMAGE_SHA256_VARIABLE, ""), dataset)
+    _judge(group.gather(report, world), world, run)
+
+
+def _device_faults(device: torch.device) -> list[str]:
+    """Multiplies small matrices of whole numbers, whose product is exact in any order of summation."""
+    began = time.monotonic()
+    rows = torch.arange(_SIZE).unsqueeze(1)
+    a, b = (rows * 7 + rows.T * 3) % 5 - 2, (rows * 5 + rows.T * 11) % 7 - 3
+    try:
+        found = (a.float().to(device) @ b.float().to(device)).cpu()
+    except RuntimeError as error:
+        return [f"{device} cannot multiply matrices: {str(error).splitlines()[0]}"]
+    wrong = int((found != (a @ b).float()).sum())
+    if wrong:
+        return [f"{device} multiplies matrices wrongly: {wrong} of {found.numel()} elements"]
+    seconds = time.monotonic() - began
+    return [f"{device} took {seconds:.0f} s for a small product of matrices"] if seconds > _SLOWEST_S else []
+
+
+def _disk_problems(config: Config, run: Run) -> list[str]:
+    model = config.model
+    needed = 4 * len(KEYS) * num_parameters(model.vocab_size, model.d_model, model.num_layers, model.d_ff)
+    free = shutil.disk_usage(run.path).free
+    if free >= needed:
+        return []
+    return [
+        f"{run.path}: {free / 1e9:.2f} GB are free, and a checkpoint needs {needed / 1e9:.2f} GB; make room, "
+        "or choose another runs_dir"
+    ]
+
+
+def _skew_s(run: Run) -> float | None:
+    try:
+        return clock_skew_s(run.path)
+    except OSError:  # a disk that takes nothing shows elsewhere
+        return None
+
+
+def _meet(world: World) -> list[int]:
+    """Waits until all ranks have come through their own checks; those that have not in time."""
+    store = group.store()
+    _arrive("ready", world)
+    store.add("preflight/ready", 1)
+    deadline = time.monotonic() + MEET_LIMIT_S
+    while store.add("preflight/ready", 0) < world.size:
+        if time.monotonic() > deadline:
+            return _missing("ready", world)
+        time.sleep(_POLL_S)
+    return []
+
+
+def _arrive(where: str, world: World) -> None:
+    group.store().set(f"preflight/{world.rank}/{where}", "")
+
+
+def _missing(where: str, world: World) -> list[int]:
+    return [rank for rank in range(world.size) if not group.store().check([f"preflight/{rank}/{where}"])]
+
+
+def _network_faults(world: World, device: torch.device, run: Run) -> list[str]:
+    """Sums a megabyte over all ranks, with a time limit.
+
+    In a thread, for NCCL makes its connections inside the first call, where no limit of its own ends it.
+    """
+    if world.size == 1:
+        return []
+    failed: list[Exception] = []
+    sums: list[Tensor] = []
+
+    def add() -> None:
+        try:
+            ones = torch.ones(_ELEMENTS, device=device)
+            _arrive("adding", world)
+            dist.all_reduce(ones)
+            sums.append(ones.cpu())
+        except RuntimeError as error:
+            failed.append(error)
+
+    deadline = time.monotonic() + MEET_LIMIT_S
+    thread = threading.Thread(target=add, name="preflight", daemon=True)
+    thread.start()
+    thread.join(MEET_LIMIT_S)
+    if sums:
+        wrong = int((sums[0] != world.size).sum())
+        return [f"a sum over all ranks is wrong in {wrong} of {_ELEMENTS} elements"] if wrong else []
+    # A sum may fail because another rank gave up just before; who never came is told apart from who is late.
+    while (late := _missing("adding", world)) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    if late:
+        _refuse_ranks(late, "did not come to add up numbers with the others", world, run)
+    why = str(failed[0]).splitlines()[0] if failed else f"it did not end in {MEET_LIMIT_S:.0f} s, though all had begun"
+    raise PipelineError(
+        f"rank {world.rank} on {socket.gethostname()}: a sum over all ranks failed: {why}; "
+        "look at the network between the nodes (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+    )
+
+
+def _judge(reports: list[Report], world: World, run: Run) -> None:
+    bad = {rank: (r.host, "; ".join(r.faults)) for rank, r in enumerate(reports) if r.faults}
+    for rank, skew in _wrong_clocks([r.skew for r in reports]).items():
+        bad.setdefault(
+            rank, (reports[rank].host, f"its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}")
+        )
+    problems = list(dict.fromkeys(p for r in reports for p in r.problems))
+    for what, values in (("image", [r.image for r in reports]), ("dataset", [r.dataset for r in reports])):
+        usual = statistics.mode(values)
+        problems += [
+            f"rank {rank} on {reports[rank].host} has another {what}: {value[:12] or 'none'}, "
+            f"not {usual[:12] or 'none'}"
+            for rank, value in enumerate(values)
+            if value != usual
+        ]
+    if bad or problems:
+        _refuse(world.is_first, run, bad, problems)
+
+
+def _wrong_clocks(skews: list[float | None]) -> dict[int, float]:
+    """Seconds by which the clocks of some ranks differ from what most say, the file system's having a voice too."""
+    known = [skew for skew in skews if skew is not None]
+    if len(skews) == 1 or not known:
+        return {}
+    right = statistics.median_low([0.0, *known])
+    wrong = {rank: skew - right for rank, skew in enumerate(skews) if skew is not None}
+    return {rank: seconds for rank, seconds in wrong.items() if abs(seconds) > MOST_SKEW_S}
+
+
+def _refuse_ranks(missing: list[int], what: str, world: World, run: Run) -> NoReturn:
+    """Ends this rank because of those that hang; the first of the others records their nodes."""
+    hosts = {rank: group.store().get(f"preflight/{rank}").decode() for rank in missing}
+    why = f"{what} in {MEET_LIMIT_S:.0f} s (its device or its network hangs)"
+    records = world.rank == min(set(range(world.size)) - set(missing), default=0)
+    _refuse(records, run, {rank: (host, why) for rank, host in hosts.items()}, [])
+
+
+def _refuse(records: bool, run: Run, bad: dict[int, tuple[str, str]], problems: list[str]) -> NoReturn:
+    """Ends this rank with the message that all show; one of them records the nodes."""
+    if bad and records:
+        nodes = sorted({host for host, _ in bad.values()})
+        journal.append_event(run.events_file, "bad_node", nodes=nodes, problems=[what for _, what in bad.values()])
+    lines = [*(f"rank {rank} on {host}: {what}" for rank, (host, what) in bad.items()), *problems]
+    raise PipelineError("\n  ".join(["preflight: training was not started:", *lines]))

@@ -1,0 +1,75 @@
+"""Stopping on request: a signal sets a flag, and the ranks agree on it at a step boundary."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from pipeline.run.world import DEADLINE_VARIABLE
+
+# torchrun and some Slurm process trackers deliver one Ctrl-C twice; a second one by hand comes later.
+_SAME_PRESS_S = 0.5
+
+_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+_EXIT_INTERRUPTED = 130
+
+
+class StopRequest:
+    """Whether this process was asked to stop; while it is entered, signals ask and do nothing else.
+
+    SIGUSR2, SIGTERM and SIGINT ask; a second Ctrl-C leaves at once. The launcher may give a wall-clock limit
+    in PIPELINE_DEADLINE (Unix seconds): the request is made while there is time for the last steps and a save.
+
+    Attributes:
+        reason: The signal's name or `time limit`; None as long as nobody asked.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._first_interrupt = 0.0
+        self._previous: dict[int, Any] = {}
+        deadline = os.environ.get(DEADLINE_VARIABLE)
+        self._deadline = float(deadline) if deadline else None
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop at the end of this step."""
+        return self.reason is not None
+
+    def ask(self, reason: str) -> None:
+        """Asks; the first reason stays."""
+        self.reason = self.reason or reason
+
+    def check_time(self, step_s: float, save_s: float, between_s: float) -> None:
+        """Asks if the time left is less than what three steps and a save take, by the measured seconds.
+
+        The ranks agree in the next step and may learn of it in the one after; the third is for one that takes longer.
+
+        Args:
+            step_s: Seconds of a step.
+            save_s: Seconds until a checkpoint is durable.
+            between_s: Seconds of what else comes before the save.
+        """
+        if self._deadline is not None and time.time() + 3 * step_s + 1.5 * save_s + between_s > self._deadline:
+            self.ask("time limit")
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self._first_interrupt and now - self._first_interrupt > _SAME_PRESS_S:
+            os._exit(_EXIT_INTERRUPTED)
+        if number == signal.SIGINT and not self._first_interrupt:
+            self._first_interrupt = now
+        self.ask(signal.Signals(number).name)

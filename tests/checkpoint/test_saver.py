@@ -1,0 +1,293 @@
+"""A checkpoint is visible only when whole, whatever goes wrong while it is written."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import pipeline.files
+from pipeline.checkpoint import pending
+from pipeline.checkpoint.layout import published
+from pipeline.checkpoint.pending import begin_attempt
+from pipeline.checkpoint.read import CheckpointReader, newest_checkpoint, verify
+from pipeline.checkpoint.saver import Saved
+from pipeline.errors import CheckpointError
+from pipeline.run.world import World
+from pipeline.train.ranks import group
+from tests import processes
+from tests.checkpoint.support import NUMEL, fragments, save, saver
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    begin_attempt(tmp_path, "a1")
+    return tmp_path
+
+
+def steps(folder: Path) -> list[str]:
+    return [path.name for path in published(folder)]
+
+
+def value(checkpoint: Path) -> float:
+    weight = CheckpointReader(checkpoint).read_whole("weight", "layer.weight")
+    assert weight.unique().numel() == 1
+    return float(weight[0])
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Holds the writing of files back until it is set."""
+    opened, real = threading.Event(), safetensors.torch.save_file
+
+    def held(*args: Any) -> None:
+        opened.wait()
+        real(*args)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", held)
+    yield opened
+    opened.set()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        begin_attempt(disk, "a1")
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_weights_may_change_once_the_copy_is_waited_for(folder: Path, gate: threading.Event) -> None:
+    one = saver(folder, [])
+    parts = fragments(1.0)
+    one.save(1, parts, {})
+    one.wait_for_copy()
+    parts[0].tensors["weight"].fill_(9.0)
+    gate.set()
+    one.wait()
+    assert value(newest_checkpoint(folder)) == 1.0
+
+
+def test_nothing_is_visible_before_it_is_whole(folder: Path, gate: threading.Event) -> None:
+    one = saver(folder, [])
+    one.save(1, fragments(1.0), {})
+    one.wait_for_copy()
+    assert steps(folder) == []
+    gate.set()
+    one.wait()
+    assert steps(folder) == ["step_00000001"]
+    assert not list(folder.glob(".step_*"))
+
+
+def test_a_full_disk_keeps_the_last_good_one_and_the_run_alive(small_disk: Path) -> None:
+    save(small_disk, 1)
+    reports: list[Saved] = []
+    one = saver(small_disk, reports)
+    one.save(2, fragments(2.0, numel=200_000), {})
+    one.wait()
+    assert "needs 2.4 MB" in str(reports[0].error)
+    assert value(newest_checkpoint(small_disk)) == 1.0
+    one.save(3, fragments(3.0), {})
+    one.wait()
+    assert reports[1].error is None and value(newest_checkpoint(small_disk)) == 3.0
+
+
+def test_a_disk_that_fills_while_a_file_is_written_is_reported_too(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(small_disk, 1)
+    reports: list[Saved] = []
+    one = saver(small_disk, reports)
+    monkeypatch.setattr(pending.Draft, "check_space", lambda self, own_bytes: None)
+    one.save(2, fragments(2.0, numel=200_000), {})
+    one.wait()
+    assert "No space left" in str(reports[0].error)
+    assert value(newest_checkpoint(small_disk)) == 1.0
+    assert not list(small_disk.glob(".step_*"))
+
+
+def test_an_unforeseen_error_is_reported_and_never_swallowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise ValueError("something new")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", broken)
+    reports: list[Saved] = []
+    one = saver(folder, reports)
+    one.save(1, fragments(1.0), {})
+    one.wait()
+    assert [(r.path, r.error) for r in reports] == [(None, "something new")]
+
+
+def test_a_rank_whose_disk_takes_nothing_is_named_and_nothing_is_published(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, real_write = safetensors.torch.save_file, pipeline.files.write_bytes
+
+    def second_writes_nothing(path: Path, content: bytes) -> None:
+        if path.name.startswith("rank_00001"):
+            raise OSError(30, "Read-only file system")
+        real_write(path, content)
+
+    def second_fails(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if path.name.startswith("rank_00001"):
+            raise OSError(5, "Input/output error")
+        real(tensors, path)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", second_fails)
+    monkeypatch.setattr(pipeline.files, "write_bytes", second_writes_nothing)
+    reports: list[Saved] = []
+    both = [saver(folder, reports, rank, 2) for rank in range(2)]
+    for rank, one in enumerate(both):
+        one.save(1, fragments(1.0, rank, 2), {})
+    for one in both:
+        one.wait()
+    assert [r.error for r in reports] == [f"rank 1 on {socket.gethostname()}: [Errno 5] Input/output error"]
+    assert steps(folder) == []
+
+
+def test_a_rank_whose_file_does_not_arrive_is_named_after_the_time_limit(folder: Path) -> None:
+    reports: list[Saved] = []
+    one = saver(folder, reports, 0, 2, timeout_min=0.002)
+    one.save(1, fragments(1.0, 0, 2), {})
+    one.wait()
+    assert "rank_00001.safetensors did not arrive" in str(reports[0].error)
+    assert steps(folder) == []
+
+
+def test_two_ranks_make_one_checkpoint(folder: Path) -> None:
+    both = [saver(folder, [], rank, 2) for rank in range(2)]
+    for rank, one in enumerate(both):
+        one.save(1, fragments(4.0, rank, 2), {})
+    for one in both:
+        one.wait()
+    assert sorted(verify(newest_checkpoint(folder)).files) == ["rank_00000.safetensors", "rank_00001.safetensors"]
+    assert CheckpointReader(newest_checkpoint(folder)).read_whole("exp_avg", "layer.weight").shape == (NUMEL,)
+
+
+def test_a_stale_attempt_cannot_publish(folder: Path, gate: threading.Event) -> None:
+    reports: list[Saved] = []
+    old = saver(folder, reports)
+    old.save(1, fragments(1.0), {})
+    old.wait_for_copy()
+    begin_attempt(folder, "a2")
+    gate.set()
+    old.wait()
+    assert reports[0].path is None and reports[0].error
+    assert steps(folder) == []
+    save(folder, 1, attempt="a2")
+    old.save(2, fragments(2.0), {})
+    old.wait()
+    assert "another start of this run has taken over" in str(reports[1].error)
+    assert steps(folder) == ["step_00000001"]
+
+
+def test_a_busy_saver_waits_by_default(folder: Path, gate: threading.Event) -> None:
+    reports: list[Saved] = []
+    one = saver(folder, reports)
+    one.save(1, fragments(1.0), {})
+    threading.Timer(0.05, gate.set).start()
+    one.save(2, fragments(2.0), {})
+    one.wait_for_copy()
+    one.wait()
+    assert [(r.step, r.error) for r in reports] == [(1, None), (2, None)]
+
+
+def test_a_busy_saver_skips_where_the_config_says_so(folder: Path, gate: threading.Event) -> None:
+    reports: list[Saved] = []
+    one = saver(folder, reports, if_busy="skip")
+    one.save(1, fragments(1.0), {})
+    one.wait_for_copy()
+    one.save(2, fragments(2.0), {})
+    one.wait_for_copy()
+    gate.set()
+    one.wait()
+    assert steps(folder) == ["step_00000001"]
+    assert (reports[0].step, reports[0].path) == (2, None) and "skipped" in str(reports[0].error)
+
+
+def test_the_save_before_a_stop_is_never_skipped(folder: Path, gate: threading.Event) -> None:
+    reports: list[Saved] = []
+    one = saver(folder, reports, if_busy="skip")
+    one.save(1, fragments(1.0), {})
+    one.wait_for_copy()
+    one.save(2, fragments(2.0), {})
+    gate.set()
+    one.wait()  # no wait_for_copy in between: weights did not change
+    assert steps(folder) == ["step_00000002", "step_00000001"]
+    assert [r.error for r in reports] == [None, None]
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_after_a_failed_save_the_run_goes_on_or_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    save(folder, 1)
+    reports: list[Saved] = []
+    one = saver(folder, reports, on_failure=policy)
+    with monkeypatch.context() as patched:
+        patched.setattr(pending, "publish_dir", lambda temp, final: (_ for _ in ()).throw(OSError(28, "No space left")))
+        one.save(2, fragments(2.0), {})
+        one.wait()
+    assert reports[0].error and steps(folder) == ["step_00000001"]
+    if policy == "stop":
+        with pytest.raises(CheckpointError, match=r"on_failure is stop.*No space left"):
+            one.save(3, fragments(3.0), {})
+    else:
+        one.save(3, fragments(3.0), {})
+        one.wait()
+        assert steps(folder)[0] == "step_00000003"
+
+
+def save_twice(world: World, folder: str, case: str) -> tuple[str | None, list[str | None]]:
+    """Two saves, with rank 1 late or unable to write; what the second raised on this rank, and what was reported."""
+    gate, real, reports = threading.Event(), safetensors.torch.save_file, list[Saved]()
+
+    def held(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if world.rank == 1 and case == "skip":
+            gate.wait()
+        if world.rank == 1 and case == "stop":
+            raise OSError(5, "bad disk")
+        real(tensors, path)
+
+    safetensors.torch.save_file = held
+    policies = {"if_busy": case if case == "skip" else "wait", "on_failure": "stop"}
+    one = saver(Path(folder), reports, world.rank, 2, store=group.store(), **policies)
+    one.save(1, fragments(1.0, world.rank, 2), {})
+    one.wait_for_copy()
+    if case == "stop":
+        one.wait()
+    raised = None
+    try:
+        one.save(2, fragments(2.0, world.rank, 2), {})
+    except CheckpointError as error:
+        raised = str(error)
+    one.wait_for_copy()
+    gate.set()
+    one.wait()
+    group.barrier(world)
+    return raised, [report.error for report in reports]
+
+
+def test_with_one_rank_late_all_skip_the_save(folder: Path) -> None:
+    first, second = processes.on_ranks(save_twice, 2, folder / "log", str(folder), "skip")
+    assert first[0] is second[0] is None
+    assert "skipped" in str(first[1][0]) and first[1][1] is None, "the second save is reported first: it is not made"
+    assert steps(folder) == ["step_00000001"]
+
+
+def test_with_one_rank_unable_to_write_all_end_with_its_error(folder: Path) -> None:
+    answers = processes.on_ranks(save_twice, 2, folder / "log", str(folder), "stop")
+    assert all("rank 1" in str(raised) and "bad disk" in str(raised) for raised, _ in answers)
+    assert steps(folder) == []

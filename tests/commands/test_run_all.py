@@ -1,0 +1,149 @@
+"""The main job as a person runs it: one command from raw text to a sample, stopped and started again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.baseline import bigram_loss
+from pipeline.data.dataset import open_dataset
+from tests.cli.test_main import ROOT, pipeline
+from tests.test_bad_input import experiment
+
+SETTINGS = {
+    "tokenizer": {"kind": "bpe"},
+    "model.vocab_size": 300,
+    "train.max_iters": 60,
+    "optimizer.cosine_cycle_iters": 60,
+    "train.log_interval": 10,
+    "train.checkpoint_interval": 20,
+    "train.val_interval": 30,
+    "tracking": {"uri": "sqlite:///mlflow.db"},
+}
+
+
+@pytest.mark.slow
+def test_one_command_makes_a_model_and_a_second_run_of_it_repeats_nothing(tmp_path):
+    config = experiment(tmp_path, **SETTINGS)
+    done = pipeline("run", config, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "model, step 60" in done.stdout and "bigram counts" in done.stdout
+    assert "pipeline ui " in done.stdout
+    run = tmp_path / "runs" / "tiny"
+    sample = (run / "samples" / "step_00000060.txt").read_text()
+    assert sample.startswith("The") and sample.strip() in done.stdout
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation["step"] == 60 and 0 < evaluation["loss"] < 5.8
+    metrics = (run / "metrics.jsonl").read_text()
+    assert _in_mlflow(tmp_path, run) == {"evaluation": evaluation["loss"], "samples": {"step_00000060.txt": sample}}
+
+    for command in (["sample", str(run), "--prompt", "We"], ["report", str(run)]):
+        done = pipeline(*command, cwd=tmp_path)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+    second = (run / "samples" / "step_00000060.txt").read_text()
+    assert second.startswith("We")
+    assert _in_mlflow(tmp_path, run) == {
+        "evaluation": evaluation["loss"],
+        "samples": {"step_00000060.txt": second},
+        "report": (run / "report.html").read_text(),
+    }
+
+    again = pipeline("run", config, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (run / "metrics.jsonl").read_text() == metrics
+    assert "step 1/60" not in again.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_loss(tmp_path):
+    settings = {**SETTINGS, "train.max_iters": 400, "optimizer.cosine_cycle_iters": 400, "tracking": {"uri": "none"}}
+    (tmp_path / "stopped").mkdir(), (tmp_path / "whole").mkdir()
+    config = experiment(tmp_path / "stopped", **settings)
+    assert pipeline("prepare", config).returncode == 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipeline", "train", config]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    metrics = tmp_path / "stopped" / "runs" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"step":20' in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 85, err
+    assert "everything is saved" in err and "Traceback" not in err
+
+    assert pipeline("train", config).returncode == 0
+    other = experiment(tmp_path / "whole", **settings)
+    assert pipeline("prepare", other).returncode == 0
+    assert pipeline("train", other).returncode == 0
+    assert _losses(tmp_path / "stopped") == _losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_with_other_settings_is_not_resumed(tmp_path):
+    config = experiment(tmp_path, **{"train.max_iters": 2})
+    assert pipeline("prepare", config).returncode == 0
+    assert pipeline("train", config).returncode == 0
+    done = pipeline("train", config, "optimizer.learning_rate=0.5")
+    assert done.returncode == 2
+    assert "optimizer.learning_rate: 0.01 in the run, 0.5 asked for" in done.stderr
+    assert pipeline("train", config, "train.max_iters=3").returncode == 0, "a longer run is the same experiment"
+
+
+def test_the_bigram_yardstick_equals_counting_by_hand(tmp_path):
+    config = experiment(tmp_path)
+    assert pipeline("prepare", config).returncode == 0
+    train, validation = (open_dataset(tmp_path / "tokens", name) for name in ("train", "validation"))
+    loss = bigram_loss(train, validation, 16, 257)
+    assert loss == pytest.approx(_by_hand(tmp_path / "tokens", 16), abs=1e-9)
+
+
+def _by_hand(folder: Path, context: int) -> float:
+
+    from collections import Counter
+
+    import numpy as np
+
+    train, validation = (
+        np.fromfile(next(folder.glob(f"slices/*/{name}.bin")), "<u2").tolist() for name in ("train", "validation")
+    )
+    pairs, firsts, targets = Counter(itertools.pairwise(train)), Counter(train[:-1]), Counter(train[1:])
+    total = len(train) - 1 + 257
+    scored = (len(validation) - 1) // context * context
+    best = math.inf
+    for s in (1, 3, 10, 30, 100, 300, 1000, 3000):
+        nats = 0.0
+        for a, b in itertools.pairwise(validation[: scored + 1]):
+            nats -= math.log((pairs[a, b] + s * (targets[b] + 1) / total) / (firsts[a] + s))
+        best = min(best, nats / scored)
+    return best
+
+
+def _in_mlflow(folder: Path, run: Path) -> dict[str, object]:
+    """What MLflow has of what came after the training."""
+    from mlflow import MlflowClient
+
+    (store,) = json.loads((run / "mlflow.json").read_text())["stores"].values()
+    recorded = MlflowClient(f"sqlite:///{folder}/mlflow.db").get_run(store["run_id"])
+    artifacts = Path(recorded.info.artifact_uri.removeprefix("file://"))
+    found: dict[str, object] = {
+        "evaluation": recorded.data.metrics.get("evaluation/loss"),
+        "samples": {f.name: f.read_text() for f in (artifacts / "samples").glob("*")},
+    }
+    if (artifacts / "report.html").exists():
+        found["report"] = (artifacts / "report.html").read_text()
+    return found
+
+
+def _losses(folder: Path) -> list[float]:
+    lines = (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    return [record["train/loss"] for record in map(json.loads, lines) if "train/loss" in record]

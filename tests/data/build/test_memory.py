@@ -1,0 +1,132 @@
+"""A build takes the same memory however large the corpus is."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from benchmarks.processes import measure
+from pipeline.config.load import dump_config
+from pipeline.data.build import memory
+from pipeline.data.build.build import prepare
+from pipeline.data.build.memory import WordCaches
+from pipeline.data.read.documents import Documents
+from pipeline.data.tokenize.tokenizer import Tokenizer, train_bpe
+from tests.data.helpers import COMPRESS, config, dataset_digest, documents, jsonl, write
+
+TEXTS = documents(400, seed=8)
+
+
+def test_forgetting_words_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = write(tmp_path / "a.jsonl", jsonl(TEXTS))
+    made = [
+        config(
+            tmp_path / name,
+            [{"name": "s", "paths": [str(text)]}],
+            tokenizer={"kind": "bpe"},
+            slice_size_mb=0.004,
+            validation_fraction=0.1,
+        )
+        for name in ("never", "always")
+    ]
+    prepare(made[0])
+    forgotten: list[int] = []
+    forget = Tokenizer.forget_words
+    monkeypatch.setattr(Tokenizer, "forget_words", lambda self: (forgotten.append(1), forget(self)))
+    monkeypatch.setattr(memory, "_LEAST_TEXT_BETWEEN", 0)
+    monkeypatch.setattr(memory, "_ALLOWED_BYTES", -(1 << 40))
+    prepare(made[1])
+    assert len(forgotten) > 5
+    assert dataset_digest(tmp_path / "never") == dataset_digest(tmp_path / "always")
+
+
+def test_words_are_forgotten_when_memory_has_grown_and_not_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = 500 << 20
+    forgotten: list[int] = []
+
+    class Encoder:
+        def forget_words(self) -> None:
+            forgotten.append(resident)
+
+    monkeypatch.setattr(memory, "resident_bytes", lambda: resident)
+    caches = WordCaches(Encoder(), workers=2)  # type: ignore[arg-type]
+    for _ in range(100):
+        caches.encoded(4_000_000)
+    assert not forgotten
+    resident += 513 << 20
+    caches.encoded(4_000_000)
+    assert len(forgotten) == 1
+    for _ in range(15):  # still too large, but too little text since to have come from words
+        caches.encoded(4_000_000)
+    assert len(forgotten) == 1
+    caches.encoded(4_000_000)
+    assert len(forgotten) == 2
+
+
+def test_memory_is_given_back_where_words_are_forgotten() -> None:
+    made = Tokenizer(train_bpe(b"some words", b"\xff", 300, ["<|endoftext|>"], "gpt2").encode(), "here")
+    rng = random.Random(0)
+
+    def encode_new_words() -> int:
+        for _ in range(3):
+            made.encode_batch(Documents.of([b" ".join(rng.randbytes(6).hex().encode() for _ in range(150_000))]))
+        return memory.resident_bytes()
+
+    sizes = []
+    for _ in range(4):
+        sizes.append(encode_new_words())
+        made.forget_words()
+        memory.return_freed_memory()
+    assert sizes[0] - memory.resident_bytes() > 40 << 20
+    assert max(sizes) - sizes[0] < 20 << 20
+
+
+def test_a_process_can_be_devoted_to_a_build_before_numpy_is_there() -> None:
+    code = "import sys, pipeline.data.build.memory as m; m.devote_process(); sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.zst", "parquet"])
+def test_eight_times_the_text_takes_the_same_memory(ending: str, tmp_path: Path) -> None:
+    sample = b"\xff".join(text.encode() for text in TEXTS)
+    vocabulary = train_bpe(sample, b"\xff", 300, ["<|endoftext|>"], "gpt2")
+    tokenizer = write(tmp_path / "tokenizer.json", vocabulary.encode())
+    peaks = []
+    for times in (4, 32):
+        path = tmp_path / f"{times}.{ending}"
+        _write_megabytes(path, 20 * times)
+        entry = {"name": "s", "paths": [str(path)], **({"separator": "\x1e"} if ending == "txt" else {})}
+        made = config(
+            tmp_path / f"out{times}",
+            [entry],
+            tokenizer={"kind": "file", "path": str(tokenizer)},
+            slice_size_mb=8.0,
+            validation_fraction=0.01,
+        )
+        file = write(tmp_path / f"{times}.yaml", dump_config(made).encode())
+        peaks.append(measure([sys.executable, "-m", "pipeline", "prepare", str(file)]).peak_mb)
+    print(peaks)
+    assert max(peaks) < 600
+    assert peaks[1] - peaks[0] < 50
+
+
+def _write_megabytes(path: Path, megabytes: int) -> None:
+    """The same texts over and over: what grows is the corpus, not its vocabulary."""
+    texts = documents(1_000_000 // 500, seed=3, longest=160)
+    kind = path.suffixes[0]
+    if kind == ".parquet":
+        table = pyarrow.table({"text": texts})
+        with pyarrow.parquet.ParquetWriter(path, table.schema) as writer:
+            while path.stat().st_size < 1_000_000 * megabytes:
+                writer.write_table(table)
+        return
+    once = jsonl(texts) if kind == ".jsonl" else "\x1e".join([*texts, ""]).encode()
+    packed = COMPRESS["zst"](once) if path.suffix == ".zst" else once
+    path.write_bytes(packed * (1_000_000 * megabytes // len(once)))

@@ -1,0 +1,293 @@
+"""Each kind of bad input has its message, stops the build or is counted, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.load import dump_config
+from pipeline.data.build.build import prepare
+from pipeline.data.manifest import Manifest
+from pipeline.errors import DataError
+from tests.data.helpers import (
+    command,
+    config,
+    documents,
+    jsonl,
+    one_source,
+    split_texts,
+    tree_digest,
+    write,
+)
+
+GOOD = ["first good", "second good"]
+
+
+def _lines(bad: bytes) -> bytes:
+    good = jsonl(GOOD).split(b"\n")
+    return good[0] + b"\n" + bad + b"\n" + good[1] + b"\n"
+
+
+# Name of the file, its content, further settings of the source, words of the message, reason, good documents.
+CASES: dict[str, tuple[str, bytes, dict[str, Any], list[str], str, list[str]]] = {
+    "invalid UTF-8 in a text file": (
+        "a.txt",
+        b"line one\nline \xff two",
+        {},
+        ["line 2, byte 14", "invalid UTF-8 (invalid start byte)"],
+        "invalid UTF-8",
+        [],
+    ),
+    "invalid UTF-8 between separators": (
+        "a.txt",
+        b"one|t\xc3(o|three",
+        {"separator": "|"},
+        ["line 1, byte 5", "invalid UTF-8"],
+        "invalid UTF-8",
+        ["one", "three"],
+    ),
+    "invalid UTF-8 in a line": (
+        "a.jsonl",
+        _lines(b'{"text": "\xe9"}'),
+        {},
+        ["line 2, byte 42", "invalid UTF-8"],
+        "invalid UTF-8",
+        GOOD,
+    ),
+    "half a surrogate pair": (
+        "a.jsonl",
+        _lines(b'{"text": "\\ud800"}'),
+        {},
+        ["line 2", "surrogate"],
+        "invalid UTF-8",
+        GOOD,
+    ),
+    "invalid JSON": (
+        "a.jsonl",
+        _lines(b'{"text": "a" "b"}'),
+        {},
+        ["line 2, byte 45", "invalid JSON (Expecting ',' delimiter)"],
+        "invalid JSON",
+        GOOD,
+    ),
+    "two records in one line": (
+        "a.jsonl",
+        _lines(b'{"text": "a"} {"text": "b"}'),
+        {},
+        ["line 2", "Extra data"],
+        "invalid JSON",
+        GOOD,
+    ),
+    "a record over two lines": (
+        "a.jsonl",
+        _lines(b'{"text":\n"a"}'),
+        {},
+        ["line 2", "invalid JSON"],
+        "invalid JSON",
+        GOOD,
+    ),
+    "two records in one line, and a blank one": (
+        "a.jsonl",
+        _lines(b'{"text": "a"} {"text": "b"}\n'),
+        {},
+        ["line 2", "Extra data"],
+        "invalid JSON",
+        GOOD,
+    ),
+    "two records in one line, and one over two": (
+        "a.jsonl",
+        _lines(b'{"text":\n"a"}\n{"text": "a"} {"text": "b"}'),
+        {},
+        ["line 2", "invalid JSON"],
+        "invalid JSON",
+        GOOD,
+    ),
+    "a number as long as no number": (
+        "a.jsonl",
+        _lines(b'{"text": ' + b"1" * 5000 + b"}"),
+        {},
+        ["line 2", "field is no string"],
+        "field is no string",
+        GOOD,
+    ),
+    "missing field": (
+        "a.jsonl",
+        _lines(b'{"txt": "a", "id": 3}'),
+        {},
+        ["line 2, byte 32", "missing field", "'txt', 'id'", "`field`"],
+        "missing field",
+        GOOD,
+    ),
+    "no object": ("a.jsonl", _lines(b'["text"]'), {}, ["line 2", "no JSON object"], "missing field", GOOD),
+    "field is no string": (
+        "a.jsonl",
+        _lines(b'{"text": 17}'),
+        {},
+        ["line 2", "field is no string", "'text' is 17"],
+        "field is no string",
+        GOOD,
+    ),
+    "field is null": ("a.jsonl", _lines(b'{"text": null}'), {}, ["line 2", "is null"], "field is no string", GOOD),
+    "document too long": (
+        "a.jsonl",
+        _lines(b'{"text": "' + b"x" * 2_000_000 + b'"}'),
+        {},
+        ["line 2", "document too long", "max_document_mb"],
+        "document too long",
+        GOOD,
+    ),
+    "one text file too long": (
+        "a.txt",
+        b"x " * 1_000_000,
+        {},
+        ["document too long", "`separator`"],
+        "document too long",
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_error_stops_at_the_record_and_names_it(case: str, tmp_path: Path) -> None:
+    name, content, source, words, _, _ = CASES[case]
+    path = write(tmp_path / "in" / name, content)
+    with pytest.raises(DataError) as caught:
+        prepare(config(tmp_path / "out", [one_source(path, **source)], max_document_mb=1.0))
+    for word in [str(path), *words, "on_bad=skip"]:
+        assert word in str(caught.value)
+    assert not any(p.suffix == ".bin" or p.name == "manifest.json" for p in (tmp_path / "out").rglob("*"))
+    assert not any(p.name.endswith(".tmp") for p in (tmp_path / "out").rglob("*"))
+    with pytest.raises(DataError, match="not finished"):
+        Manifest.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_skip_counts_by_reason_and_keeps_the_rest(case: str, tmp_path: Path) -> None:
+    name, content, source, _, reason, good = CASES[case]
+    path = write(tmp_path / "in" / name, content)
+    other = write(tmp_path / "in" / "other.jsonl", jsonl(["other"]))
+    entries = [one_source(path, **source), {**one_source(other), "name": "other"}]
+    manifest = prepare(config(tmp_path / "out", entries, max_document_mb=1.0, on_bad="skip", max_bad_fraction=0.9))
+    assert set(manifest.bad) == {reason}
+    assert split_texts(tmp_path / "out") == [*good, "other"]
+    assert manifest.sources[0]["records"] == sum(manifest.bad.values()) + len(good)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_command_says_it_in_one_message_and_ends_with_1(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, source, words, _, _ = CASES[case]
+    path = write(tmp_path / "in" / name, content)
+    made = config(tmp_path / "out", [one_source(path, **source)], max_document_mb=1.0)
+    file = write(tmp_path / "c.yaml", dump_config(made).encode())
+    monkeypatch.chdir(tmp_path)
+    assert command("prepare", str(file)) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"pipeline: error: {path}, ") and printed.err.count("\n") == 1
+    assert all(word in printed.err for word in words)
+    assert printed.out == ""
+    # Nobody takes for a dataset what is there now.
+    for reader in ("inspect", "verify"):
+        assert command(reader, str(tmp_path / "out")) == 1
+        assert "not finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "status", "words"),
+    [
+        ("data.on_bad=ignore", 2, ["data.on_bad", "'error'", "'skip'"]),
+        ("data.max_bad_fraction=1.5", 2, ["data.max_bad_fraction"]),
+        ("data.slice_size_mb=0", 2, ["data.slice_size_mb"]),
+        ("data.sources.0.paths=[nothing/*.txt]", 1, ["'nothing/*.txt' matches no file", "looked from"]),
+        ("tokenizer.path=nothing.json", 2, ["tokenizer.path"]),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(
+    setting: str,
+    status: int,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = config(tmp_path / "out", [one_source(write(tmp_path / "a.txt", b"text"))])
+    file = write(tmp_path / "c.yaml", dump_config(made).encode())
+    monkeypatch.chdir(tmp_path)
+    assert command("prepare", str(file), setting) == status
+    err = capsys.readouterr().err
+    assert err.startswith("pipeline: error: ") and "Traceback" not in err
+    assert all(word in err for word in words)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_too_many_bad_records_stop_the_build_all_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl(documents(80)) + b"{}\n" * 20)
+    with pytest.raises(
+        DataError, match=r"20 of 100 records are bad \(20 x missing field\): 20.00% is above .*= 10.00%"
+    ):
+        prepare(config(tmp_path / "out", [one_source(path)], on_bad="skip", max_bad_fraction=0.1))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    # What was done stays good: with another limit nothing is done again.
+    before = tree_digest(tmp_path / "out")
+    assert prepare(config(tmp_path / "out", [one_source(path)], on_bad="skip", max_bad_fraction=0.3)).bad == {
+        "missing field": 20
+    }
+    assert before.items() <= tree_digest(tmp_path / "out").items()
+
+
+def test_the_part_that_is_bad_is_that_of_all_records_wherever_they_stand(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b"{}\n" * 200 + jsonl(["word " * 40] * 30_000))
+    made = config(tmp_path / "out", [one_source(path)], on_bad="skip", max_bad_fraction=0.01)
+    assert prepare(made).bad == {"missing field": 200}
+
+
+def test_a_long_line_is_judged_by_its_text_wherever_it_stands(tmp_path: Path) -> None:
+    # Each line is longer than a document may be; some of them go over the end of a block.
+    lines = [json.dumps({"text": f"{i}" * 700_000, "more": "m" * 700_000}) for i in range(8)]
+    lines[5] = json.dumps({"text": "5" * 1_000_001})
+    path = write(tmp_path / "a.jsonl", "\n".join(lines).encode())
+    for slice_size_mb in (64.0, 0.3):
+        out = tmp_path / f"out{slice_size_mb}"
+        made = config(
+            out,
+            [one_source(path)],
+            on_bad="skip",
+            max_bad_fraction=0.9,
+            max_document_mb=1.0,
+            slice_size_mb=slice_size_mb,
+        )
+        assert prepare(made).bad == {"document too long": 1}
+        assert [text[0] for text in split_texts(out)] == list("0123467")
+
+
+def test_a_dataset_with_skipped_records_is_refused_under_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl(documents(80)) + b"{}\n")
+    prepare(config(tmp_path / "out", [one_source(path)], on_bad="skip", max_bad_fraction=0.3))
+    with pytest.raises(DataError, match=r"was made with data.on_bad=skip"):
+        prepare(config(tmp_path / "out", [one_source(path)]))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"text")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        prepare(config(tmp_path / "file" / "out", [one_source(path)]))
+
+
+def test_a_disk_that_is_full_is_named_and_nothing_half_written_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl(documents(50)))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.data.build.slice_writer.publish_dir", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        prepare(config(tmp_path / "out", [one_source(path)]))
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["tasks"]
+    assert [p.name for p in (tmp_path / "out" / "slices").iterdir()] == []

@@ -1,0 +1,124 @@
+"""Parquet files that are damaged, have no text where it should be, or unpack to much more than they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from pipeline.data.build.build import prepare
+from pipeline.data.read.bad_records import BadInput
+from pipeline.data.read.chunks import CHUNK_BYTES, Chunk, Gatherer
+from pipeline.data.read.parquet import read_parquet, row_group_sizes
+from pipeline.data.read.sources import find_files
+from pipeline.errors import DataError
+from tests.data.helpers import config, documents, one_source, split_texts, write, write_parquet
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", documents(200), row_group_size=20)
+    content = bytearray(path.read_bytes())
+    path.write_bytes(content[:-100])
+    with pytest.raises(DataError, match=r"a\.parquet, the whole file: unreadable Parquet"):
+        prepare(config(tmp_path / "out", [one_source(path)]))
+
+
+@pytest.mark.parametrize(
+    ("column", "texts", "words", "reason"),
+    [
+        ("body", ["a"], ["no column 'text'", "'id', 'body'"], "missing field"),
+        ("text", ["a", None, "b"], ["row 1 (from 0)", "'text' is null"], "missing field"),
+    ],
+)
+def test_parquet_rows_without_text_are_named(
+    column: str, texts: list[str | None], words: list[str], reason: str, tmp_path: Path
+) -> None:
+    path = write_parquet(tmp_path / "a.parquet", texts, column=column)
+    with pytest.raises(DataError) as caught:
+        prepare(config(tmp_path / "out", [one_source(path)]))
+    for word in [str(path), reason, *words]:
+        assert word in str(caught.value)
+
+
+def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", ["a"])
+    with pytest.raises(DataError, match=r"field is no string.*the column 'id' holds int64"):
+        prepare(config(tmp_path / "out", [one_source(path, field="id")]))
+
+
+def test_invalid_utf8_in_a_binary_parquet_column_names_the_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": pyarrow.array([b"ok", None, b"n\xfft"], pyarrow.binary())}), path
+    )
+    made = config(tmp_path / "out", [one_source(path)], on_bad="skip", max_bad_fraction=0.9)
+    assert prepare(made).bad == {"invalid UTF-8": 1, "missing field": 1}
+    path.write_bytes(b"")
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([b"ok", b"n\xfft"], pyarrow.binary())}), path)
+    with pytest.raises(DataError, match=r"row 1 \(from 0\), byte 1 of the text: invalid UTF-8"):
+        prepare(config(tmp_path / "out2", [one_source(path)]))
+
+
+def _write(path: Path, *columns: pyarrow.Array, names: list[str], **how: object) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(list(columns), names=names), path, **how)
+    return path
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string_view(), pyarrow.binary_view()])
+def test_nulls_of_a_view_are_skipped(kind: pyarrow.DataType, tmp_path: Path) -> None:
+    texts = ["a", None, "b"]
+    values = texts if kind == pyarrow.string_view() else [t and t.encode() for t in texts]
+    path = _write(tmp_path / "a.parquet", pyarrow.array(values, kind), names=["text"])
+    made = config(tmp_path / "out", [one_source(path)], on_bad="skip", max_bad_fraction=0.9)
+    assert prepare(made).bad == {"missing field": 1}
+    assert split_texts(tmp_path / "out") == ["a", "b"]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.parquet", pyarrow.array(["a"]), pyarrow.array(["b"]), names=["text", "text"])
+    with pytest.raises(DataError, match=r"2 columns are named 'text': rename"):
+        prepare(config(tmp_path / "out", [one_source(path)]))
+
+
+def test_a_file_without_rows_needs_no_column(tmp_path: Path) -> None:
+    entries = [
+        one_source(_write(tmp_path / "a.parquet", pyarrow.array([], pyarrow.int64()), names=["id"])),
+        {**one_source(write(tmp_path / "o.txt", b"other")), "name": "o"},
+    ]
+    assert prepare(config(tmp_path / "out", entries)).bad == {}
+
+
+def test_every_byte_of_a_footer_can_be_damaged(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", documents(20), row_group_size=5)
+    whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    source = config(tmp_path / "out", [one_source(path)]).data.sources[0]
+    failed = 0
+    for place in range(footer, len(whole) - 8, 3):
+        content = bytearray(whole)
+        content[place] ^= 0xA5
+        path.write_bytes(content)
+        (file,) = find_files(source)
+        row_group_sizes(file)
+        gatherer = Gatherer(BadInput("skip"), 1 << 20)
+        chunks = [e for e in read_parquet(file, 0, source, gatherer, 0, -1, True) if isinstance(e, Chunk)]
+        failed += any(chunk.bad for chunk in [*chunks, gatherer.take()])
+    assert failed > 50
+
+
+def test_a_text_that_stands_in_a_dictionary_once_takes_no_more_memory_than_it_must(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.parquet", pyarrow.array(["y" * 200_000] * 600), names=["text"])
+    assert path.stat().st_size < 50_000
+    source = config(tmp_path / "out", [one_source(path)]).data.sources[0]
+    (file,) = find_files(source)
+    gatherer = Gatherer(BadInput("error"), 1 << 20)
+    before, most, texts = pyarrow.total_allocated_bytes(), 0, 0
+    for event in read_parquet(file, 0, source, gatherer, 0, -1, True):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+        if isinstance(event, Chunk):
+            assert event.documents.text_bytes < 2 * CHUNK_BYTES
+            texts += len(event.documents)
+    assert texts + len(gatherer.take().documents) == 600
+    assert most < 12 * CHUNK_BYTES

@@ -1,0 +1,217 @@
+"""What follows an attempt: another one, on which nodes, or none; `end` runs as in the batch script, on a fake Slurm."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint.layout import step_name
+from pipeline.errors import EXIT_STOPPED, EXIT_USAGE
+from pipeline.launch.job import attempt
+from pipeline.launch.job.spec import Attempt, Task
+from pipeline.launch.site import Site
+from pipeline.launch.slurm import job_records
+from pipeline.run import journal
+from pipeline.run.folder import Run
+from pipeline.run.world import DEADLINE_VARIABLE
+from tests.launch.support import SITE, FakeSlurm, make_run
+
+FOUND = "cuda:1 multiplies matrices wrongly: 32 of 65536 elements"
+
+
+def nodes(kind: str = "gpu:a100:8|ib", **states: str) -> str:
+    """What sinfo prints of nodes of one kind."""
+    return "".join(f"{name}|{state}|{kind}\n" for name, state in states.items())
+
+
+def began(run: Run, number: int = 0, **requeue: int) -> Attempt:
+    """An attempt on gpu1 and gpu2 that has begun."""
+    site = Site.model_validate({**SITE, "requeue": requeue})
+    now = Attempt("train", Task(str(run.path), ()), site, "7", "7", number, "gpu[1-2]")
+    job_records.note(run, "began", **now.about(), nodes=now.nodes)
+    return now
+
+
+def rank_ended(now: Attempt, status: int) -> Attempt:
+    """The attempt, one of whose ranks has ended by itself."""
+    job_records.note(now.run, "rank_failed", **now.about(), rank=1, host="gpu2", status=status)
+    return now
+
+
+def reason_given_up(run: Run) -> str:
+    (gave_up,) = [e.record for e in journal.read(run.events_file) if e.record["event"] == "gave_up"]
+    return str(gave_up["reason"])
+
+
+def ended_in_preflight(run: Run, **requeue: int) -> Attempt:
+    """An attempt of which gpu2 is bad; all ranks have ended with status 1."""
+    now = began(run, **requeue)
+    journal.append_event(run.events_file, "bad_node", nodes=["gpu2"], problems=[FOUND])
+    job_records.note(run, "rank_failed", **now.about(), rank=0, host="gpu1", status=1)
+    return now
+
+
+@pytest.fixture
+def run(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Run:
+    made, _ = make_run(tmp_path, monkeypatch)
+    monkeypatch.setattr(attempt, "_KILLED_WITHIN_S", 0.0)  # no Slurm ends this process
+    slurm.says("scontrol", "JobId=7 JobState=PENDING Partition=main NumNodes=2-2 ExcNodeList=(null)\n")
+    slurm.says("scontrol", "gpu1\ngpu2\n", call=1)  # the names in the host list
+    slurm.says("sinfo", nodes(gpu1="idle", gpu2="idle", gpu3="idle"))
+    return made
+
+
+def test_the_retry_keeps_away_from_a_bad_node(run: Run, slurm: FakeSlurm):
+    attempt.end(ended_in_preflight(run), 1)
+    assert slurm.calls("scontrol")[1:] == [
+        "requeue 7", "--oneliner show job 7", "update JobId=7 ExcNodeList=gpu2"
+    ]  # fmt: skip
+
+
+def test_the_reason_is_what_preflight_found_not_the_status_of_the_first_rank(run: Run):
+    attempt.end(ended_in_preflight(run), 1)
+    (ended,) = [note for note in job_records.notes(run, "train") if note["event"] == "ended"]
+    assert ended["reason"] == f"bad node gpu2: {FOUND}"
+
+
+def test_a_node_is_not_excluded_where_too_few_would_be_left(run: Run, slurm: FakeSlurm, capsys):
+    slurm.says("sinfo", nodes(gpu1="idle", gpu2="idle"), call=2)  # the nodes of the partition
+    attempt.end(ended_in_preflight(run), 1)
+    assert not any("update" in call for call in slurm.calls("scontrol"))
+    assert "gpu2 not excluded: only 1 other such nodes are left" in capsys.readouterr().err
+
+
+def test_nodes_of_another_kind_are_no_others(run: Run, slurm: FakeSlurm, capsys):
+    others = nodes("gpu:v100:8|ib", gpu3="idle", gpu4="idle") + nodes("gpu:a100:8|eth", gpu5="idle")
+    slurm.says("sinfo", nodes(gpu1="idle", gpu2="idle") + others, call=2)
+    attempt.end(ended_in_preflight(run), 1)
+    assert not any("update" in call for call in slurm.calls("scontrol"))
+    assert "only 1 other such nodes are left" in capsys.readouterr().err
+
+
+def test_a_site_may_leave_bad_nodes_in(run: Run, slurm: FakeSlurm):
+    attempt.end(ended_in_preflight(run, exclude_lost_nodes=False), 1)
+    assert slurm.calls("scontrol")[-1] == "requeue 7"
+
+
+def test_a_retry_keeps_away_from_a_node_that_was_lost(run: Run, slurm: FakeSlurm):
+    slurm.says("sinfo", nodes(gpu1="idle", gpu2="down*"), call=1)  # the nodes of the attempt
+    attempt.end(rank_ended(began(run), 137), 137)
+    assert slurm.calls("scontrol")[-1] == "update JobId=7 ExcNodeList=gpu2"
+    (lost,) = [e.record for e in journal.read(run.events_file) if e.record["event"] == "node_lost"]
+    assert lost["nodes"] == ["gpu2"]
+
+
+def test_the_retry_of_a_retry_keeps_away_from_a_node_that_was_lost_even_when_it_is_back(run: Run, slurm: FakeSlurm):
+    slurm.says("sinfo", nodes(gpu1="idle", gpu2="down*"), call=1)
+    began(run)  # Slurm kills it, and the batch script with it
+    now = Attempt("train", Task(str(run.path), ()), Site.model_validate(SITE), "7", "7", 1, "gpu[1-2]")
+    attempt.begin(now)
+    slurm.says("scontrol", "gpu1\ngpu2\n", call=3)  # the names in the host list, once more
+    attempt.end(now, EXIT_STOPPED)
+    assert slurm.calls("scontrol")[-1] == "update JobId=7 ExcNodeList=gpu2"
+
+
+def test_failures_without_progress_are_counted_and_lost_nodes_are_nobodys_failure(run: Run, slurm: FakeSlurm):
+    slurm.says("scontrol", "gpu1\ngpu2\n")
+    slurm.says("sinfo", nodes(gpu1="idle", gpu2="down*"), call=1)
+    for number in range(3):
+        attempt.end(rank_ended(began(run, number), 1), 1)
+    assert slurm.calls("scontrol").count("requeue 7") == 3
+    assert attempt.end(rank_ended(began(run, 3), 1), 1) == 1
+    assert reason_given_up(run) == "failed 3 times at step 0 without progress: rank 1 on gpu2 ended with status 1"
+    assert slurm.calls("scontrol").count("requeue 7") == 3
+
+
+def test_a_new_checkpoint_starts_the_count_anew(run: Run, slurm: FakeSlurm):
+    for number in range(4):
+        if number == 2:
+            (run.checkpoints / step_name(5)).mkdir()
+            (run.checkpoints / step_name(5) / "manifest.json").write_text("{}")
+        attempt.end(rank_ended(began(run, number), 1), 1)
+    assert slurm.calls("scontrol").count("requeue 7") == 4
+
+
+def test_bad_usage_is_not_tried_again(run: Run, slurm: FakeSlurm):
+    assert attempt.end(rank_ended(began(run), EXIT_USAGE), EXIT_USAGE) == EXIT_USAGE
+    assert reason_given_up(run) == "rank 1 on gpu2 ended with status 2; trying again would not help"
+    assert "requeue 7" not in slurm.calls("scontrol")
+
+
+def test_being_asked_to_stop_during_start_up_is_no_failure(run: Run, slurm: FakeSlurm):
+    for number in range(5):
+        now = began(run, number)
+        job_records.note(run, "rank_stopped", **now.about(), rank=1, host="gpu2", status=EXIT_STOPPED)
+        attempt.end(now, 143)  # srun has killed rank 0, which could not listen yet
+    assert slurm.calls("scontrol").count("requeue 7") == 5
+
+
+@pytest.mark.parametrize(("code", "requeues"), [(143, 3), (137, 2)])
+def test_the_others_of_a_rank_that_vanished_have_not_stopped_on_request(
+    run: Run, slurm: FakeSlurm, code: int, requeues: int
+):
+    """Of a task that is killed whole nothing is noted; srun tells it by its status, and ends the others."""
+    for number in range(3):
+        now = began(run, number)
+        job_records.note(run, "rank_stopped", **now.about(), rank=1, host="gpu2", status=EXIT_STOPPED)
+        attempt.end(now, code)
+    assert slurm.calls("scontrol").count("requeue 7") == requeues
+
+
+def test_a_stage_that_never_fits_its_time_limit_is_not_tried_for_ever(
+    run: Run, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(DEADLINE_VARIABLE, str(time.time() + 3600))
+    for number in range(5):  # preempted early
+        attempt.end(began(run, number), EXIT_STOPPED)
+    assert slurm.calls("scontrol").count("requeue 7") == 5
+    monkeypatch.setenv(DEADLINE_VARIABLE, str(time.time()))
+    for number in range(5, 7):
+        attempt.end(began(run, number), EXIT_STOPPED)
+    assert slurm.calls("scontrol").count("requeue 7") == 7
+    assert attempt.end(began(run, 7), EXIT_STOPPED) == EXIT_STOPPED
+    assert reason_given_up(run) == (
+        "reached its time limit 3 times at step 0 without progress; raise time_limit_min in the site file"
+    )
+
+
+def test_a_full_disk_costs_neither_the_requeue_nor_the_beginning(
+    run: Run, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    now = began(run)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal, "append_event", full)
+    assert attempt.begin(now) == ""
+    attempt.end(now, EXIT_STOPPED)
+    assert slurm.calls("scontrol").count("requeue 7") == 1
+    assert "No space left on device; what became of this attempt is not recorded" in capsys.readouterr().err
+
+
+def test_work_that_cannot_be_read_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (tmp_path / "train.json").write_text("{")
+    assert attempt.main(["end", str(tmp_path / "train.json"), "1"]) == 1
+    assert "train.json: is not valid JSON" in capsys.readouterr().err
+
+
+def test_a_job_is_restarted_as_often_as_the_site_allows(run: Run, slurm: FakeSlurm):
+    attempt.end(began(run, 1, max_restarts=2), EXIT_STOPPED)
+    assert slurm.calls("scontrol").count("requeue 7") == 1
+    assert attempt.end(began(run, 2, max_restarts=2), EXIT_STOPPED) == EXIT_STOPPED
+    assert "restarted 2 times, as often as the site allows" in reason_given_up(run)
+    assert slurm.calls("scontrol").count("requeue 7") == 1
+
+
+def test_a_requeue_waits_for_a_controller_that_is_away(run: Run, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attempt, "_REQUEUE_WAIT_S", 0.01)
+    for call in (2, 3):
+        slurm.says("scontrol", err="scontrol: error: Unable to contact slurm controller\n", status=1, call=call)
+    attempt.end(began(run), EXIT_STOPPED)
+    assert slurm.calls("scontrol")[1:] == ["requeue 7"] * 3

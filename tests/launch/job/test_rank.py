@@ -1,0 +1,112 @@
+"""The host's side of a rank, with a script in place of the real command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
+from pipeline.launch.job.spec import Task, Work
+from pipeline.launch.slurm import job_records
+from pipeline.run.folder import Run
+from tests.launch.support import ROOT, SITE, FakeSlurm, events, make_run
+
+RANK = {
+    "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0",
+}  # fmt: skip
+LOG = "logs/7/attempt_0_rank_0.log"
+
+
+@pytest.fixture
+def run(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Run:
+    made, _ = make_run(tmp_path, monkeypatch)
+    return made
+
+
+def start(run: Run, script: str, wait_for: str = "ready") -> subprocess.Popen[bytes]:
+    """The rank of a job, whose command is this script; returns when its log holds a word."""
+    python = Path("python").absolute()
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    site = {**SITE, "python": str(python)}
+    Work("train", (Task(str(run.path), (("train", str(run.config_file)),)),), site).save(run.launch / "train.json")
+    rank = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from pipeline.launch.job.rank import run_rank; run_rank('runs/tiny/launch/train.json')",
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **RANK},
+    )
+    while not (run.path / LOG).exists() or wait_for not in (run.path / LOG).read_text():
+        assert rank.poll() is None or wait_for != "ready"
+        time.sleep(0.02)
+    return rank
+
+
+def notes(run: Run) -> list[tuple[str, int]]:
+    return [(n["event"], n["status"]) for n in job_records.notes(run, "train")]
+
+
+def test_a_signal_is_passed_on_and_the_status_of_the_command_is_the_rank_s(run: Run):
+    rank = start(run, "trap 'echo saved; exit 85' USR2; echo ready; while :; do sleep 0.05; done")
+    rank.send_signal(signal.SIGUSR2)
+    assert rank.wait(30) == EXIT_STOPPED
+    assert (run.path / LOG).read_text() == "ready\nsaved\n"
+    assert notes(run) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_command_that_dies_of_the_signal_before_it_listens_has_stopped_and_not_failed(
+    run: Run, number: signal.Signals, wrapped: bool
+):
+    """Preemption may come by either; apptainer, in between, ends with the signal's number in its status."""
+    dying = f"trap 'exit {128 + number}' {number}; while :; do sleep 0.05; done"
+    rank = start(run, f"echo ready; {dying if wrapped else 'exec sleep 60'}")
+    rank.send_signal(number)
+    assert rank.wait(30) == EXIT_STOPPED
+    assert notes(run) == [("rank_stopped", EXIT_STOPPED)]
+
+
+def test_the_signal_does_not_wait_for_accounting(run: Run, slurm: FakeSlurm):
+    (slurm.folder / "sacct").write_text("#!/bin/sh\nsleep 5\necho '7|CANCELLED by 0|n1|tiny-train'\n")
+    rank = start(run, "trap 'date +%s.%N; exit 85' TERM; echo ready; while :; do sleep 0.05; done")
+    asked = time.time()
+    rank.send_signal(signal.SIGTERM)
+    assert rank.wait(30) == EXIT_STOPPED
+    assert float((run.path / LOG).read_text().split()[-1]) - asked < 3
+    assert events(run.path)[-1]["event"] == "cancelled"
+
+
+def test_a_node_that_does_not_see_the_image_is_noted(run: Run):
+    config = run.config_file.read_text()
+    run.config_file.write_text(config.replace("image: null", "image: /nowhere/pipeline.sif"))
+    assert run.config_file.read_text() != config
+    rank = start(run, "exit 0", wait_for="cannot be read")
+    assert rank.wait(30) == EXIT_FAILED
+    assert notes(run) == [("rank_failed", EXIT_FAILED)]
+
+
+@pytest.mark.parametrize(("ending", "status"), [("exit 3", 3), ("kill -KILL $$", 128 + signal.SIGKILL)])
+def test_a_command_that_ends_by_itself_is_noted_with_its_status(run: Run, ending: str, status: int):
+    rank = start(run, f"echo ready; sleep 0.3; {ending}")
+    assert rank.wait(30) == status
+    assert notes(run) == [("rank_failed", status)]
+
+
+def test_a_rank_that_is_killed_leaves_no_command_running(run: Run):
+    rank = start(run, "echo ready $$; exec sleep 60")
+    command = Path("/proc") / (run.path / LOG).read_text().split()[1]
+    rank.kill()
+    rank.wait(30)
+    end = time.monotonic() + 10
+    while command.exists() and "State:\tZ" not in (command / "status").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)

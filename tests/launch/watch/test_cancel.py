@@ -1,0 +1,79 @@
+"""`pipeline cancel`: the jobs of a run and no others, and those of a sweep that nobody waits for any more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.launch.slurm import job_records
+from pipeline.launch.slurm.job_records import Job
+from pipeline.run.folder import Run
+from tests.launch.support import FakeSlurm, make_run, pipeline, submit, write_files
+
+SEEDS = ("--sweep", "train.seed=1,2")
+RUNS = ("runs/tiny-seed-1", "runs/tiny-seed-2")
+
+
+def cancelled(folder: Path, slurm: FakeSlurm, *runs: str) -> str:
+    """What `pipeline cancel` prints."""
+    done = pipeline(folder, "cancel", *runs, slurm=slurm)
+    assert (done.status, done.err) == (0, "")
+    return done.out
+
+
+def test_the_jobs_of_a_run_are_cancelled_and_noted(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    assert submit(tmp_path, slurm).status == 0
+    slurm.says("squeue", "102|RUNNING|None|||tiny-train\n103|PENDING|None|||tiny-evaluate\n")
+    assert cancelled(tmp_path, slurm, "runs/tiny") == "runs/tiny: cancelled job 102, 103\n"
+    assert slurm.calls("scancel") == ["102 103"]
+
+
+def test_a_job_of_another_name_under_an_old_id_is_left_alone(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    assert submit(tmp_path, slurm, "name=old").status == 0
+    assert {job["name"] for job in json.loads((tmp_path / "runs/old/launch/jobs.json").read_text())["jobs"]} == {
+        "old-prepare", "old-train", "old-evaluate",
+    }  # fmt: skip
+    # The cluster was made anew, and its ids begin again.
+    slurm.says("squeue", "102|RUNNING|None|||new-train\n")
+    assert cancelled(tmp_path, slurm, "runs/old") == "runs/old: nothing of it is in the queue\n"
+    assert slurm.calls("scancel") == []
+    done = submit(tmp_path, slurm, "name=old")
+    assert done.status == 0, done.err
+
+
+def test_a_job_that_was_recorded_before_names_were_goes_by_its_id(
+    tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+):
+    run, _ = make_run(tmp_path, monkeypatch)
+    old = {"id": "7", "stage": "train", "tasks": 1, "submitted": 5.0, "site": "here", "accounting": True}
+    run.jobs_file.write_text(json.dumps({"jobs": [old]}))
+    assert job_records.jobs(run) == [Job("7", "train", 1, 5.0, "here", True)]
+    slurm.says("squeue", "7|RUNNING|None|||tiny-train\n")
+    assert cancelled(tmp_path, slurm, "runs/tiny") == "runs/tiny: cancelled job 7\n"
+
+
+def test_the_prepare_array_of_a_sweep_goes_with_the_last_of_its_runs(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    assert submit(tmp_path, slurm, *SEEDS).status == 0
+    name = Run(next(tmp_path.glob("runs/tiny-sweep-*"))).name
+    prepare = "".join(f"101_{i}|PENDING|None|||{name}-prepare\n" for i in range(2))
+    second = f"102_1|PENDING|None|||{name}-train\n103_1|PENDING|None|||{name}-evaluate\n"
+    first = second.replace("_1|", "_0|")
+    slurm.says("squeue", prepare + first + second, call=1)
+    slurm.says("squeue", prepare + second, call=2)
+    assert cancelled(tmp_path, slurm, *RUNS) == (
+        "runs/tiny-seed-1: cancelled job 102_0, 103_0\nruns/tiny-seed-2: cancelled job 101, 102_1, 103_1\n"
+    )
+    assert slurm.calls("scancel") == ["102_0 103_0", "101 102_1 103_1"]
+
+
+def test_a_prepare_array_that_was_left_behind_is_taken_out_by_any_run_of_the_sweep(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    assert submit(tmp_path, slurm, *SEEDS).status == 0
+    name = Run(next(tmp_path.glob("runs/tiny-sweep-*"))).name
+    slurm.says("squeue", f"101_0|PENDING|None|||{name}-prepare\n102_1|PENDING|None|||another-train\n")
+    assert cancelled(tmp_path, slurm, RUNS[0]) == "runs/tiny-seed-1: cancelled job 101\n"

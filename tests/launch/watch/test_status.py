@@ -1,0 +1,198 @@
+"""`pipeline status` from squeue, sacct and the run folder; each of Slurm's parts may be away."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.launch.slurm import job_records
+from pipeline.launch.slurm.job_records import Job
+from pipeline.launch.watch.status import RunStatus, find_runs, statuses
+from pipeline.run import journal
+from pipeline.run.folder import Run
+from tests.launch.support import ROOT, FakeSlurm, make_run, pipeline
+
+WAITING = "102|PENDING|Dependency|||tiny-train\n103|PENDING|Dependency|||tiny-evaluate\n"
+GONE = "slurm_load_jobs error: Invalid job id specified\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run whose chain 101, 102, 103 was submitted."""
+    made, _ = make_run(tmp_path, monkeypatch)
+    remember(made, accounting=True)
+    return made
+
+
+def remember(run: Run, *, accounting: bool) -> None:
+    stages: tuple[job_records.Stage, ...] = ("prepare", "train", "evaluate")
+    jobs = [Job(str(101 + i), stage, 1, 5.0, "here", accounting) for i, stage in enumerate(stages)]
+    job_records.forget_jobs(run, {job.id for job in jobs})
+    job_records.add_jobs(run, jobs)
+    journal.append_event(run.events_file, "submitted", jobs=[job.id for job in jobs])
+
+
+def status() -> RunStatus:
+    (found,) = statuses(find_runs(["runs/tiny"]))
+    return found
+
+
+def test_a_waiting_chain_says_what_it_waits_for(run: Run, slurm: FakeSlurm):
+    slurm.says("squeue", "101|PENDING|Resources|||tiny-prepare\n" + WAITING)
+    found = status()
+    assert (found.state, found.stage, found.job, found.reason) == ("queued", "prepare", "101", "Resources")
+    slurm.says("squeue", WAITING)
+    slurm.says("sacct", "101|COMPLETED|n1|tiny\n")
+    found = status()
+    assert (found.state, found.stage, found.reason) == ("queued", "train", "waits for the stage before")
+
+
+def test_a_requeued_training_says_after_what(run: Run, slurm: FakeSlurm):
+    journal.append_event(run.events_file, "requeued", job="102", reason="rank 1 on n2 was killed by signal 9")
+    slurm.says("squeue", "102|PENDING|BeginTime|||tiny-train\n103|PENDING|Dependency|||tiny-evaluate\n")
+    assert status().reason == "requeued after: rank 1 on n2 was killed by signal 9"
+
+
+@pytest.mark.parametrize("accounting", [True, False])
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        (("COMPLETED", "COMPLETED", "COMPLETED"), ("finished", "evaluate", "")),
+        (("COMPLETED", "CANCELLED", "CANCELLED"), ("cancelled", "train", "")),
+        (("COMPLETED", "FAILED", "CANCELLED"), ("failed", "train", "failed 3 times at step 7 without progress")),
+    ],
+)
+def test_ended_jobs_are_judged_alike_with_and_without_accounting(
+    run: Run, slurm: FakeSlurm, accounting: bool, states: tuple[str, ...], expected: tuple[str, ...]
+):
+    remember(run, accounting=accounting)
+    if "FAILED" in states:
+        journal.append_event(run.events_file, "gave_up", job="102", reason=expected[2])
+    slurm.says("squeue", err=GONE, status=1)
+    if accounting:
+        slurm.says("sacct", "".join(f"{101 + i}|{state}|n1|tiny\n" for i, state in enumerate(states)))
+    else:
+        slurm.says("sacct", err="sacct: error: Slurm accounting storage is disabled\n", status=1)
+        for i, state in enumerate(states):
+            slurm.says(
+                "scontrol", f"JobId={101 + i} JobState={state} Reason=None Restarts=0 JobName=tiny\n", call=i + 1
+            )
+    found = status()
+    assert (found.state, found.stage, found.reason) == expected
+    assert bool(slurm.calls("sacct")) == accounting
+
+
+def test_jobs_that_slurm_has_forgotten_are_told_by_the_run_folder(run: Run, slurm: FakeSlurm):
+    slurm.says("squeue", err=GONE, status=1)
+    slurm.says("scontrol", err=GONE, status=1)
+    assert status().state == "stopped"
+    journal.append_event(run.events_file, "finished", step=100)
+    assert status().state == "finished"
+
+
+def test_a_controller_that_is_away_is_said_and_nothing_is_made_up(run: Run, tmp_path: Path, slurm: FakeSlurm):
+    slurm.says("squeue", err="squeue: error: Unable to contact slurm controller (connect failure)\n", status=1)
+    done = pipeline(tmp_path, "status", "runs/tiny", slurm=slurm)
+    assert done.status == 0
+    assert "Unable to contact slurm controller" in done.err and "from the run folder alone" in done.err
+    assert "unknown" in done.out and "Slurm does not answer here" in done.out
+
+
+def test_many_runs_are_a_table_and_one_call_of_squeue(run: Run, tmp_path: Path, slurm: FakeSlurm):
+    other = Run(tmp_path / "runs" / "other")
+    other.path.mkdir()
+    (other.path / "config.yaml").write_text(run.config_file.read_text().replace("name: tiny", "name: other"))
+    remember(other, accounting=True)
+    slurm.says("squeue", "101|PENDING|Resources|||tiny-prepare\n" + WAITING)
+    done = pipeline(tmp_path, "status", slurm=slurm)
+    lines = done.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "runs/tiny", "runs/other"]
+    assert all("queued (prepare)" in line and "0/100" in line for line in lines[1:])
+    assert len(slurm.calls("squeue")) == 1
+
+
+@pytest.mark.parametrize("accounting", [True, False])
+def test_a_slice_that_failed_is_named_though_others_succeeded(run: Run, slurm: FakeSlurm, accounting: bool):
+    remember(run, accounting=accounting)
+    slurm.says("squeue", err=GONE, status=1)
+    if accounting:
+        tasks = ("101_0|COMPLETED|n1", "101_1|FAILED|n2", "102|CANCELLED|None assigned", "103|CANCELLED|None assigned")
+        slurm.says("sacct", "".join(f"{task}|tiny\n" for task in tasks))
+    else:
+        states = "".join(
+            f"JobId={110 + i} ArrayJobId=101 ArrayTaskId={i} JobState={state} Reason=None Restarts=0 JobName=tiny\n"
+            for i, state in enumerate(("COMPLETED", "FAILED"))
+        )
+        slurm.says("scontrol", "JobId=102 JobState=CANCELLED Reason=DependencyNeverSatisfied Restarts=0 JobName=tiny\n")
+        slurm.says("scontrol", states, call=1)
+    found = status()
+    assert (found.state, found.stage, found.job) == ("failed", "prepare", "101_1")
+
+
+@pytest.mark.parametrize("accounting", [True, False])
+def test_a_sweep_that_was_cancelled_while_it_waited_is_cancelled(run: Run, slurm: FakeSlurm, accounting: bool):
+    job_records.add_jobs(run, [Job("205_2", "train", 1, 9.0, "here", accounting)])
+    slurm.says("squeue", err=GONE, status=1)
+    slurm.says("sacct", "205_0|COMPLETED|n1|tiny\n205_[1-3%2]|CANCELLED by 0|None assigned|tiny\n")
+    slurm.says(
+        "scontrol",
+        "JobId=205 ArrayJobId=205 ArrayTaskId=1-3%2 JobState=CANCELLED Reason=None Restarts=0 JobName=tiny\n",
+    )
+    assert (status().state, status().job) == ("cancelled", "205_2")
+
+
+def test_a_run_whose_job_failed_and_that_was_finished_by_hand_is_finished(run: Run, slurm: FakeSlurm):
+    slurm.says("squeue", err=GONE, status=1)
+    slurm.says("sacct", "101|COMPLETED|n1|tiny\n102|FAILED|n1|tiny\n103|CANCELLED|None assigned|tiny\n")
+    journal.append_event(run.events_file, "gave_up", job="102", reason="failed 3 times")
+    assert status().state == "failed"
+    for event in ("resumed", "finished"):
+        journal.append_event(run.events_file, event, step=100)
+    assert (status().state, status().reason) == ("finished", "its job was not")
+
+
+def test_a_damaged_config_does_not_hide_the_other_runs(run: Run, tmp_path: Path, slurm: FakeSlurm):
+    other = tmp_path / "runs" / "torn"
+    other.mkdir()
+    (other / "config.yaml").write_text("name: [")
+    done = pipeline(tmp_path, "status", slurm=slurm)
+    assert done.status == 0 and "runs/tiny" in done.out
+    assert "unknown" in next(line for line in done.out.splitlines() if "runs/torn" in line)
+
+
+@pytest.mark.slow
+def test_watching_shows_the_run_until_control_c(run: Run, tmp_path: Path, slurm: FakeSlurm):
+    slurm.says("squeue", "101|PENDING|Resources|||tiny-prepare\n" + WAITING)
+    screen, terminal = pty.openpty()
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "status", "runs/tiny", "--watch"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": slurm.path, "TERM": "xterm"},
+        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        # Tests started in the background ignore the signal, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    while b"queued" not in shown:
+        shown += os.read(screen, 1 << 16)
+    slurm.says("squeue", "101|RUNNING|None|n1|30:00|tiny-prepare\n" + WAITING)
+    while b"running" not in shown:
+        shown += os.read(screen, 1 << 16)
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(30) == 0
+    os.close(screen)
+
+
+def test_a_job_of_another_name_under_an_old_id_is_somebody_elses(run: Run, slurm: FakeSlurm):
+    job_records.forget_jobs(run, {"101", "102", "103"})
+    job_records.add_jobs(run, [Job("102", "train", 1, 9.0, "here", True, name="tiny-train")])
+    journal.append_event(run.events_file, "finished", step=100)
+    slurm.says("squeue", "102|RUNNING|None|n1|30:00|other-train\n")
+    slurm.says("sacct", "102|RUNNING|n1|other-train\n")
+    assert status().state == "finished"

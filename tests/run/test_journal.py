@@ -1,0 +1,129 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipeline.run import journal
+
+
+def records(path):
+    return [line.record for line in journal.read(path)]
+
+
+def test_a_torn_last_line_is_ignored_by_readers_and_cut_off_by_the_next_writer(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step":1}\n{"step":2}\n{"step":3,"train/lo')
+    assert records(file) == [{"step": 1}, {"step": 2}]
+    assert journal.last(file) == {"step": 2}
+    with journal.Writer(file) as writer:
+        writer.write(journal.encode({"step": 3}))
+    assert file.read_bytes() == b'{"step":1}\n{"step":2}\n{"step":3}\n'
+
+
+def test_a_file_that_is_one_torn_line_becomes_empty(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step":')
+    assert records(file) == [] and journal.last(file) is None
+    journal.repair(file)
+    assert file.read_bytes() == b""
+
+
+def test_an_event_after_a_torn_one_is_not_swallowed_by_it(tmp_path):
+    file = tmp_path / "events.jsonl"
+    file.write_bytes(b'{"time":1,"event":"started"}\n{"time":2,"eve')
+    journal.append_event(file, "resumed", step=7)
+    assert [(r["event"], r.get("step")) for r in records(file)] == [("started", None), ("resumed", 7)]
+
+
+def test_the_last_record_is_found_in_a_file_longer_than_a_block(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    filler = "x" * 5000
+    file.write_bytes(b"".join(journal.encode({"step": i, "filler": filler}) for i in range(500)) + b'{"torn')
+    assert journal.last(file)["step"] == 499
+
+
+def test_numbers_that_are_no_numbers_come_back_as_they_were(tmp_path):
+    raw = journal.encode({"step": 1, "a": float("nan"), "b": float("inf")})
+    record = json.loads(raw)
+    assert record["a"] != record["a"] and record["b"] == float("inf")
+
+
+def test_no_offset_ever_points_into_a_line(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b"".join(journal.encode({"step": i, "name": "é" * i}) for i in range(20)))
+    ends = [line.end for line in journal.read(file)]
+    for place, end in enumerate(ends):
+        assert [line.record["step"] for line in journal.read(file, end)] == list(range(place + 1, 20))
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    writer = journal.Writer(file)
+    writer.write(journal.encode({"step": 1}))
+    real = os.write
+    monkeypatch.setattr(journal.os, "write", lambda fd, data: real(fd, data[:5]))
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(journal.encode({"step": 2}))
+    monkeypatch.undo()
+    writer.write(journal.encode({"step": 3}))
+    writer.close()
+    assert records(file) == [{"step": 1}, {"step": 3}]
+
+
+def test_a_job_that_prepares_is_noted_in_the_events_of_a_submitted_run_only(tmp_path, monkeypatch):
+    file = tmp_path / "events.jsonl"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with journal.noted_prepare(file, None):
+        assert not file.exists()
+    journal.append_event(file, "submitted")
+    with journal.noted_prepare(file, "1/2"):
+        pass
+    with pytest.raises(ValueError), journal.noted_prepare(file, "2/2"):
+        raise ValueError
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with journal.noted_prepare(file, None):
+        pass
+    found = [(r["event"], r.get("slice"), r.get("done")) for r in records(file)]
+    assert found == [
+        ("submitted", None, None),
+        ("prepare_began", "1/2", None),
+        ("prepare_ended", "1/2", True),
+        ("prepare_began", "2/2", None),
+        ("prepare_ended", "2/2", False),
+    ]
+
+
+def test_journal_and_goodput_need_neither_torch_nor_mlflow():
+    """A login node has neither, and `pipeline status` runs there."""
+    program = (
+        "import sys\nfor name in ('torch', 'mlflow', 'deepspeed', 'plotly', 'psutil'): sys.modules[name] = None\n"
+        "import pipeline.run.journal, pipeline.tracking.goodput, pipeline.tracking.upload.sync\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+
+
+def test_whatever_the_moment_of_a_kill_9_every_line_is_whole(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom pipeline.run import journal\n"
+        f"path = Path({str(file)!r})\n"
+        "last = journal.last(path)\nstep = last['step'] + 1 if last else 0\n"
+        "with journal.Writer(path) as writer:\n"
+        "    print('ready', flush=True)\n"
+        "    while True:\n"
+        "        writer.write(journal.encode({'step': step, 'filler': 'y' * 3000}))\n        step += 1\n"
+    )
+    for attempt in range(5):
+        child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        time.sleep(0.02 + 0.013 * attempt)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        steps = [r["step"] for r in records(file)]
+        assert steps == list(range(len(steps))) and len(steps) > 0

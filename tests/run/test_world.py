@@ -1,0 +1,72 @@
+"""Ranks from the environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.run.world import World, first_host, world_from_environment
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+SRUN = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "gpu[007-009]",
+}
+
+
+def test_alone_without_variables():
+    assert world_from_environment({}) == World(0, 0, 1)
+
+
+def test_torchrun_variables():
+    assert world_from_environment(TORCHRUN) == World(3, 1, 8, "node1", 29500)
+
+
+def test_srun_variables_give_all_ranks_the_same_meeting_place():
+    worlds = [world_from_environment({**SRUN, "SLURM_PROCID": str(rank)}) for rank in range(4)]
+    assert [w.rank for w in worlds] == [0, 1, 2, 3]
+    assert {(w.master_addr, w.master_port, w.size) for w in worlds} == {("gpu007", worlds[0].master_port, 4)}
+    other_job = world_from_environment({**SRUN, "SLURM_JOB_ID": "78"})
+    assert other_job.master_port != worlds[0].master_port
+
+
+def test_torchrun_variables_go_before_those_of_slurm():
+    assert world_from_environment({**SRUN, **TORCHRUN}).size == 8
+
+
+def test_a_batch_script_outside_of_srun_is_alone():
+    assert world_from_environment({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}).size == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a,b", "a"), ("gpu[003-007,012],login", "gpu003"), ("n[5]", "n5"), ("n[1,3]-ib", "n1-ib")],
+)
+def test_the_first_host_of_a_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"RANK": None}, "lacks RANK"),
+        ({"RANK": "x"}, "not a number"),
+        ({"RANK": "8"}, "not below WORLD_SIZE=8"),
+        ({"MASTER_PORT": None}, "MASTER_PORT"),
+    ],
+)
+def test_incomplete_or_wrong_variables_are_named(change, words):
+    environment = {k: v for k, v in {**TORCHRUN, **change}.items() if v is not None}
+    with pytest.raises(UsageError, match=words):
+        world_from_environment(environment)
+
+
+def test_exported_variables_read_back_equal():
+    environment: dict[str, str] = {}
+    world = World(1, 1, 2, "h", 4000)
+    world.export(environment)
+    assert world_from_environment(environment) == world

@@ -1,0 +1,140 @@
+import math
+import re
+import time
+
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.files import write_text
+from pipeline.run.folder import open_run
+from pipeline.tracking.goodput import Goodput
+from pipeline.tracking.report.charts import Curve, Series, goodput_chart, line_chart, time_chart
+from pipeline.tracking.report.report import write_report
+from tests.tracking.support import begin, make_run
+
+
+def recorded(folder, *overrides, scale=1.0):
+    run, config = make_run(folder, "none", *overrides)
+    tracker = begin(run, config)
+    tracker.event("started", step=0)
+    for step in range(1, 31):
+        times = {"time/data_s": 0.001, "time/forward_backward_s": 0.02, "time/optimizer_s": 0.004}
+        metrics = {"train/loss": scale * 5 / step, "train/lr": 1e-3, "train/grad_norm": 2.0 / step}
+        tracker.log(step, {**metrics, "train/tokens_per_s": 1000.0 + step, **times})
+        if step % 10 == 0:
+            tracker.log(step, {"val/loss": scale * 6 / step, "val/perplexity": 9.0, "val/bits_per_byte": 1.5})
+    tracker.event("preempted")
+    tracker.close("STOPPED")
+    tracker = begin(run, config, 20)
+    tracker.event("resumed", step=20)
+    for step in range(21, 41):
+        tracker.log(step, {"train/loss": scale * 5 / step, "time/data_s": 0.001, "time/forward_backward_s": 0.02})
+    tracker.event("finished")
+    tracker.close("FINISHED")
+    write_text(run.samples / "step_00000040.txt", "<script>alert('sampled')</script> & the people")
+    return run
+
+
+def without_script(page):
+    return re.sub(r"<script>.*?</script>", "", page, count=1, flags=re.DOTALL)
+
+
+def test_the_page_holds_everything_and_refers_to_nothing_outside(tmp_path):
+    page = write_report([recorded(tmp_path)]).read_text()
+    own = without_script(page)
+    assert "Content-Security-Policy" in own and "default-src 'none'" in own
+    assert not re.search(r'(?:src|href)\s*=\s*"(?!data:)', own)
+    for text in ("Loss", "Learning rate", "Gradient norm", "Throughput", "Goodput", "Time of a step", "config.yaml",
+                 "Provenance", "Starts, stops and incidents", "0123abc", "step_00000040"):  # fmt: skip
+        assert text in own
+    assert page.count("Plotly.newPlot(") >= 6
+
+
+def test_a_text_that_the_model_made_cannot_run_in_the_page(tmp_path):
+    own = without_script(write_report([recorded(tmp_path)]).read_text())
+    assert "alert('sampled')" not in own and "&lt;script&gt;alert(&#x27;sampled&#x27;)" in own
+
+
+def test_several_runs_are_overlaid_and_their_configs_compared(tmp_path):
+    first = recorded(tmp_path)
+    second = recorded(tmp_path, "name=other", "optimizer.learning_rate=2.0e-3", scale=0.9)
+    own = without_script(write_report([first, second], tmp_path / "both.html").read_text())
+    assert "try training" in own and "other training" in own
+    differences = own.split("Differences of the configs")[1].split("</table>")[0]
+    assert "optimizer.learning_rate" in differences and "0.002" in differences and "model.d_model" not in differences
+
+
+def test_a_run_without_metrics_is_refused(tmp_path):
+    run, _ = make_run(tmp_path, "none")
+    with pytest.raises(UsageError, match="nothing to report yet"):
+        write_report([run])
+
+
+def test_thinning_keeps_spikes_and_values_that_are_no_numbers():
+    values = [1.0] * 100_000
+    values[51_234], values[77_777] = 50.0, float("nan")
+    thin = Curve(range(100_000), values).thinned(2000)
+    assert len(thin.steps) <= 2000 and 50.0 in thin.values and any(v != v for v in thin.values)
+    assert list(thin.steps) == sorted(thin.steps)
+
+
+LOSS = [("train/loss", "training")]
+
+
+def series(name="try", values=(3.0, 2.0), restarts=(), key="train/loss"):
+    return Series(name, {key: Curve(range(len(values)), values)}, restarts, Goodput(training_s=10.0))
+
+
+def test_a_run_that_was_restarted_hundreds_of_times_is_drawn_at_once():
+    began = time.monotonic()
+    figure = line_chart([series(restarts=range(300)), series("other", restarts=range(300))], LOSS, "nats")
+    assert time.monotonic() - began < 10
+    assert len(figure.layout.shapes) == 600
+    first, last = figure.layout.shapes[0], figure.layout.shapes[-1]
+    assert (first.x0, first.x1, first.y0, first.y1, first.yref) == (0, 0, 0, 1, "y domain")
+    assert first.line.color != last.line.color
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes"),
+    [
+        ([3.0], [5]),
+        ([3.0, math.nan, 2.0, 1.0, math.inf, 1.0], [5, 0, 0, 0, 0, 5]),
+    ],
+)
+def test_a_value_that_no_line_goes_through_is_a_point(values, sizes):
+    for chart in (
+        line_chart([series(values=values)], LOSS, "nats"),
+        time_chart(series(values=values, key="time/data_s")),
+    ):
+        (drawn,) = chart.data
+        assert drawn.mode == "lines+markers" and list(drawn.marker.size) == sizes
+
+
+def test_an_ordinary_curve_is_a_line_without_points():
+    assert line_chart([series()], LOSS, "nats").data[0].mode == "lines"
+    assert time_chart(series(key="time/data_s")).data[0].mode == "lines"
+
+
+def test_a_name_is_no_markup_in_a_chart():
+    runs = [series("a<b>bold</b>&"), series("plain")]
+    assert line_chart(runs, LOSS, "nats").data[0].name == "a&lt;b&gt;bold&lt;/b&gt;&amp;"
+    assert goodput_chart(runs).data[0].y[0] == "a&lt;b&gt;bold&lt;/b&gt;&amp;"
+
+
+def test_a_run_that_is_given_twice_is_drawn_once(tmp_path, monkeypatch):
+    run = recorded(tmp_path)
+    once = write_report([run], tmp_path / "once.html").read_text()
+    monkeypatch.chdir(tmp_path)
+    twice = write_report([open_run("runs/try"), run], tmp_path / "twice.html").read_text()
+    assert twice.count('"type":"scatter"') == once.count('"type":"scatter"') > 0
+    assert "Differences of the configs" not in twice
+
+
+def test_a_run_folder_one_stands_in_has_its_name(tmp_path, monkeypatch):
+    run = recorded(tmp_path)
+    (run.path / "code").mkdir()
+    for folder, place in ((run.path, "."), (run.path / "code", "..")):
+        monkeypatch.chdir(folder)
+        assert open_run(place).name == "try"
+    assert "<h1>try</h1>" in without_script(write_report([open_run("..")]).read_text())

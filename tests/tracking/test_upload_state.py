@@ -1,0 +1,76 @@
+"""A run folder that one may only read, a state that is none, and what commands say where sending fails."""
+
+import errno
+import os
+
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.launch.watch.status import statuses
+from pipeline.tracking import upload_state
+from pipeline.tracking.upload.sync import is_alive, sync, sync_quietly
+from tests.tracking.support import begin, make_run, unused_port
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Makes a folder one of a read-only mount (this may run as root, whom permissions do not stop)."""
+    really_open = os.open
+
+    def make(folder):
+        def guarded(path, flags, *args, **more):
+            if str(path).startswith(str(folder)) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return really_open(path, flags, *args, **more)
+
+        monkeypatch.setattr(os, "open", guarded)
+
+    return make
+
+
+def test_a_run_that_one_may_only_read_can_be_looked_at(tmp_path, read_only):
+    run, config = make_run(tmp_path, "none")
+    tracker = begin(run, config)
+    (tmp_path / "closed").mkdir()
+    closed, config = make_run(tmp_path / "closed", "none")
+    begin(closed, config).close("FINISHED")
+    read_only(tmp_path)
+    assert is_alive(run) and not is_alive(closed)
+    assert len(statuses([run, closed])) == 2
+    os.close(tracker._alive)
+
+
+def test_sending_a_run_that_one_may_only_read_names_the_folder_and_the_cure(folder, read_only, capsys):
+    run, config = make_run(folder)
+    begin(run, config).close("FINISHED")
+    read_only(run.path)
+    with pytest.raises(PipelineError) as refused:
+        sync(run)
+    sync_quietly(run)
+    for message in (str(refused.value), capsys.readouterr().err):
+        assert f"{run.path}: cannot be written (Read-only file system)" in message and "that may write to it" in message
+
+
+def test_what_a_command_has_made_stands_where_mlflow_cannot_be_reached(tmp_path, capsys):
+    run, config = make_run(tmp_path, "none")
+    begin(run, config).close("FINISHED")
+    sync_quietly(run)
+    assert capsys.readouterr().err == ""
+    upload_state.update(run, lambda s: setattr(s, "store", f"http://127.0.0.1:{unused_port()}"))
+    sync_quietly(run)
+    assert "cannot be reached (Connection refused)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("[]", "valid dictionary"), ("{}", "identity: Field required"), ('{"identity": 5}', "identity: Input should be")],
+)
+def test_a_state_that_is_json_but_no_state_is_named_with_its_cure(tmp_path, content, said):
+    run, _ = make_run(tmp_path, "none")
+    run.mlflow_file.write_text(content)
+    with pytest.raises(PipelineError) as refused:
+        sync(run)
+    assert str(run.mlflow_file) in str(refused.value) and said in str(refused.value)
+    assert "or remove it" in str(refused.value)
+    run.mlflow_file.unlink()
+    sync(run)

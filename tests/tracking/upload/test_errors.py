@@ -1,0 +1,45 @@
+"""What people are told of a store's failure."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.tracking.upload.errors import in_words
+
+
+class Refused(Exception):
+    response = SimpleNamespace(status_code=401)
+
+
+@pytest.fixture(autouse=True)
+def ada(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ad")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pw")
+
+
+def test_a_short_user_name_is_taken_out_where_it_is_one_and_nowhere_else():
+    assert in_words(Exception("bad gateway (asked as 'ad', adieu)")) == "bad gateway (asked as '***', adieu)"
+
+
+def test_no_piece_of_a_password_stays():
+    assert in_words(Exception("xpwx")) == "x***x"
+
+
+def test_credentials_of_mlflows_own_file_are_known_and_not_repeated(monkeypatch, tmp_path):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name)
+    assert "asks for credentials (401): set MLFLOW_TRACKING_USERNAME" in in_words(Refused())
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_text(
+        "[mlflow]\nmlflow_tracking_username = ada\nmlflow_tracking_password = 50%engine\n"
+    )
+    assert "does not accept these credentials (401): check " in in_words(Refused())
+    assert "~/.mlflow/credentials" in in_words(Refused())
+    assert in_words(Exception("ada:50%engine")) == "***:***"
+
+
+def test_a_damaged_file_of_credentials_hides_no_failure(tmp_path):
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_bytes(b"no section\xff")
+    assert in_words(Exception("some failure")) == "some failure"

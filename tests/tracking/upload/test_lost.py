@@ -1,0 +1,122 @@
+"""What is lost, deleted, killed or out of reach on MLflow's side: the next round makes it whole again."""
+
+import os
+import shutil
+import time
+
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.tracking import upload_state
+from pipeline.tracking.upload.sync import is_alive, sync
+from tests.tracking.support import (
+    acknowledged,
+    begin,
+    log_steps,
+    make_run,
+    of_journal,
+    of_mlflow,
+    open_store,
+    unused_port,
+    wait_for,
+)
+
+
+def test_a_run_that_somebody_deleted_in_mlflow_is_restored_and_misses_nothing(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log_steps(tracker, 1, 10)
+    wait_for(lambda: acknowledged(run), 30)
+    store, run_id = open_store(run, config)
+    store._client.delete_run(run_id)
+    log_steps(tracker, 11, 20)
+    tracker.close("FINISHED")
+    sync(run)
+    assert of_mlflow(run, config) == of_journal(run)
+    assert store.read_run(run_id).info.lifecycle_stage == "active"
+
+
+def test_an_mlflow_run_whose_id_was_lost_is_found_again(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log_steps(tracker, 1, 10)
+    tracker.close("FINISHED")
+    _store, run_id = open_store(run, config)
+    upload_state.update(
+        run, lambda s: s.stores.clear()
+    )  # killed after the run was made, before its id was written down
+    assert sync(run).run_id == run_id
+    assert of_mlflow(run, config) == of_journal(run)
+
+
+def test_of_two_mlflow_runs_of_one_run_the_older_stays(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    tracker.close("FINISHED")
+    store, run_id = open_store(run, config)
+    client = store._client
+    experiment = store.read_run(run_id).info.experiment_id
+    late = client.create_run(experiment, tags={"pipeline.identity": upload_state.load(run).identity})
+    upload_state.update(run, lambda s: s.stores.clear())
+    assert sync(run).run_id == run_id
+    assert store.read_run(late.info.run_id).info.lifecycle_stage == "deleted"
+
+
+def test_a_store_that_was_thrown_away_is_filled_again(folder, empty_store):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log_steps(tracker, 1, 10)
+    tracker.close("FINISHED")
+    shutil.copyfile(empty_store.file, folder / "mlflow.db")
+    sync(run)
+    assert of_mlflow(run, config) == of_journal(run)
+
+
+def test_a_kill_while_a_new_sqlite_store_is_being_made_leaves_no_half_of_one(empty_store):
+    from mlflow import MlflowClient
+
+    assert empty_store.file.name not in empty_store.left_by_the_kill and empty_store.left_by_the_kill
+    assert MlflowClient(f"sqlite:///{empty_store.file}").get_experiment_by_name("tests")
+
+
+def test_without_a_store_everything_is_on_disk_and_sync_fills_one_later(folder):
+    run, config = make_run(folder, "none")
+    tracker = begin(run, config)
+    log_steps(tracker, 1, 30)
+    tracker.close("FINISHED")
+    assert sync(run).uri is None
+    done = sync(run, f"sqlite:///{folder}/mlflow.db")
+    assert done.status == "FINISHED" and done.points >= 93
+    assert of_mlflow(run, config) == of_journal(run)
+    assert sync(run, f"sqlite:///{folder}/mlflow.db").points == 0
+
+
+def test_a_run_whose_process_was_killed_is_killed_after_the_next_sync(folder):
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log_steps(tracker, 1, 10)
+    assert is_alive(run)
+    assert sync(run).status == "RUNNING"
+    tracker._helper.close(30)
+    os.close(tracker._alive)  # what the kernel does to the lock of a process that was killed
+    assert not is_alive(run)
+    done = sync(run)
+    assert done.status == "KILLED"
+    store, run_id = open_store(run, config)
+    assert store.read_run(run_id).info.status == "KILLED"
+    begin(run, config, 10).close("FINISHED")
+    assert store.read_run(run_id).info.status == "FINISHED"
+
+
+def test_a_server_that_is_not_there_gives_one_message_and_loses_nothing(tmp_path):
+    run, config = make_run(tmp_path, f"http://127.0.0.1:{unused_port()}")
+    began = time.monotonic()
+    tracker = begin(run, config)
+    log_steps(tracker, 1, 30)
+    tracker.close("FINISHED")
+    assert time.monotonic() - began < 20
+    assert len(of_journal(run)["train/loss"]) == 30
+    with pytest.raises(
+        PipelineError, match=r"MLflow at http://127.0.0.1:\d+: cannot be reached \(Connection refused\)"
+    ):
+        sync(run)

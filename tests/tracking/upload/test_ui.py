@@ -1,0 +1,52 @@
+"""MLflow's page: on loopback, gone with whoever asked for it, and plain about why it did not come."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+import requests
+
+from pipeline.errors import PipelineError
+from pipeline.tracking.upload.sync import sync
+from pipeline.tracking.upload.ui import local_server
+from tests.tracking.support import begin, make_run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGINT", "SIGKILL"])
+def test_the_page_of_a_store_starts_on_loopback_and_leaves_no_process(folder, number):
+    run, config = make_run(folder)
+    begin(run, config).close("FINISHED")
+    run_id = sync(run).run_id
+    command = [sys.executable, "-m", "pipeline", "ui", str(run.path)]
+    page = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        address = page.stdout.readline()
+        url, experiment = re.match(
+            r"MLflow: (http://127\.0\.0\.1:\d+)/#/experiments/(\d+)/runs/" + run_id, address
+        ).groups()
+        assert requests.get(f"{url}/health", timeout=30).status_code == 200
+        assert requests.get(f"{url}/api/2.0/mlflow/experiments/get?experiment_id={experiment}", timeout=30).ok
+        children = psutil.Process(page.pid).children(recursive=True)
+        ports = [c.laddr for p in children for c in p.net_connections() if c.status == "LISTEN"]
+        assert ports and all(a.ip == "127.0.0.1" for a in ports)
+    finally:
+        page.send_signal(signal.Signals[number])
+        page.wait(timeout=30)
+    _, left = psutil.wait_procs(children, timeout=30)
+    running = [p for p in left if p.is_running() and p.status() != "zombie"]
+    for process in running:
+        process.kill()
+    assert not running
+
+
+def test_a_server_that_does_not_start_says_why(folder):
+    with (
+        pytest.raises(PipelineError, match=r"ended with status 2 before it answered: .*--no-such-option"),
+        local_server(f"sqlite:///{folder}/mlflow.db", options=("--no-such-option",)),
+    ):
+        pass

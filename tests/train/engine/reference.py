@@ -1,0 +1,89 @@
+"""The judge of the engine: the same experiment as a plain PyTorch loop, one process, torch's own AdamW and clipping."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from pipeline.config.load import load_config
+from pipeline.config.sections import Config, OptimizerConfig
+from pipeline.data.dataset import BatchReader, open_dataset
+from pipeline.model.transformer import TransformerLM
+
+
+@dataclass
+class Plain:
+    """What came of plain training.
+
+    Attributes:
+        losses: Of each step.
+        norms: Of each step's gradient before clipping.
+        weights: After the last step.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def new_model(config: Config) -> TransformerLM:
+    """The weights a run of this config begins with."""
+    torch.manual_seed(config.train.seed)
+    return TransformerLM(**config.model.model_dump())
+
+
+def plain_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
+    """Torch's own, with matrices decayed and gains not."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=1.0, betas=settings.betas, eps=settings.eps)
+
+
+def learning_rate(step: int, settings: OptimizerConfig) -> float:
+    """Linear warm-up, then a cosine down to the minimum."""
+    if step < settings.warmup_iters:
+        return settings.learning_rate * step / settings.warmup_iters
+    done = min(1.0, (step - settings.warmup_iters) / (settings.cosine_cycle_iters - settings.warmup_iters))
+    span = settings.learning_rate - settings.min_learning_rate
+    return settings.min_learning_rate + span * (1 + math.cos(math.pi * done)) / 2
+
+
+def train_plainly(
+    config_file: Path,
+    steps: range,
+    model: torch.nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Plain:
+    """Takes these steps, each on its whole global batch at once."""
+    config = load_config(config_file)
+    model = model or new_model(config)
+    optimizer = optimizer or plain_optimizer(model, config.optimizer)
+    reader = BatchReader(
+        open_dataset(config.data.path, "train"), config.data, seed=config.train.seed,
+        context_length=config.model.context_length, batch_size=config.train.batch_size,
+    )  # fmt: skip
+    bf16 = config.train.precision == "bf16"
+    found = Plain()
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.optimizer)
+        x, y = reader.batch(step, 0, config.train.batch_size)
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+            logits = model(x)
+        loss = functional.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip_val)
+        optimizer.step()
+        found.losses.append(float(loss.detach()))
+        found.norms.append(float(norm))
+    found.weights = {name: p.detach() for name, p in model.named_parameters()}
+    return found
