@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 EXIT_OK = 0
@@ -36,17 +37,22 @@ class StopRequested(PipelineError):
     exit_code = EXIT_STOPPED
 
 
+def listing(title: str, items: Iterable[object], cure: str = "") -> str:
+    """Returns a message of several lines: the title, one indented line per item, and what to change."""
+    return "\n".join([title, *(f"  {item}" for item in items), *([cure] if cure else [])])
+
+
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a config or a site file.
-
-    Attributes:
-        path: Dotted path of the value, `train.batch_size` say; empty for the whole file.
-        message: What was given, what is allowed and, where it can be guessed, what was meant.
-    """
+    """One thing that is wrong with a config or a site file."""
 
     path: str
+    """Dotted path of the value, for example `train.batch_size`; empty for the whole file."""
     message: str
+    """What was given, what is allowed and, where it can be guessed, what was meant."""
+
+    def __str__(self) -> str:
+        return f"{self.path or '(file)'}: {self.message}"
 
 
 class ConfigError(UsageError):
@@ -56,5 +62,4 @@ class ConfigError(UsageError):
         self.source = source
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = [f"  {p.path or '(file)'}: {p.message}" for p in problems]
-        super().__init__("\n".join([f"{source}: {count} in the {kind}", *lines]))
+        super().__init__(listing(f"{source}: {count} in the {kind}", problems))

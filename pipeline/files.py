@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import secrets
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
+
+
+@contextlib.contextmanager
+def naming(place: object, what: str, cure: str = "", error: type[PipelineError] = PipelineError) -> Iterator[None]:
+    """Turns an OSError of the block into one message that names the place, the reason and the cure.
+
+    Args:
+        place: The file, folder or config key that the message begins with.
+        what: What failed: `cannot be read`.
+        cure: What the user can change; empty if nothing.
+        error: The type that is raised.
+    """
+    try:
+        yield
+    except OSError as problem:
+        remedy = f"; {cure}" if cure else ""
+        raise error(f"{place}: {what} ({problem.strerror or problem}){remedy}") from problem
 
 
 def fsync_dir(path: Path) -> None:
@@ -77,9 +96,8 @@ def read_json(path: Path) -> Any:
         PipelineError: The file is missing or is no JSON; the message names it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PipelineError(f"{path}: cannot be read ({error.strerror})") from error
+        with naming(path, "cannot be read"):
+            return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PipelineError(f"{path}: is not valid JSON ({error})") from error
 
@@ -95,6 +113,23 @@ def publish_dir(temp: Path, final: Path) -> None:
     fsync_dir(temp)
     temp.rename(final)
     fsync_dir(final.parent)
+
+
+@contextlib.contextmanager
+def staged_dir(final: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `final` that takes its name when the block succeeds and is removed when it fails.
+
+    The files inside must be fsynced by whoever writes them; see `publish_dir`.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temp = final.with_name(f".{final.name}.{secrets.token_hex(6)}.tmp")
+    temp.mkdir()
+    try:
+        yield temp
+        publish_dir(temp, final)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
 
 
 def clock_skew_s(folder: Path) -> float:
