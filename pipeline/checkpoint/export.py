@@ -14,13 +14,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.checkpoint.layout import published, step_name, step_of
+from pipeline.checkpoint.layout import published, step_of
 from pipeline.checkpoint.read import CheckpointReader, newest_checkpoint, verify
 from pipeline.config.sections import Config, ModelConfig
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import fsync_dir, publish_dir, write_bytes, write_json
-from pipeline.run.folder import Run
+from pipeline.run.folder import Run, step_name
 
 FORMATS = ("hf", "safetensors")
 

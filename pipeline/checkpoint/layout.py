@@ -20,9 +20,10 @@ from typing import Any
 
 from pipeline.errors import CheckpointError
 from pipeline.files import sha256_bytes, write_bytes
+from pipeline.run.folder import CHECKPOINT_MANIFEST
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST = CHECKPOINT_MANIFEST
 KEYS = ("weight", "exp_avg", "exp_avg_sq")
 
 _NAME = re.compile(r"^step_(\d{8,})$")
@@ -89,11 +90,6 @@ class Manifest:
             raise CheckpointError(f"{path}: is damaged (its digest does not match its content)")
         tree.pop("format_version")
         return cls(**tree)
-
-
-def step_name(step: int) -> str:
-    """Folder name of a checkpoint."""
-    return f"step_{step:08d}"
 
 
 def rank_file(rank: int) -> str:

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from pipeline.checkpoint.host_copy import OwnedFragment
-from pipeline.checkpoint.layout import Manifest, rank_file, step_name
+from pipeline.checkpoint.layout import Manifest, rank_file
 from pipeline.errors import CheckpointError
 from pipeline.files import fsync_file, publish_dir, sha256_file, write_json, write_text
+from pipeline.run.folder import step_name
 
 ATTEMPT_FILE = ".attempt"
 

@@ -32,6 +32,14 @@ _FIXED_FIELDS = {
 }
 
 
+CHECKPOINT_MANIFEST = "manifest.json"
+
+
+def step_name(step: int) -> str:
+    """Returns the folder name of the checkpoint after this many steps."""
+    return f"step_{step:08d}"
+
+
 @dataclass(frozen=True)
 class Run:
     """Paths of one run, all below its folder."""

@@ -6,11 +6,9 @@ at its end: readers ignore it, and the next writer cuts it off.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,21 +163,12 @@ def _disk_full() -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def append_event(path: Path, kind: str, /, **fields: Any) -> dict[str, Any]:
-    """Appends one event; several processes (launcher, trainer, a cancelling user) may write to the file.
-
-    Args:
-        path: The events file.
-        kind: What happened, `started` say.
-        fields: Plain JSON values that belong to it.
-
-    Returns:
-        The record as written, with its time in Unix seconds.
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends one record to a file that several processes write to.
 
     Raises:
-        OSError: It cannot be written whole; what is there of it is ignored by readers.
+        OSError: It cannot be written whole; readers ignore what is there of it.
     """
-    record = {"time": round(time.time(), 3), "event": kind, **fields}
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         before = os.fstat(fd).st_size
@@ -190,25 +179,3 @@ def append_event(path: Path, kind: str, /, **fields: Any) -> dict[str, Any]:
             raise _disk_full()
     finally:
         os.close(fd)
-    return record
-
-
-@contextlib.contextmanager
-def noted_prepare(path: Path, part: str | None) -> Iterator[None]:
-    """Notes when a job that prepares the data of a submitted run began and ended; nothing outside of a job.
-
-    Args:
-        path: The run's events file; without it there is no run to note anything for.
-        part: Which slice is prepared, `1/8` say; None for all.
-    """
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None or not path.exists():
-        yield
-        return
-    append_event(path, "prepare_began", slice=part, job=job)
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        append_event(path, "prepare_ended", slice=part, job=job, done=done)

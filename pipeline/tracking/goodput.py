@@ -12,17 +12,35 @@ idle        nothing ran and nothing was queued
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.run import journal
+from pipeline.run.events import (
+    Accounted,
+    Cancelled,
+    CaughtUp,
+    Event,
+    EventLog,
+    Failed,
+    Finished,
+    GaveUp,
+    NodeLost,
+    Preempted,
+    PrepareBegan,
+    PrepareEnded,
+    Ready,
+    Repeating,
+    Requeued,
+    StartBegan,
+    Submitted,
+)  # fmt: skip
 from pipeline.run.folder import Run
 from pipeline.text_format import duration
 
-_ENDS = ("preempted", "finished", "failed", "stopped")
 # Written by a launcher or by the prepare stage: no sign of life of a training process.
-_OUTSIDE = ("submitted", "requeued", "node_lost", "cancelled", "gave_up", "prepare_began", "prepare_ended")
+_OUTSIDE = (Submitted, Requeued, NodeLost, Cancelled, GaveUp, PrepareBegan, PrepareEnded)
 
 Part = Literal["queue", "startup", "training", "checkpoint", "repeated", "idle"]
 
@@ -63,36 +81,36 @@ class Goodput:
         return f"{self.fraction:.1%} of {duration(self.wall_s)}" + (f" ({shares})" if shares else "")
 
 
-def goodput(run: Run, now: float | None = None) -> Goodput | None:
+def goodput(run: Run, events: EventLog, now: float | None = None) -> Goodput | None:
     """Splits the time of a run; None where nothing has happened yet.
 
     Args:
         run: The run.
+        events: Its events.
         now: End of the account of a run that is training or waiting in a queue, Unix seconds; without it, its
             last sign of life (the last event or the last line of metrics.jsonl).
     """
-    events = [line.record for line in journal.read(run.events_file) if "time" in line.record]
     last = journal.last(run.metrics_file)
     return split(events, last_line=float(last["time"]) if last else None, now=now)
 
 
-def split(events: list[dict[str, Any]], last_line: float | None = None, now: float | None = None) -> Goodput | None:
-    """Like `goodput`, from parsed events in the order they were written."""
-    attempts = _attempts(events, last_line, now)
+def split(events: EventLog, last_line: float | None = None, now: float | None = None) -> Goodput | None:
+    """Like `goodput`, with the time of the last line of metrics.jsonl."""
+    starts = _starts(events, last_line, now)
     waits = list(_waits(events))
-    if not attempts and not waits:
+    if not starts and not waits:
         return None
     totals: dict[Part, float] = dict.fromkeys(("queue", "startup", "training", "checkpoint", "repeated", "idle"), 0.0)
-    at = min([*(w.at for w in waits), *(a.began for a in attempts[:1])])
-    earlier: _Attempt | None = None
-    for attempt in attempts:
+    at = min([*(w.at for w in waits), *(a.began for a in starts[:1])])
+    earlier: _Start | None = None
+    for start in starts:
         since = at if earlier is None else earlier.began
-        before = [w for w in waits if since <= w.at <= attempt.began]
-        if attempt.requeued and not any(w.part == "queue" for w in before):
+        before = [w for w in waits if since <= w.at <= start.began]
+        if start.requeued and not any(w.part == "queue" for w in before):
             before.append(_Wait(at, "queue"))  # Slurm put the job back into the queue by itself
-        _account_of_wait(before, at, attempt.began, totals)
-        at = _account(attempt, max(attempt.began, at), totals)
-        earlier = attempt
+        _account_of_wait(before, at, start.began, totals)
+        at = _account(start, max(start.began, at), totals)
+        earlier = start
     rest = [w for w in waits if earlier is None or w.at > earlier.began]
     if rest:
         waiting = now is not None and rest[-1].part != "idle"
@@ -111,30 +129,29 @@ class _Wait:
     part: Part
 
 
-def _waits(events: Iterable[dict[str, Any]]) -> Iterator[_Wait]:
-    preparing: set[Any] = set()
+def _waits(events: EventLog) -> Iterator[_Wait]:
+    preparing: set[str | None] = set()
     queued = finished = False
     for event in events:
-        kind, at = event.get("event"), float(event["time"])
-        if kind in ("attempt", "submitted"):
+        if isinstance(event, StartBegan | Submitted):
             finished = False
-        if kind == "attempt":
+        if isinstance(event, StartBegan):
             queued = False
-        elif kind == "finished" or finished:
+        elif isinstance(event, Finished) or finished:
             finished = True  # what happens to an evaluation afterwards is no time of the training
-        elif kind in ("submitted", "requeued"):
+        elif isinstance(event, Submitted | Requeued):
             queued = True
-            yield _Wait(at, "startup" if preparing else "queue")
-        elif kind in ("cancelled", "gave_up"):
+            yield _Wait(event.time, "startup" if preparing else "queue")
+        elif isinstance(event, Cancelled | GaveUp):
             queued = False
-            yield _Wait(at, "idle")
-        elif kind == "prepare_began":
-            preparing.add(event.get("slice"))
-            yield _Wait(at, "startup")
-        elif kind == "prepare_ended":
-            preparing.discard(event.get("slice"))
+            yield _Wait(event.time, "idle")
+        elif isinstance(event, PrepareBegan):
+            preparing.add(event.slice)
+            yield _Wait(event.time, "startup")
+        elif isinstance(event, PrepareEnded):
+            preparing.discard(event.slice)
             if not preparing:
-                yield _Wait(at, "queue" if queued and event.get("done") else "idle")
+                yield _Wait(event.time, "queue" if queued and event.done else "idle")
 
 
 def _account_of_wait(waits: list[_Wait], began: float, end: float, totals: dict[Part, float]) -> None:
@@ -153,7 +170,7 @@ def _account_of_wait(waits: list[_Wait], began: float, end: float, totals: dict[
 
 
 @dataclass
-class _Attempt:
+class _Start:
     """One process, from its beginning to its last sign of life; `gone` is when a launcher said that it is no more."""
 
     began: float
@@ -167,62 +184,61 @@ class _Attempt:
     repeated: list[list[float | None]] = field(default_factory=list)
 
 
-def _attempts(events: Iterable[dict[str, Any]], last_line: float | None, now: float | None) -> list[_Attempt]:
-    attempts: list[_Attempt] = []
+def _starts(events: EventLog, last_line: float | None, now: float | None) -> list[_Start]:
+    starts: list[_Start] = []
     for event in events:
-        at = float(event["time"])
-        if event.get("event") == "attempt":
-            if attempts and attempts[-1].end is None:
+        if isinstance(event, StartBegan):
+            if starts and starts[-1].end is None:
                 # Killed without a word: it lived until its last event or its last line.
-                attempts[-1].end = max(attempts[-1].last_sign, float(event.get("last_seen") or 0.0))
-            repeats = int(event.get("reached", 0)) > int(event.get("step", 0))
-            attempts.append(_Attempt(float(event.get("began", at)), repeats, bool(event.get("requeued")), at))
-        elif attempts and attempts[-1].end is None:
-            _note(attempts[-1], event, at)
-    if attempts and attempts[-1].end is None:
-        newest = attempts[-1]
+                starts[-1].end = max(starts[-1].last_sign, event.last_seen or 0.0)
+            began = event.time if event.began is None else event.began
+            starts.append(_Start(began, event.reached > event.step, event.requeued, event.time))
+        elif starts and starts[-1].end is None:
+            _note(starts[-1], event)
+    if starts and starts[-1].end is None:
+        newest = starts[-1]
         newest.last_sign = max(newest.last_sign, last_line or 0.0)
         alive = newest.gone is None or newest.gone < newest.last_sign
         newest.end = now if alive and now is not None else newest.last_sign
-    return attempts
+    return starts
 
 
-def _note(attempt: _Attempt, event: dict[str, Any], at: float) -> None:
-    """What an event of a process's life says about its time."""
-    kind = event.get("event")
-    if kind in _OUTSIDE:
-        attempt.gone = at if kind in ("requeued", "node_lost") else attempt.gone
+def _note(start: _Start, event: Event) -> None:
+    """Notes what an event of a process's life says about its time."""
+    at = event.time
+    if isinstance(event, _OUTSIDE):
+        start.gone = at if isinstance(event, Requeued | NodeLost) else start.gone
         return
-    attempt.last_sign = at
-    repeating = bool(attempt.repeated) and attempt.repeated[-1][1] is None
-    if kind in ("started", "resumed") and attempt.ready is None:
-        attempt.ready = at
-        if attempt.repeats and not repeating:
-            attempt.repeated.append([at, None])
-    elif kind == "repeating" and not repeating:  # going back once more before it has caught up is the same repeat
-        attempt.repeated.append([at, None])
-    elif kind == "caught_up" and repeating:
-        attempt.repeated[-1][1] = at
-    if event.get("stall_s"):
-        attempt.stalls.append((at, float(event["stall_s"])))
-    if kind in _ENDS:
-        attempt.end = at
+    start.last_sign = at
+    repeating = bool(start.repeated) and start.repeated[-1][1] is None
+    if isinstance(event, Ready) and start.ready is None:
+        start.ready = at
+        if start.repeats and not repeating:
+            start.repeated.append([at, None])
+    elif isinstance(event, Repeating) and not repeating:  # rolling back again before it has caught up: the same repeat
+        start.repeated.append([at, None])
+    elif isinstance(event, CaughtUp) and repeating:
+        start.repeated[-1][1] = at
+    if isinstance(event, Accounted) and event.stall_s:
+        start.stalls.append((at, event.stall_s))
+    if isinstance(event, Preempted | Finished | Failed):
+        start.end = at
 
 
-def _account(attempt: _Attempt, began: float, totals: dict[Part, float]) -> float:
+def _account(start: _Start, began: float, totals: dict[Part, float]) -> float:
     """Adds one process's time to the totals; returns when it ended."""
-    end = max(began, attempt.end if attempt.end is not None else attempt.last_sign)
-    ready = end if attempt.ready is None else min(max(attempt.ready, began), end)
+    end = max(began, start.end if start.end is not None else start.last_sign)
+    ready = end if start.ready is None else min(max(start.ready, began), end)
     totals["startup"] += ready - began
     repeated = 0.0
     spans: list[tuple[float, float]] = []
-    for first, stop in attempt.repeated:
+    for first, stop in start.repeated:
         lower, upper = max(first or ready, ready), min(end if stop is None else stop, end)
         if upper > lower:
             spans.append((lower, upper))
             repeated += upper - lower
     # A stall among repeated steps is repeated time.
-    stalled = sum(s for at, s in attempt.stalls if ready <= at <= end and not any(a <= at <= b for a, b in spans))
+    stalled = sum(s for at, s in start.stalls if ready <= at <= end and not any(a <= at <= b for a, b in spans))
     stalled = min(stalled, max(0.0, end - ready - repeated))
     totals["repeated"] += repeated
     totals["checkpoint"] += stalled

@@ -10,12 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.sections import Config
 from pipeline.errors import PipelineError
-from pipeline.run import journal
+from pipeline.run.events import Accounted, CaughtUp, Event, EventLog, Repeating, StartBegan, append
 from pipeline.run.folder import Run
 from pipeline.tracking import upload_state
 from pipeline.tracking.helper import Helper
@@ -29,7 +30,6 @@ CloseStatus = Literal["FINISHED", "FAILED", "KILLED", "STOPPED"]
 _CLOSE_S = {"FINISHED": 30.0, "FAILED": 10.0, "KILLED": 5.0, "STOPPED": 5.0}
 _KEPT_LINES = 1000
 _STALL = "time/checkpoint_stall_s"  # mean of the steps since the last line
-_TELL_STALL = ("checkpointed", "preempted", "finished", "failed")  # carry what has come together since the last
 
 
 class Tracker:
@@ -41,8 +41,8 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records what was measured; `step` is the number of finished optimizer steps."""
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """Records that something happened, with plain JSON values."""
+    def event(self, event: Event) -> None:
+        """Records that something happened."""
 
     def rewind(self, step: int) -> None:
         """Training went back to the state after `step` in this process and will do otherwise from there on."""
@@ -91,24 +91,21 @@ class RunTracker(Tracker):
         super().__init__(Helper(run, uri, self._attempt))
 
     def _begin(self, step: int) -> bool:
-        """Writes the event `attempt`; returns whether steps are about to be repeated."""
-        attempts = [
-            e for e in (line.record for line in journal.read(self._run.events_file)) if e.get("event") == "attempt"
-        ]
-        reached = max([self._history.reached, *(int(e["reached"]) for e in attempts)])
+        """Records that this start began; returns whether steps are about to be repeated."""
+        earlier = EventLog.load(self._run.events_file).of(StartBegan)
+        reached = max([self._history.reached, *(start.reached for start in earlier)])
         self._history.reached = reached
-        journal.append_event(
-            self._run.events_file,
-            "attempt",
-            number=len(attempts) + 1,
+        start = StartBegan(
+            number=len(earlier) + 1,
             step=step,
             reached=reached,
             began=round(_process_began(), 3),
             last_seen=self._history.last_time,
             host=socket.gethostname(),
             job=os.environ.get("SLURM_JOB_ID"),
-            requeued=bool(attempts) and os.environ.get("SLURM_RESTART_COUNT", "0") != "0",
+            requeued=bool(earlier) and os.environ.get("SLURM_RESTART_COUNT", "0") != "0",
         )
+        append(self._run.events_file, start)
         return reached > step
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -126,15 +123,15 @@ class RunTracker(Tracker):
             self._warn("%s: cannot be written (%s); the newest %d lines are kept in memory", error)
         if self._repeating and step >= reached:
             self._repeating = False
-            self.event("caught_up", step=step)
+            self.event(CaughtUp(step=step))
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """Records that something happened, with plain JSON values; any thread may call it."""
-        if kind in _TELL_STALL and "stall_s" not in fields:
+    def event(self, event: Event) -> None:
+        """Records that something happened; any thread may call it."""
+        if isinstance(event, Accounted) and event.stall_s is None:
             with self._lock:
-                fields["stall_s"], self._stall_s = round(self._stall_s, 6), 0.0
+                event, self._stall_s = replace(event, stall_s=round(self._stall_s, 6)), 0.0
         try:
-            journal.append_event(self._run.events_file, kind, **fields)
+            append(self._run.events_file, event)
         except OSError as error:
             self._warn("%s: cannot be written (%s)", error, self._run.events_file)
 
@@ -145,7 +142,7 @@ class RunTracker(Tracker):
             self._step = step
         if self._history.reached > step:
             self._repeating = True
-            self.event("repeating", step=step, reached=self._history.reached)
+            self.event(Repeating(step=step, reached=self._history.reached))
 
     def mlflow_run_id(self) -> str | None:
         """Id of the MLflow run that is fed, as the helper has written it down."""

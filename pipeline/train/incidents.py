@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.sections import Config
 from pipeline.data.dataset import BatchReader
 from pipeline.data.tokenize.tokenizer import Tokenizer
+from pipeline.run.events import BadBatch, BadStep, Spike
 from pipeline.run.folder import Run
 from pipeline.run.world import World
 from pipeline.train.engine.step_numbers import Agreed, Numbers
@@ -93,13 +94,13 @@ class Watch:
 
     def _judge(self, step: int, numbers: Numbers) -> Rollback | None:
         if self.guard.is_bad(numbers.loss, numbers.norm):
-            self._report("bad_step", step, "loss or gradient is not finite; the step is skipped", numbers)
+            self._report(BadStep, step, "loss or gradient is not finite; the step is skipped", numbers)
             self.guard.check_patience(self.run.bad_batches)
             return None
         if not self.guard.is_spike(numbers.loss):
             return None
         checkpoint = self._checkpoint_before(step) if self.config.guard.on_spike == "rollback" else None
-        self._report("spike", step, "the loss jumped" + ("; going back" if checkpoint else ""), numbers)
+        self._report(Spike, step, "the loss jumped" + ("; going back" if checkpoint else ""), numbers)
         if checkpoint is None:
             self.guard.accept(numbers.loss)
             return None
@@ -123,16 +124,16 @@ class Watch:
         self.guard = Guard(self.config.guard, state)
         self.guard.leave_out([*skipped, *bad])
 
-    def _report(self, kind: str, step: int, what: str, numbers: Numbers) -> None:
+    def _report(self, kind: type[BadBatch], step: int, what: str, numbers: Numbers) -> None:
         """Records the batch of a step that made trouble."""
         if not self.world.is_first:
             return
         index = data_index(step - 1, self.guard.skipped)
-        found = {"loss": str(numbers.loss), "norm": str(numbers.norm), "batch": index}
+        event = kind(step=step, loss=str(numbers.loss), norm=str(numbers.norm), batch=index)
         try:
             path = record_batch(
                 self.run.bad_batches,
-                f"{kind}_{step:08d}",
+                f"{kind.kind}_{step:08d}",
                 self.reader,
                 index,
                 self.config.train.batch_size,
@@ -143,8 +144,9 @@ class Watch:
             )
         except OSError as error:  # a full disk, say: training goes on without the record
             where = f"batch {index} could not be written to {self.run.bad_batches}: {error.strerror or error}"
-            self.tracker.event(kind, step=step, **found, path=None, error=where)
+            event = replace(event, error=where)
         else:
             where = f"the batch is in {path}"
-            self.tracker.event(kind, step=step, **found, path=str(path))
+            event = replace(event, path=str(path))
+        self.tracker.event(event)
         self.progress.message(f"step {step}: {what} (loss {numbers.loss:.4g}, norm {numbers.norm:.4g}); {where}")

@@ -19,6 +19,7 @@ from pipeline.data.dataset import BatchReader, TokenDataset, ValidationWindows
 from pipeline.errors import CheckpointError
 from pipeline.model.flops import flops_per_token
 from pipeline.run import journal
+from pipeline.run.events import Checkpointed, CheckpointFailed, Event, Failed, RolledBack
 from pipeline.run.folder import Run
 from pipeline.run.world import World
 from pipeline.tracking.tracker import CloseStatus
@@ -137,7 +138,7 @@ class Session:
         group.barrier(self.world)
         self.reached, self.tokens_seen = reader.manifest.step, state["tokens_seen"]
         skipped = list(self.watch.guard.skipped)
-        self.tracker.event("rollback", step=rollback.step, to=self.reached, skipped=skipped)
+        self.tracker.event(RolledBack(step=rollback.step, to=self.reached, skipped=skipped))
         self.tracker.rewind(self.reached)
         return self.reached
 
@@ -256,11 +257,12 @@ class Session:
         """Records what came of a save; called from the saving thread of rank 0."""
         self.saves.append(saved)
         if saved.path is None:
-            self.tracker.event("checkpoint_failed", step=saved.step, error=saved.error)
+            self.tracker.event(CheckpointFailed(step=saved.step, error=saved.error))
             self.progress.message(f"step {saved.step}: the checkpoint could not be saved: {saved.error}")
         else:
-            fields = {"path": str(saved.path), "digest": saved.digest, "seconds": round(saved.seconds, 3)}
-            self.tracker.event("checkpointed", step=saved.step, **fields)
+            seconds = round(saved.seconds, 3)
+            made = Checkpointed(step=saved.step, path=str(saved.path), digest=saved.digest, seconds=seconds)
+            self.tracker.event(made)
 
     def stop_message(self, step: int) -> str:
         """What a person is told who stopped the run."""
@@ -270,9 +272,9 @@ class Session:
     def fail(self, why: str) -> None:
         """Records that training failed; a save under way is given a moment, for it may be whole already."""
         self.saver.wait(FAILED_SAVE_S)
-        self.end("failed", "FAILED", error=why)
+        self.end(Failed(step=self.reached, error=why), "FAILED")
 
-    def end(self, kind: str, status: CloseStatus, **fields: str | None) -> None:
+    def end(self, event: Event, status: CloseStatus) -> None:
         """Records how this start ended, once: the watch over the other ranks may come to it beside the main thread.
 
         Returns when that is done, or after `END_S` if another thread does not get done with it.
@@ -282,7 +284,7 @@ class Session:
         try:
             if not self.ended:
                 self.ended = True
-                self.tracker.event(kind, step=self.reached, **fields)
+                self.tracker.event(event)
                 self.tracker.close(status)
         finally:
             self.ending.release()

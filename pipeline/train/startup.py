@@ -20,6 +20,7 @@ from pipeline.data.manifest import TOKENIZER
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import DataError, PipelineError, StopRequested
 from pipeline.files import sha256_file
+from pipeline.run.events import CheckpointRejected, Finished, Preempted, Resumed, Started
 from pipeline.run.folder import Run, create_run, run_for
 from pipeline.run.provenance import collect_provenance, current_image, refuse_other_image
 from pipeline.run.world import World, world_from_environment
@@ -183,10 +184,10 @@ def _start_tracking(config: Config, run: Run, world: World, data: TokenDataset, 
 
 def _announce(session: Session, recovery: Recovery) -> None:
     for problem in recovery.rejected:
-        session.tracker.event("checkpoint_rejected", problem=problem)
+        session.tracker.event(CheckpointRejected(problem=problem))
         session.progress.message(f"a checkpoint was set aside: {problem}")
-    kind = "resumed" if recovery.checkpoint is not None else "started"
-    session.tracker.event(kind, step=session.step, world_size=session.world.size)
+    ready = Started if recovery.checkpoint is None else Resumed
+    session.tracker.event(ready(step=session.step, world_size=session.world.size))
     if recovery.checkpoint is not None:
         session.progress.message(f"going on from {recovery.checkpoint}")
 
@@ -216,9 +217,9 @@ def _ended(session: Session, peers: Peers) -> Iterator[None]:
     try:
         yield
     except StopRequested:
-        session.end("preempted", "STOPPED", reason=session.stop.reason)
+        session.end(Preempted(step=session.reached, reason=session.stop.reason), "STOPPED")
         raise
     except BaseException as error:
         session.fail(peers.cause_of(error) or f"{type(error).__name__}: {error}")
         raise
-    session.end("finished", "FINISHED")
+    session.end(Finished(step=session.reached), "FINISHED")

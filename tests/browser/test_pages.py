@@ -8,7 +8,7 @@ import time
 import pytest
 
 from pipeline.files import write_json, write_text
-from pipeline.run import journal
+from pipeline.run.events import Checkpointed, Finished, Requeued, Resumed, Started, Submitted, append
 from pipeline.tracking.report.report import write_report
 from pipeline.tracking.upload.sync import sync
 from pipeline.tracking.upload.ui import local_server, page_of
@@ -49,26 +49,26 @@ def trained(folder, *overrides, floor=2.2, seed=1):
                 val = {"val/loss": loss + 0.1, "val/perplexity": math.exp(loss + 0.1), "val/bits_per_byte": loss / 3}
                 tracker.log(step, val)
                 path, digest = str(run.checkpoints / f"step_{step:08d}"), hashlib.sha256(bytes(step)).hexdigest()
-                tracker.event("checkpointed", step=step, path=path, digest=digest)
+                tracker.event(Checkpointed(step=step, path=path, digest=digest))
 
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("time.time", clock)
         patch.setattr("pipeline.tracking.tracker._process_began", lambda: clock.now - 8)
         patch.setattr("pipeline.tracking.tracker.Helper", InThread)
-        journal.append_event(run.events_file, "submitted", jobs=["41"])
+        append(run.events_file, Submitted(jobs=["41"]))
         clock.wait(50)
         tracker = begin(run, config)
-        tracker.event("started", step=0)
+        tracker.event(Started(step=0))
         steps(tracker, 5, 360)  # and killed
         tracker._history.close()
         clock.wait(20)
-        journal.append_event(run.events_file, "requeued", job="41")
+        append(run.events_file, Requeued(job="41"))
         clock.wait(30)
         tracker = begin(run, config, 300)
-        tracker.event("resumed", step=300)
+        tracker.event(Resumed(step=300))
         steps(tracker, 305, 600)
-        tracker.event("finished", step=600)
+        tracker.event(Finished(step=600))
         tracker.close("FINISHED")
     write_text(run.samples / "step_00000600.txt", "My fellow citizens, the state of the union is <b>strong</b>.")
     result = {"step": 600, "loss": floor + 0.1, "perplexity": math.exp(floor + 0.1), "bits_per_byte": 0.74}

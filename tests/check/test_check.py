@@ -12,9 +12,9 @@ import pytest
 
 from pipeline.check.check import _disk as disk_check
 from pipeline.check.slurm import check_slurm
-from pipeline.checkpoint.layout import step_name
 from pipeline.data.build.build import prepare
 from pipeline.launch.site import Site
+from pipeline.run.folder import step_name
 from tests.launch.support import CONFIG, ROOT, SITE, FakeSlurm, make_run, pipeline, write_files
 
 PARTITIONS = """main*|4|8|64000|1-00:00:00|gpu:a100:4(S:0-1)|up

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.checkpoint.layout import Manifest, step_name
+from pipeline.checkpoint.layout import Manifest
 from pipeline.launch.slurm import job_records
-from pipeline.run.folder import Run
+from pipeline.run.folder import Run, step_name
 from tests import experiment
 from tests.cluster.support import ENDED, ROOT, Cluster, pipeline, wait_until
 

@@ -7,7 +7,9 @@ import time
 
 import pytest
 
+from pipeline.commands.prepare import prepare_events
 from pipeline.run import journal
+from pipeline.run.events import Resumed, Submitted, append
 
 
 def records(path):
@@ -35,7 +37,7 @@ def test_a_file_that_is_one_torn_line_becomes_empty(tmp_path):
 def test_an_event_after_a_torn_one_is_not_swallowed_by_it(tmp_path):
     file = tmp_path / "events.jsonl"
     file.write_bytes(b'{"time":1,"event":"started"}\n{"time":2,"eve')
-    journal.append_event(file, "resumed", step=7)
+    append(file, Resumed(step=7))
     assert [(r["event"], r.get("step")) for r in records(file)] == [("started", None), ("resumed", 7)]
 
 
@@ -77,15 +79,15 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
 def test_a_job_that_prepares_is_noted_in_the_events_of_a_submitted_run_only(tmp_path, monkeypatch):
     file = tmp_path / "events.jsonl"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with journal.noted_prepare(file, None):
+    with prepare_events(file, None):
         assert not file.exists()
-    journal.append_event(file, "submitted")
-    with journal.noted_prepare(file, "1/2"):
+    append(file, Submitted())
+    with prepare_events(file, "1/2"):
         pass
-    with pytest.raises(ValueError), journal.noted_prepare(file, "2/2"):
+    with pytest.raises(ValueError), prepare_events(file, "2/2"):
         raise ValueError
     monkeypatch.delenv("SLURM_JOB_ID")
-    with journal.noted_prepare(file, None):
+    with prepare_events(file, None):
         pass
     found = [(r["event"], r.get("slice"), r.get("done")) for r in records(file)]
     assert found == [

@@ -7,6 +7,7 @@ from rich.console import Console
 from pipeline.launch.watch.status import statuses
 from pipeline.launch.watch.status_view import view
 from pipeline.run import journal
+from pipeline.run.events import Checkpointed, EventLog, Finished, Preempted, Resumed, Started, Submitted, append, parse
 from pipeline.tracking.goodput import goodput, split
 from tests.tracking.support import begin, make_run
 
@@ -15,12 +16,16 @@ def event(at, kind, **fields):
     return {"time": float(at), "event": kind, **fields}
 
 
+def log(*events):
+    return EventLog(map(parse, events))
+
+
 def attempt(began, at, step=0, reached=0, **fields):
     return event(at, "attempt", began=float(began), step=step, reached=reached, **fields)
 
 
 def parts(*events, **more):
-    found = split(list(events), **more)
+    found = split(log(*events), **more)
     return {name: value for name, value in found.parts().items() if value}
 
 
@@ -35,7 +40,9 @@ def test_an_undisturbed_run_is_queue_startup_training_and_checkpoints():
 
 
 def test_the_account_in_words():
-    found = split([event(0, "submitted"), attempt(60, 70), event(75, "started"), event(175, "finished", stall_s=3.0)])
+    found = split(
+        log(event(0, "submitted"), attempt(60, 70), event(75, "started"), event(175, "finished", stall_s=3.0))
+    )
     assert found.summary() == "55.4% of 2:55 (queue 1:00, startup 0:15, training 1:37, checkpoint 0:03)"
 
 
@@ -122,10 +129,10 @@ def test_a_run_that_died_while_repeating_and_again_before_its_first_step():
 
 
 def test_a_run_under_way_is_counted_to_its_last_line_or_to_now():
-    events = [attempt(0, 1), event(2, "started")]
+    events = log(attempt(0, 1), event(2, "started"))
     assert split(events, last_line=50.0).wall_s == 50
     assert split(events, last_line=50.0, now=60.0).wall_s == 60
-    assert split([]) is None
+    assert split(EventLog()) is None
 
 
 def test_a_run_that_waits_in_a_queue_is_counted_to_now():
@@ -193,29 +200,29 @@ def test_every_second_belongs_to_exactly_one_part(count):
         event(55, "repeating"),
         event(60, "failed"),
     ]
-    found = split(events[:count])
+    found = split(log(*events[:count]))
     assert all(v >= 0 for v in found.parts().values())
     assert found.wall_s == pytest.approx(events[:count][-1]["time"])
 
 
 def test_a_tracker_writes_the_events_that_the_account_needs(tmp_path):
     run, config = make_run(tmp_path, "none")
-    journal.append_event(run.events_file, "submitted")
+    append(run.events_file, Submitted())
     tracker = begin(run, config)
-    tracker.event("started")
+    tracker.event(Started())
     for step in range(1, 11):
         tracker.log(step, {"train/loss": 1.0, "time/checkpoint_stall_s": 0.25 if step == 5 else 0.0})
         if step == 6:
-            tracker.event("checkpointed", step=5)
-    tracker.event("preempted")
+            tracker.event(Checkpointed(step=5))
+    tracker.event(Preempted())
     tracker.close("STOPPED")
     tracker = begin(run, config, 5)
-    tracker.event("resumed")
+    tracker.event(Resumed())
     for step in range(6, 12):
         tracker.log(step, {"train/loss": 1.0})
     tracker.rewind(8)
     tracker.log(9, {"train/loss": 1.0})
-    tracker.event("finished")
+    tracker.event(Finished())
     tracker.close("FINISHED")
     kinds = [line.record["event"] for line in journal.read(run.events_file)]
     assert kinds == [
@@ -226,7 +233,7 @@ def test_a_tracker_writes_the_events_that_the_account_needs(tmp_path):
     assert stalls == [None, None, None, 0.25, 0.0, None, None, None, None, 0.0]
     attempts = [line.record for line in journal.read(run.events_file) if line.record["event"] == "attempt"]
     assert [(a["number"], a["step"], a["reached"]) for a in attempts] == [(1, 0, 0), (2, 5, 10)]
-    found = goodput(run)
+    found = goodput(run, EventLog.load(run.events_file))
     assert found.queue_s == 0 and found.startup_s > 0  # this process began long before the run was submitted
 
 
@@ -246,7 +253,7 @@ def test_status_shows_where_the_time_went_to_people_and_to_programs(tmp_path, ca
 
 def test_status_counts_the_time_that_a_run_is_waiting(tmp_path, monkeypatch):
     run, _ = make_run(tmp_path, "none")
-    journal.append_event(run.events_file, "submitted")
+    append(run.events_file, Submitted())
     monkeypatch.setattr(
         "pipeline.launch.watch.status._known",
         lambda *_: SimpleNamespace(state="queued", reason="", stage="train", job="7", nodes=""),

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.launch.watch.status import statuses
+from pipeline.run.events import EventLog
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload.sync import is_alive, sync, sync_quietly
 from tests.tracking.support import begin, make_run, unused_port
@@ -35,7 +36,7 @@ def test_a_run_that_one_may_only_read_can_be_looked_at(tmp_path, read_only):
     closed, config = make_run(tmp_path / "closed", "none")
     begin(closed, config).close("FINISHED")
     read_only(tmp_path)
-    assert is_alive(run) and not is_alive(closed)
+    assert is_alive(run, EventLog.load(run.events_file)) and not is_alive(closed, EventLog.load(closed.events_file))
     assert len(statuses([run, closed])) == 2
     os.close(tracker._alive)
 

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 import pipeline.train.loop as loop
 from pipeline.checkpoint.export import load_weights
-from pipeline.checkpoint.layout import Manifest, step_name
+from pipeline.checkpoint.layout import Manifest
 from pipeline.config.load import load_config
 from pipeline.config.sections import Config, GuardConfig
 from pipeline.data.build.display import prepare_here
 from pipeline.errors import PipelineError
 from pipeline.model.loss import cross_entropy
-from pipeline.run.folder import run_for
+from pipeline.run.folder import run_for, step_name
 from pipeline.train.guard import Guard, data_index
 from tests import experiment, processes
 from tests.test_bad_input import experiment as tiny_experiment

@@ -20,6 +20,7 @@ from pipeline.checkpoint.saver import Saved
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, StopRequested
 from pipeline.files import read_json
 from pipeline.model.loss import cross_entropy
+from pipeline.run.folder import step_name
 from pipeline.train.session import Session
 from tests import processes
 from tests.experiment import curve, events, validations
@@ -134,7 +135,7 @@ def test_a_checkpoint_is_reported_without_reading_its_manifest_again(
     monkeypatch.undo()
     run = Path(config.runs_dir) / config.name
     (saved,) = events(run, "checkpointed")
-    assert saved["digest"] == read_json(run / "checkpoints" / layout.step_name(3) / layout.MANIFEST)["digest"]
+    assert saved["digest"] == read_json(run / "checkpoints" / step_name(3) / layout.MANIFEST)["digest"]
 
 
 def test_a_failed_save_does_not_count_as_what_a_save_takes() -> None:

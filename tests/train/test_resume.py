@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pipeline.checkpoint.export import load_weights
-from pipeline.checkpoint.layout import published, step_name
+from pipeline.checkpoint.layout import published
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.config.load import load_config
+from pipeline.run.folder import step_name
 from tests import processes
 from tests.experiment import STEPS, curve, events, validations
 from tests.train.conftest import Lab

@@ -17,14 +17,26 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.checkpoint.layout import published, step_of
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, PipelineError
 from pipeline.launch.job.spec import Attempt, this_attempt
 from pipeline.launch.slurm import client as slurm
 from pipeline.launch.slurm import job_records
-from pipeline.run import journal
+from pipeline.launch.slurm.job_records import AttemptBegan, AttemptEnded, AttemptEvent, RankFailed, RankStopped
+from pipeline.run.events import (
+    BadNode,
+    Event,
+    EventLog,
+    Failed,
+    Finished,
+    GaveUp,
+    NodeLost,
+    Preempted,
+    Requeued,
+    append,
+)
 from pipeline.run.world import DEADLINE_VARIABLE
 
 # Slurm ends the batch script when it has requeued the job; ending earlier would look like the job's own end.
@@ -59,11 +71,10 @@ def begin(attempt: Attempt) -> str | None:
     """
     earlier = _killed_before(attempt)
     if earlier is not None:
-        lost = slurm.lost_nodes(slurm.hostnames(earlier["nodes"]))
+        lost = slurm.lost_nodes(slurm.hostnames(earlier.nodes))
         if lost:
-            _event(attempt, "node_lost", nodes=lost)
-    with _room_or_not():
-        job_records.note(attempt.run, "began", **attempt.about(), nodes=attempt.nodes)
+            _event(attempt, NodeLost(job=attempt.job, nodes=lost))
+    _note(attempt, AttemptBegan(**attempt.about(), nodes=attempt.nodes))
     limit = attempt.site.requeue.max_restarts
     if attempt.number > limit:
         _give_up(attempt, f"the job was restarted {attempt.number} times; requeue.max_restarts of the site is {limit}")
@@ -84,11 +95,12 @@ def end(attempt: Attempt, code: int) -> int:
     failed = verdict.outcome == "failed" or (verdict.outcome == "stopped" and _limit_is_near(attempt))
     counts = failed and not lost
     before = _failures_without_progress(attempt)
-    with _room_or_not():
-        job_records.note(
-            attempt.run, "ended", **attempt.about(), outcome=verdict.outcome, reason=verdict.reason, code=code,
-            progress=progress(attempt), lost=lost, counts=counts,
-        )  # fmt: skip
+    reached = progress(attempt)
+    ended = AttemptEnded(
+        **attempt.about(), outcome=verdict.outcome, reason=verdict.reason, code=code, progress=reached, lost=lost,
+        counts=counts,
+    )  # fmt: skip
+    _note(attempt, ended)
     if verdict.outcome == "done":
         return EXIT_OK
     why_not = _reason_to_give_up(attempt, verdict, before + 1 if counts else 0)
@@ -96,8 +108,8 @@ def end(attempt: Attempt, code: int) -> int:
         _give_up(attempt, why_not)
         return verdict.status
     if lost:
-        _event(attempt, "node_lost", nodes=lost)
-    _event(attempt, "requeued", reason=verdict.reason)
+        _event(attempt, NodeLost(job=attempt.job, nodes=lost))
+    _event(attempt, Requeued(job=attempt.job, reason=verdict.reason))
     _requeue(attempt, nodes, sorted({*lost, *_lost_before(attempt), *_named_by_preflight(attempt)}))
     return verdict.status
 
@@ -108,20 +120,20 @@ def judge(attempt: Attempt, code: int) -> Verdict:
     srun's status alone does not tell: when the first rank ends, it kills the others and returns the highest status.
     What training itself recorded comes first, then ranks that ended without having been asked to.
     """
-    events = _events(attempt) if attempt.stage == "train" else []
-    words = {e["event"]: e for e in events}
-    if code == EXIT_OK or "finished" in words:
+    events = _events(attempt) if attempt.stage == "train" else EventLog()
+    if code == EXIT_OK or events.of(Finished):
         return Verdict("done", "", EXIT_OK)
-    if "preempted" in words:
-        return Verdict("stopped", str(words["preempted"].get("reason") or "asked to stop"), EXIT_STOPPED)
-    culprits = [n for n in _own_notes(attempt) if n["event"] == "rank_failed"]
-    said = str(words["failed"]["error"]) if "failed" in words else _bad_nodes_in_words(words.get("bad_node"))
+    preempted = events.last(Preempted)
+    if preempted is not None:
+        return Verdict("stopped", preempted.reason or "asked to stop", EXIT_STOPPED)
+    culprits = _own_notes(attempt).of(RankFailed)
+    failed = events.last(Failed)
+    said = failed.error if failed is not None else _bad_nodes_in_words(events.last(BadNode))
     if culprits:
-        first = culprits[0]
-        return Verdict("failed", said or _rank_in_words(first), int(first["status"]))
+        return Verdict("failed", said or _rank_in_words(culprits[0]), culprits[0].status)
     if said:
         return Verdict("failed", said, EXIT_FAILED)
-    stopped = any(n["event"] == "rank_stopped" for n in _own_notes(attempt))
+    stopped = bool(_own_notes(attempt).of(RankStopped))
     if code == EXIT_STOPPED or (stopped and code in _ENDED_BY_SIGNAL):
         return Verdict("stopped", "asked to stop", EXIT_STOPPED)
     return Verdict("failed", f"srun ended with status {code}; see the job's _log.err in {attempt.run.launch}", code)
@@ -153,48 +165,50 @@ def _reason_to_give_up(attempt: Attempt, verdict: Verdict, failures: int) -> str
 
 def _failures_without_progress(attempt: Attempt) -> int:
     """Earlier attempts of this job that count, since it last got further."""
-    ended = [
-        n for n in job_records.notes(attempt.run, attempt.stage) if n["event"] == "ended" and n["job"] == attempt.job
-    ]
     now = progress(attempt)
-    return sum(1 for n in ended if n.get("counts") and n["progress"] == now and n["attempt"] != attempt.number)
+    ended = [note for note in _notes_of_job(attempt).of(AttemptEnded) if note.attempt != attempt.number]
+    return sum(1 for note in ended if note.counts and note.progress == now)
 
 
 def _limit_is_near(attempt: Attempt) -> bool:
     """Whether it must have been the time limit that stopped this attempt, and not preemption."""
     deadline = float(os.environ.get(DEADLINE_VARIABLE, math.inf))
-    began = max((n["time"] for n in _own_notes(attempt) if n["event"] == "began"), default=-math.inf)
+    began = max((note.time for note in _own_notes(attempt).of(AttemptBegan)), default=-math.inf)
     return deadline - time.time() <= _LIMIT_IS_NEAR * (deadline - began) < math.inf
 
 
-def _killed_before(attempt: Attempt) -> dict[str, Any] | None:
+def _killed_before(attempt: Attempt) -> AttemptBegan | None:
     """The attempt before this one, if it ended without a word: its node died, or Slurm killed it."""
-    before = [n for n in job_records.notes(attempt.run, attempt.stage) if n["job"] == attempt.job]
-    began = [n for n in before if n["event"] == "began"]
-    if not began or any(n["event"] == "ended" and n["attempt"] == began[-1]["attempt"] for n in before):
+    before = _notes_of_job(attempt)
+    began = before.last(AttemptBegan)
+    if began is None or any(note.attempt == began.attempt for note in before.of(AttemptEnded)):
         return None
-    return began[-1]
+    return began
 
 
-def _own_notes(attempt: Attempt) -> list[dict[str, Any]]:
+def _notes_of_job(attempt: Attempt) -> EventLog:
     notes = job_records.notes(attempt.run, attempt.stage)
-    return [n for n in notes if n["job"] == attempt.job and n["attempt"] == attempt.number]
+    return EventLog(note for note in notes.of(AttemptEvent) if note.job == attempt.job)
 
 
-def _events(attempt: Attempt) -> list[dict[str, Any]]:
+def _own_notes(attempt: Attempt) -> EventLog:
+    return EventLog(note for note in _notes_of_job(attempt).of(AttemptEvent) if note.attempt == attempt.number)
+
+
+def _events(attempt: Attempt) -> EventLog:
     """What training recorded since this attempt began."""
-    began = max((n["time"] for n in _own_notes(attempt) if n["event"] == "began"), default=0.0)
-    return [e.record for e in journal.read(attempt.run.events_file) if float(e.record.get("time", 0)) >= began]
+    began = max((note.time for note in _own_notes(attempt).of(AttemptBegan)), default=0.0)
+    return EventLog.load(attempt.run.events_file).since(began)
 
 
 def _lost_before(attempt: Attempt) -> list[str]:
     """Nodes that this job lost in earlier attempts. Slurm put it back then and there, before anybody could say so."""
-    events = (line.record for line in journal.read(attempt.run.events_file))
-    return [str(n) for e in events if e["event"] == "node_lost" and e["job"] == attempt.job for n in e["nodes"]]
+    events = EventLog.load(attempt.run.events_file).of(NodeLost)
+    return [node for event in events if event.job == attempt.job for node in event.nodes]
 
 
 def _named_by_preflight(attempt: Attempt) -> list[str]:
-    return [str(node) for e in _events(attempt) if e["event"] == "bad_node" for node in e["nodes"]]
+    return [node for event in _events(attempt).of(BadNode) for node in event.nodes]
 
 
 def _requeue(attempt: Attempt, nodes: list[str], exclude: list[str]) -> None:
@@ -236,7 +250,7 @@ def _exclude(attempt: Attempt, nodes: list[str], bad: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _room_or_not() -> Iterator[None]:
+def _best_effort() -> Iterator[None]:
     """What cannot be written down on a full disk must not cost the attempt, nor the requeue after it."""
     try:
         yield
@@ -244,25 +258,30 @@ def _room_or_not() -> Iterator[None]:
         print(f"pipeline: {error}; what became of this attempt is not recorded", file=sys.stderr, flush=True)
 
 
-def _event(attempt: Attempt, event: str, **fields: Any) -> None:
-    with _room_or_not():
-        journal.append_event(attempt.run.events_file, event, job=attempt.job, **fields)
+def _event(attempt: Attempt, event: Event) -> None:
+    with _best_effort():
+        append(attempt.run.events_file, event)
+
+
+def _note(attempt: Attempt, event: AttemptEvent) -> None:
+    with _best_effort():
+        job_records.note(attempt.run, event)
 
 
 def _give_up(attempt: Attempt, why: str) -> None:
-    _event(attempt, "gave_up", stage=attempt.stage, reason=why)
+    _event(attempt, GaveUp(job=attempt.job, stage=attempt.stage, reason=why))
     print(f"pipeline: error: {attempt.stage}: {why}", file=sys.stderr, flush=True)
 
 
-def _bad_nodes_in_words(event: dict[str, Any] | None) -> str:
+def _bad_nodes_in_words(event: BadNode | None) -> str:
     """What preflight found, which ends before training could record anything; empty if nothing."""
-    return f"bad node {', '.join(event['nodes'])}: {'; '.join(event['problems'])}" if event else ""
+    return f"bad node {', '.join(event.nodes)}: {'; '.join(event.problems)}" if event else ""
 
 
-def _rank_in_words(note: dict[str, Any]) -> str:
-    status = int(note["status"])
-    how = f"was killed by signal {status - 128}" if status > 128 else f"ended with status {status}"
-    return f"rank {note['rank']} on {note['host']} {how}"
+def _rank_in_words(note: RankFailed) -> str:
+    killed = note.status > 128
+    how = f"was killed by signal {note.status - 128}" if killed else f"ended with status {note.status}"
+    return f"rank {note.rank} on {note.host} {how}"
 
 
 def main(arguments: list[str]) -> int:

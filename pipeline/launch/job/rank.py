@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.config.sections import Config
 from pipeline.errors import EXIT_STOPPED, PipelineError, UsageError
@@ -27,7 +27,8 @@ from pipeline.launch.job.spec import Attempt, this_attempt
 from pipeline.launch.site import Site
 from pipeline.launch.slurm import client as slurm
 from pipeline.launch.slurm import job_records
-from pipeline.run import journal
+from pipeline.launch.slurm.job_records import RankEnded, RankFailed, RankStopped
+from pipeline.run.events import Cancelled, EventLog, append
 from pipeline.run.folder import Run
 from pipeline.run.world import DEADLINE_VARIABLE, World, world_from_srun
 
@@ -102,7 +103,7 @@ def _run(attempt: Attempt, world: World, command: Sequence[str], environment: di
             argv = _usable_command_line(attempt, config, command, environment)
         except PipelineError as error:
             out.write(f"pipeline: error: {error}\n".encode())
-            _note_end(attempt, world, "rank_failed", error.exit_code)
+            _note_end(attempt, world, RankFailed, error.exit_code)
             return error.exit_code
         child = subprocess.Popen(
             argv,
@@ -117,10 +118,10 @@ def _run(attempt: Attempt, world: World, command: Sequence[str], environment: di
     status = code if code >= 0 else 128 - code
     if signals.asked is not None and status == 128 + signals.asked:
         # It died of the signal before it could listen: there was nothing to save yet.
-        _note_end(attempt, world, "rank_stopped", EXIT_STOPPED)
+        _note_end(attempt, world, RankStopped, EXIT_STOPPED)
         return EXIT_STOPPED
     if status not in (0, EXIT_STOPPED) and signals.asked is None:
-        _note_end(attempt, world, "rank_failed", status)
+        _note_end(attempt, world, RankFailed, status)
     return status
 
 
@@ -138,9 +139,9 @@ def _usable_command_line(
     return command_line(config, attempt.site, attempt.run, command, environment)
 
 
-def _note_end(attempt: Attempt, world: World, how: Literal["rank_failed", "rank_stopped"], status: int) -> None:
-    host = socket.gethostname()
-    job_records.note(attempt.run, how, **attempt.about(), rank=world.rank, host=host, status=status)
+def _note_end(attempt: Attempt, world: World, how: type[RankEnded], status: int) -> None:
+    ended = how(**attempt.about(), rank=world.rank, host=socket.gethostname(), status=status)
+    job_records.note(attempt.run, ended)
 
 
 def _wait(child: subprocess.Popen[bytes], attempt: Attempt, world: World, signals: _Signals) -> None:
@@ -164,9 +165,8 @@ def _note_cancelled(attempt: Attempt) -> None:
 
 def note_cancelled(events: Path, job: str) -> None:
     """Records that a job was cancelled, once."""
-    known = (line.record for line in journal.read(events))
-    if not any(e.get("event") == "cancelled" and e.get("job") == job for e in known):
-        journal.append_event(events, "cancelled", job=job)
+    if not any(event.job == job for event in EventLog.load(events).of(Cancelled)):
+        append(events, Cancelled(job=job))
 
 
 def log_file(attempt: Attempt, rank: int) -> Path:

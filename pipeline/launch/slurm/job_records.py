@@ -5,15 +5,61 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 from pipeline.files import read_json, write_json
-from pipeline.run import journal
+from pipeline.run import events
+from pipeline.run.events import Event, EventLog
 from pipeline.run.folder import Run
 
 Stage = Literal["prepare", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = ("prepare", "train", "evaluate")
+
+
+class AttemptEvent(Event):
+    """Something that happened to an attempt, which is one allocation of a job."""
+
+    stage: str = ""
+    job: str = ""
+    attempt: int = 0
+
+
+class AttemptBegan(AttemptEvent, kind="began"):
+    """The batch script of an attempt began."""
+
+    nodes: str = ""
+    """Slurm's short form of the node list."""
+
+
+class AttemptEnded(AttemptEvent, kind="ended"):
+    """The tasks of an attempt ended."""
+
+    outcome: str = ""
+    reason: str = ""
+    code: int = 0
+    """What srun returned."""
+    progress: int = 0
+    """The step of the newest checkpoint, or the number of finished slices."""
+    lost: list[str] = field(default_factory=list)
+    counts: bool = False
+    """Whether it counts against `requeue.same_step_failures`."""
+
+
+class RankEnded(AttemptEvent):
+    """A rank ended without having finished."""
+
+    rank: int = 0
+    host: str = ""
+    status: int = 0
+
+
+class RankFailed(RankEnded, kind="rank_failed"):
+    """A rank failed without having been asked to stop."""
+
+
+class RankStopped(RankEnded, kind="rank_stopped"):
+    """A rank stopped on request."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +119,12 @@ def last_chain(run: Run) -> list[Job]:
     return [job for job in found if job.submitted == newest]
 
 
-def note(run: Run, event: Literal["began", "ended", "rank_failed", "rank_stopped"], **fields: Any) -> None:
+def note(run: Run, event: AttemptEvent) -> None:
     """Appends what happened to an attempt."""
     run.attempts_file.parent.mkdir(parents=True, exist_ok=True)
-    journal.append_event(run.attempts_file, event, **fields)
+    events.append(run.attempts_file, event)
 
 
-def notes(run: Run, stage: Stage) -> list[dict[str, Any]]:
-    """What happened to the attempts of a stage, in order."""
-    return [line.record for line in journal.read(run.attempts_file) if line.record.get("stage") == stage]
+def notes(run: Run, stage: Stage) -> EventLog:
+    """Returns what happened to the attempts of a stage, in order."""
+    return EventLog(n for n in EventLog.load(run.attempts_file).of(AttemptEvent) if n.stage == stage)

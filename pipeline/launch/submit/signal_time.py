@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipeline.errors import UsageError
 from pipeline.launch.site import Site
 from pipeline.run import journal
+from pipeline.run.events import Checkpointed, EventLog, Ready, StartBegan
 from pipeline.run.folder import Run
 
 _UNMEASURED_S = 120
@@ -38,16 +39,16 @@ def measured(run: Run) -> Measured | None:
     steps = [
         float(line.record["time/step_s"]) for line in journal.read(run.metrics_file) if "time/step_s" in line.record
     ]
-    events = [line.record for line in journal.read(run.events_file)]
-    saves = [float(e["seconds"]) for e in events if e.get("event") == "checkpointed" and "seconds" in e]
+    events = EventLog.load(run.events_file)
+    saves = [event.seconds for event in events.of(Checkpointed) if event.seconds is not None]
     if not steps or not saves:
         return None
     startup, began = 0.0, None
     for event in events:
-        if event.get("event") == "attempt":
-            began = float(event["began"])
-        elif event.get("event") in ("started", "resumed") and began is not None:
-            startup, began = max(startup, float(event["time"]) - began), None
+        if isinstance(event, StartBegan):
+            began = event.began
+        elif isinstance(event, Ready) and began is not None:
+            startup, began = max(startup, event.time - began), None
     return Measured(max(steps[-20:]), max(saves), startup)
 
 

@@ -32,7 +32,7 @@ from pipeline.launch.submit.signal_time import lead_s
 from pipeline.launch.submit.snapshot import take_snapshot
 from pipeline.launch.submit.sweep import experiments, home_of
 from pipeline.launch.submit.undo import taken_back_on_failure
-from pipeline.run import journal
+from pipeline.run.events import Submitted, append
 from pipeline.run.folder import Run, create_run, run_for
 
 
@@ -115,7 +115,7 @@ def submit(chain: Chain) -> list[Job]:
         for index, run in enumerate(chain.runs):
             own = [_of_run(job, chain, index) for job in submitted]
             job_records.add_jobs(run, own)
-            journal.append_event(run.events_file, "submitted", jobs=[job.id for job in own], site=chain.site.name)
+            append(run.events_file, Submitted(jobs=[job.id for job in own], site=chain.site.name))
         if chain.is_sweep:
             job_records.add_jobs(chain.home, submitted)
     return submitted

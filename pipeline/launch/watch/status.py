@@ -14,8 +14,9 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.launch.slurm import client as slurm
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.client import JobInfo
-from pipeline.launch.slurm.job_records import Job
+from pipeline.launch.slurm.job_records import AttemptBegan, Job
 from pipeline.run import journal
+from pipeline.run.events import Cancelled, Event, EventLog, Failed, Finished, GaveUp, Preempted, Requeued, StartBegan
 from pipeline.run.folder import Run, open_run
 from pipeline.tracking.goodput import Goodput, goodput
 from pipeline.tracking.upload.sync import is_alive
@@ -24,8 +25,6 @@ State = Literal["queued", "running", "finished", "cancelled", "failed", "stopped
 
 # Where the last logged step is looked for: lines are about 400 bytes.
 _TAIL_BYTES = 1 << 16
-# `requeued` is no end: what was said before it does not hold any more.
-_LAUNCHER_ENDS = ("gave_up", "cancelled", "failed", "preempted", "requeued", "finished")
 
 
 @dataclass(frozen=True)
@@ -109,11 +108,12 @@ def statuses(runs: Sequence[Run]) -> list[RunStatus]:
     infos = _ask_slurm([job for chain in chains.values() for job in chain])
     found = []
     for run in runs:
-        known = _known(run, chains[run.path], infos)
+        events = EventLog.load(run.events_file)
+        known = _known(run, events, chains[run.path], infos)
         try:
-            found.append(_status(run, known, run.config().train.max_iters))
-        except PipelineError as error:  # one folder that somebody damaged must not hide the others
-            found.append(_status(run, replace(known, state="unknown", reason=str(error)), 0))
+            found.append(_status(run, events, known, run.config().train.max_iters))
+        except PipelineError as error:  # a damaged run folder must not hide the other runs
+            found.append(_status(run, events, replace(known, state="unknown", reason=str(error)), 0))
     return found
 
 
@@ -138,12 +138,14 @@ def _belongs(info: JobInfo, job: Job) -> bool:
     return job.id in (info.id, slurm.base(info.id)) and job.is_named(info.name)
 
 
-def _known(run: Run, chain: Sequence[Job], infos: dict[str, JobInfo] | None) -> _Known:
+def _known(run: Run, events: EventLog, chain: Sequence[Job], infos: dict[str, JobInfo] | None) -> _Known:
     newest = chain[-1] if chain else None
     if newest is None:
-        return _from_folder(run, None) or _Known("stopped", "its process ended without a word")
+        return _from_folder(run, events, None) or _Known("stopped", "its process ended without a word")
     if infos is None:
-        return _from_folder(run, newest) or _Known("unknown", "Slurm does not answer here", newest.stage, newest.id)
+        return _from_folder(run, events, newest) or _Known(
+            "unknown", "Slurm does not answer here", newest.stage, newest.id
+        )
     of_job = {job.id: [info for info in infos.values() if _belongs(info, job)] for job in chain}
     active = [(job, info) for job in chain for info in of_job[job.id] if info.active]
     for job, info in active:
@@ -151,63 +153,68 @@ def _known(run: Run, chain: Sequence[Job], infos: dict[str, JobInfo] | None) -> 
             return _Known("running", "", job.stage, info.id, info.nodes)
     if active:
         job, info = active[0]
-        return _Known("queued", _why_it_waits(run, info), job.stage, info.id)
+        return _Known("queued", _why_it_waits(events, info), job.stage, info.id)
     for job in chain:
         for info in of_job[job.id]:
-            if info.state != "COMPLETED" and job.stage != "evaluate" and _ends(run)[-1:] == ["finished"]:
+            if info.state != "COMPLETED" and job.stage != "evaluate" and isinstance(_end(events), Finished):
                 return _Known("finished", "its job was not", job.stage, info.id)  # somebody trained on by hand
             if info.state == "CANCELLED":
-                return _Known("cancelled", _said(run, ("gave_up",)), job.stage, info.id, info.nodes)
+                return _Known("cancelled", _reason(events, GaveUp), job.stage, info.id, info.nodes)
             if info.state != "COMPLETED":
-                return _Known("failed", _said(run, ("gave_up", "failed")) or info.state, job.stage, info.id, info.nodes)
+                return _Known("failed", _reason(events, GaveUp, Failed) or info.state, job.stage, info.id, info.nodes)
     if all(of_job[job.id] for job in chain):
         return _Known("finished", stage=newest.stage, job=newest.id)
     gone = _Known("stopped", "its jobs are not in the queue any more", newest.stage, newest.id)
-    return _from_folder(run, newest) or gone
+    return _from_folder(run, events, newest) or gone
 
 
-def _from_folder(run: Run, job: Job | None) -> _Known | None:
+def _from_folder(run: Run, events: EventLog, job: Job | None) -> _Known | None:
     """What the run folder alone tells, on a machine without Slurm, or about jobs that Slurm has forgotten; or None."""
     stage, job_id = (job.stage, job.id) if job else ("", None)
-    if is_alive(run):
+    if is_alive(run, events):
         return _Known("running", stage="train", job=job_id)
-    kinds = _ends(run)
-    # A cancelled training still saves, and says afterwards that it was stopped.
-    kind = "cancelled" if "cancelled" in kinds and "finished" not in kinds else kinds[-1] if kinds else ""
-    if kind == "finished":
-        return _Known("finished", stage=stage, job=job_id)
-    if kind == "cancelled":
-        return _Known("cancelled", stage=stage, job=job_id)
-    if kind in ("gave_up", "failed"):
-        return _Known("failed", _said(run, (kind,)), stage, job_id)
-    if kind == "preempted":
-        return _Known("stopped", "everything is saved; the same command goes on", stage, job_id)
+    match _end(events):
+        case Finished():
+            return _Known("finished", stage=stage, job=job_id)
+        case Cancelled():
+            return _Known("cancelled", stage=stage, job=job_id)
+        case GaveUp(reason=reason) | Failed(error=reason):
+            return _Known("failed", reason, stage, job_id)
+        case Preempted():
+            return _Known("stopped", "everything is saved; the same command resumes it", stage, job_id)
     return None
 
 
-def _status(run: Run, known: _Known, max_iters: int) -> RunStatus:
+def _end(events: EventLog) -> Event | None:
+    """The end that counts: a cancelled training still saves, and says afterwards that it was stopped."""
+    ends = events.ends()
+    cancelled = None if any(isinstance(end, Finished) for end in ends) else EventLog(ends).last(Cancelled)
+    return cancelled or (ends[-1] if ends else None)
+
+
+def _status(run: Run, events: EventLog, known: _Known, max_iters: int) -> RunStatus:
     lines = _last_lines(run)
     last = lines[-1] if lines else {}
     step = int(last.get("step", 0))
     running = known.state == "running" and known.stage == "train"
     left = max_iters - step
     recent = [float(line["time/step_s"]) for line in lines[-10:] if "time/step_s" in line]
-    account = goodput(run, now=time.time() if known.state in ("running", "queued") else None)
+    account = goodput(run, events, now=time.time() if known.state in ("running", "queued") else None)
     saved = [step_of(path) or 0 for path in published(run.checkpoints)]
-    began = [note for note in job_records.notes(run, "train") if note["event"] == "began"]
+    began = job_records.notes(run, "train").last(AttemptBegan)
     return RunStatus(
         run=str(run.path),
         state=known.state,
         reason=known.reason,
         stage=known.stage,
         job=known.job,
-        nodes=known.nodes or (began[-1]["nodes"] if began and known.stage == "train" else ""),
+        nodes=known.nodes or (began.nodes if began is not None and known.stage == "train" else ""),
         step=step,
         max_iters=max_iters,
         loss=last.get("train/loss"),
         tokens_per_s=last.get("train/tokens_per_s"),
         eta_s=left * sum(recent) / len(recent) if running and recent else None,
-        restarts=max(0, sum(1 for e in _events(run) if e.get("event") == "attempt") - 1),
+        restarts=max(0, len(events.of(StartBegan)) - 1),
         goodput=account.fraction if account is not None else None,
         wall=account,
         checkpoint=max(saved, default=None),
@@ -225,32 +232,14 @@ def _last_lines(run: Run) -> list[dict[str, Any]]:
     return [record for record in found if "train/loss" in record]
 
 
-def _events(run: Run) -> list[dict[str, Any]]:
-    return [line.record for line in journal.read(run.events_file)]
+def _reason(events: EventLog, *kinds: type[GaveUp | Failed | Requeued]) -> str:
+    """Returns the reason in the newest event of these kinds since the submission."""
+    event = events.since_submission().last(*kinds)
+    return "" if event is None else event.error if isinstance(event, Failed) else event.reason
 
 
-def _events_since_submission(run: Run) -> list[dict[str, Any]]:
-    events = _events(run)
-    last = max((i for i, e in enumerate(events) if e.get("event") == "submitted"), default=0)
-    return events[last:]
-
-
-def _ends(run: Run) -> list[str]:
-    """Which ends were told since the run was submitted, in order."""
-    kinds = (str(e.get("event")) for e in _events_since_submission(run))
-    return [kind for kind in kinds if kind in _LAUNCHER_ENDS]
-
-
-def _said(run: Run, kinds: Sequence[str]) -> str:
-    """The reason in the newest event of these kinds since the run was submitted."""
-    for event in reversed(_events_since_submission(run)):
-        if event.get("event") in kinds:
-            return str(event.get("reason") or event.get("error") or "")
-    return ""
-
-
-def _why_it_waits(run: Run, info: JobInfo) -> str:
+def _why_it_waits(events: EventLog, info: JobInfo) -> str:
     if info.reason == "Dependency":
         return "waits for the stage before"
-    again = _said(run, ("requeued",))
+    again = _reason(events, Requeued)
     return f"requeued after: {again}" if again and info.reason in ("BeginTime", "None", "") else info.reason

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import read_json, write_text
 from pipeline.run import journal
+from pipeline.run.events import Checkpointed, EventLog, Ready, Repeating, StartBegan, UnknownEvent
 from pipeline.run.folder import Run
 from pipeline.text_format import short
 from pipeline.tracking.goodput import goodput
@@ -18,8 +19,8 @@ from pipeline.tracking.report import page
 from pipeline.tracking.report.charts import Curve, Series, goodput_chart, line_chart, time_chart, to_html
 from pipeline.tracking.upload.describe import checkpoints, flatten
 
-_QUIET = frozenset(["started", "resumed", "checkpointed"])  # shown elsewhere, or once more than needed
-_UNTOLD = ("time", "event", "began", "last_seen")
+_QUIET = (Ready, Checkpointed)  # shown elsewhere
+_UNTOLD = ("began", "last_seen")
 _CURVES = (  # metric, title, unit, note
     ("train/lr", "Learning rate", "learning rate", "Warm-up, then a cosine."),
     ("train/grad_norm", "Gradient norm", "L2 norm", "Of the global batch, before clipping."),
@@ -77,13 +78,10 @@ def read_series(run: Run, name: str) -> Series:
                 steps, values = columns.setdefault(key, ([], []))
                 steps.append(step)
                 values.append(float(value))
-    restarts = [int(e["step"]) for e in _events(run) if e.get("event") in ("attempt", "repeating")][1:]
+    events = EventLog.load(run.events_file)
+    restarts = [event.step for event in events if isinstance(event, StartBegan | Repeating)][1:]
     curves = {key: Curve(steps, values) for key, (steps, values) in columns.items()}
-    return Series(name, curves, restarts, goodput(run))
-
-
-def _events(run: Run) -> list[dict[str, Any]]:
-    return [line.record for line in journal.read(run.events_file)]
+    return Series(name, curves, restarts, goodput(run, events))
 
 
 def _charts(series: Sequence[Series]) -> list[str]:
@@ -200,10 +198,11 @@ def _evaluation(run: Run) -> list[list[str]]:
 
 def _incidents(run: Run) -> str:
     rows = []
-    for event in [e for e in _events(run) if e.get("event") not in _QUIET][-_EVENTS:]:
-        when = datetime.fromtimestamp(float(event.get("time", 0)), UTC).strftime("%Y-%m-%d %H:%M:%S")
-        rest = ", ".join(f"{k}: {_plain(v)}" for k, v in event.items() if k not in _UNTOLD and v not in (None, False))
-        rows.append([when, str(event["event"]), rest])
+    for event in [e for e in EventLog.load(run.events_file) if not isinstance(e, _QUIET)][-_EVENTS:]:
+        when = datetime.fromtimestamp(event.time, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        told = {name: value for name, value in event.fields().items() if name not in _UNTOLD}
+        rest = ", ".join(f"{name}: {_plain(value)}" for name, value in told.items() if value not in (None, False))
+        rows.append([when, event.name if isinstance(event, UnknownEvent) else event.kind, rest])
     return page.table(["time (UTC)", "event", ""], rows)
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.sections import Config
+from pipeline.data.manifest import MANIFEST
 from pipeline.files import read_json, sha256_file, write_text
-from pipeline.run import journal
-from pipeline.run.folder import Run
+from pipeline.run.events import Cancelled, Checkpointed, EventLog, GaveUp, Requeued, StartBegan, Submitted
+from pipeline.run.folder import CHECKPOINT_MANIFEST, Run, step_name
 from pipeline.tracking.upload.store import RunStatus
 from pipeline.tracking.upload_state import State
 
@@ -69,16 +70,12 @@ def _user() -> str:
 def checkpoints(run: Run) -> list[dict[str, Any]]:
     """Every checkpoint that was published, oldest first: step, Unix time, path, and the digest of its manifest."""
     by_step: dict[int, dict[str, Any]] = {}
-    for line in journal.read(run.events_file):
-        event = line.record
-        if event.get("event") != "checkpointed" or "step" not in event:
-            continue
-        step = int(event["step"])
-        folder = run.checkpoints / f"step_{step:08d}"
-        manifest = folder / "manifest.json"
-        digest = event.get("digest") or (sha256_file(manifest) if manifest.is_file() else None)
-        path = str(event.get("path") or folder)
-        by_step[step] = {"step": step, "time": event.get("time"), "path": path, "digest": digest}
+    for event in EventLog.load(run.events_file).of(Checkpointed):
+        folder = run.checkpoints / step_name(event.step)
+        manifest = folder / CHECKPOINT_MANIFEST
+        digest = event.digest or (sha256_file(manifest) if manifest.is_file() else None)
+        path = event.path or str(folder)
+        by_step[event.step] = {"step": event.step, "time": event.time, "path": path, "digest": digest}
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -99,13 +96,12 @@ def status(run: Run, s: State) -> RunStatus:
     """What MLflow is told: a run that a scheduler will start again is running, unless it was given up."""
     if s.status != "STOPPED":
         return s.status
-    newest = "attempt"
-    for line in journal.read(run.events_file):
-        kind = line.record.get("event")
-        if kind in ("attempt", "submitted", "requeued", "cancelled", "gave_up"):
-            newest = kind
-    ended: dict[str, RunStatus] = {"cancelled": "KILLED", "gave_up": "FAILED"}
-    return ended.get(newest, "RUNNING")
+    match EventLog.load(run.events_file).last(StartBegan, Submitted, Requeued, Cancelled, GaveUp):
+        case Cancelled():
+            return "KILLED"
+        case GaveUp():
+            return "FAILED"
+    return "RUNNING"
 
 
 def files(run: Run) -> Iterator[tuple[Path, str | None]]:
@@ -131,12 +127,12 @@ def files(run: Run) -> Iterator[tuple[Path, str | None]]:
 def dataset(run: Run, config: Config, given: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
     """Name, digest, source and profile of the data; None where nothing is known about it yet."""
     about = dict(given)
-    manifest = Path(config.data.path) / "manifest.json"
+    manifest = Path(config.data.path) / MANIFEST
     if not about and manifest.is_file():
         about = {k: v for k, v in read_json(manifest).items() if not isinstance(v, (list, dict))}
     if not about:
         return None
-    digest = str(about.get("digest") or about.get("manifest_digest") or "unknown")
+    digest = str(about.get("digest") or "unknown")
     source = json.dumps({"uri": str(Path(config.data.path).resolve())})
     return Path(config.data.path).name, digest, source, json.dumps(about, default=str, ensure_ascii=False)
 

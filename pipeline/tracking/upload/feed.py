@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.config.sections import Config
 from pipeline.files import read_json, sha256_file, write_json
 from pipeline.run import journal
+from pipeline.run.events import EventLog
 from pipeline.run.folder import Run
 from pipeline.tracking import upload_state
 from pipeline.tracking.goodput import goodput
@@ -202,7 +203,7 @@ class Feed:
         s = upload_state.load(self._run)
         if s.retries:
             tags["pipeline.retries"] = json.dumps([r.model_dump() for r in s.retries])
-        split = goodput(self._run)
+        split = goodput(self._run, EventLog.load(self._run.events_file))
         if split is not None:
             tags["pipeline.goodput"] = split.summary()
         store.set_tags(run_id, tags)
@@ -237,7 +238,7 @@ class Feed:
         if s.of(self._uri).status == key:
             return
         if wanted != "RUNNING":
-            split = goodput(self._run)
+            split = goodput(self._run, EventLog.load(self._run.events_file))
             if split is not None:
                 at = int((s.ended or time.time()) * 1000)
                 last = journal.last(self._run.metrics_file) or {"step": 0}
@@ -246,10 +247,8 @@ class Feed:
         upload_state.update(self._run, lambda s: setattr(s.of(self._uri), "status", key))
 
     def _began_ms(self) -> int:
-        for line in journal.read(self._run.events_file):
-            if "time" in line.record:
-                return int(float(line.record["time"]) * 1000)
-        return int(time.time() * 1000)
+        events = EventLog.load(self._run.events_file)
+        return int((events[0].time if events else time.time()) * 1000)
 
 
 def _batch(file: Path, offset: int, retry_of: Callable[[int], int]) -> tuple[list[Point], int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config.sections import tracking_uri_problem
 from pipeline.errors import PipelineError, UsageError
-from pipeline.run import journal
+from pipeline.run.events import EventLog, StartBegan
 from pipeline.run.folder import Run
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload import describe
@@ -131,20 +131,20 @@ def register_export(run: Run, folder: Path, name: str) -> str:
         raise PipelineError(f"MLflow at {synced.uri}: {in_words(error)}") from error
 
 
-def is_alive(run: Run) -> bool:
+def is_alive(run: Run, events: EventLog) -> bool:
     """Whether some process still trains this run, as far as can be seen from here."""
     s = upload_state.load(run)
     if upload_state.holds_alive(run, s.attempt):
         return True
     if s.status != "RUNNING" or not s.attempt:
         return False
-    host = next((e["host"] for e in _events(run, reverse=True) if e.get("event") == "attempt"), None)
-    return host != socket.gethostname() and time.time() - _last_sign(run) < _SILENCE_S
+    start = events.last(StartBegan)
+    return (start is None or start.host != socket.gethostname()) and time.time() - _last_sign(run) < _SILENCE_S
 
 
 def _note_if_killed(run: Run) -> bool:
     """Notes it where a process ended without closing; returns whether one is alive."""
-    alive = is_alive(run)
+    alive = is_alive(run, EventLog.load(run.events_file))
     before = upload_state.load(run)
     if not alive and before.status == "RUNNING" and before.attempt:
         note_killed(run, before.attempt)
@@ -159,11 +159,6 @@ def note_killed(run: Run, attempt: int) -> None:
             s.status, s.ended = "KILLED", round(_last_sign(run), 3)
 
     upload_state.update(run, settle)
-
-
-def _events(run: Run, *, reverse: bool = False) -> list[dict[str, object]]:
-    events = [line.record for line in journal.read(run.events_file)]
-    return events[::-1] if reverse else events
 
 
 def _last_sign(run: Run) -> float:

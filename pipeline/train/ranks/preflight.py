@@ -24,7 +24,7 @@ from pipeline.config.sections import Config
 from pipeline.errors import PipelineError
 from pipeline.files import clock_skew_s
 from pipeline.model.flops import num_parameters
-from pipeline.run import journal
+from pipeline.run.events import BadNode, append
 from pipeline.run.folder import Run
 from pipeline.run.provenance import IMAGE_SHA256_VARIABLE
 from pipeline.run.world import World
@@ -224,6 +224,6 @@ def _refuse(records: bool, run: Run, bad: dict[int, tuple[str, str]], problems: 
     """Ends this rank with the message that all show; one of them records the nodes."""
     if bad and records:
         nodes = sorted({host for host, _ in bad.values()})
-        journal.append_event(run.events_file, "bad_node", nodes=nodes, problems=[what for _, what in bad.values()])
+        append(run.events_file, BadNode(nodes=nodes, problems=[what for _, what in bad.values()]))
     lines = [*(f"rank {rank} on {host}: {what}" for rank, (host, what) in bad.items()), *problems]
     raise PipelineError("\n  ".join(["preflight: training was not started:", *lines]))

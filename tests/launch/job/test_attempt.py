@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.layout import step_name
 from pipeline.errors import EXIT_STOPPED, EXIT_USAGE
 from pipeline.launch.job import attempt
 from pipeline.launch.job.spec import Attempt, Task
 from pipeline.launch.site import Site
 from pipeline.launch.slurm import job_records
+from pipeline.launch.slurm.job_records import AttemptBegan, AttemptEnded, RankFailed, RankStopped
 from pipeline.run import journal
-from pipeline.run.folder import Run
+from pipeline.run.events import BadNode, EventLog, GaveUp, NodeLost, append
+from pipeline.run.folder import Run, step_name
 from pipeline.run.world import DEADLINE_VARIABLE
 from tests.launch.support import SITE, FakeSlurm, make_run
 
@@ -30,26 +31,26 @@ def began(run: Run, number: int = 0, **requeue: int) -> Attempt:
     """An attempt on gpu1 and gpu2 that has begun."""
     site = Site.model_validate({**SITE, "requeue": requeue})
     now = Attempt("train", Task(str(run.path), ()), site, "7", "7", number, "gpu[1-2]")
-    job_records.note(run, "began", **now.about(), nodes=now.nodes)
+    job_records.note(run, AttemptBegan(**now.about(), nodes=now.nodes))
     return now
 
 
 def rank_ended(now: Attempt, status: int) -> Attempt:
     """The attempt, one of whose ranks has ended by itself."""
-    job_records.note(now.run, "rank_failed", **now.about(), rank=1, host="gpu2", status=status)
+    job_records.note(now.run, RankFailed(**now.about(), rank=1, host="gpu2", status=status))
     return now
 
 
 def reason_given_up(run: Run) -> str:
-    (gave_up,) = [e.record for e in journal.read(run.events_file) if e.record["event"] == "gave_up"]
-    return str(gave_up["reason"])
+    (gave_up,) = EventLog.load(run.events_file).of(GaveUp)
+    return gave_up.reason
 
 
 def ended_in_preflight(run: Run, **requeue: int) -> Attempt:
     """An attempt of which gpu2 is bad; all ranks have ended with status 1."""
     now = began(run, **requeue)
-    journal.append_event(run.events_file, "bad_node", nodes=["gpu2"], problems=[FOUND])
-    job_records.note(run, "rank_failed", **now.about(), rank=0, host="gpu1", status=1)
+    append(run.events_file, BadNode(nodes=["gpu2"], problems=[FOUND]))
+    job_records.note(run, RankFailed(**now.about(), rank=0, host="gpu1", status=1))
     return now
 
 
@@ -72,8 +73,8 @@ def test_the_retry_keeps_away_from_a_bad_node(run: Run, slurm: FakeSlurm):
 
 def test_the_reason_is_what_preflight_found_not_the_status_of_the_first_rank(run: Run):
     attempt.end(ended_in_preflight(run), 1)
-    (ended,) = [note for note in job_records.notes(run, "train") if note["event"] == "ended"]
-    assert ended["reason"] == f"bad node gpu2: {FOUND}"
+    (ended,) = job_records.notes(run, "train").of(AttemptEnded)
+    assert ended.reason == f"bad node gpu2: {FOUND}"
 
 
 def test_a_node_is_not_excluded_where_too_few_would_be_left(run: Run, slurm: FakeSlurm, capsys):
@@ -100,8 +101,8 @@ def test_a_retry_keeps_away_from_a_node_that_was_lost(run: Run, slurm: FakeSlurm
     slurm.says("sinfo", nodes(gpu1="idle", gpu2="down*"), call=1)  # the nodes of the attempt
     attempt.end(rank_ended(began(run), 137), 137)
     assert slurm.calls("scontrol")[-1] == "update JobId=7 ExcNodeList=gpu2"
-    (lost,) = [e.record for e in journal.read(run.events_file) if e.record["event"] == "node_lost"]
-    assert lost["nodes"] == ["gpu2"]
+    (lost,) = EventLog.load(run.events_file).of(NodeLost)
+    assert lost.nodes == ["gpu2"]
 
 
 def test_the_retry_of_a_retry_keeps_away_from_a_node_that_was_lost_even_when_it_is_back(run: Run, slurm: FakeSlurm):
@@ -143,7 +144,7 @@ def test_bad_usage_is_not_tried_again(run: Run, slurm: FakeSlurm):
 def test_being_asked_to_stop_during_start_up_is_no_failure(run: Run, slurm: FakeSlurm):
     for number in range(5):
         now = began(run, number)
-        job_records.note(run, "rank_stopped", **now.about(), rank=1, host="gpu2", status=EXIT_STOPPED)
+        job_records.note(run, RankStopped(**now.about(), rank=1, host="gpu2", status=EXIT_STOPPED))
         attempt.end(now, 143)  # srun has killed rank 0, which could not listen yet
     assert slurm.calls("scontrol").count("requeue 7") == 5
 
@@ -155,7 +156,7 @@ def test_the_others_of_a_rank_that_vanished_have_not_stopped_on_request(
     """Of a task that is killed whole nothing is noted; srun tells it by its status, and ends the others."""
     for number in range(3):
         now = began(run, number)
-        job_records.note(run, "rank_stopped", **now.about(), rank=1, host="gpu2", status=EXIT_STOPPED)
+        job_records.note(run, RankStopped(**now.about(), rank=1, host="gpu2", status=EXIT_STOPPED))
         attempt.end(now, code)
     assert slurm.calls("scontrol").count("requeue 7") == requeues
 
@@ -185,7 +186,7 @@ def test_a_full_disk_costs_neither_the_requeue_nor_the_beginning(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(journal, "append_event", full)
+    monkeypatch.setattr(journal, "append", full)
     assert attempt.begin(now) == ""
     attempt.end(now, EXIT_STOPPED)
     assert slurm.calls("scontrol").count("requeue 7") == 1

@@ -14,6 +14,7 @@ import pytest
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
 from pipeline.launch.job.spec import Task, Work
 from pipeline.launch.slurm import job_records
+from pipeline.launch.slurm.job_records import RankEnded
 from pipeline.run.folder import Run
 from tests.launch.support import ROOT, SITE, FakeSlurm, events, make_run
 
@@ -51,7 +52,7 @@ def start(run: Run, script: str, wait_for: str = "ready") -> subprocess.Popen[by
 
 
 def notes(run: Run) -> list[tuple[str, int]]:
-    return [(n["event"], n["status"]) for n in job_records.notes(run, "train")]
+    return [(n.kind, n.status) for n in job_records.notes(run, "train").of(RankEnded)]
 
 
 def test_a_signal_is_passed_on_and_the_status_of_the_command_is_the_rank_s(run: Run):

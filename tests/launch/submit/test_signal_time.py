@@ -11,6 +11,7 @@ from pipeline.errors import UsageError
 from pipeline.launch.site import Site
 from pipeline.launch.submit.signal_time import lead_s
 from pipeline.run import journal
+from pipeline.run.events import Checkpointed, StartBegan, Started, append
 from pipeline.run.folder import Run
 from tests.launch.support import SITE, FakeSlurm, make_run, submit, write_files
 
@@ -21,12 +22,12 @@ def site(minutes: int, **changes: Any) -> Site:
 
 def measured(run: Run, *, step_s: float, saves_s: list[float], startup_s: float) -> Run:
     """A run whose first attempt began at 1000 and logged thirty steps."""
-    journal.append_event(run.events_file, "attempt", began=1000.0, time=1001.0)
-    journal.append_event(run.events_file, "started", time=1000.0 + startup_s)
+    append(run.events_file, StartBegan(began=1000.0, time=1001.0))
+    append(run.events_file, Started(time=1000.0 + startup_s))
     steps = [{"step": step, "time/step_s": 60.0 if step == 1 else step_s} for step in range(1, 31)]  # one compiles
     journal.replace(run.metrics_file, [journal.encode(step) for step in steps])
     for seconds in saves_s:
-        journal.append_event(run.events_file, "checkpointed", step=10, seconds=seconds)
+        append(run.events_file, Checkpointed(step=10, seconds=seconds))
     return run
 
 

@@ -14,7 +14,7 @@ import pytest
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import Job
 from pipeline.launch.watch.status import RunStatus, find_runs, statuses
-from pipeline.run import journal
+from pipeline.run.events import Finished, GaveUp, Requeued, Resumed, Submitted, append
 from pipeline.run.folder import Run
 from tests.launch.support import ROOT, FakeSlurm, make_run, pipeline
 
@@ -35,7 +35,7 @@ def remember(run: Run, *, accounting: bool) -> None:
     jobs = [Job(str(101 + i), stage, 1, 5.0, "here", accounting) for i, stage in enumerate(stages)]
     job_records.forget_jobs(run, {job.id for job in jobs})
     job_records.add_jobs(run, jobs)
-    journal.append_event(run.events_file, "submitted", jobs=[job.id for job in jobs])
+    append(run.events_file, Submitted(jobs=[job.id for job in jobs]))
 
 
 def status() -> RunStatus:
@@ -54,7 +54,7 @@ def test_a_waiting_chain_says_what_it_waits_for(run: Run, slurm: FakeSlurm):
 
 
 def test_a_requeued_training_says_after_what(run: Run, slurm: FakeSlurm):
-    journal.append_event(run.events_file, "requeued", job="102", reason="rank 1 on n2 was killed by signal 9")
+    append(run.events_file, Requeued(job="102", reason="rank 1 on n2 was killed by signal 9"))
     slurm.says("squeue", "102|PENDING|BeginTime|||tiny-train\n103|PENDING|Dependency|||tiny-evaluate\n")
     assert status().reason == "requeued after: rank 1 on n2 was killed by signal 9"
 
@@ -73,7 +73,7 @@ def test_ended_jobs_are_judged_alike_with_and_without_accounting(
 ):
     remember(run, accounting=accounting)
     if "FAILED" in states:
-        journal.append_event(run.events_file, "gave_up", job="102", reason=expected[2])
+        append(run.events_file, GaveUp(job="102", reason=expected[2]))
     slurm.says("squeue", err=GONE, status=1)
     if accounting:
         slurm.says("sacct", "".join(f"{101 + i}|{state}|n1|tiny\n" for i, state in enumerate(states)))
@@ -92,7 +92,7 @@ def test_jobs_that_slurm_has_forgotten_are_told_by_the_run_folder(run: Run, slur
     slurm.says("squeue", err=GONE, status=1)
     slurm.says("scontrol", err=GONE, status=1)
     assert status().state == "stopped"
-    journal.append_event(run.events_file, "finished", step=100)
+    append(run.events_file, Finished(step=100))
     assert status().state == "finished"
 
 
@@ -150,10 +150,10 @@ def test_a_sweep_that_was_cancelled_while_it_waited_is_cancelled(run: Run, slurm
 def test_a_run_whose_job_failed_and_that_was_finished_by_hand_is_finished(run: Run, slurm: FakeSlurm):
     slurm.says("squeue", err=GONE, status=1)
     slurm.says("sacct", "101|COMPLETED|n1|tiny\n102|FAILED|n1|tiny\n103|CANCELLED|None assigned|tiny\n")
-    journal.append_event(run.events_file, "gave_up", job="102", reason="failed 3 times")
+    append(run.events_file, GaveUp(job="102", reason="failed 3 times"))
     assert status().state == "failed"
-    for event in ("resumed", "finished"):
-        journal.append_event(run.events_file, event, step=100)
+    append(run.events_file, Resumed(step=100))
+    append(run.events_file, Finished(step=100))
     assert (status().state, status().reason) == ("finished", "its job was not")
 
 
@@ -192,7 +192,7 @@ def test_watching_shows_the_run_until_control_c(run: Run, tmp_path: Path, slurm:
 def test_a_job_of_another_name_under_an_old_id_is_somebody_elses(run: Run, slurm: FakeSlurm):
     job_records.forget_jobs(run, {"101", "102", "103"})
     job_records.add_jobs(run, [Job("102", "train", 1, 9.0, "here", True, name="tiny-train")])
-    journal.append_event(run.events_file, "finished", step=100)
+    append(run.events_file, Finished(step=100))
     slurm.says("squeue", "102|RUNNING|None|n1|30:00|other-train\n")
     slurm.says("sacct", "102|RUNNING|n1|other-train\n")
     assert status().state == "finished"

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.files import write_text
+from pipeline.run.events import Finished, Preempted, Resumed, Started
 from pipeline.run.folder import open_run
 from pipeline.tracking.goodput import Goodput
 from pipeline.tracking.report.charts import Curve, Series, goodput_chart, line_chart, time_chart
@@ -16,20 +17,20 @@ from tests.tracking.support import begin, make_run
 def recorded(folder, *overrides, scale=1.0):
     run, config = make_run(folder, "none", *overrides)
     tracker = begin(run, config)
-    tracker.event("started", step=0)
+    tracker.event(Started(step=0))
     for step in range(1, 31):
         times = {"time/data_s": 0.001, "time/forward_backward_s": 0.02, "time/optimizer_s": 0.004}
         metrics = {"train/loss": scale * 5 / step, "train/lr": 1e-3, "train/grad_norm": 2.0 / step}
         tracker.log(step, {**metrics, "train/tokens_per_s": 1000.0 + step, **times})
         if step % 10 == 0:
             tracker.log(step, {"val/loss": scale * 6 / step, "val/perplexity": 9.0, "val/bits_per_byte": 1.5})
-    tracker.event("preempted")
+    tracker.event(Preempted())
     tracker.close("STOPPED")
     tracker = begin(run, config, 20)
-    tracker.event("resumed", step=20)
+    tracker.event(Resumed(step=20))
     for step in range(21, 41):
         tracker.log(step, {"train/loss": scale * 5 / step, "time/data_s": 0.001, "time/forward_backward_s": 0.02})
-    tracker.event("finished")
+    tracker.event(Finished())
     tracker.close("FINISHED")
     write_text(run.samples / "step_00000040.txt", "<script>alert('sampled')</script> & the people")
     return run

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from pipeline.errors import PipelineError
+from pipeline.run.events import EventLog
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload.sync import is_alive, sync
 from tests.tracking.support import (
@@ -95,11 +96,11 @@ def test_a_run_whose_process_was_killed_is_killed_after_the_next_sync(folder):
     run, config = make_run(folder)
     tracker = begin(run, config)
     log_steps(tracker, 1, 10)
-    assert is_alive(run)
+    assert is_alive(run, EventLog.load(run.events_file))
     assert sync(run).status == "RUNNING"
     tracker._helper.close(30)
     os.close(tracker._alive)  # what the kernel does to the lock of a process that was killed
-    assert not is_alive(run)
+    assert not is_alive(run, EventLog.load(run.events_file))
     done = sync(run)
     assert done.status == "KILLED"
     store, run_id = open_store(run, config)

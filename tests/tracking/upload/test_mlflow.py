@@ -10,6 +10,7 @@ from pipeline import tracking
 from pipeline.errors import UsageError
 from pipeline.files import write_json, write_text
 from pipeline.run import journal
+from pipeline.run.events import Cancelled, Checkpointed, Finished, Started, Submitted, append
 from pipeline.tracking.upload.store import resolve_uri
 from pipeline.tracking.upload.sync import register_export, sync
 from tests.tracking.support import acknowledged, begin, log_steps, make_run, of_journal, of_mlflow, open_store, wait_for
@@ -27,14 +28,14 @@ def test_a_run_is_recorded_with_everything_that_belongs_to_it(folder):
         dataset={"name": "tokens", "digest": "d" * 64, "tokens": 1000},
         tokenizer_file=tokenizer,
     )
-    tracker.event("started", step=0)
+    tracker.event(Started(step=0))
     log_steps(tracker, 1, 30)
     checkpoint = run.checkpoints / "step_00000025"
     checkpoint.mkdir()
     write_text(checkpoint / "manifest.json", "{}")
-    tracker.event("checkpointed", step=25, path=str(checkpoint))
+    tracker.event(Checkpointed(step=25, path=str(checkpoint)))
     write_text(run.samples / "step_00000025.txt", "four score")
-    tracker.event("finished", step=30)
+    tracker.event(Finished(step=30))
     tracker.close("FINISHED")
 
     store, run_id = open_store(run, config)
@@ -67,7 +68,7 @@ def test_an_evaluation_becomes_metrics_of_its_checkpoint_once(folder):
     run, config = make_run(folder)
     tracker = begin(run, config)
     log_steps(tracker, 1, 10)
-    tracker.event("checkpointed", step=10)
+    tracker.event(Checkpointed(step=10))
     tracker.close("FINISHED")
     for _ in range(2):
         write_json(
@@ -121,10 +122,10 @@ def test_a_run_that_was_stopped_is_running_only_while_a_scheduler_has_it(folder,
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     begin(run, config).close("STOPPED")
     assert store.read_run(run_id).info.status == "RUNNING"
-    journal.append_event(run.events_file, "cancelled")
+    append(run.events_file, Cancelled())
     assert sync(run).status == "KILLED"
     assert store.read_run(run_id).info.status == "KILLED"
-    journal.append_event(run.events_file, "submitted")
+    append(run.events_file, Submitted())
     assert sync(run).status == "RUNNING"
     begin(run, config).close("FINISHED")
     assert store.read_run(run_id).info.status == "FINISHED"
@@ -186,8 +187,8 @@ def test_an_exported_model_becomes_a_registered_version_that_names_its_checkpoin
     run, config = make_run(folder)
     tracker = begin(run, config)
     log_steps(tracker, 1, 20)
-    tracker.event("checkpointed", step=10, path="step_00000010", digest="1" * 64)
-    tracker.event("checkpointed", step=20, path="step_00000020", digest="2" * 64)
+    tracker.event(Checkpointed(step=10, path="step_00000010", digest="1" * 64))
+    tracker.event(Checkpointed(step=20, path="step_00000020", digest="2" * 64))
     tracker.close("FINISHED")
     store, run_id = open_store(run, config)
     for number, step in (("1", 20), ("2", 10)):
@@ -282,7 +283,7 @@ def test_ranks_other_than_the_first_record_nothing(tmp_path):
     run, config = make_run(tmp_path, "none")
     tracker = tracking.start(run, config, step=0, provenance={}, dataset={}, tokenizer_file=None, enabled=False)
     tracker.log(1, {"train/loss": 1.0})
-    tracker.event("started")
+    tracker.event(Started())
     tracker.rewind(0)
     tracker.close("FINISHED")
     assert not run.metrics_file.exists() and not run.events_file.exists() and not run.tracking.exists()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipeline.checkpoint.export import load_weights
-from pipeline.checkpoint.layout import step_name
 from pipeline.config.load import load_config
+from pipeline.run.folder import step_name
 from tests.experiment import STEPS, curve, lines
 from tests.train.conftest import Lab
 from tests.train.engine.reference import Plain, train_plainly

@@ -1,0 +1,31 @@
+"""Preparing data in a job of a submitted run, with the events that tell goodput when it began and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.run.events import PrepareBegan, PrepareEnded, append
+
+
+@contextlib.contextmanager
+def prepare_events(path: Path, part: str | None) -> Iterator[None]:
+    """Records when a job that prepares the data of a submitted run began and ended; outside a job, nothing.
+
+    Args:
+        path: The run's events file; without it there is no run to record anything for.
+        part: Which slice is prepared, for example `1/8`; None for everything.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or not path.exists():
+        yield
+        return
+    append(path, PrepareBegan(slice=part, job=job))
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        append(path, PrepareEnded(slice=part, job=job, done=done))
