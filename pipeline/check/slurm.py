@@ -10,7 +10,7 @@ from pipeline.config.sections import Config
 from pipeline.errors import PipelineError
 from pipeline.launch.site import Resources, Site, TrainResources
 from pipeline.launch.slurm import client as slurm
-from pipeline.launch.submit.signal_time import lead_s
+from pipeline.launch.submit.signal_time import signal_time_s
 from pipeline.run.folder import Run
 
 _FORMAT = "%P|%D|%c|%m|%l|%G|%a"
@@ -85,7 +85,7 @@ def _working(partition: str) -> int:
 
 def _time_limit(site: Site, run: Run) -> Check:
     try:
-        seconds = lead_s(run, site)
+        seconds = signal_time_s(run, site)
     except PipelineError as error:
         return Check("time limit", "failed", str(error), "raise train.time_limit_min of the site")
     return Check("time limit", "ok", f"the signal to save comes {seconds} s before the end")

@@ -70,7 +70,7 @@ def status(
     # Into a pipe nothing is cut off to fit a screen that is not there.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     if as_json:
-        print(json.dumps([found.as_json() for found in look()], indent=2))
+        print(json.dumps([found.to_json() for found in look()], indent=2))
     elif watch:
         status_view.watch(look, console)
     else:

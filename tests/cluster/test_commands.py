@@ -83,7 +83,7 @@ def test_logs_show_every_attempt_of_the_rank_that_is_asked_for(training: Trainin
 def test_a_run_in_the_queue_is_not_submitted_again(training: Training) -> None:
     refused = training.try_to_submit()
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert f"is in the queue already as job {training.job('train')}" in refused.stderr
+    assert f"is already in the queue as job {training.job('train')}" in refused.stderr
 
 
 def test_cancel_saves_ends_all_and_says_so(cluster: Cluster, training: Training) -> None:

@@ -64,7 +64,7 @@ def two_jobs_at_most(cluster: Cluster) -> Iterator[str]:
     cluster.run(*change, "MaxSubmitJobs=-1")
 
 
-def test_a_chain_that_meets_a_limit_in_the_middle_is_taken_back(cluster: Cluster, two_jobs_at_most: str) -> None:
+def test_a_chain_that_meets_a_limit_in_the_middle_is_undone(cluster: Cluster, two_jobs_at_most: str) -> None:
     before = _jobs(cluster)
     run = describe(cluster, "limited", account=two_jobs_at_most, extra_sbatch={"hold": True})
     refused = run.try_to_submit()
@@ -72,8 +72,8 @@ def test_a_chain_that_meets_a_limit_in_the_middle_is_taken_back(cluster: Cluster
     for words in ("train: Slurm refuses more jobs of yours", "AssocMaxSubmitJobLimit", "squeue --me"):
         assert words in refused.stderr
     _assert_nothing_is_left(run, before)
-    taken_back = cluster.run("squeue", "--noheader", "--states=all", "--name=limited-prepare", "--format=%T").split()
-    assert set(taken_back) == {"CANCELLED"}
+    cancelled = cluster.run("squeue", "--noheader", "--states=all", "--name=limited-prepare", "--format=%T").split()
+    assert set(cancelled) == {"CANCELLED"}
 
 
 @pytest.fixture

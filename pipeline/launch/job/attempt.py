@@ -1,9 +1,9 @@
-"""Once an attempt, in the batch script: what happened to the one before, and what comes after this one.
+"""Runs once per attempt in the batch script: records what ended the attempt before, and decides what follows this one.
 
-    python -m pipeline.launch.job.attempt begin WORK     prints shell lines for the tasks; status 1: do not start
-    python -m pipeline.launch.job.attempt end WORK RC    requeues or not; its status is the job's
+    python -m pipeline.launch.job.attempt begin SPEC     prints shell lines for the tasks; status 1: do not start
+    python -m pipeline.launch.job.attempt end SPEC RC    requeues or not; its status is the job's
 
-It runs on the first node, outside the image, where Slurm's commands are.
+It runs on the first node, outside the image, where Slurm's commands are available.
 """
 
 from __future__ import annotations
@@ -39,32 +39,29 @@ from pipeline.run.events import (
 )
 from pipeline.run.world import DEADLINE_VARIABLE
 
-# Slurm ends the batch script when it has requeued the job; ending earlier would look like the job's own end.
+# Slurm kills the batch script after requeueing the job; a script that ends earlier looks like the end of the job.
 _KILLED_WITHIN_S = 120.0
 _REQUEUE_TRIES, _REQUEUE_WAIT_S = 30, 5.0
-# The signal before the limit comes at most a quarter of a short limit early.
+# The signal comes at most a quarter of a short time limit before its end.
 _LIMIT_IS_NEAR = 0.25
-# What srun returns when it has ended ranks that could not even listen yet.
+# srun returns these after killing ranks that had no signal handler yet.
 _ENDED_BY_SIGNAL = frozenset({128 + signal.SIGTERM, 128 + signal.SIGUSR2})
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an attempt ended.
-
-    Attributes:
-        outcome: `done`, `stopped` on request with everything saved, or `failed`.
-        reason: In words; empty for `done`.
-        status: Exit status of the job, if it is not requeued.
-    """
+    """How an attempt ended."""
 
     outcome: Literal["done", "stopped", "failed"]
+    """`stopped` means on request, with everything saved."""
     reason: str
+    """In words; empty for `done`."""
     status: int
+    """Exit status of the job if it is not requeued."""
 
 
 def begin(attempt: Attempt) -> str | None:
-    """Notes that an attempt begins and what became of the one before.
+    """Records that an attempt begins and which nodes killed the one before.
 
     Returns:
         Shell lines for the batch script; None if the job was restarted too often.
@@ -84,14 +81,14 @@ def begin(attempt: Attempt) -> str | None:
 
 
 def end(attempt: Attempt, code: int) -> int:
-    """Decides what follows an attempt whose tasks ended with this status; returns the job's.
+    """Decides what follows an attempt whose tasks ended with this status; returns the exit status of the job.
 
-    Where the job is requeued this does not return: Slurm ends the batch script.
+    It does not return where the job is requeued: Slurm kills the batch script.
     """
     verdict = judge(attempt, code)
     nodes = [] if verdict.outcome == "done" else slurm.hostnames(attempt.nodes)
     lost = slurm.lost_nodes(nodes)
-    # A lost node is nobody's failure, and neither is a stop, unless it is always the time limit that comes first.
+    # A lost node does not count as a failure, and neither does a stop, unless the time limit causes every one.
     failed = verdict.outcome == "failed" or (verdict.outcome == "stopped" and _limit_is_near(attempt))
     counts = failed and not lost
     before = _failures_without_progress(attempt)
@@ -115,10 +112,10 @@ def end(attempt: Attempt, code: int) -> int:
 
 
 def judge(attempt: Attempt, code: int) -> Verdict:
-    """How this attempt ended.
+    """Returns how this attempt ended.
 
-    srun's status alone does not tell: when the first rank ends, it kills the others and returns the highest status.
-    What training itself recorded comes first, then ranks that ended without having been asked to.
+    srun's status alone does not tell: when the first rank ends, it kills the other ranks and returns the highest
+    status. What training recorded comes first, then the ranks that ended without having been asked to.
     """
     events = _events(attempt) if attempt.stage == "train" else EventLog()
     if code == EXIT_OK or events.of(Finished):
@@ -140,7 +137,7 @@ def judge(attempt: Attempt, code: int) -> Verdict:
 
 
 def progress(attempt: Attempt) -> int:
-    """What no failure takes away again: the step of the newest checkpoint, or the number of finished slices."""
+    """Returns what no failure can undo: the step of the newest checkpoint, or the number of finished slices."""
     run = attempt.run
     if attempt.stage == "train":
         return max((step_of(path) or 0 for path in published(run.checkpoints)), default=0)
@@ -164,21 +161,21 @@ def _reason_to_give_up(attempt: Attempt, verdict: Verdict, failures: int) -> str
 
 
 def _failures_without_progress(attempt: Attempt) -> int:
-    """Earlier attempts of this job that count, since it last got further."""
+    """Counts the failed attempts of this job since it last made progress."""
     now = progress(attempt)
     ended = [note for note in _notes_of_job(attempt).of(AttemptEnded) if note.attempt != attempt.number]
     return sum(1 for note in ended if note.counts and note.progress == now)
 
 
 def _limit_is_near(attempt: Attempt) -> bool:
-    """Whether it must have been the time limit that stopped this attempt, and not preemption."""
+    """Whether the time limit, and not preemption, must have stopped this attempt."""
     deadline = float(os.environ.get(DEADLINE_VARIABLE, math.inf))
     began = max((note.time for note in _own_notes(attempt).of(AttemptBegan)), default=-math.inf)
     return deadline - time.time() <= _LIMIT_IS_NEAR * (deadline - began) < math.inf
 
 
 def _killed_before(attempt: Attempt) -> AttemptBegan | None:
-    """The attempt before this one, if it ended without a word: its node died, or Slurm killed it."""
+    """Returns the attempt before this one if it left no record of its end: its node died, or Slurm killed it."""
     before = _notes_of_job(attempt)
     began = before.last(AttemptBegan)
     if began is None or any(note.attempt == began.attempt for note in before.of(AttemptEnded)):
@@ -196,13 +193,13 @@ def _own_notes(attempt: Attempt) -> EventLog:
 
 
 def _events(attempt: Attempt) -> EventLog:
-    """What training recorded since this attempt began."""
+    """Returns what training recorded since this attempt began."""
     began = max((note.time for note in _own_notes(attempt).of(AttemptBegan)), default=0.0)
     return EventLog.load(attempt.run.events_file).since(began)
 
 
 def _lost_before(attempt: Attempt) -> list[str]:
-    """Nodes that this job lost in earlier attempts. Slurm put it back then and there, before anybody could say so."""
+    """Returns the nodes that this job lost in earlier attempts, which Slurm requeued before this script could act."""
     events = EventLog.load(attempt.run.events_file).of(NodeLost)
     return [node for event in events if event.job == attempt.job for node in event.nodes]
 
@@ -212,8 +209,8 @@ def _named_by_preflight(attempt: Attempt) -> list[str]:
 
 
 def _requeue(attempt: Attempt, nodes: list[str], exclude: list[str]) -> None:
-    """Puts the job back into the queue and waits to be killed; gives the controller time to come back."""
-    # Slurm ends the batch script as soon as the job is requeued; what is left to do takes less than KillWait.
+    """Requeues the job and waits to be killed; retries while the controller does not answer."""
+    # Slurm sends TERM to the batch script as soon as the job is requeued; the rest takes less than KillWait.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for _ in range(_REQUEUE_TRIES):
         try:
@@ -223,7 +220,7 @@ def _requeue(attempt: Attempt, nodes: list[str], exclude: list[str]) -> None:
             print(f"pipeline: {error}; trying again", file=sys.stderr, flush=True)
             time.sleep(_REQUEUE_WAIT_S)
     else:
-        _give_up(attempt, "the job could not be requeued; submit it again, it goes on where it was")
+        _give_up(attempt, "the job could not be requeued; submit it again: it resumes from its last checkpoint")
         return
     if exclude and attempt.site.requeue.exclude_lost_nodes:
         _exclude(attempt, nodes, exclude)
@@ -231,9 +228,9 @@ def _requeue(attempt: Attempt, nodes: list[str], exclude: list[str]) -> None:
 
 
 def _exclude(attempt: Attempt, nodes: list[str], bad: list[str]) -> None:
-    """Keeps the waiting job from bad nodes, if enough others like its own are left.
+    """Excludes bad nodes from the waiting job if enough nodes of its kind are left.
 
-    Slurm changes this for waiting jobs only.
+    Slurm accepts this change for waiting jobs only.
     """
     job = slurm.show(attempt.raw_job) or {}
     before = job.get("ExcNodeList", "(null)")
@@ -241,7 +238,10 @@ def _exclude(attempt: Attempt, nodes: list[str], bad: list[str]) -> None:
     left = slurm.usable_nodes(job.get("Partition", ""), like=nodes) - excluded
     needed = int(job.get("NumNodes", "1").partition("-")[0])
     if len(left) < needed:
-        print(f"pipeline: {', '.join(bad)} not excluded: only {len(left)} other such nodes are left", file=sys.stderr)
+        print(
+            f"pipeline: {', '.join(bad)} not excluded: only {len(left)} other nodes of this kind are left",
+            file=sys.stderr,
+        )
         return
     try:
         slurm.call("scontrol", "update", f"JobId={attempt.raw_job}", f"ExcNodeList={','.join(sorted(excluded))}")
@@ -251,11 +251,11 @@ def _exclude(attempt: Attempt, nodes: list[str], bad: list[str]) -> None:
 
 @contextlib.contextmanager
 def _best_effort() -> Iterator[None]:
-    """What cannot be written down on a full disk must not cost the attempt, nor the requeue after it."""
+    """Ignores a failed write with a message: a full disk must not cost the attempt, nor the requeue after it."""
     try:
         yield
     except OSError as error:
-        print(f"pipeline: {error}; what became of this attempt is not recorded", file=sys.stderr, flush=True)
+        print(f"pipeline: {error}; the outcome of this attempt is not recorded", file=sys.stderr, flush=True)
 
 
 def _event(attempt: Attempt, event: Event) -> None:
@@ -274,7 +274,7 @@ def _give_up(attempt: Attempt, why: str) -> None:
 
 
 def _bad_nodes_in_words(event: BadNode | None) -> str:
-    """What preflight found, which ends before training could record anything; empty if nothing."""
+    """Describes what preflight found, which ends training before it can record anything; empty if nothing."""
     return f"bad node {', '.join(event.nodes)}: {'; '.join(event.problems)}" if event else ""
 
 
@@ -285,7 +285,7 @@ def _rank_in_words(note: RankFailed) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """The two verbs of the batch script."""
+    """Runs `begin` or `end` for the batch script."""
     try:
         attempt = this_attempt(arguments[1])
         if arguments[0] == "end":

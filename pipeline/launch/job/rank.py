@@ -1,8 +1,8 @@
 """The host's side of a rank: submitit calls `run_rank` in every task of a job, outside the image.
 
-It starts the real command as a child (in the container, where the config names an image), passes signals on, keeps
-the child's output in the run folder, and ends with the child's exit status. Whether the job is requeued is decided
-once a job, in the batch script (`attempt.py`).
+It starts the real command as a child (in the container, where the config names an image), forwards signals, keeps
+the child's output in the run folder, and exits with the child's status. The batch script decides once per job whether
+it is requeued (`attempt.py`).
 """
 
 from __future__ import annotations
@@ -33,47 +33,47 @@ from pipeline.run.folder import Run
 from pipeline.run.world import DEADLINE_VARIABLE, World, world_from_srun
 
 _POLL_S = 0.1
-# A signal that arrives while Python starts is lost or fatal; one that is repeated is not.
+# A signal that arrives while Python starts is lost or fatal; a repeated one is neither.
 _REPEAT_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
 class _Signals:
-    """Remembers that this task was asked to stop; nothing else happens inside the handler."""
+    """Remembers that this task was asked to stop; the handler does nothing else."""
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
-        # submitit's own handlers would save from between two lines of its function and requeue by themselves.
+        self.received: signal.Signals | None = None
+        # submitit's own handlers would save in the middle of its function and requeue by themselves.
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = self.asked or signal.Signals(number)
+        self.received = self.received or signal.Signals(number)
 
 
-def run_rank(work_file: str) -> None:
-    """Does one task's commands one after the other; submitit's function, a plain name and a plain argument.
+def run_rank(spec_file: str) -> None:
+    """Runs the commands of one task in order; submitit pickles this function, so its name and argument are plain.
 
     Raises:
-        SystemExit: A command ended with another status than 0.
+        SystemExit: A command ended with a status other than 0.
     """
     signals = _Signals()
-    attempt = this_attempt(work_file)
+    attempt = this_attempt(spec_file)
     world = world_from_srun(os.environ)
     environment = _environment(attempt, world)
     for command in attempt.task.commands:
         code = _run(attempt, world, command, environment, signals)
-        if code == 0 and signals.asked and command is not attempt.task.commands[-1]:
+        if code == 0 and signals.received and command is not attempt.task.commands[-1]:
             code = EXIT_STOPPED
         if code != 0:
             raise SystemExit(code)
 
 
 def _environment(attempt: Attempt, world: World) -> dict[str, str]:
-    """The variables a rank is given by the launcher, inside the image and outside."""
+    """Returns the variables that the launcher gives a rank, inside the image and outside."""
     variables = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **attempt.site.environment}
     world.export(variables)
-    # Every process would start a thread for each core of the node, not of its own share.
+    # Otherwise every process would start one thread per core of the node, not per core of its own share.
     threads = os.environ.get("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     variables.setdefault("OMP_NUM_THREADS", threads)
     if os.environ.get(DEADLINE_VARIABLE):
@@ -84,7 +84,7 @@ def _environment(attempt: Attempt, world: World) -> dict[str, str]:
 def command_line(
     config: Config, site: Site, run: Run, command: Sequence[str], environment: dict[str, str]
 ) -> list[str]:
-    """What a task starts: a command of `pipeline`, in the container where the config names an image."""
+    """Returns what a task starts: a command of `pipeline`, in the container where the config names an image."""
     if config.container.image is None:
         return [site.python or sys.executable, "-m", "pipeline", *command]
     return container_argv(
@@ -94,7 +94,7 @@ def command_line(
 
 
 def _run(attempt: Attempt, world: World, command: Sequence[str], environment: dict[str, str], signals: _Signals) -> int:
-    """Starts a command and waits for it; returns the status this task ends with."""
+    """Starts a command, waits for it, and returns the status that this task ends with."""
     config = attempt.run.config()
     log = log_file(attempt, world.rank)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -116,11 +116,11 @@ def _run(attempt: Attempt, world: World, command: Sequence[str], environment: di
         _wait(child, attempt, world, signals)
     code = child.returncode
     status = code if code >= 0 else 128 - code
-    if signals.asked is not None and status == 128 + signals.asked:
-        # It died of the signal before it could listen: there was nothing to save yet.
+    if signals.received is not None and status == 128 + signals.received:
+        # The signal killed it before it had a handler: there was nothing to save yet.
         _note_end(attempt, world, RankStopped, EXIT_STOPPED)
         return EXIT_STOPPED
-    if status not in (0, EXIT_STOPPED) and signals.asked is None:
+    if status not in (0, EXIT_STOPPED) and signals.received is None:
         _note_end(attempt, world, RankFailed, status)
     return status
 
@@ -128,10 +128,10 @@ def _run(attempt: Attempt, world: World, command: Sequence[str], environment: di
 def _usable_command_line(
     attempt: Attempt, config: Config, command: Sequence[str], environment: dict[str, str]
 ) -> list[str]:
-    """The command line, on a node that can run it.
+    """Returns the command line, if this node can run it.
 
     Raises:
-        UsageError: This node has no container runtime, or not the image.
+        UsageError: The container runtime or the image is missing on this node.
     """
     problem = runtime_problem(attempt.site.container) if config.container.image is not None else None
     if problem is not None:
@@ -145,35 +145,35 @@ def _note_end(attempt: Attempt, world: World, how: type[RankEnded], status: int)
 
 
 def _wait(child: subprocess.Popen[bytes], attempt: Attempt, world: World, signals: _Signals) -> None:
-    """Until the child has ended; signals are passed on from here, for a handler must not wait for a process."""
-    passed_on = 0.0
+    """Waits until the child has ended and forwards signals: a handler must not wait for a process."""
+    forwarded = 0.0
     while child.poll() is None:
-        if signals.asked is not None and time.monotonic() - passed_on > _REPEAT_S:
-            first, passed_on = not passed_on, time.monotonic()
-            child.send_signal(signals.asked)
-            if first and world.is_first:  # after the signal: accounting may take a minute to answer
-                _note_cancelled(attempt)
+        if signals.received is not None and time.monotonic() - forwarded > _REPEAT_S:
+            first, forwarded = not forwarded, time.monotonic()
+            child.send_signal(signals.received)
+            if first and world.is_first:  # after forwarding: accounting may take a minute to answer
+                _record_if_cancelled(attempt)
         time.sleep(_POLL_S)
 
 
-def _note_cancelled(attempt: Attempt) -> None:
-    """`scancel` and preemption send the same signal; Slurm's accounting knows at once which it was."""
+def _record_if_cancelled(attempt: Attempt) -> None:
+    """Asks Slurm's accounting, which knows at once whether the signal came from `scancel` or from preemption."""
     info = slurm.ended([attempt.job], attempt.site.accounting).get(attempt.job)
     if info is not None and info.state == "CANCELLED":
-        note_cancelled(attempt.run.events_file, attempt.job)
+        record_cancelled(attempt.run.events_file, attempt.job)
 
 
-def note_cancelled(events: Path, job: str) -> None:
+def record_cancelled(events: Path, job: str) -> None:
     """Records that a job was cancelled, once."""
     if not any(event.job == job for event in EventLog.load(events).of(Cancelled)):
         append(events, Cancelled(job=job))
 
 
 def log_file(attempt: Attempt, rank: int) -> Path:
-    """Where a rank's output goes; commands that follow each other share it."""
+    """Returns the file for a rank's output; all commands of a task share it."""
     return attempt.run.logs / attempt.job / f"attempt_{attempt.number}_rank_{rank}.log"
 
 
 def _die_with_parent() -> Any:
-    """In the child: a task that is killed leaves nothing running, whatever Slurm uses to track processes."""
+    """Runs in the child: it dies with its task, whatever Slurm uses to track processes."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

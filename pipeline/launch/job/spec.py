@@ -1,7 +1,11 @@
-"""What the tasks of a job do: plain data in a file, written at submission and read by every part of the job."""
+"""A job as it is submitted, and an attempt of one of its tasks as the job itself sees it.
+
+The file of a job, for example `launch/train.json`, is written at submission and read by every part of the job.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,82 +13,86 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import read_json, write_json
-from pipeline.launch.site import Site
+from pipeline.launch.site import Resources, Site
 from pipeline.launch.slurm.job_records import Stage
 from pipeline.run.folder import Run
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of an array, or the whole of a job that is none.
-
-    Attributes:
-        run: Folder of the run.
-        commands: Arguments of `pipeline`, one command after the other.
-    """
+    """One task of an array job, or the only task of a plain job."""
 
     run: str
+    """Folder of the run."""
     commands: tuple[tuple[str, ...], ...]
+    """Arguments of `pipeline`, one tuple per command; the commands run one after another."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a job does.
+class JobSpec:
+    """One job of a chain, ready to be submitted or shown."""
 
-    Attributes:
-        stage: Which part of the whole.
-        tasks: Of the array, by index; a single one for a job that is no array.
-        site: The site file's content, as it was when the job was submitted.
-    """
-
+    name: str
+    """Its name in the queue."""
     stage: Stage
     tasks: tuple[Task, ...]
-    site: dict[str, Any]
+    """One per array index; a single one for a plain job."""
+    site: Site
+    resources: Resources
+    """The part of the site that applies to the stage."""
+    parallel: int
+    """Array tasks that may run at the same time."""
+    signal_before_end_s: int
+    """Seconds before the time limit at which Slurm sends the signal."""
+    code: Path
+    """Folder of the code that runs outside the image."""
+    folder: Path
+    """Where submitit keeps its files."""
 
-    def save(self, path: Path) -> None:
-        """Publishes it for the job to read."""
-        write_json(path, asdict(self))
+    @property
+    def file(self) -> Path:
+        """Where the tasks read what they do."""
+        return self.folder / f"{self.stage}.json"
+
+    def save(self) -> None:
+        """Publishes what the tasks do, with the site as it is now."""
+        site = json.loads(self.site.model_dump_json())
+        write_json(self.file, {"stage": self.stage, "tasks": [asdict(task) for task in self.tasks], "site": site})
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """This attempt of this task, as the job sees it.
-
-    Attributes:
-        stage: Which part of the whole.
-        task: What is to be done.
-        site: The cluster.
-        job: Id of the job, `12` or `12_3`.
-        raw_job: The id by which `scontrol` takes it.
-        number: Restarts before this attempt.
-        nodes: Host list.
-    """
+    """This attempt of this task, as the job sees it."""
 
     stage: Stage
     task: Task
     site: Site
     job: str
+    """Id of the job, `12` or `12_3`."""
     raw_job: str
+    """The id that `scontrol` accepts."""
     number: int
+    """Restarts before this attempt."""
     nodes: str
+    """Slurm's short form of the node list."""
 
     @property
     def run(self) -> Run:
-        """The run that is worked on."""
+        """The run that the task works on."""
         return Run(Path(self.task.run))
 
     def about(self) -> dict[str, Any]:
-        """The fields that every note of this attempt has."""
+        """Returns the fields that every event of this attempt carries."""
         return {"stage": self.stage, "job": self.job, "attempt": self.number}
 
 
-def this_attempt(work_file: str, environ: Mapping[str, str] = os.environ) -> Attempt:
-    """Reads the job's work and finds its own part by Slurm's variables.
+def this_attempt(spec_file: str, environ: Mapping[str, str] = os.environ) -> Attempt:
+    """Reads the file of the job and picks its own task by Slurm's variables.
 
     Raises:
         PipelineError: The file is missing.
     """
-    content = read_json(Path(work_file))
+    content = read_json(Path(spec_file))
     raw = environ["SLURM_JOB_ID"]
     index = environ.get("SLURM_ARRAY_TASK_ID")
     task = content["tasks"][int(index or 0)]

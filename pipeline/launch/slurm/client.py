@@ -1,4 +1,4 @@
-"""Asking Slurm: its commands, run with a time limit, and their answers as plain values."""
+"""Slurm's commands, run with a time limit, and their answers as plain values."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from pipeline.errors import PipelineError
+from pipeline.files import naming
 
 ACTIVE = frozenset(
     ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
@@ -25,47 +26,42 @@ class SlurmError(PipelineError):
 
 @dataclass(frozen=True)
 class JobInfo:
-    """What Slurm knows of a job.
-
-    Attributes:
-        id: `12`, or `12_3` for a task of an array.
-        state: `PENDING`, `RUNNING`, `COMPLETED` ...
-        reason: Why it waits, or why it ended as it did; empty if Slurm does not say.
-        nodes: Host list; empty while there is none.
-        restarts: How often it was requeued; None where the source does not know.
-        left: Time left, as Slurm writes it; empty if unknown.
-        name: Of the job.
-    """
+    """What Slurm reports about a job."""
 
     id: str
+    """`12`, or `12_3` for a task of an array."""
     state: str
+    """`PENDING`, `RUNNING`, `COMPLETED` ..."""
     reason: str = ""
+    """Why it waits, or why it ended as it did; empty if Slurm does not say."""
     nodes: str = ""
+    """Slurm's short form of the node list; empty before it has nodes."""
     restarts: int | None = None
+    """How often it was requeued; None where the source does not tell."""
     left: str = ""
+    """Time left, in Slurm's notation; empty if unknown."""
     name: str = ""
 
     @property
     def active(self) -> bool:
-        """Whether it is still in the queue, waiting or running."""
+        """Whether it is in the queue, waiting or running."""
         return self.state in ACTIVE
 
 
 def installed() -> bool:
-    """Whether this machine has the commands of Slurm."""
+    """Whether this machine has Slurm's commands."""
     return shutil.which("squeue") is not None
 
 
 def call(*command: str) -> str:
-    """Runs a command of Slurm and returns what it printed.
+    """Runs one of Slurm's commands and returns its output.
 
     Raises:
         SlurmError: It is not installed, failed, or did not answer within a minute.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except OSError as error:
-        raise SlurmError(f"{command[0]}: cannot be run ({error.strerror}); is this a machine with Slurm?") from error
+        with naming(command[0], "cannot be run", "is this a machine with Slurm?", SlurmError):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{command[0]}: no answer within {_TIMEOUT_S:.0f} seconds; try `scontrol ping`") from error
     if done.returncode != 0:
@@ -75,7 +71,7 @@ def call(*command: str) -> str:
 
 
 def queued(ids: Iterable[str]) -> dict[str, JobInfo]:
-    """Jobs among these that wait or run, array tasks one by one, by id; one call, however many.
+    """Returns the jobs among these that wait or run, by id, array tasks one by one; a single call of squeue.
 
     Raises:
         SlurmError: Slurm does not answer.
@@ -86,7 +82,7 @@ def queued(ids: Iterable[str]) -> dict[str, JobInfo]:
     try:
         text = call("squeue", "--noheader", "--array", "--jobs", ",".join(bases), "--format", "%i|%T|%r|%N|%L|%j")
     except SlurmError as error:
-        if "Invalid job id" in str(error):  # all of them are gone
+        if "Invalid job id" in str(error):  # none of them is left
             return {}
         raise
     rows = [line.split("|", 5) for line in text.splitlines()]
@@ -95,7 +91,7 @@ def queued(ids: Iterable[str]) -> dict[str, JobInfo]:
 
 
 def names_in_queue(ids: Iterable[str]) -> dict[str, str]:
-    """The names of the jobs among these that wait or run, array tasks one by one, by id.
+    """Returns the names of the jobs among these that wait or run, by id, array tasks one by one.
 
     Raises:
         SlurmError: Slurm does not answer.
@@ -104,7 +100,7 @@ def names_in_queue(ids: Iterable[str]) -> dict[str, str]:
 
 
 def ended(ids: Iterable[str], accounting: bool) -> dict[str, JobInfo]:
-    """What is known of jobs that are not in the queue any more, by id; nothing of those Slurm has forgotten."""
+    """Returns what is known about jobs that have left the queue, by id; jobs that Slurm has forgotten are missing."""
     wanted = list(ids)
     if not wanted:
         return {}
@@ -112,7 +108,7 @@ def ended(ids: Iterable[str], accounting: bool) -> dict[str, JobInfo]:
         try:
             return _from_sacct(wanted)
         except SlurmError:
-            pass  # the database is away: slurmctld still knows jobs for a while
+            pass  # the database is down: slurmctld remembers jobs for a while
     found = {}
     for job in wanted:
         for info in _show_all(job):
@@ -126,12 +122,12 @@ def ended(ids: Iterable[str], accounting: bool) -> dict[str, JobInfo]:
 
 
 def show(job: str) -> dict[str, str] | None:
-    """The fields of `scontrol show job`; None where slurmctld does not know it or does not answer."""
+    """Returns the fields of `scontrol show job`; None where slurmctld does not know it or does not answer."""
     return next(iter(_show_all(job)), None)
 
 
 def _show_all(job: str) -> list[dict[str, str]]:
-    """The same of every task of an array, those that still wait together in one."""
+    """Like `show`, for every task of an array; waiting tasks share one entry."""
     try:
         text = call("scontrol", "--oneliner", "show", "job", job)
     except SlurmError:
@@ -140,7 +136,7 @@ def _show_all(job: str) -> list[dict[str, str]]:
 
 
 def _ids_of(array: str, tasks: str) -> list[str]:
-    """The ids of an array's tasks as Slurm writes them together: `12`, `3,5-7%2` -> `12_3`, `12_5`, `12_6`, `12_7`."""
+    """Expands Slurm's short form of array tasks: `12`, `3,5-7%2` -> `12_3`, `12_5`, `12_6`, `12_7`."""
     found = []
     for part in tasks.partition("%")[0].split(","):
         first, _, last = part.partition("-")
@@ -149,7 +145,7 @@ def _ids_of(array: str, tasks: str) -> list[str]:
 
 
 def end_time(job: str) -> float | None:
-    """When the time limit of a running job ends, Unix seconds; None if it has none or nobody answers."""
+    """Returns when a running job reaches its time limit, in Unix seconds; None without a limit or an answer."""
     value = (show(job) or {}).get("EndTime", "Unknown")
     try:
         return datetime.fromisoformat(value).timestamp()  # both in this machine's time zone
@@ -158,21 +154,21 @@ def end_time(job: str) -> float | None:
 
 
 def hostnames(nodes: str) -> list[str]:
-    """The names in a host list."""
+    """Returns the node names of Slurm's short form."""
     return call("scontrol", "show", "hostnames", nodes).split() if nodes else []
 
 
 def lost_nodes(names: Sequence[str]) -> list[str]:
-    """Which of these nodes cannot be used now: down, draining, or not answering."""
+    """Returns which of these nodes are down, draining, or not answering."""
     if not names:
         return []
     return sorted({name for name, state, _ in _nodes("--nodes", ",".join(names)) if _is_lost(state)})
 
 
 def usable_nodes(partition: str, like: Sequence[str]) -> set[str]:
-    """The nodes of a partition that work, busy or not, with the devices and features of one of those named.
+    """Returns the working nodes of a partition, busy or not, that have the devices and features of a named one.
 
-    None where Slurm does not answer.
+    Empty where Slurm does not answer.
     """
     if not partition:
         return set()
@@ -182,7 +178,7 @@ def usable_nodes(partition: str, like: Sequence[str]) -> set[str]:
 
 
 def _nodes(*which: str) -> list[tuple[str, str, str]]:
-    """Name, state, and what tells kinds of nodes apart."""
+    """Returns name, state, and what distinguishes kinds of nodes."""
     try:
         text = call("sinfo", "--noheader", "--Node", *which, "--format", "%N|%T|%G|%f")
     except SlurmError:
@@ -195,7 +191,7 @@ def _is_lost(state: str) -> bool:
 
 
 def cancel(ids: Iterable[str]) -> None:
-    """Cancels jobs; those that have ended already are left alone.
+    """Cancels jobs; jobs that have already ended are not affected.
 
     Raises:
         SlurmError: Slurm does not answer.
@@ -206,7 +202,7 @@ def cancel(ids: Iterable[str]) -> None:
 
 
 def base(job: str) -> str:
-    """The id of the array a task belongs to, or of the job itself."""
+    """Returns the id of the array that a task belongs to, or of the plain job itself."""
     return job.partition("_")[0]
 
 

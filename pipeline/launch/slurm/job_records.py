@@ -1,6 +1,6 @@
-"""What the launcher remembers of a run: its jobs, and what became of every attempt.
+"""What the launcher remembers of a run: its jobs, and how each attempt began and ended.
 
-`launch/jobs.json` is written where jobs are submitted; `launch/attempts.jsonl` is appended to inside them.
+`launch/jobs.json` is written when jobs are submitted; the jobs themselves append to `launch/attempts.jsonl`.
 """
 
 from __future__ import annotations
@@ -64,56 +64,52 @@ class RankStopped(RankEnded, kind="rank_stopped"):
 
 @dataclass(frozen=True)
 class Job:
-    """A job that was submitted for a run.
-
-    Attributes:
-        id: `12`; `12_3` where the run is one task of a sweep's array.
-        stage: What it does.
-        tasks: Tasks of the array, for a job that is one; else 1.
-        submitted: When, Unix seconds.
-        site: Name of the site.
-        accounting: Whether sacct knows it.
-        shared: Whether it works for other runs of a sweep too.
-        name: Its name in the queue; empty for one that was recorded before names were.
-    """
+    """A job that was submitted for a run."""
 
     id: str
+    """`12`; `12_3` where the run is one task of a sweep's array."""
     stage: Stage
     tasks: int
+    """Tasks of an array job; 1 for a plain job."""
     submitted: float
+    """In Unix seconds."""
     site: str
+    """Name of the site."""
     accounting: bool
+    """Whether sacct answers on the site."""
     shared: bool = False
+    """Whether it also works for other runs of a sweep."""
     name: str = ""
+    """Its name in the queue; empty for a job recorded by a version that did not record names."""
 
     def is_named(self, name: str) -> bool:
-        """Whether this is the job that Slurm calls by this name.
+        """Whether Slurm's job of this name can be this one.
 
-        The id alone does not tell: ids begin anew with a new cluster, and two clusters may share a file system.
+        The id alone does not tell: a new cluster starts counting ids again, and two clusters may share a file system.
         """
         return self.name in ("", name)
 
 
 def jobs(run: Run) -> list[Job]:
-    """Every job of a run, oldest first."""
+    """Returns every job of a run, oldest first."""
     return [Job(**entry) for entry in read_json(run.jobs_file)["jobs"]] if run.jobs_file.exists() else []
 
 
 def add_jobs(run: Run, new: list[Job]) -> None:
-    """Remembers jobs that were just submitted."""
+    """Records jobs that were just submitted."""
     write_json(run.jobs_file, {"jobs": [asdict(job) for job in [*jobs(run), *new]]})
 
 
 def forget_jobs(run: Run, ids: set[str]) -> None:
-    """Strikes out jobs that were taken back before they began."""
+    """Removes the records of jobs that were cancelled before they began."""
     known = jobs(run)
     kept = [job for job in known if job.id not in ids]
-    if kept != known:  # on a full disk, nothing can be written that need not be
+    if kept != known:  # a full disk must not fail a write that changes nothing
         write_json(run.jobs_file, {"jobs": [asdict(job) for job in kept]})
 
 
 def last_chain(run: Run) -> list[Job]:
-    """The newest job of each stage of the last submission, in the order of the stages."""
+    """Returns the jobs of the last submission in the order of the stages."""
     found = jobs(run)
     newest = max((job.submitted for job in found), default=0.0)
     return [job for job in found if job.submitted == newest]

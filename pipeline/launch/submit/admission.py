@@ -1,11 +1,11 @@
-"""What is refused before anything is queued: runs that are in the queue, images and paths that no job could use."""
+"""Refusals before anything is queued: runs that are already in the queue, images and paths that no job could use."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from pipeline.config.sections import Config
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, listing
 from pipeline.launch.container.binds import check_visible
 from pipeline.launch.container.image import check_image, image_identity, image_path
 from pipeline.launch.site import Site
@@ -16,29 +16,29 @@ from pipeline.run.provenance import refuse_other_image
 
 
 def refuse_percent(home: Run) -> None:
-    """Refuses a folder for the files of the jobs that Slurm would not take by its name.
+    """Refuses a folder for the files of the jobs whose name Slurm would expand.
 
     Raises:
-        UsageError: It has a % in it.
+        UsageError: Its name contains a %.
     """
     folder = home.launch.absolute()
     if "%" in str(folder):
-        # Both Slurm and submitit fill it in, each in its own way, and submitit only when the job is in the queue.
+        # Slurm and submitit both expand it, each in its own way, and submitit only when the job is in the queue.
         raise UsageError(
-            f"runs_dir: {folder} has a % in its name, which Slurm takes for a variable (%j, the job's id); "
+            f"runs_dir: {folder} has a % in its name, which Slurm reads as a variable (%j, the job's id); "
             "choose another runs_dir, or rename the folder"
         )
 
 
 def refuse_active(runs: list[Run], home: Run) -> None:
-    """Refuses what is in the queue already: two jobs would train one run, or read each other's work.
+    """Refuses runs that are already in the queue: two jobs would train one run, or read each other's work.
 
     Args:
-        runs: What is to be submitted.
-        home: Where the files of the jobs are; it remembers the jobs of a sweep, whose run folders may be gone.
+        runs: The runs to be submitted.
+        home: Holds the files of the jobs and remembers the jobs of a sweep, whose run folders may be gone.
 
     Raises:
-        UsageError: A job of theirs waits or runs.
+        UsageError: One of their jobs waits or runs.
         SlurmError: Slurm does not answer.
     """
     known = [(folder, job) for folder in (*runs, home) for job in job_records.jobs(folder)]
@@ -52,8 +52,8 @@ def refuse_active(runs: list[Run], home: Run) -> None:
             else (f"squeue --jobs {job.id}", f"scancel {job.id}")
         )
         raise UsageError(
-            f"{folder.path}: is in the queue already as job {job.id}; wait for it (`{where}`), "
-            f"or take it out first (`{out}`)"
+            f"{folder.path}: is already in the queue as job {job.id}; wait for it (`{where}`) "
+            f"or cancel it first (`{out}`)"
         )
 
 
@@ -61,24 +61,22 @@ def refuse_invisible(configs: list[Config], site: Site) -> None:
     """Refuses paths of a config that a job in its container would not see.
 
     Raises:
-        UsageError: All of them, each with its cure.
+        UsageError: Lists all of them, each with its cure.
     """
     problems = [
         problem for config in _contained(configs) for problem in check_visible(config, site.container, run_for(config))
     ]
     if problems:
-        raise UsageError(
-            "\n  ".join(["the jobs could not see everything in their container:", *dict.fromkeys(problems)])
-        )
+        raise UsageError(listing("the jobs could not see everything in their container:", dict.fromkeys(problems)))
 
 
 def refuse_unfit_images(configs: list[Config], site: Site, allow_image_change: bool) -> None:
-    """Refuses images that cannot be used, and those that a run was not trained in; starts each image once.
+    """Refuses images that cannot be used, and images that a run was not trained in; starts each image once.
 
     Args:
-        configs: Of all runs.
-        site: The cluster; what its modules bring is judged on the nodes.
-        allow_image_change: Whether a run may go on in another image.
+        configs: The configs of all runs.
+        site: The cluster; what its modules provide is checked on the nodes.
+        allow_image_change: Whether a run may continue in another image.
 
     Raises:
         UsageError: An image is missing, damaged, of another architecture, not ours, or not the run's.
@@ -92,7 +90,7 @@ def refuse_unfit_images(configs: list[Config], site: Site, allow_image_change: b
     if problems:
         raise UsageError("\n  ".join([*problems, "nothing was submitted"]))
     for config in _contained(configs):
-        image = image_identity(image_path(config))  # the ranks will find the sum in the cache
+        image = image_identity(image_path(config))  # the ranks will find the checksum in the cache
         if not allow_image_change:
             refuse_other_image(run_for(config).provenance(), {"path": str(image.path), "sha256": image.sha256})
 

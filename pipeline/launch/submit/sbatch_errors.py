@@ -1,4 +1,4 @@
-"""What sbatch says when it refuses a job, as one message that names the field to change."""
+"""Turns sbatch's refusal of a job into one message that names the field to change."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pipeline.launch.slurm.job_records import Stage
 
 @dataclass(frozen=True)
 class _Rule:
-    """sbatch's words, the field of the site file they are about, and the cure."""
+    """The words of sbatch, the field of the site file they refer to, and the cure."""
 
     words: str
     field: str
     cure: str
 
 
-# QOSMaxWallDurationPerJobLimit, AssocMaxNodePerJobLimit, QOSMinGRES ...: one job alone goes beyond them, and waiting
-# does not help.
+# QOSMaxWallDurationPerJobLimit, AssocMaxNodePerJobLimit, QOSMinGRES ...: a single job exceeds them, and waiting does
+# not help.
 _LIMIT = r"\b(qos|assoc)\w*"
 _LIMITS_HERE = (
-    "limits of yours: `sacctmgr show qos format=name,maxwall,maxtres,mintres` and "
+    "your limits: `sacctmgr show qos format=name,maxwall,maxtres,mintres` and "
     "`sacctmgr show associations user=$USER format=account,qos,maxwall,maxtres`"
 )
 
-# {stage} is the section of the stage. Order matters: Slurm often says a general thing after a special one.
+# {stage} is the section of the stage. Order matters: Slurm often adds a general message to a specific one.
 _RULES = (
     _Rule("invalid partition", "{stage}.partition", "partitions here: {partitions}"),
     _Rule("invalid account", "account", "your accounts: `sacctmgr show associations user=$USER format=account`"),
@@ -50,24 +50,24 @@ _RULES = (
     _Rule("dependency", "the chain", "a job it waits for is gone; submit again"),
 )
 _TOO_MANY = r"submit\w*limit|max(imum)? (number of )?jobs"
-# Slurm says this after each limit, whichever it was; the words would be found by the rules.
+# Slurm adds this to the message of every limit; the rules would match its words.
 _POLICY = re.compile(r"job violates accounting/qos policy.*", re.IGNORECASE)
 
 
 def refused(words: str, stage: Stage, site_file: str) -> PipelineError:
-    """The error for what sbatch wrote on stderr; exit status 2 where the request is to be changed, else 1."""
+    """Returns the error for what sbatch wrote on stderr: exit status 2 where the request must change, else 1."""
     said = "; ".join(re.sub(r"^sbatch: (error: )?", "", line) for line in words.splitlines() if line.strip())
     said = said.replace("Batch job submission failed: ", "")
     if re.search("unable to contact|connection refused|connect failure|timed out", words, re.IGNORECASE):
         return PipelineError(
             f"Slurm's controller does not answer ({said}); nothing was submitted. "
-            "Look with `scontrol ping` and submit again when it is back"
+            "Check with `scontrol ping` and submit again when it answers"
         )
     special = _POLICY.sub("", words)
     if re.search(_TOO_MANY, special, re.IGNORECASE):
         return PipelineError(
             f"{stage}: Slurm refuses more jobs of yours ({said}); nothing was submitted. "
-            "Wait until some have ended (`squeue --me`), or ask for a higher limit"
+            "Wait until some of them have ended (`squeue --me`), or ask for a higher limit"
         )
     for rule in _RULES:
         if re.search(rule.words, special, re.IGNORECASE):
@@ -77,10 +77,10 @@ def refused(words: str, stage: Stage, site_file: str) -> PipelineError:
             return UsageError(f"{where}: Slurm refuses it ({said}); {cure}. Nothing was submitted")
     if special != words:
         return PipelineError(
-            f"{stage}: a limit of your account or QOS is met ({said}); nothing was submitted. Wait until jobs of yours "
-            f"have ended (`squeue --me`), or ask for less in {site_file}; {_LIMITS_HERE}"
+            f"{stage}: a limit of your account or QOS is reached ({said}); nothing was submitted. Wait until some of "
+            f"your jobs have ended (`squeue --me`), or request less in {site_file}; {_LIMITS_HERE}"
         )
-    return PipelineError(f"{stage}: sbatch failed ({said or 'without a word'}); nothing was submitted")
+    return PipelineError(f"{stage}: sbatch failed ({said or 'with no message'}); nothing was submitted")
 
 
 def _partitions() -> str:

@@ -1,4 +1,4 @@
-"""How long before the time limit a job must be told to stop, by the step and save times the run has measured."""
+"""How long before the time limit Slurm must signal a job, from the step and save times that the run measured."""
 
 from __future__ import annotations
 
@@ -13,27 +13,23 @@ from pipeline.run.folder import Run
 
 _UNMEASURED_S = 120
 _LEAST_S = 30
-# What ending takes besides the step and the save: agreeing, closing files, MLflow's last points, srun.
+# Ending takes more than a step and a save: agreeing, closing files, the last points for MLflow, srun.
 _ENDING_S = 15.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What earlier attempts of a run took, in seconds.
-
-    Attributes:
-        step_s: A step.
-        save_s: The longest save, from its beginning until it was durable.
-        startup_s: From the beginning of the process to its first step.
-    """
+    """Times of earlier attempts of a run, in seconds."""
 
     step_s: float
     save_s: float
+    """The longest save, from its beginning until it was durable."""
     startup_s: float
+    """From the beginning of the process to its first step."""
 
 
 def measured(run: Run) -> Measured | None:
-    """What the run has measured; None before its first logged step and first save."""
+    """Returns what the run has measured; None before its first logged step and first save."""
     if not run.path.is_dir():
         return None
     steps = [
@@ -52,8 +48,8 @@ def measured(run: Run) -> Measured | None:
     return Measured(max(steps[-20:]), max(saves), startup)
 
 
-def lead_s(run: Run, site: Site) -> int:
-    """Seconds before the time limit of training at which Slurm is to send the signal.
+def signal_time_s(run: Run, site: Site) -> int:
+    """Returns how many seconds before the time limit of training Slurm sends the signal.
 
     Raises:
         UsageError: The limit leaves no time to train.

@@ -1,10 +1,9 @@
-"""`pipeline submit`: the whole pipeline as a chain of Slurm jobs, or nothing."""
+"""`pipeline submit`: submits the whole pipeline as a chain of Slurm jobs, or nothing."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shlex
 import shutil
 import time
@@ -17,46 +16,43 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from pipeline.checkpoint.layout import published, step_of
 from pipeline.config.sections import Config
 from pipeline.data.fingerprint import refuse_other_settings
+from pipeline.data.manifest import MANIFEST
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.launch.container.binds import create_folders
-from pipeline.launch.job.batch_script import StageJob, executor, submit_tasks
+from pipeline.launch.job.batch_script import executor, submit_tasks
 from pipeline.launch.job.rank import command_line
-from pipeline.launch.job.spec import Task, Work
+from pipeline.launch.job.spec import JobSpec, Task
 from pipeline.launch.site import Site, load_site
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import Job, Stage
 from pipeline.launch.submit.admission import refuse_active, refuse_invisible, refuse_percent, refuse_unfit_images
 from pipeline.launch.submit.sbatch_errors import refused
-from pipeline.launch.submit.signal_time import lead_s
+from pipeline.launch.submit.signal_time import signal_time_s
 from pipeline.launch.submit.snapshot import take_snapshot
 from pipeline.launch.submit.sweep import experiments, home_of
-from pipeline.launch.submit.undo import taken_back_on_failure
+from pipeline.launch.submit.undo import undone_on_failure
 from pipeline.run.events import Submitted, append
 from pipeline.run.folder import Run, create_run, run_for
 
 
 @dataclass(frozen=True)
 class Chain:
-    """What a submission consists of.
-
-    Attributes:
-        configs: One a run.
-        site: The cluster.
-        site_file: As it was given, for messages.
-        jobs: In the order in which they wait for each other.
-        skipped: Stages that are done already, with the reason.
-        home: Where the files of the jobs are: the run, or a folder for the whole sweep.
-        allow_image_change: Whether a run may go on in another image than it was trained in.
-    """
+    """A submission: the runs and the jobs that work on them."""
 
     configs: list[Config]
+    """One per run."""
     site: Site
     site_file: str
-    jobs: list[StageJob]
+    """As the user gave it, for messages."""
+    jobs: list[JobSpec]
+    """In the order in which they wait for each other."""
     skipped: dict[Stage, str]
+    """Stages that are already done, with the reason."""
     home: Run
+    """Holds the files of the jobs: the run, or a folder for the whole sweep."""
     allow_image_change: bool
+    """Whether a run may continue in another image than the one it was trained in."""
 
     @property
     def runs(self) -> list[Run]:
@@ -65,7 +61,7 @@ class Chain:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether the jobs are arrays, of a run each."""
+        """Whether the jobs are arrays with one task per run."""
         return len(self.configs) > 1
 
 
@@ -76,7 +72,7 @@ def plan_chain(
     sweeps: Sequence[str],
     allow_image_change: bool = False,
 ) -> Chain:
-    """Reads config and site and decides which jobs there are to be; changes nothing.
+    """Reads config and site and decides which jobs are needed; changes nothing.
 
     Raises:
         ConfigError: Everything that is wrong with the config or the site file.
@@ -88,17 +84,17 @@ def plan_chain(
     refuse_percent(home)
     refuse_invisible(configs, site)
     commands, skipped = _stages(configs, site, ("--allow-image-change",) if allow_image_change else ())
-    jobs = [_stage_job(stage, tasks, configs, site, home) for stage, tasks in commands.items()]
+    jobs = [_job(stage, tasks, configs, site, home) for stage, tasks in commands.items()]
     return Chain(configs, site, site_file, jobs, skipped, home, allow_image_change)
 
 
 def submit(chain: Chain) -> list[Job]:
-    """Submits the jobs; if one of them is refused, those before it are taken back.
+    """Submits the jobs; if one is refused, the jobs before it are cancelled.
 
     Raises:
-        UsageError: A run is in the queue already, its image cannot be used, or Slurm refuses what the site file asks
+        UsageError: A run is already in the queue, its image cannot be used, or Slurm refuses what the site file asks
             for.
-        PipelineError: Slurm or the run folder's disk does not do its part.
+        PipelineError: Slurm does not answer, or the run folder cannot be written.
     """
     if shutil.which("sbatch") is None:
         raise PipelineError(
@@ -107,7 +103,7 @@ def submit(chain: Chain) -> list[Job]:
         )
     refuse_active(chain.runs, chain.home)
     refuse_unfit_images(chain.configs, chain.site, chain.allow_image_change)
-    with taken_back_on_failure(chain.runs, chain.home) as submitted:
+    with undone_on_failure(chain.runs, chain.home) as submitted:
         _make_folders(chain)
         now = round(time.time(), 3)
         for job in chain.jobs:
@@ -122,28 +118,28 @@ def submit(chain: Chain) -> list[Job]:
 
 
 def dry_run(chain: Chain) -> str:
-    """Every batch script, and the command each task runs inside it; nothing is written or submitted."""
+    """Returns every batch script and the command its tasks run; nothing is written or submitted."""
     parts = []
     for job, dependency in zip(chain.jobs, _placeholders(chain), strict=True):
-        text = executor(job, chain.site, dependency).text(len(job.work.tasks))
+        text = executor(job, dependency).text(len(job.tasks))
         parts.append(f"### {job.stage}: {job.name}\n{text.rstrip()}\n")
-        count = len(job.work.tasks)
+        count = len(job.tasks)
         whose = f"the first of {count} array tasks" if count > 1 else "every process"
         lines = [f"#   {line}" for line in _inner_commands(chain, job)]
         parts.append("\n".join([f"# {whose} starts, with the variables of its rank added:", *lines]) + "\n")
     return "\n".join(parts)
 
 
-# ---- what is to be done --------------------------------------------------------------------------
+# ---- which jobs are needed -----------------------------------------------------------------------
 
 
 def _stages(
     configs: list[Config], site: Site, train_options: tuple[str, ...]
 ) -> tuple[dict[Stage, list[Task]], dict[Stage, str]]:
-    """The tasks of every stage that is not done, and why the others are left out."""
+    """Returns the tasks of every stage that is not done, and why each other stage is skipped."""
     todo: dict[Stage, list[Task]] = {}
     skipped: dict[Stage, str] = {}
-    manifest = Path(configs[0].data.path) / "manifest.json"
+    manifest = Path(configs[0].data.path) / MANIFEST
     if manifest.is_file():
         settings = read_json(manifest).get("settings")
         if settings is not None:
@@ -183,19 +179,17 @@ def _evaluated(config: Config) -> bool:
     return int(read_json(run.evaluation_file)["step"]) >= config.train.max_iters
 
 
-def _stage_job(stage: Stage, tasks: list[Task], configs: list[Config], site: Site, home: Run) -> StageJob:
-    resources = {"prepare": site.prepare, "train": site.train, "evaluate": site.evaluate}[stage]
-    folder = home.launch.absolute()
-    lead = max(lead_s(run_for(c), site) for c in configs) if stage == "train" else 30
-    return StageJob(
+def _job(stage: Stage, tasks: list[Task], configs: list[Config], site: Site, home: Run) -> JobSpec:
+    return JobSpec(
         name=f"{home.name}-{stage}",
-        work=Work(stage, tuple(tasks), json.loads(site.model_dump_json())),
-        work_file=folder / f"{stage}.json",
-        resources=resources,
+        stage=stage,
+        tasks=tuple(tasks),
+        site=site,
+        resources={"prepare": site.prepare, "train": site.train, "evaluate": site.evaluate}[stage],
         parallel=site.prepare.max_parallel if stage == "prepare" else len(tasks),
-        lead_s=lead,
+        signal_before_end_s=max(signal_time_s(run_for(c), site) for c in configs) if stage == "train" else 30,
         code=home.code.absolute(),
-        folder=folder,
+        folder=home.launch.absolute(),
     )
 
 
@@ -214,24 +208,24 @@ def _make_folders(chain: Chain) -> None:
     if chain.is_sweep:
         take_snapshot(chain.home.code)
     for job in chain.jobs:
-        job.work.save(job.work_file)
+        job.save()
 
 
-def _submit_job(chain: Chain, job: StageJob, before: list[Job], now: float) -> Job:
+def _submit_job(chain: Chain, job: JobSpec, before: list[Job], now: float) -> Job:
     words = io.StringIO()
     try:
-        with contextlib.redirect_stderr(words):  # submitit prints what it also raises
-            made = executor(job, chain.site, _dependency(chain, job, before))
+        with contextlib.redirect_stderr(words):  # submitit also prints what it raises
+            made = executor(job, _dependency(chain, job, before))
             job_id = submit_tasks(made, job)
     except (FailedJobError, FailedSubmissionError) as error:
         raise refused(str(error), job.stage, chain.site_file) from error
-    return Job(job_id, job.stage, len(job.work.tasks), now, chain.site.name, chain.site.accounting, name=job.name)
+    return Job(job_id, job.stage, len(job.tasks), now, chain.site.name, chain.site.accounting, name=job.name)
 
 
-def _dependency(chain: Chain, job: StageJob, before: list[Job]) -> str | None:
+def _dependency(chain: Chain, job: JobSpec, before: list[Job]) -> str | None:
     if not before:
         return None
-    # In a sweep, the evaluation of a run waits for the training of that run only; slices are of no run.
+    # In a sweep, the evaluation of a run waits for the training of that run only; slices belong to no run.
     kind = "aftercorr" if before[-1].stage == "train" and chain.is_sweep else "afterok"
     return f"{kind}:{before[-1].id}"
 
@@ -246,7 +240,7 @@ def _placeholders(chain: Chain) -> list[str | None]:
 
 
 def _of_run(job: Job, chain: Chain, index: int) -> Job:
-    """A job as one run of a sweep sees it: its own task of the array."""
+    """Returns a job as one run of a sweep sees it: its own task of the array."""
     if not chain.is_sweep:
         return job
     if job.stage == "prepare":
@@ -254,9 +248,9 @@ def _of_run(job: Job, chain: Chain, index: int) -> Job:
     return replace(job, id=f"{job.id}_{index}", tasks=1)
 
 
-def _inner_commands(chain: Chain, job: StageJob) -> list[str]:
-    """What the first task starts; the others differ in their slice or their run only."""
-    task = job.work.tasks[0]
+def _inner_commands(chain: Chain, job: JobSpec) -> list[str]:
+    """Returns what the first task starts; the other tasks differ only in their slice or run."""
+    task = job.tasks[0]
     run = Run(Path(task.run))
     return [
         shlex.join(command_line(chain.configs[0], chain.site, run, command, chain.site.environment))

@@ -1,16 +1,17 @@
-"""What a person reads after `pipeline submit`."""
+"""The text that `pipeline submit` prints."""
 
 from __future__ import annotations
 
 import shlex
 
+from pipeline.errors import listing
 from pipeline.launch.site import TrainResources
 from pipeline.launch.slurm.job_records import STAGES, Job
 from pipeline.launch.submit.submit import Chain
 
 
 def summary(chain: Chain, jobs: list[Job]) -> str:
-    """The runs, their jobs, and what to do next."""
+    """Returns the runs, their jobs, and the commands to use next."""
     lines = [f"run {run.path}" for run in chain.runs]
     by_stage = {job.stage: (job, what) for job, what in zip(jobs, chain.jobs, strict=True)}
     before: Job | None = None
@@ -30,12 +31,5 @@ def summary(chain: Chain, jobs: list[Job]) -> str:
         return "\n".join([*lines, "Everything is done; nothing was submitted."])
     folders = [shlex.quote(str(run.path)) for run in chain.runs]
     shown = folders[0] if len(folders) == 1 else folders[0] + " ..."
-    return "\n".join(
-        [
-            *lines,
-            "What next:",
-            f"  how is it?     pipeline status {shown}",
-            f"  what it says   pipeline logs -f {folders[0]}",
-            f"  stop it        pipeline cancel {shown}",
-        ]
-    )
+    next_steps = [f"state   pipeline status {shown}", f"output  pipeline logs -f {folders[0]}"]
+    return "\n".join([*lines, listing("What next:", [*next_steps, f"stop    pipeline cancel {shown}"])])

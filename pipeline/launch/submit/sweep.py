@@ -1,4 +1,4 @@
-"""One config and lists of values -> one experiment for every combination."""
+"""Sweeps: one config and lists of values become one experiment per combination."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipeline.run.folder import Run, run_for
 
 
 def experiments(config_file: str, overrides: Sequence[str], sweeps: Sequence[str], world_size: int) -> list[Config]:
-    """The configs of a sweep, each with a name of its own; a single one without a sweep.
+    """Returns the configs of a sweep, each with its own name; a single one without a sweep.
 
     Args:
         config_file: The YAML file.
-        overrides: `dotted.key=value`, for all.
+        overrides: `dotted.key=value`, for every run.
         sweeps: `dotted.key=value,value,...`; several are combined.
         world_size: Processes that will train.
 
@@ -42,9 +42,9 @@ def experiments(config_file: str, overrides: Sequence[str], sweeps: Sequence[str
 
 
 def home_of(configs: list[Config]) -> Run:
-    """Where the files of the jobs are: the run; for a sweep a folder that no other sweep of the config has.
+    """Returns the folder for the files of the jobs: the run, or one that no other sweep of the config uses.
 
-    A job reads there what it is to do, when it starts: of two sweeps in one folder only the second would be trained.
+    A job reads its work there when it starts: of two sweeps in one folder only the second would be trained.
     """
     if len(configs) == 1:
         return run_for(configs[0])
@@ -54,7 +54,7 @@ def home_of(configs: list[Config]) -> Run:
 
 
 def _base(names: list[str]) -> str:
-    """What the sorted names of a sweep's runs have in common: the config's own name."""
+    """Returns the common part of the sorted names of a sweep's runs: the config's own name."""
     first, last = names[0], names[-1]
     common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     return first[:common].rpartition("-")[0].rpartition("-")[0] or first[:common]
@@ -64,14 +64,16 @@ def _choices(sweep: str) -> list[tuple[str, str]]:
     key, equals, text = sweep.partition("=")
     values = _split(text)
     if not key or not equals or "" in values:
-        raise UsageError(f"--sweep {sweep}: allowed: dotted.key=value,value,..., optimizer.learning_rate=1e-3,3e-4 say")
+        raise UsageError(
+            f"--sweep {sweep}: allowed: dotted.key=value,value,..., for example optimizer.learning_rate=1e-3,3e-4"
+        )
     if len(set(values)) < len(values):
         raise UsageError(f"--sweep {sweep}: names a value twice")
     return [(key, value) for value in values]
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside brackets, so that a value may be a list."""
+    """Splits at commas outside brackets, so that a value may be a list."""
     values, depth = [""], 0
     for character in text:
         depth += (character in "[{") - (character in "]}")
@@ -92,8 +94,9 @@ def _refuse_same_names(configs: list[Config], sweeps: Sequence[str]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UsageError(
-            f"--sweep {' --sweep '.join(sweeps)}: two of its runs would both be called {twice}, for only "
-            "letters, digits, dots and underscores of a value are in a name; submit one of them by itself, named anew"
+            f"--sweep {' --sweep '.join(sweeps)}: two of its runs would both be called {twice}, because "
+            "only letters, digits, dots and underscores of a value enter the name; submit one of them separately, with "
+            "its own `name`"
         )
 
 
@@ -105,5 +108,5 @@ def _refuse_other_data(configs: list[Config], keys: list[str]) -> None:
         ):  # fmt: skip
             raise UsageError(
                 f"--sweep: {', '.join(keys)} would need other tokens for each run, and a sweep shares one dataset; "
-                "submit these runs one by one, each with a data.path of its own"
+                "submit these runs one by one, each with its own data.path"
             )

@@ -1,4 +1,4 @@
-"""A chain of jobs is submitted as a whole or not at all."""
+"""Undoes a submission that failed: a chain of jobs is submitted as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.files import naming
 from pipeline.launch.slurm import client as slurm
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import Job
@@ -15,65 +16,62 @@ from pipeline.run.folder import Run
 
 
 @contextlib.contextmanager
-def taken_back_on_failure(runs: Sequence[Run], home: Run) -> Iterator[list[Job]]:
-    """Collects jobs; after a failure, or Ctrl-C, none of them is left, nor a run folder that was not there before.
+def undone_on_failure(runs: Sequence[Run], home: Run) -> Iterator[list[Job]]:
+    """Collects submitted jobs; on failure or Ctrl-C cancels them and removes the run folders made for them.
 
     Args:
-        runs: What is submitted.
-        home: Where the files of the jobs are: the run, or a folder for the whole sweep.
+        runs: The runs that are submitted.
+        home: Holds the files of the jobs: the run, or a folder for the whole sweep.
 
     Raises:
-        PipelineError: A disk is full, or Slurm has gone meanwhile and still holds jobs.
+        PipelineError: A disk is full, or Slurm no longer answers and still holds jobs.
     """
     fresh = [run.path for run in (*runs, home) if not run.path.exists()]
     submitted: list[Job] = []
     try:
         yield submitted
     except BaseException as error:
-        _take_back(runs, home, submitted, error)
+        _cancel(runs, home, submitted, error)
         for run in (*runs, home):
             if run.path not in fresh:
                 job_records.forget_jobs(run, {job.id for job in submitted})
         for folder in fresh:
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
-            raise PipelineError(
-                f"{error.filename or home.path}: cannot be written ({error.strerror}); nothing was submitted. "
-                "Make room, or choose another runs_dir"
-            ) from error
+            place, cure = error.filename or home.path, "nothing was submitted. Make room, or choose another runs_dir"
+            with naming(place, "cannot be written", cure):
+                raise
         raise
 
 
-def _take_back(runs: Sequence[Run], home: Run, submitted: list[Job], why: BaseException) -> None:
+def _cancel(runs: Sequence[Run], home: Run, submitted: list[Job], why: BaseException) -> None:
     known = [job.id for job in submitted]
     try:
         slurm.cancel(known)
     except slurm.SlurmError as error:
-        # The jobs stay known, so that `pipeline cancel` finds them and no second chain is submitted beside them.
+        # The jobs stay recorded: `pipeline cancel` finds them, and no second chain can be submitted beside them.
         for run in runs:
             job_records.add_jobs(run, submitted)
         raise PipelineError(
-            f"Slurm went away in the middle of the submission and holds job {', '.join(known)} "
-            f"({error}); `pipeline cancel {runs[0].path}` when `scontrol ping` answers again, then submit again"
+            f"Slurm stopped answering in the middle of the submission and still holds job {', '.join(known)} "
+            f"({error}); when `scontrol ping` answers, run `pipeline cancel {runs[0].path}` and submit again"
         ) from error
     try:
-        slurm.cancel(sorted(_unheard_of(home.launch) - set(known)))
+        slurm.cancel(sorted(_unreported(home.launch) - set(known)))
     except slurm.SlurmError as error:
-        if isinstance(why, PipelineError):  # sbatch itself has said that it took no more
+        if isinstance(why, PipelineError):  # sbatch itself has refused the job
             return
         raise PipelineError(
-            f"{home.launch}: the submission was broken off ({why or type(why).__name__}), and Slurm does not say "
-            f"whether it holds a job of it ({error}); look with `squeue --me` when `scontrol ping` answers again"
+            f"{home.launch}: the submission was interrupted ({why or type(why).__name__}), and Slurm does not say "
+            f"whether it holds a job of it ({error}); check `squeue --me` when `scontrol ping` answers"
         ) from why
 
 
-def _unheard_of(folder: Path) -> set[str]:
-    """Jobs in the queue whose batch script is in this folder.
+def _unreported(folder: Path) -> set[str]:
+    """Returns the ids of queued jobs whose batch script is in this folder.
 
-    submitit tells an id when it has moved its files: what happens between that and sbatch leaves a job behind that
-    nobody knows.
+    submitit reports an id only after moving its files: a failure between sbatch and that leaves an unknown job behind.
     """
-    rows = [
-        line.partition("|") for line in slurm.call("squeue", "--me", "--noheader", "--format", "%F|%o").splitlines()
-    ]
+    listed = slurm.call("squeue", "--me", "--noheader", "--format", "%F|%o").splitlines()
+    rows = [line.partition("|") for line in listed]
     return {job for job, _, script in rows if Path(script).parent.resolve() == folder.resolve()}

@@ -1,10 +1,10 @@
-"""`pipeline cancel`: takes the jobs of a run out of the queue, and says so in the run folder."""
+"""`pipeline cancel`: cancels the jobs of a run and records that in the run folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.launch.job.rank import note_cancelled
+from pipeline.launch.job.rank import record_cancelled
 from pipeline.launch.slurm import client as slurm
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import Job
@@ -12,10 +12,10 @@ from pipeline.run.folder import Run
 
 
 def cancel(run: Run) -> list[str]:
-    """Cancels what waits or runs of a run; returns the ids of its jobs, none if nothing was there.
+    """Cancels the waiting and running jobs of a run and returns their ids.
 
     Training saves before it ends, as far as the cluster's KillWait allows; nothing is requeued. The prepare array of a
-    sweep goes with the last of its runs.
+    sweep is cancelled with the last of its runs.
 
     Raises:
         SlurmError: Slurm does not answer.
@@ -28,12 +28,12 @@ def cancel(run: Run) -> list[str]:
     ids = [job.id for job in known if job in own or job in shared]
     slurm.cancel(ids)
     for job_id in ids:
-        note_cancelled(run.events_file, job_id)
+        record_cancelled(run.events_file, job_id)
     return ids
 
 
 def _is_queued(job: Job, queue: Mapping[str, str]) -> bool:
-    """Whether a job, or a task of it, is in the queue: under its id and its name."""
+    """Whether a job or one of its tasks is in the queue, under its id and its name."""
     return any(_holds(job, task) and job.is_named(name) for task, name in queue.items())
 
 

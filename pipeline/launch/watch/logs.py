@@ -1,4 +1,4 @@
-"""What the jobs of a run printed: all attempts, in order, as one stream."""
+"""The output of a run's jobs: all attempts in order, as one stream."""
 
 from __future__ import annotations
 
@@ -15,30 +15,26 @@ from pipeline.launch.slurm.job_records import Job
 from pipeline.run.folder import Run
 
 _NAME = re.compile(r"attempt_(\d+)_rank_(\d+)\.log$")
-# The file of the first task of a job also takes what the batch script says.
-_WORDS = "_0_log.err"
+# The file of a job's first task also receives the messages of the batch script.
+_MESSAGES = "_0_log.err"
 _POLL_S = 0.5
-# Slurm's controller serves everybody.
+# Slurm's controller serves all users.
 _ASK_S = 5.0
 # submitit's own lines in the file that holds Slurm's messages.
-_CHATTER = re.compile(r"^submitit (INFO|WARNING)|^\s*$")
+_SUBMITIT_LINE = re.compile(r"^submitit (INFO|WARNING)|^\s*$")
 
 
 @dataclass(frozen=True)
 class LogFile:
-    """One attempt's output of one rank.
-
-    Attributes:
-        path: The file.
-        title: Which stage, job, attempt and rank it is.
-    """
+    """The output of one rank in one attempt."""
 
     path: Path
     title: str
+    """Names its stage, job, attempt and rank."""
 
 
 def log_files(run: Run, rank: int = 0) -> list[LogFile]:
-    """The files of a rank, in the order in which the jobs were submitted and the attempts began.
+    """Returns the files of a rank, in the order in which the jobs were submitted and the attempts began.
 
     Jobs of one process, such as the slices of prepare, show their only rank.
     """
@@ -48,10 +44,10 @@ def log_files(run: Run, rank: int = 0) -> list[LogFile]:
 
 
 def printed(run: Run, rank: int = 0) -> Iterator[str]:
-    """Everything so far, with a title before each attempt and Slurm's own messages at the end of a job.
+    """Yields all output so far, with a title before each attempt and Slurm's own messages at the end of a job.
 
     Raises:
-        UsageError: There is nothing.
+        UsageError: There is no output.
     """
     anything = False
     for job in job_records.jobs(run):
@@ -60,20 +56,20 @@ def printed(run: Run, rank: int = 0) -> Iterator[str]:
                 anything = True
                 yield f"==> {file.title} <==\n"
                 yield file.path.read_text(encoding="utf-8", errors="replace")
-            for words in _words_of_slurm(run, task, rank):
+            for message in _slurm_messages(run, task, rank):
                 anything = True
-                yield words
+                yield message
     if not anything:
-        raise UsageError(f"{run.path}: no job has printed anything{_ranks_there(run)}")
+        raise UsageError(f"{run.path}: no job has printed anything yet{_ranks_with_output(run)}")
 
 
 def follow(run: Run, rank: int, ended: Callable[[], bool]) -> Iterator[str]:
-    """Everything so far and everything that comes, attempt after attempt, until the run has ended.
+    """Yields all output so far and all that follows, attempt after attempt, until the run has ended.
 
     Args:
         run: The run.
-        rank: Whose output.
-        ended: Whether no job of the run waits or runs any more.
+        rank: The rank whose output is shown.
+        ended: Tells whether no job of the run waits or runs any longer.
     """
     positions: dict[Path, int] = {}
     current: Path | None = None
@@ -96,17 +92,17 @@ def follow(run: Run, rank: int, ended: Callable[[], bool]) -> Iterator[str]:
         if last_round:
             for job in job_records.last_chain(run):
                 for task in _tasks(run, job):
-                    yield from _words_of_slurm(run, task, rank)
+                    yield from _slurm_messages(run, task, rank)
             return
         time.sleep(_POLL_S)
 
 
 def _tasks(run: Run, job: Job) -> list[str]:
-    """The ids of a job's tasks that have left a word; its own id, if it is no array."""
+    """Returns the ids of a job's tasks that have printed something; its own id if it is a plain job."""
     if job.tasks == 1:
         return [job.id]
-    words = (path.name.removesuffix(_WORDS) for home in _homes(run) for path in home.glob(f"{job.id}_*{_WORDS}"))
-    names = {*words, *(path.name for path in run.logs.glob(f"{job.id}_*"))}
+    found = (path.name.removesuffix(_MESSAGES) for home in _homes(run) for path in home.glob(f"{job.id}_*{_MESSAGES}"))
+    names = {*found, *(path.name for path in run.logs.glob(f"{job.id}_*"))}
     return sorted(names, key=lambda name: _natural(Path(name)))
 
 
@@ -117,20 +113,20 @@ def _files_of(run: Run, job: Job, task: str, rank: int) -> Iterator[LogFile]:
             yield LogFile(path, f"{job.stage}, job {task}, attempt {match[1]}, rank {match[2]}")
 
 
-def _words_of_slurm(run: Run, task: str, rank: int) -> Iterator[str]:
-    """What Slurm, the batch script and a rank's launcher said: time limits, cancellations, why nothing began."""
-    names = dict.fromkeys((f"{task}{_WORDS}", f"{task}_{rank}_log.err"))
+def _slurm_messages(run: Run, task: str, rank: int) -> Iterator[str]:
+    """Yields what Slurm, the batch script and a rank's launcher said: time limits, cancellations, failed starts."""
+    names = dict.fromkeys((f"{task}{_MESSAGES}", f"{task}_{rank}_log.err"))
     for path in (home / name for home in _homes(run) for name in names):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        said = [line for line in lines if not _CHATTER.match(line)]
-        if said:
-            who = "Slurm and the batch script" if path.name.endswith(_WORDS) else f"the launcher of rank {rank}"
+        shown = [line for line in lines if not _SUBMITIT_LINE.match(line)]
+        if shown:
+            who = "Slurm and the batch script" if path.name.endswith(_MESSAGES) else f"the launcher of rank {rank}"
             yield f"==> {who}, job {task} <==\n"
-            yield "\n".join(said) + "\n"
+            yield "\n".join(shown) + "\n"
 
 
 def _homes(run: Run) -> list[Path]:
-    """Where the jobs of a run keep their files: in the run, or in the folder of the sweep it belongs to."""
+    """Returns the folders where the jobs of a run keep their files: in the run and in sweeps beside it."""
     return [run.launch, *run.path.parent.glob("*-sweep*/launch")]
 
 
@@ -138,7 +134,7 @@ def _natural(path: Path) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", path.name)]
 
 
-def _ranks_there(run: Run) -> str:
+def _ranks_with_output(run: Run) -> str:
     files = [path for path in run.logs.rglob("attempt_*.log") if _NAME.search(path.name)]
     ranks = sorted({int(m[2]) for path in files if (m := _NAME.search(path.name))})
-    return f"; ranks that have: {', '.join(map(str, ranks))}" if ranks else ""
+    return f"; ranks with output: {', '.join(map(str, ranks))}" if ranks else ""

@@ -1,4 +1,4 @@
-"""How runs are: from their folders, and from Slurm where it is there and answers."""
+"""The state of runs, from their folders and from Slurm where it answers."""
 
 from __future__ import annotations
 
@@ -29,53 +29,48 @@ _TAIL_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run is.
-
-    Attributes:
-        run: Its folder.
-        state: In one word; `stopped` goes on when it is submitted or started again; `unknown` where Slurm does not
-            answer and the run folder does not tell.
-        reason: Why it waits, failed or stopped; empty if there is nothing to say.
-        stage: What runs, waits or failed; empty where there is no job.
-        job: Its Slurm job; None for a run that is trained here.
-        nodes: Where it runs, or ran last.
-        step: Finished steps, as far as they were logged.
-        max_iters: Steps in all.
-        loss: Training loss at `step`.
-        tokens_per_s: Throughput at `step`.
-        eta_s: Seconds until the last step; None unless it is training.
-        restarts: How often training was started again.
-        goodput: Part of the wall time since submission in which training got further.
-        wall: Where the wall time went: seconds of the queue, of start-up, of training and so on.
-        checkpoint: Step of the newest checkpoint; None before the first.
-        updated: When something was last logged, Unix seconds.
-    """
+    """The state of a run and its latest figures."""
 
     run: str
+    """Its folder."""
     state: State
+    """`stopped` resumes when it is submitted or started again; `unknown`: neither Slurm nor the run folder tells."""
     reason: str
+    """Why it waits, failed or stopped; may be empty."""
     stage: str
+    """What runs, waits or failed; empty where there is no job."""
     job: str | None
+    """Its Slurm job; None for a run that is trained on this machine."""
     nodes: str
+    """Where it runs, or ran last."""
     step: int
+    """Finished steps, as far as they were logged."""
     max_iters: int
     loss: float | None
+    """Training loss at `step`."""
     tokens_per_s: float | None
+    """Throughput at `step`."""
     eta_s: float | None
+    """Seconds until the last step; None unless it is training."""
     restarts: int
+    """How often training was started again."""
     goodput: float | None
+    """Fraction of the wall time since submission in which training made progress."""
     wall: Goodput | None
+    """Where the wall time went: seconds in the queue, in start-up, in training and so on."""
     checkpoint: int | None
+    """Step of the newest checkpoint; None before the first."""
     updated: float | None
+    """When something was last logged, in Unix seconds."""
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, for programs."""
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values, for programs."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known about the run's work: its state, why, and which job it is about."""
+    """The state of a run, the reason for it, and the job that it refers to."""
 
     state: State
     reason: str = ""
@@ -85,10 +80,10 @@ class _Known:
 
 
 def find_runs(paths: Sequence[str]) -> list[Run]:
-    """The runs at these places, each a run folder or a folder of run folders.
+    """Returns the runs at these places, each a run folder or a folder of run folders.
 
     Raises:
-        UsageError: There is none.
+        UsageError: There is no run.
     """
     found: list[Run] = []
     for path in paths:
@@ -103,7 +98,7 @@ def find_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def statuses(runs: Sequence[Run]) -> list[RunStatus]:
-    """How each of these runs is; Slurm is asked once for all."""
+    """Returns the status of each run; Slurm is asked once for all of them."""
     chains = {run.path: job_records.last_chain(run) for run in runs}
     infos = _ask_slurm([job for chain in chains.values() for job in chain])
     found = []
@@ -118,7 +113,7 @@ def statuses(runs: Sequence[Run]) -> list[RunStatus]:
 
 
 def _ask_slurm(jobs: Sequence[Job]) -> dict[str, JobInfo] | None:
-    """What Slurm knows of these jobs; None where it is not there or does not answer."""
+    """Returns what Slurm reports about these jobs; None where it is not installed or does not answer."""
     if not jobs:
         return {}
     if not slurm.installed():
@@ -126,7 +121,7 @@ def _ask_slurm(jobs: Sequence[Job]) -> dict[str, JobInfo] | None:
     try:
         infos = slurm.queued(job.id for job in jobs)
     except slurm.SlurmError as error:
-        print(f"pipeline: {error}; what follows is from the run folder alone", file=sys.stderr)
+        print(f"pipeline: {error}; the status below comes from the run folder alone", file=sys.stderr)
         return None
     gone = [job for job in jobs if not any(_belongs(info, job) for info in infos.values())]
     for accounting in (True, False):
@@ -141,7 +136,7 @@ def _belongs(info: JobInfo, job: Job) -> bool:
 def _known(run: Run, events: EventLog, chain: Sequence[Job], infos: dict[str, JobInfo] | None) -> _Known:
     newest = chain[-1] if chain else None
     if newest is None:
-        return _from_folder(run, events, None) or _Known("stopped", "its process ended without a word")
+        return _from_folder(run, events, None) or _Known("stopped", "its process ended and left no record")
     if infos is None:
         return _from_folder(run, events, newest) or _Known(
             "unknown", "Slurm does not answer here", newest.stage, newest.id
@@ -157,19 +152,19 @@ def _known(run: Run, events: EventLog, chain: Sequence[Job], infos: dict[str, Jo
     for job in chain:
         for info in of_job[job.id]:
             if info.state != "COMPLETED" and job.stage != "evaluate" and isinstance(_end(events), Finished):
-                return _Known("finished", "its job was not", job.stage, info.id)  # somebody trained on by hand
+                return _Known("finished", "its job was not", job.stage, info.id)  # a user finished it by hand
             if info.state == "CANCELLED":
                 return _Known("cancelled", _reason(events, GaveUp), job.stage, info.id, info.nodes)
             if info.state != "COMPLETED":
                 return _Known("failed", _reason(events, GaveUp, Failed) or info.state, job.stage, info.id, info.nodes)
     if all(of_job[job.id] for job in chain):
         return _Known("finished", stage=newest.stage, job=newest.id)
-    gone = _Known("stopped", "its jobs are not in the queue any more", newest.stage, newest.id)
+    gone = _Known("stopped", "its jobs are no longer in the queue", newest.stage, newest.id)
     return _from_folder(run, events, newest) or gone
 
 
 def _from_folder(run: Run, events: EventLog, job: Job | None) -> _Known | None:
-    """What the run folder alone tells, on a machine without Slurm, or about jobs that Slurm has forgotten; or None."""
+    """Returns what the run folder alone tells: without Slurm, or about jobs that Slurm has forgotten; or None."""
     stage, job_id = (job.stage, job.id) if job else ("", None)
     if is_alive(run, events):
         return _Known("running", stage="train", job=job_id)
@@ -186,7 +181,7 @@ def _from_folder(run: Run, events: EventLog, job: Job | None) -> _Known | None:
 
 
 def _end(events: EventLog) -> Event | None:
-    """The end that counts: a cancelled training still saves, and says afterwards that it was stopped."""
+    """Returns the end that counts: a cancelled training still saves, and afterwards records that it was stopped."""
     ends = events.ends()
     cancelled = None if any(isinstance(end, Finished) for end in ends) else EventLog(ends).last(Cancelled)
     return cancelled or (ends[-1] if ends else None)
@@ -223,11 +218,11 @@ def _status(run: Run, events: EventLog, known: _Known, max_iters: int) -> RunSta
 
 
 def _last_lines(run: Run) -> list[dict[str, Any]]:
-    """The last logged steps, without reading the whole history."""
+    """Returns the last logged steps without reading the whole history."""
     if not run.metrics_file.exists():
         return []
     start = max(0, run.metrics_file.stat().st_size - _TAIL_BYTES)
-    # The first line is cut where the tail begins within it; no JSON object, it is left out.
+    # The tail may begin within a line: what is left of it is not a JSON object, and the reader skips it.
     found = (line.record for line in journal.read(run.metrics_file, start))
     return [record for record in found if "train/loss" in record]
 
@@ -240,6 +235,6 @@ def _reason(events: EventLog, *kinds: type[GaveUp | Failed | Requeued]) -> str:
 
 def _why_it_waits(events: EventLog, info: JobInfo) -> str:
     if info.reason == "Dependency":
-        return "waits for the stage before"
+        return "waits for the stage before it"
     again = _reason(events, Requeued)
     return f"requeued after: {again}" if again and info.reason in ("BeginTime", "None", "") else info.reason

@@ -1,4 +1,4 @@
-"""What a person sees of `pipeline status`: a table of runs, or one run in detail."""
+"""The output of `pipeline status`: a table of runs, or one run in detail."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _COLOURS = {
 _WATCH_S = 5.0
 
 
-def watch(look: Callable[[], list[RunStatus]], console: Console) -> None:
-    """Shows how runs are until Ctrl-C, anew every five seconds."""
-    with Live(view(look()), console=console, auto_refresh=False) as live:
+def watch(read: Callable[[], list[RunStatus]], console: Console) -> None:
+    """Shows the status of runs every five seconds until Ctrl-C."""
+    with Live(view(read()), console=console, auto_refresh=False) as live:
         try:
             while True:
                 time.sleep(_WATCH_S)
-                live.update(view(look()), refresh=True)
+                live.update(view(read()), refresh=True)
         except KeyboardInterrupt:
             return
 
 
 def view(found: Sequence[RunStatus]) -> RenderableType:
-    """A table of runs; one run alone is shown in detail."""
+    """Returns a table of runs, or the details of a single one."""
     return _details(found[0]) if len(found) == 1 else _table(found)
 
 
 def _table(found: Sequence[RunStatus]) -> Table:
-    # Narrow enough for 80 columns with usual names; the name of the run gives way first.
+    # Fits into 80 columns with usual names; the name of the run is folded first.
     table = Table(
         "run", "state", "step", "loss", "tok/s", "eta", "restarts", "goodput", "saved", box=None, pad_edge=False
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
-from pipeline.launch.job.spec import Task, Work
+from pipeline.files import write_json
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import RankEnded
 from pipeline.run.folder import Run
@@ -36,7 +36,8 @@ def start(run: Run, script: str, wait_for: str = "ready") -> subprocess.Popen[by
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
     site = {**SITE, "python": str(python)}
-    Work("train", (Task(str(run.path), (("train", str(run.config_file)),)),), site).save(run.launch / "train.json")
+    task = {"run": str(run.path), "commands": [["train", str(run.config_file)]]}
+    write_json(run.launch / "train.json", {"stage": "train", "tasks": [task], "site": site})
     rank = subprocess.Popen(
         [
             sys.executable,

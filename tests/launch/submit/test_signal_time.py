@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.launch.site import Site
-from pipeline.launch.submit.signal_time import lead_s
+from pipeline.launch.submit.signal_time import signal_time_s
 from pipeline.run import journal
 from pipeline.run.events import Checkpointed, StartBegan, Started, append
 from pipeline.run.folder import Run
@@ -41,31 +41,31 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_before_anything_is_measured_it_is_a_quarter_of_the_limit_and_two_minutes_at_most(
     run: Run, minutes: int, seconds: int
 ):
-    assert lead_s(run, site(minutes)) == seconds
+    assert signal_time_s(run, site(minutes)) == seconds
 
 
 def test_it_grows_with_the_step_and_with_the_longest_save(run: Run):
     measured(run, step_s=20.0, saves_s=[10.0, 40.0, 12.0], startup_s=50.0)
-    assert lead_s(run, site(60)) == 2 * 20 + 1.5 * 40 + 15
+    assert signal_time_s(run, site(60)) == 2 * 20 + 1.5 * 40 + 15
 
 
 def test_a_fast_run_is_still_given_half_a_minute(run: Run):
     measured(run, step_s=0.1, saves_s=[0.2], startup_s=5.0)
-    assert lead_s(run, site(60)) == 30
+    assert signal_time_s(run, site(60)) == 30
 
 
 def test_a_site_decides_itself_as_long_as_a_step_and_a_save_fit(run: Run):
     measured(run, step_s=20.0, saves_s=[40.0], startup_s=50.0)
-    assert lead_s(run, site(60, signal_before_end_s=60)) == 60
+    assert signal_time_s(run, site(60, signal_before_end_s=60)) == 60
     with pytest.raises(UsageError, match=r"signal_before_end_s: given 59, .* took 20 \+ 40 s; allowed: 115 or more"):
-        lead_s(run, site(60, signal_before_end_s=59))
+        signal_time_s(run, site(60, signal_before_end_s=59))
 
 
 def test_a_limit_that_start_up_and_save_use_up_is_refused(run: Run):
     measured(run, step_s=20.0, saves_s=[40.0], startup_s=100.0)
-    assert lead_s(run, site(4)) == 115
+    assert signal_time_s(run, site(4)) == 115
     with pytest.raises(UsageError, match=r"train.time_limit_min: given 3, .* takes 100 s.* allowed: 5 or more"):
-        lead_s(run, site(3))
+        signal_time_s(run, site(3))
 
 
 def test_a_submission_hands_the_measured_time_to_slurm_and_refuses_one_that_cannot_be_met(

@@ -68,11 +68,11 @@ def test_a_run_in_the_queue_is_not_submitted_a_second_time(tmp_path: Path, slurm
     slurm.says("squeue", "102|RUNNING|None|||tiny-train\n")
     done = submit(tmp_path, slurm)
     assert done.status == 2
-    assert "is in the queue already as job 102" in done.err
+    assert "is already in the queue as job 102" in done.err
     assert len(slurm.calls("sbatch")) == 3
 
 
-def test_a_chain_that_fails_in_the_middle_is_taken_back(tmp_path: Path, slurm: FakeSlurm):
+def test_a_chain_that_fails_in_the_middle_is_undone(tmp_path: Path, slurm: FakeSlurm):
     write_files(tmp_path)
     slurm.says("sbatch", err="sbatch: error: invalid partition specified: nope\n", status=1, call=3)
     done = submit(tmp_path, slurm)
@@ -82,7 +82,7 @@ def test_a_chain_that_fails_in_the_middle_is_taken_back(tmp_path: Path, slurm: F
     assert not (tmp_path / "runs/tiny").exists()
 
 
-def test_a_job_whose_id_was_never_told_is_taken_back(tmp_path: Path, slurm: FakeSlurm):
+def test_a_job_whose_id_was_never_reported_is_cancelled(tmp_path: Path, slurm: FakeSlurm):
     write_files(tmp_path)
     # submitit fails when sbatch has put the job into the queue already.
     (slurm.folder / "sbatch").write_text('#!/bin/sh\nrm "$1"; echo Submitted batch job 101\n')
@@ -113,7 +113,7 @@ def test_a_folder_that_slurm_would_fill_in_is_refused(tmp_path: Path, slurm: Fak
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "site.yaml", "slurm"]
 
 
-def test_jobs_that_cannot_be_taken_back_are_named_and_kept_in_mind(tmp_path: Path, slurm: FakeSlurm):
+def test_jobs_that_cannot_be_cancelled_are_named_and_stay_recorded(tmp_path: Path, slurm: FakeSlurm):
     write_files(tmp_path)
     away = "error: Unable to contact slurm controller (connect failure)\n"
     slurm.says("sbatch", err=f"sbatch: {away}", status=1, call=3)
@@ -125,7 +125,7 @@ def test_jobs_that_cannot_be_taken_back_are_named_and_kept_in_mind(tmp_path: Pat
     slurm.says("squeue", "101_0|PENDING|None|||tiny-prepare\n102|PENDING|None|||tiny-train\n")
     slurm.says("scancel")
     again = submit(tmp_path, slurm)
-    assert (again.status, "is in the queue already" in again.err) == (2, True), again.err
+    assert (again.status, "already in the queue" in again.err) == (2, True), again.err
     assert pipeline(tmp_path, "cancel", "runs/tiny", slurm=slurm).out == "runs/tiny: cancelled job 101, 102\n"
 
 

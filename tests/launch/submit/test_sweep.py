@@ -78,12 +78,12 @@ def test_a_sweep_in_the_queue_is_not_submitted_again_even_if_its_run_folders_are
     [home] = homes(tmp_path)
     slurm.says("squeue", f"102_1|PENDING|None|||{home.name}-train\n")
     done = submit(tmp_path, slurm, *SEEDS)
-    assert (done.status, "runs/tiny-seed-1: is in the queue already as job 102_0" in done.err) == (2, True), done.err
+    assert (done.status, "runs/tiny-seed-1: is already in the queue as job 102_0" in done.err) == (2, True), done.err
     for run in tmp_path.glob("runs/tiny-seed-*"):
         shutil.rmtree(run)
     done = submit(tmp_path, slurm, *SEEDS)
     assert done.status == 2
-    assert f"runs/{home.name}: is in the queue already as job 102" in done.err and "`scancel 102`" in done.err
+    assert f"runs/{home.name}: is already in the queue as job 102" in done.err and "`scancel 102`" in done.err
     assert len(slurm.calls("sbatch")) == 3
 
 

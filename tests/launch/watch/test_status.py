@@ -50,7 +50,7 @@ def test_a_waiting_chain_says_what_it_waits_for(run: Run, slurm: FakeSlurm):
     slurm.says("squeue", WAITING)
     slurm.says("sacct", "101|COMPLETED|n1|tiny\n")
     found = status()
-    assert (found.state, found.stage, found.reason) == ("queued", "train", "waits for the stage before")
+    assert (found.state, found.stage, found.reason) == ("queued", "train", "waits for the stage before it")
 
 
 def test_a_requeued_training_says_after_what(run: Run, slurm: FakeSlurm):
