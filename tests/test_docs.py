@@ -13,6 +13,7 @@ import typer
 from pipeline.cli.main import app
 from pipeline.config.sections import Config
 from pipeline.config.yaml_tree import known_paths
+from pipeline.run.events import Event
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -77,3 +78,14 @@ def test_overrides_that_a_page_shows_are_keys_of_the_config(page: Path):
     lines = [line for line in page.read_text().splitlines() if re.search(r"pipeline [a-z]+ +\S+\.yaml", line)]
     overrides = {m for line in lines for m in re.findall(r"(?<!-)\b([a-z_]+(?:\.[a-z_]+)+)=", line)}
     assert overrides <= set(known_paths(Config))
+
+
+def test_the_page_of_the_run_folder_lists_every_kind_of_event():
+    table = (ROOT / "docs/run-folder.md").read_text().partition("## Events")[2].partition("## ")[0]
+    first_cells = re.findall(r"^\| (`[^|]+) \|", table, re.M)
+    assert {kind for cell in first_cells for kind in re.findall(r"`(\w+)`", cell)} == kinds(Event)
+
+
+def kinds(event: type[Event]) -> set[str]:
+    """The kinds of this event and of all its subclasses."""
+    return {event.kind}.union(*map(kinds, event.__subclasses__())) - {""}
