@@ -1,1 +1,1 @@
-"""One script a claim; results, with date, commit and machine, stand in `results/`."""
+"""One script per claim; `results/` holds what each measured, with date, commit and machine."""

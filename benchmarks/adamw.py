@@ -1,4 +1,4 @@
-"""Milliseconds of one AdamW step: own (cache-sized chunks), own on whole tensors, torch's loop, foreach and fused.
+"""Measures one AdamW step: ours in cache-sized chunks, ours on whole tensors, torch's loop, foreach and fused.
 
 python -m benchmarks.adamw
 """
@@ -52,5 +52,5 @@ def measure(layout: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    figures = {layout: measure(layout) for layout in ("one tensor a parameter", "one flat tensor")}
+    figures = {layout: measure(layout) for layout in ("one tensor per parameter", "one flat tensor")}
     save("adamw", {"milliseconds_per_step": figures, "threads": torch.get_num_threads()})

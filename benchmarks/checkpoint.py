@@ -1,17 +1,18 @@
-"""What a checkpoint costs: the loop's stall and the time to durable, against peers; resume; stop on request; a load.
+"""Measures what a checkpoint costs, against peers: stall, time to durable, resume, stop on request, load.
 
     python -m benchmarks.checkpoint            both sizes
     python -m benchmarks.checkpoint --small    10M parameters only
 
 Every peer saves the same state of the same engine (one process, ZeRO 0: float32 weights and both moments) between real
-training steps, in turn, so that a drift of the machine meets all alike. Three figures each, medians over the rounds:
+training steps. The peers take turns, so that drift of the machine affects all alike. Three figures each, medians over
+the rounds:
 
-- stall: seconds the loop stands still for the save: in its call, and for ours in the wait before the optimiser step;
-- step: how much longer the steps until durable took than undisturbed ones, the stall included: what the background
-  work takes from the two cores the model computes on;
-- durable: from the call until the files are on disk (fsync), seconds.
+- stall: seconds by which a save stalls the loop: in its call and, for ours, in the wait before the optimizer step;
+- step: how much longer the steps until durable took than undisturbed ones, stall included: what the background work
+  takes from the two cores that the model computes on;
+- durable: seconds from the call until the files are on disk (fsync).
 
-A load is measured on two ranks: how much their own memory (no mapped file) grows at most, beside a rank's share of
+A load is measured on two ranks: the peak growth of a rank's own memory (mapped files excluded), beside its share of
 weights and moments and the largest fragment of the files.
 """
 
@@ -48,15 +49,15 @@ SHAPES = {
     "100M": {"vocab_size": 16384, "d_model": 768, "num_layers": 11, "num_heads": 12, "d_ff": 2048},
 }
 CONTEXT, BATCH = 128, 4
-ROUNDS = {"10M": 5, "100M": 2}  # what two cores do in four minutes
+ROUNDS = {"10M": 5, "100M": 2}  # about four minutes on two cores
 NOTES = (
-    f"saves and restarts: one process, ZeRO 0; loads: two; float32, {BATCH} sequences of {CONTEXT} tokens a step, "
-    f"medians; saves of each: {ROUNDS}"
+    f"saves and restarts: one process, ZeRO 0; loads: two; float32, {BATCH} sequences of {CONTEXT} tokens per step, "
+    f"medians; rounds of saves: {ROUNDS}"
 )
 
 
 def experiment(folder: Path, size: str) -> dict[str, Any]:
-    """The config of a run of this size on text that `text` made."""
+    """Returns the config of a run of this size on the text of `write_text`."""
     return {
         "name": size,
         "runs_dir": str(folder / "runs"),
@@ -90,7 +91,7 @@ def write_text(folder: Path) -> None:
 
 
 def measure(size: str, folder: Path) -> dict[str, Any]:
-    """The figures of all peers at one size."""
+    """Returns the figures of all peers at one size."""
     (folder / size).mkdir()
     bench = Bench(parse_config(json.dumps(experiment(folder, size))), folder / size)
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -103,7 +104,7 @@ def measure(size: str, folder: Path) -> dict[str, Any]:
             figures = one_save(bench, peer, target)
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(target) if target.is_dir() else target.unlink()
-            os.sync()  # one peer's dirty pages are not the next one's burden
+            os.sync()  # so that no peer pays for another's dirty pages
             if turn == 0:
                 first[name] = figures["stall"]
             else:
@@ -130,7 +131,7 @@ def measure(size: str, folder: Path) -> dict[str, Any]:
 
 
 def one_save(bench: Bench, peer: Callable[[Path], Saving], target: Path) -> dict[str, float]:
-    """A save between steps; steps go on until it is durable."""
+    """Saves once between steps and keeps stepping until the save is durable; returns its figures."""
     began = time.perf_counter()
     saving = peer(target)
     stall = call = time.perf_counter() - began
@@ -155,7 +156,7 @@ def one_save(bench: Bench, peer: Callable[[Path], Saving], target: Path) -> dict
 
 
 def measure_restart(size: str, folder: Path) -> dict[str, float]:
-    """Seconds from the start of a process to its first step, fresh and resumed, and from SIGUSR2 to durable."""
+    """Returns the seconds from process start to first step, fresh and resumed, and from SIGUSR2 to durable."""
     config = folder / f"{size}.json"
     config.write_text(json.dumps(experiment(folder, size)))
     run = folder / "runs" / size
@@ -197,7 +198,7 @@ def start(config: Path, run: Path) -> tuple[subprocess.Popen[bytes], float]:
 
 
 def measure_load(size: str, folder: Path) -> dict[str, dict[str, float]]:
-    """MB that a load takes on two ranks at most, by how it was written and is read, beside a rank's share."""
+    """Returns the peak MB of a load on two ranks, by the ZeRO stages of writer and reader, beside a rank's share."""
     config = folder / f"loads_{size}.json"
     tree = experiment(folder, size)
     config.write_text(
@@ -230,7 +231,7 @@ def main() -> None:
             for part, measured in parts.items():
                 for size in sizes:
                     figures.setdefault(part, {})[size] = measured(size, folder)
-                    save("checkpoint", figures, NOTES)  # each time: a run that is cut short has not been for nothing
+                    save("checkpoint", figures, NOTES)  # each time, so that an interrupted run keeps its results
     finally:
         shutil.rmtree(folder)
 

@@ -1,4 +1,4 @@
-"""An engine that trains, and every way to save it: ours, PyTorch's and DeepSpeed's (benchmarks/checkpoint.py)."""
+"""An engine that trains, and its peers for benchmarks/checkpoint.py: our way to save, PyTorch's and DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -25,17 +25,14 @@ OWN = "own, asynchronous"
 
 @dataclass
 class Saving:
-    """One save under way.
-
-    Attributes:
-        before_step: Waits for what must be done before weights change.
-        durable: Whether the files are on disk.
-        finish: Waits for that.
-    """
+    """One save under way."""
 
     before_step: Callable[[], object] = lambda: None
+    """Waits for what must happen before the weights change."""
     durable: Callable[[], bool] = lambda: True
+    """Says whether the files are on disk."""
     finish: Callable[[], object] = lambda: None
+    """Waits until they are."""
 
 
 class Bench:
@@ -43,7 +40,7 @@ class Bench:
 
     Args:
         config: The experiment.
-        folder: Takes what they write.
+        folder: Where the peers write.
     """
 
     def __init__(self, config: Config, folder: Path) -> None:
@@ -61,7 +58,7 @@ class Bench:
         self.saves = 0
 
     def step(self, before_step: Callable[[], object]) -> tuple[float, float]:
-        """One training step; its seconds and those it waited for `before_step`."""
+        """Runs one training step; returns its seconds, and those it waited for `before_step`."""
         began = time.perf_counter()
         self.engine.zero_grad()
         logits = self.engine(self.tokens[:, :-1])
@@ -75,11 +72,11 @@ class Bench:
         return time.perf_counter() - began, waited
 
     def state(self) -> dict[str, Any]:
-        """Weights and moments by name, without a copy."""
+        """Returns weights and moments by name, without a copy."""
         return {f"{key}/{f.name}": t for f in self.engine.fragments() for key, t in f.tensors.items()}
 
     def peers(self) -> dict[str, Callable[[Path], Saving]]:
-        """Every way to save, by name."""
+        """Returns every way to save, by name."""
         return {
             OWN: self.own,
             "own, waited for": self.own_synchronous,
@@ -90,39 +87,39 @@ class Bench:
         }
 
     def own(self, path: Path) -> Saving:
-        """Ours; goes on in the background."""
+        """Saves our way, in the background."""
         self.saves += 1
         self.saver.save(self.saves, self.engine.fragments(), {"optimizer_steps": self.saves})
         return Saving(self.saver.wait_for_copy, lambda: not self.saver.busy, self.saver.wait)
 
     def own_synchronous(self, path: Path) -> Saving:
-        """Ours, with the loop waiting for it."""
+        """Saves our way, with the loop waiting."""
         self.own(path).finish()
         return Saving()
 
     def torch_save(self, path: Path) -> Saving:
-        """One pickle."""
+        """Saves one pickle."""
         torch.save(self.state(), path)
         return Saving(finish=lambda: fsync_tree(path))
 
     def dcp(self, path: Path) -> Saving:
-        """PyTorch's sharded format."""
+        """Saves in PyTorch's sharded format."""
         dcp.save(self.state(), checkpoint_id=path)
         return Saving(finish=lambda: fsync_tree(path))
 
     def dcp_async(self, path: Path) -> Saving:
-        """The same, staged in host memory first."""
+        """Saves in the same format, staged in host memory first."""
         future = dcp.async_save(self.state(), checkpoint_id=path)
         return Saving(durable=future.done, finish=lambda: (future.result(), fsync_tree(path)))
 
     def deepspeed(self, path: Path) -> Saving:
-        """DeepSpeed's own."""
+        """Saves in DeepSpeed's own format."""
         self.engine._engine.save_checkpoint(str(path), tag="x")
         return Saving(finish=lambda: fsync_tree(path))
 
 
 def fsync_tree(path: Path) -> None:
-    """What the peers leave to the kernel: ours has done it when it says durable."""
+    """Flushes what the peers leave to the kernel; our save has done so when it reports durable."""
     for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
         fd = os.open(file, os.O_RDONLY)
         os.fsync(fd)

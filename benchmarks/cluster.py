@@ -1,6 +1,8 @@
-"""From a blow to a durable checkpoint and to the first new step, on a real Slurm: python -m benchmarks.cluster
+"""Measures the time from a fault to a durable checkpoint and to the first new step, on a real Slurm.
 
-Runs the cluster's survival tests, which strike and measure, and keeps what they measured. Needs root and Slurm.
+    python -m benchmarks.cluster
+
+Runs the cluster's survival tests, which inject the faults and take the times, and saves those. Needs root and Slurm.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 from benchmarks.harness import save
 
 _NOTES = (
-    "Two processes on two nodes of a devcluster of five, all on this machine: start-up, imports above all, shares its "
+    "Two processes on two nodes of a devcluster of five, all on this machine: start-up, mostly imports, shares its "
     "cores with a second run and the tests. A lost node includes the seconds until Slurm notices, 10 to 20 here."
 )
 

@@ -1,11 +1,11 @@
-"""What the image adds to a job's start: a SIF file and a sandbox folder against the host.
+"""Measures what the image adds to a job's start: a SIF file and a sandbox folder against the host.
 
     pipeline image build && pipeline image build --sandbox
     python -m benchmarks.container
 
-Each process is started by the command that `pipeline submit` works out, binds and process namespace included. The
-peers take turns in one run; the figures are medians of the wall time of the whole process, and the CPU seconds are
-those of all the processes that a start needs. What is added is the difference to the same command on the host.
+Each process starts with the command that `pipeline submit` builds, binds and process namespace included. The peers take
+turns in one run. The figures are medians of the wall time of the whole process; the CPU seconds are those of all
+processes that a start needs. The added time is the difference to the same command on the host.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROUNDS = 9
 def main() -> None:
     missing = [str(image) for image in IMAGES.values() if not image.exists()]
     if missing:
-        sys.exit(f"{', '.join(missing)}: not there; `pipeline image build`, and the same with --sandbox")
+        sys.exit(f"{', '.join(missing)}: not built; run `pipeline image build`, once without and once with --sandbox")
     with tempfile.TemporaryDirectory(dir=ROOT / "build") as name, contextlib.chdir(name):
         argvs = {(what, where): _argv(where, inner) for what, inner in COMMANDS.items() for where in ("host", *IMAGES)}
         environment = container_environment(SiteContainer(), {**os.environ, "OMP_NUM_THREADS": "1"})
@@ -60,7 +60,7 @@ def main() -> None:
     save(
         "container",
         figures,
-        "Started by root: the kernel mounts the SIF. With squashfuse, as a user, reads are slower.",
+        "Started by root: the kernel mounts the SIF. A user's squashfuse reads more slowly.",
     )
 
 
@@ -77,7 +77,7 @@ def _start(argv: list[str], environment: dict[str, str]) -> Callable[[], object]
 
 
 def _cpu_s(call: Callable[[], object]) -> float:
-    """CPU seconds of a start and all it waits for; the mean of three."""
+    """Returns the CPU seconds of a start and of all it waits for, the mean of three."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(3):
         call()

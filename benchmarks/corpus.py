@@ -1,9 +1,9 @@
-"""English text for benchmarks: from Debian's documentation packages, every document a different one.
+"""Builds English text for benchmarks from Debian's documentation packages, with no document twice.
 
     python -m benchmarks.corpus FOLDER
 
 Copies of one text would flatter every tokenizer that caches words; these are real documents, about 340 MB in all.
-Translations are left out, and a dictionary, which is one file, is cut into documents of some pages.
+Translations are skipped. A dictionary, which is one file, is cut into documents of a few pages.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _TAG = re.compile(r"<[^>]*>")
 _BLANK_LINES = re.compile(r"\s*\n\s*\n\s*")
 # Folders of other languages: `translations/`, `zh_CN/`, `pt-BR/`.
 _TRANSLATED = re.compile(r"/(translations|(?!en)[a-z]{2,3}[-_][A-Z]{2})/")
-# Where an entry of a dictionary begins, and how many characters of entries make a document.
+# The start of a dictionary entry, and how many characters of entries make a document.
 _ENTRY = re.compile(r"\n(?=\S)")
 _ENTRIES_CHARACTERS = 4000
 
 
 def build(folder: Path) -> Path:
-    """Writes all documents to `folder/english.txt`, each ended by the record separator; returns the path."""
+    """Writes all documents to `folder/english.txt`, each followed by the record separator; returns the path."""
     target = folder / "english.txt"
     if target.exists():
         return target
@@ -59,7 +59,7 @@ def _documents(package: str, temp: Path) -> Iterator[str]:
     done = subprocess.run(["apt-get", "download", "-qq", package], cwd=temp, capture_output=True, text=True)
     archives = list(temp.glob("*.deb"))
     if done.returncode != 0 or not archives:
-        print(f"{package}: cannot be downloaded, left out", file=sys.stderr)
+        print(f"{package}: cannot be downloaded, skipped", file=sys.stderr)
         return
     unpacked = temp / "unpacked"
     subprocess.run(["dpkg-deb", "-x", archives[0], unpacked], check=True)

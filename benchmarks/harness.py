@@ -1,4 +1,4 @@
-"""What every benchmark shares: peers interleaved in one run, medians and ratios, dated results."""
+"""Shared by every benchmark: peers interleaved in one run, medians, dated results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(peers: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, float]:
-    """Median seconds of each peer; one call of each per round, so that a drift of the machine meets all alike."""
+    """Returns the median seconds of each peer; each round calls every peer once, so that drift affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in peers}
     for turn in range(warm_up + rounds):
         for name, call in peers.items():
@@ -31,14 +31,14 @@ def interleaved(peers: Mapping[str, Callable[[], Any]], rounds: int, warm_up: in
 
 
 def machine() -> str:
-    """The machine in words: what a reader needs to judge a figure."""
+    """Describes the machine, so that a reader can judge a figure."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"one virtual machine, {os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, no GPU"
 
 
 @functools.cache
 def _provenance() -> dict[str, Any]:
-    """As it was at first: the results of an earlier part are a change in the working tree."""
+    """Collects provenance once, before the results of an earlier part change the working tree."""
     return collect_provenance()
 
 

@@ -1,13 +1,13 @@
-"""Text to memory-mapped tokens, training a vocabulary, memory and reading batches, against what people use for each.
+"""Measures tokenizing, BPE training, memory and batch reading, against the usual tool for each.
 
     python -m benchmarks.prepare [--text FILE] [--rounds 3]
 
-End to end: `pipeline prepare` (read, encode, index, hash, check, split, write) as a whole process against processes
+End to end: `pipeline prepare` (read, encode, index, hash, check, split, write) as a whole process, against processes
 that read the same file with Hugging Face `tokenizers` (`encode_batch_fast`) or `tiktoken` and write a memmap, without
 index, digests, checks or split (prepare_peers.py). All use the same vocabulary and must write the same number of
-tokens. The runs are interleaved, with one of `pipeline prepare` before each of another. Seconds of wall and CPU are
-medians, start-up of the interpreter included. Without `--text` the text is built from Debian packages.
-rustbpe is compared where it is installed (`pip install rustbpe==0.1.0`).
+tokens. The runs are interleaved, with one of `pipeline prepare` before each run of a peer. Wall and CPU seconds are
+medians, start-up of the interpreter included. Without `--text`, the text is built from Debian packages. rustbpe is
+compared if it is installed (`pip install rustbpe==0.1.0`).
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def main() -> None:
     save(
         "prepare",
         figures,
-        notes="text: distinct English documents of Debian's documentation packages, no copies. memory: the English "
-        "2 GB are hard links to one text; the words of the random text are nearly all different, the worst there is "
-        "for an encoder that remembers words",
+        notes="text: distinct English documents of Debian's documentation packages, no copies. memory: the 2 GB of "
+        "English are hard links to one text; nearly all words of the random text differ, the worst case for an encoder "
+        "that caches words",
     )
 
 
 def experiment(folder: Path, name: str, texts: list[Path], tokenizer: Path) -> Path:
-    """A config file that prepares `texts` in `folder/name`."""
+    """Writes a config file that prepares `texts` in `folder/name`; returns its path."""
     tree = {
         "name": "bench",
         "data": {
@@ -88,7 +88,7 @@ def prepare(config: Path) -> list[str]:
 
 
 def compare_training(text: Path, tokenizer: Path) -> dict[str, Any]:
-    """BPE of 32,000 tokens on the same text, two runs of each; leaves this project's tokenizer in `tokenizer`."""
+    """Trains a BPE of 32,000 tokens on the same text, twice per tool; leaves this project's in `tokenizer`."""
     names = ["pipeline", "tokenizers", *(["rustbpe"] if importlib.util.find_spec("rustbpe") else [])]
     runs: dict[str, list[Usage]] = defaultdict(list)
     for _ in range(2):
@@ -98,7 +98,7 @@ def compare_training(text: Path, tokenizer: Path) -> dict[str, Any]:
 
 
 def compare_end_to_end(folder: Path, text: Path, tokenizer: Path, rounds: int) -> dict[str, Any]:
-    """The own dataset stays in `folder/own`."""
+    """Compares whole processes from text to tokens; our dataset stays in `folder/own`."""
     own, megabytes = prepare(experiment(folder, "own", [text], tokenizer)), text.stat().st_size / 1e6
     peers = {n: [*PEERS, "encode", n, str(text), str(tokenizer), str(folder / n)] for n in ("tiktoken", "tokenizers")}
     runs: dict[str, list[Usage]] = defaultdict(list)
@@ -113,7 +113,7 @@ def compare_end_to_end(folder: Path, text: Path, tokenizer: Path, rounds: int) -
     tokens = sum(file.stat().st_size // 2 for file in (folder / "own").rglob("*.bin"))
     for name in peers:
         if (folder / name).stat().st_size // 2 != tokens:
-            raise SystemExit(f"{name} wrote another number of tokens")
+            raise SystemExit(f"{name} wrote a different number of tokens")
     result: dict[str, Any] = {"tokens": tokens, **{name: medians(r, megabytes) for name, r in runs.items()}}
     for name in peers:
         for unit in ("cpu", "wall"):
@@ -123,7 +123,7 @@ def compare_end_to_end(folder: Path, text: Path, tokenizer: Path, rounds: int) -
 
 
 def compare_memory(folder: Path, text: Path, tokenizer: Path) -> dict[str, Any]:
-    """Peak memory on 100 MB and on 2 GB of the same kind of text."""
+    """Measures peak memory on 100 MB and on 2 GB of the same kind of text."""
     result: dict[str, Any] = {}
     for kind, made in (("English", english_of(folder, text)), ("random words", random_words_of(folder))):
         for name, texts in made.items():
@@ -163,7 +163,7 @@ def random_words_of(folder: Path) -> dict[str, list[Path]]:
 
 
 def compare_reading(dataset: Path) -> dict[str, Any]:
-    """Shuffled batches against a copy of the same bytes and a step of the demo's model, by CPU time of one thread."""
+    """Compares shuffled batches with a copy of the same bytes and with a demo step, in CPU time of one thread."""
     from pipeline.config.load import load_config
     from pipeline.config.sections import DataConfig
     from pipeline.data.dataset import BatchReader, open_dataset
@@ -176,7 +176,7 @@ def compare_reading(dataset: Path) -> dict[str, Any]:
         reader = BatchReader(opened, data, seed=1, context_length=context, batch_size=batch)
         source = np.ones((batch, context), np.int64)
         steps = max(50, 20_000_000 // source.size)
-        for index in range(steps):  # the pages of the shards into memory
+        for index in range(steps):  # brings the pages of the shards into memory
             reader.batch(index, 0, batch)
         own = _median_seconds(lambda index, r=reader, b=batch: r.batch(index, 0, b), steps)
         copy = _median_seconds(lambda _, s=source: (s.copy(), s.copy()), steps)
@@ -196,7 +196,7 @@ def compare_reading(dataset: Path) -> dict[str, Any]:
 
 
 def _step_seconds(demo: Any) -> float:
-    """Forward and backward of one global batch; clipping and AdamW would come on top."""
+    """Measures forward and backward of one global batch; clipping and AdamW would add to it."""
     import torch
 
     from pipeline.model.loss import cross_entropy

@@ -1,4 +1,4 @@
-"""What a user of other tools runs instead of `pipeline prepare`: one process each, for benchmarks/prepare.py.
+"""The peers of benchmarks/prepare.py: what a user of other tools runs instead of `pipeline prepare`, one process each.
 
 `encode tokenizers|tiktoken TEXT TOKENIZER OUT` or `train pipeline|tokenizers|rustbpe TEXT MEGABYTES OUT`.
 """
@@ -20,7 +20,7 @@ _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\
 
 
 def encode(name: str, text: str, tokenizer: str, out: str) -> None:
-    """Reads, encodes in batches on all cores and writes a memmap; no index, no digests, no checks, no split."""
+    """Reads, encodes in batches on all cores and writes a memmap, without index, digests, checks or split."""
     import numpy as np
 
     documents = Path(text).read_bytes().decode().split(SEPARATOR)[:-1]
@@ -52,7 +52,7 @@ def _by_tiktoken(tokenizer: str) -> Callable[[list[str]], list[list[int]]]:
 
 
 def _ranks(tokenizer: str) -> dict[bytes, int]:
-    """The vocabulary as tiktoken wants it: the ids are the order of the merges already."""
+    """Returns the vocabulary in tiktoken's form; the ids already follow the order of the merges."""
     from pipeline.text_format import byte_characters
 
     byte_of = {c: b for b, c in enumerate(byte_characters())}
@@ -73,7 +73,7 @@ def _batches(documents: list[str]) -> list[list[str]]:
 
 
 def train(name: str, text: str, megabytes: str, out: str) -> None:
-    """Trains a BPE on the first megabytes of a text; the pipeline's is written to `out`."""
+    """Trains a BPE on the first megabytes of a text; writes the pipeline's to `out`."""
     with Path(text).open("rb") as source:
         content = source.read(int(megabytes) * 10**6)
     content = content[: content.rindex(SEPARATOR.encode())]

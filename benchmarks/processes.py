@@ -1,4 +1,4 @@
-"""Wall seconds, CPU seconds and peak memory of whole processes, start-up included."""
+"""Measures wall seconds, CPU seconds and peak memory of whole processes, start-up included."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Runs between the two, for a process inherits the peak of the one that starts it, and a benchmark may be large.
+# Runs between the two, because a process inherits the peak of its parent, and a benchmark may be large.
 _HELPER = """
 import json, os, subprocess, sys, time
 began = time.perf_counter()
@@ -23,7 +23,7 @@ print(json.dumps([status, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss
 
 @dataclass(frozen=True)
 class Usage:
-    """What one run of a process took: seconds of wall and CPU (all threads), and its peak memory in MB."""
+    """Wall seconds, CPU seconds (all threads) and peak memory in MB of one process."""
 
     wall: float
     cpu: float
@@ -31,7 +31,7 @@ class Usage:
 
 
 def measure(command: Sequence[str]) -> Usage:
-    """Runs a command to its end."""
+    """Runs a command to its end and returns what it used."""
     done = subprocess.run([sys.executable, "-I", "-S", "-c", _HELPER, *command], stdout=subprocess.PIPE, check=True)
     status, wall, cpu, peak = json.loads(done.stdout)
     if status != 0:
@@ -40,7 +40,7 @@ def measure(command: Sequence[str]) -> Usage:
 
 
 def medians(runs: Sequence[Usage], megabytes: float) -> dict[str, Any]:
-    """The medians of several runs over the same text, and the CPU seconds of each."""
+    """Returns the medians of several runs over the same text, and the CPU seconds of each."""
     cpu = statistics.median(run.cpu for run in runs)
     return {
         "runs": len(runs),

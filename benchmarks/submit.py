@@ -1,6 +1,8 @@
-"""How long `pipeline submit` and its dry run take, against a real Slurm: python -m benchmarks.submit
+"""Measures how long `pipeline submit` and its dry run take, against a real Slurm.
 
-Needs root and Slurm. The three jobs of the demo are submitted each time, and held, so that nothing computes meanwhile.
+    python -m benchmarks.submit
+
+Needs root and Slurm. Each call submits the three jobs of the demo on hold, so that nothing computes meanwhile.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from pipeline.devcluster.hosts import environment
 _ROOT = Path(__file__).parents[1]
 _ROUNDS = 10
 _NOTES = (
-    "Medians and the longest of 10, interleaved; wall seconds from the start of the process to its end. The machine "
-    "was busy with other work, so this ran at real-time priority: chrt -r 1 python -m benchmarks.submit"
+    "Median and longest of 10, interleaved; wall seconds from the start of the process to its end. The machine was "
+    "busy with other work, so this ran at real-time priority: chrt -r 1 python -m benchmarks.submit"
 )
 
 
@@ -50,7 +52,7 @@ def main() -> None:
 
 
 def _measure(folder: Path, site: Path, env: dict[str, str]) -> dict[str, list[tuple[float, float]]]:
-    """Wall and CPU seconds of every call; the first round warms the caches up."""
+    """Returns wall and CPU seconds of every call; the first round only warms the caches."""
     found: dict[str, list[tuple[float, float]]] = {"submit": [], "submit --dry-run": []}
     for turn in range(_ROUNDS + 1):
         for what, options in (("submit --dry-run", ["--dry-run"]), ("submit", [])):

@@ -1,18 +1,16 @@
-"""What logging costs a training: steps with it on and off, with MLflow well, slow, stopped, away and absent.
+"""Measures what logging costs training: steps with and without it, with MLflow well, slow, stopped or absent.
 
     python -m benchmarks.tracking [CONDITION ...]
 
-One process trains one model with one thread and switches logging on and off with every step or two (off, on, on,
-off), so that the memory it got, the weights it has reached and whatever else the machine does are the same for
-both: what disturbs a step on a shared machine lasts for longer than a step. Off means that no line is written and
-that the helper process, which feeds MLflow, is stopped; on, a line of eleven metrics is written for every step, ten
-times what the default asks for, and the helper does the work of both halves, for its rounds go by the clock. The
-server is a real `mlflow server` on this machine, stopped by SIGSTOP for the condition of that name; the slow one is
-behind a relay that holds every answer back.
+One process trains one model with one thread and switches logging on and off every step or two (off, on, on, off). Both
+halves then share the same memory, the same weights and whatever else the machine does: a disturbance on a shared
+machine lasts longer than a step. Off, no line is written and the helper process, which feeds MLflow, is stopped. On, a
+line of eleven metrics is written for every step, ten times as often as by default, and the helper does the work of both
+halves, because its rounds follow the clock. The server is a real `mlflow server` on this machine; SIGSTOP stops it for
+the condition of that name. The slow one is behind a relay that delays every answer.
 
-The figure is the Hodges-Lehmann mean of the ratios of neighbouring steps (the median of the means of any two), with
-the 95% interval that belongs to it, of Wilcoxon's signed ranks. `control` is the same with nothing to switch: what
-the method cannot see.
+The figure is the Hodges-Lehmann mean of the ratios of neighbouring steps (the median of the means of any two), with its
+95% interval from Wilcoxon's signed ranks. `control` is the same with nothing to switch: what the method cannot see.
 """
 
 from __future__ import annotations
@@ -49,13 +47,13 @@ SECONDS = {  # of one pass
     "server answers after 30 s": 75,
     "no server": 70,
 }
-PASSES = 2  # over all conditions, by turns
+PASSES = 2  # over all conditions, in turn
 STOPPED = (20.0, 80.0)
-WARM_UP_S = (10.0, 40.0)  # until the store has got its first points, if it is there
+WARM_UP_S = (10.0, 40.0)  # until the store has its first points, if it is there
 
 
 class Switched:
-    """A tracker that can be switched off, with its helper process; `off` is a run without tracking."""
+    """A tracker that can be switched off together with its helper process."""
 
     def __init__(self, folder: Path, uri: str) -> None:
         from pipeline import tracking
@@ -69,23 +67,23 @@ class Switched:
         self.calls: list[float] = []
 
     def switch(self, on: bool) -> None:
-        """Lets the helper go on or stops it."""
+        """Resumes or stops the helper."""
         for helper in self._helpers:
             helper.send_signal(signal.SIGCONT if on else signal.SIGSTOP)
 
     def log(self, loss: float, base: float) -> None:
-        """Logs the next step and notes how long that took."""
+        """Logs the next step and notes how long the call took."""
         began = time.perf_counter()
         self._step += 1
         self._tracker.log(self._step, {"train/loss": loss, **{f"train/metric_{i}": i + base for i in range(10)}})
         self.calls.append(time.perf_counter() - began)
 
     def has_sent(self) -> bool:
-        """Whether the store has acknowledged points."""
+        """Says whether the store has acknowledged points."""
         return self._run.mlflow_file.exists() and any(s.sent for s in upload_state.load(self._run).stores.values())
 
     def end(self) -> dict[str, float]:
-        """Closes the tracker; returns the helper's CPU seconds and how long closing took."""
+        """Closes the tracker; returns the helper's CPU seconds and the seconds that closing took."""
         self.switch(True)
         helper_s = sum(sum(helper.cpu_times()[:2]) for helper in self._helpers)
         began = time.perf_counter()
@@ -94,7 +92,7 @@ class Switched:
 
 
 def child(folder: Path, uri: str, seconds: float) -> None:
-    """Trains, switching logging between steps, and writes down what every step took."""
+    """Trains, switching logging between steps, and records the time of every step."""
     import torch
 
     from pipeline.model.loss import cross_entropy
@@ -119,7 +117,7 @@ def child(folder: Path, uri: str, seconds: float) -> None:
             tracker.log(value, began)
         return time.perf_counter() - began, time.thread_time() - began_cpu
 
-    # What a run does once is no cost of a step: importing mlflow, making the tables of a new store.
+    # Importing mlflow and creating the tables of a new store happen once per run: they are not a cost of a step.
     began = time.monotonic()
     while (passed := time.monotonic() - began) < WARM_UP_S[1]:
         step(True)
@@ -139,7 +137,7 @@ def child(folder: Path, uri: str, seconds: float) -> None:
 
 
 def train(folder: Path, uri: str, seconds: float, at: Callable[[float], None] = lambda _: None) -> dict[str, Any]:
-    """Runs the training in a process of its own, telling `at` how many seconds have passed."""
+    """Runs the training in a separate process, calling `at` with the seconds that have passed."""
     command = [sys.executable, "-m", "benchmarks.tracking", "child", str(folder), uri, str(seconds)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     began = time.monotonic()
@@ -156,7 +154,7 @@ def train(folder: Path, uri: str, seconds: float, at: Callable[[float], None] = 
 
 
 def ratio(passes: list[Any], clock: int) -> dict[str, Any]:
-    """On over off of neighbouring steps by one of the two clocks, with a 95% interval."""
+    """Returns the ratio on/off of neighbouring steps by one of the two clocks, with a 95% interval."""
     off, on = (np.concatenate([np.array(found[name])[:, clock] for found in passes]) for name in ("off", "on"))
     ratios = np.log(on / off)
     first, second = np.triu_indices(len(ratios))
@@ -192,7 +190,7 @@ def summary(passes: list[Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def stopped(process: subprocess.Popen[bytes]) -> Iterator[Callable[[float], None]]:
-    """Stops the server with all its processes between the two moments of `STOPPED`."""
+    """Stops the server and all its processes between the two times of `STOPPED`."""
     still = False
 
     def at(elapsed: float) -> None:
@@ -208,7 +206,7 @@ def stopped(process: subprocess.Popen[bytes]) -> Iterator[Callable[[float], None
 
 
 def measure(condition: str) -> dict[str, Any]:
-    """One pass of a condition."""
+    """Runs one pass of a condition."""
     seconds = SECONDS[condition]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -237,7 +235,7 @@ def measure(condition: str) -> dict[str, Any]:
 
 
 def complete(folder: Path) -> dict[str, Any]:
-    """What training had got through by itself, and whether MLflow equals metrics.jsonl after `pipeline sync`."""
+    """Returns what training itself had sent, and whether MLflow equals metrics.jsonl after `pipeline sync`."""
     run = Run(folder / "runs" / "try")
     sent = max((s.sent for s in upload_state.load(run).stores.values()), default=0)
     share = sent / run.metrics_file.stat().st_size

@@ -1,4 +1,4 @@
-"""Thin adapters: each piece of the training loop under a fixed name, so that other people's tests can drive it."""
+"""Thin adapters that expose each piece of the training loop under a fixed name, so that external tests can drive it."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from pipeline.optim.schedule import get_lr_cosine_schedule
 
 
 def run_linear(d_in: int, d_out: int, weights: Tensor, in_features: Tensor) -> Tensor:
-    """`weights (d_out, d_in)`, `in_features (..., d_in)` -> `(..., d_out)`."""
+    """Applies a linear layer: `weights (d_out, d_in)`, `in_features (..., d_in)` -> `(..., d_out)`."""
     return _loaded(layers.Linear(d_in, d_out), {"weight": weights})(in_features)
 
 
 def run_embedding(vocab_size: int, d_model: int, weights: Tensor, token_ids: Tensor) -> Tensor:
-    """`weights (vocab_size, d_model)`, `token_ids (...)` -> `(..., d_model)`."""
+    """Looks tokens up: `weights (vocab_size, d_model)`, `token_ids (...)` -> `(..., d_model)`."""
     return _loaded(layers.Embedding(vocab_size, d_model), {"weight": weights})(token_ids)
 
 
 def run_swiglu(
     d_model: int, d_ff: int, w1_weight: Tensor, w2_weight: Tensor, w3_weight: Tensor, in_features: Tensor
 ) -> Tensor:
-    """`in_features (..., d_model)` -> `(..., d_model)`."""
+    """Applies SwiGLU: `in_features (..., d_model)` -> `(..., d_model)`."""
     weights = {"w1.weight": w1_weight, "w2.weight": w2_weight, "w3.weight": w3_weight}
     return _loaded(layers.SwiGLU(d_model, d_ff), weights)(in_features)
 
 
 def run_scaled_dot_product_attention(Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`Q (..., queries, d_k)`, `K (..., keys, d_k)`, `V (..., keys, d_v)`; mask True = attend."""
+    """Attends with `Q (..., queries, d_k)`, `K (..., keys, d_k)`, `V (..., keys, d_v)`; mask True = attend."""
     return layers.scaled_dot_product_attention(Q, K, V, mask)
 
 
@@ -52,7 +52,7 @@ def run_multihead_self_attention(
     o_proj_weight: Tensor,
     in_features: Tensor,
 ) -> Tensor:
-    """Causal attention without positions: `(..., seq, d_model)` to itself."""
+    """Applies causal attention without positions: `(..., seq, d_model)` -> the same shape."""
     attention = layers.CausalSelfAttention(d_model, num_heads)
     weights = _attention_weights(q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
     return _loaded(attention, weights)(in_features)
@@ -70,7 +70,7 @@ def run_multihead_self_attention_with_rope(
     in_features: Tensor,
     token_positions: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention with RoPE; positions `(..., seq)`, 0 .. seq-1 by default."""
+    """Applies causal attention with RoPE; positions `(..., seq)`, by default 0 .. seq-1."""
     rope = layers.RotaryEmbedding(theta, d_model // num_heads, max_seq_len)
     attention = layers.CausalSelfAttention(d_model, num_heads, rope)
     weights = _attention_weights(q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
@@ -93,7 +93,7 @@ def run_transformer_block(
     weights: dict[str, Tensor],
     in_features: Tensor,
 ) -> Tensor:
-    """One pre-norm block; `weights` under the block's state-dict names."""
+    """Applies one pre-norm block; `weights` has the block's state-dict names."""
     rope = layers.RotaryEmbedding(theta, d_model // num_heads, max_seq_len)
     block = _loaded(layers.TransformerBlock(d_model, num_heads, d_ff, rope), weights)
     return block(in_features, torch.arange(in_features.shape[-2], device=in_features.device))
@@ -110,33 +110,33 @@ def run_transformer_lm(
     weights: dict[str, Tensor],
     in_indices: Tensor,
 ) -> Tensor:
-    """`in_indices (batch, seq)`, seq up to the context -> logits `(batch, seq, vocab)`."""
+    """Runs the model: `in_indices (batch, seq)`, seq up to the context -> logits `(batch, seq, vocab)`."""
     model = TransformerLM(vocab_size, context_length, d_model, num_layers, num_heads, d_ff, rope_theta)
     return _loaded(model, weights)(in_indices)
 
 
 def run_rmsnorm(d_model: int, eps: float, weights: Tensor, in_features: Tensor) -> Tensor:
-    """`(..., d_model)` to itself."""
+    """Normalizes `(..., d_model)`."""
     return _loaded(layers.RMSNorm(d_model, eps), {"weight": weights})(in_features)
 
 
 def run_silu(in_features: Tensor) -> Tensor:
-    """Elementwise."""
+    """Applies SiLU elementwise."""
     return layers.silu(in_features)
 
 
 def run_softmax(in_features: Tensor, dim: int) -> Tensor:
-    """Along `dim`."""
+    """Applies softmax along `dim`."""
     return layers.softmax(in_features, dim)
 
 
 def run_get_batch(dataset: np.ndarray, batch_size: int, context_length: int, device: str) -> tuple[Tensor, Tensor]:
-    """Windows at uniformly random starts of a 1-D token array: x and y `(batch_size, context_length)`."""
+    """Draws windows at uniformly random starts of a 1-D token array: x and y `(batch_size, context_length)`."""
     return get_batch(dataset, batch_size, context_length, device)
 
 
 def run_cross_entropy(inputs: Tensor, targets: Tensor) -> Tensor:
-    """`inputs (..., vocab)`, `targets (...)` -> mean loss."""
+    """Returns the mean loss of `inputs (..., vocab)` on `targets (...)`."""
     return cross_entropy(inputs, targets)
 
 
@@ -146,14 +146,14 @@ def run_gradient_clipping(parameters: Iterable[torch.nn.Parameter], max_l2_norm:
 
 
 def get_adamw_cls() -> Any:
-    """The project's own optimiser class."""
+    """Returns the project's own optimizer class."""
     return AdamW
 
 
 def run_get_lr_cosine_schedule(
     it: int, max_learning_rate: float, min_learning_rate: float, warmup_iters: int, cosine_cycle_iters: int
 ) -> float:
-    """Learning rate at step `it`."""
+    """Returns the learning rate at step `it`."""
     return get_lr_cosine_schedule(it, max_learning_rate, min_learning_rate, warmup_iters, cosine_cycle_iters)
 
 
@@ -163,7 +163,7 @@ def run_save_checkpoint(
     iteration: int,
     out: str | os.PathLike[str] | BinaryIO | IO[bytes],
 ) -> None:
-    """Writes one file, or to a binary file object."""
+    """Saves both to a file or a binary file object."""
     save_checkpoint(model, optimizer, iteration, out)
 
 
@@ -179,7 +179,7 @@ def _attention_weights(q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> dict[str, 
 
 
 def _loaded(module: torch.nn.Module, weights: dict[str, Tensor]) -> torch.nn.Module:
-    """The module with these weights, on their device and in their dtype; refuses missing or surplus names."""
+    """Returns the module with these weights, device and dtype; refuses missing or surplus names."""
     first = next(iter(weights.values()))
     module.to(device=first.device, dtype=first.dtype)
     module.load_state_dict(weights)

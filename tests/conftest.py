@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Hooks for every test."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """In CI everything is installed: a test that is skipped there has not done its work."""
+    """Fails a skipped test in CI, where everything is installed."""
     report = yield
     if os.environ.get("CI") and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
-        report.longrepr = f"skipped, which no test may be in CI: {report.longrepr}"
+        report.longrepr = f"no test may be skipped in CI: {report.longrepr}"
     return report

@@ -1,4 +1,4 @@
-"""A tiny experiment that real ranks train: text, tokens, a config, and what a run folder says came of it."""
+"""A tiny experiment for real ranks: its text and config, and readers of the run folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CHECKPOINT_INTERVAL = 5
 
 
 def write_experiment(folder: Path, runs_dir: Path, name: str, **changes: Any) -> Path:
-    """Text and a config below `folder`; the run goes to `runs_dir`. Returns the config's path.
+    """Writes text and a config below `folder`, for a run in `runs_dir`; returns the config's path.
 
     Args:
         folder: Shared by experiments on the same data.
-        runs_dir: Holds the run.
-        name: Of the run.
+        runs_dir: Where the run goes.
+        name: Name of the run.
         changes: Values by their dotted keys.
     """
     text = folder / "text"
@@ -64,27 +64,27 @@ def write_experiment(folder: Path, runs_dir: Path, name: str, **changes: Any) ->
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; one being written is left out."""
+    """Returns the whole lines of a JSON-lines file, without one that is being written."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def last_step(run: Path) -> int:
-    """The last step in the metrics."""
+    """Returns the last step in the metrics."""
     return max((line["step"] for line in lines(run / "metrics.jsonl")), default=0)
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
-    """Every training loss in the metrics, in the order of the file: a repeated step shows twice."""
+    """Returns every training loss in the metrics, in the order of the file: a repeated step shows twice."""
     return [(line["step"], line["train/loss"]) for line in lines(run / "metrics.jsonl") if "train/loss" in line]
 
 
 def validations(run: Path) -> list[tuple[int, float]]:
-    """Every validation loss in the metrics."""
+    """Returns every validation loss in the metrics."""
     return [(line["step"], line["val/loss"]) for line in lines(run / "metrics.jsonl") if "val/loss" in line]
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The events of one kind."""
+    """Returns the events of one kind."""
     return [e for e in lines(run / "events.jsonl") if e["event"] == kind]

@@ -1,4 +1,4 @@
-"""Imported once, by the process that ranks are forked from; starts no threads, which would not survive a fork."""
+"""Imports for the process that ranks are forked from; starts no threads, because they would not survive a fork."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ warnings.simplefilter("ignore", FutureWarning)
 
 import pytest  # noqa: E402, F401
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402 - every optimiser imports it, which takes a second
+import torch._dynamo  # noqa: E402 - every optimizer imports it, which takes a second
 
 import pipeline.cli.main  # noqa: E402
 import pipeline.data.build.display  # noqa: E402

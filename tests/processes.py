@@ -1,4 +1,4 @@
-"""Ranks as forks of a process that has imported everything: a start costs a second, not the ten of four imports.
+"""Ranks as forks of a process that has imported everything: a start takes one second, not the ten of four imports.
 
 They are real processes: each joins its process group over TCP, can be killed alone, and ends with an exit status.
 """
@@ -26,24 +26,21 @@ _FORKS.set_forkserver_preload(["tests.preload"])
 
 @dataclass
 class Ranks:
-    """Processes that work together.
-
-    Attributes:
-        processes: One a rank.
-        log: Takes what they print.
-        codes: Exit status of each that has ended; minus the signal's number if one killed it.
-        ended_at: When each ended, by the monotonic clock.
-        queued: Seconds that each, as last seen, was ready to run and had no processor.
-    """
+    """The processes of one world."""
 
     processes: list[BaseProcess]
+    """One per rank."""
     log: Path
+    """Receives what they print."""
     codes: dict[int, int] = field(default_factory=dict)
+    """Exit status of each rank that has ended; the negative signal number if a signal killed it."""
     ended_at: dict[int, float] = field(default_factory=dict)
+    """When each rank ended, by the monotonic clock."""
     queued: dict[int, float] = field(default_factory=dict)
+    """Seconds that each rank, as last seen, was ready to run and had no processor."""
 
     def poll(self) -> bool:
-        """Whether all have ended."""
+        """Returns whether all ranks have ended."""
         for rank, process in enumerate(self.processes):
             if rank not in self.codes and process.exitcode is not None:
                 self.codes[rank] = process.exitcode
@@ -51,14 +48,14 @@ class Ranks:
         return len(self.codes) == len(self.processes)
 
     def wait(self, timeout_s: float) -> bool:
-        """Waits until all have ended; False if the time was over before."""
+        """Waits until all ranks have ended; returns False on timeout."""
         return wait_until(self.poll, timeout_s)
 
     def within(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Polls; False after so many seconds, not counting those in which the ranks stood in the queue for a processor.
+        """Polls; returns False after `seconds`, not counting those in which the ranks queued for a processor.
 
-        Others may have the machine: a rank that waits for its turn does not hang. One that spins hangs and queues, so
-        that four times the seconds are the limit whatever was waited for.
+        On a busy machine a rank that waits for its turn does not hang. A rank that spins both hangs and queues, so that
+        four times the seconds are the limit in any case.
         """
         began, queued = time.monotonic(), self._queued_s()
         while not condition():
@@ -69,15 +66,15 @@ class Ranks:
         return True
 
     def _queued_s(self) -> float:
-        """Of all threads of all ranks; one after the other may have kept the others waiting."""
+        """Sums over all threads of all ranks, because the ranks may have waited for one another."""
         for rank, process in enumerate(self.processes):
-            with contextlib.suppress(OSError):  # it has ended: what was last seen counts
+            with contextlib.suppress(OSError):  # it has ended: the last reading counts
                 tasks = Path(f"/proc/{process.pid}/task").iterdir()
                 self.queued[rank] = sum(int((task / "schedstat").read_text().split()[1]) for task in tasks) / 1e9
         return sum(self.queued.values())
 
     def kill(self, number: int, ranks: Sequence[int] | None = None) -> None:
-        """Sends a signal to these ranks, or to all, as far as they run."""
+        """Sends a signal to these ranks, or to all that still run."""
         self.poll()
         for rank in range(len(self.processes)) if ranks is None else ranks:
             pid = self.processes[rank].pid
@@ -85,12 +82,12 @@ class Ranks:
                 os.kill(pid, number)
 
     def end(self) -> None:
-        """Leaves no process behind."""
+        """Kills what still runs and waits for it."""
         self.kill(signal.SIGKILL)
         self.wait(10)
 
     def words(self) -> str:
-        """The end of what the ranks printed."""
+        """Returns the end of what the ranks printed."""
         return self.log.read_text(errors="replace")[-4000:]
 
 
@@ -98,16 +95,16 @@ def start(arguments: Sequence[str], world_size: int, log: Path, environ: Mapping
     """Starts `pipeline ARGUMENTS` on every rank.
 
     Args:
-        arguments: Of the command.
+        arguments: The arguments of the command.
         world_size: Number of ranks.
-        log: Takes what they print.
-        environ: Further variables.
+        log: Receives what they print.
+        environ: Additional variables.
     """
     return fork(command, (list(arguments),), world_size, log, environ)
 
 
 def run(arguments: Sequence[str], world_size: int, log: Path, timeout_s: float = 120) -> None:
-    """Runs `pipeline ARGUMENTS` on every rank to a good end."""
+    """Runs `pipeline ARGUMENTS` on every rank; fails unless all exit with 0."""
     ranks = start(arguments, world_size, log)
     finished = ranks.within(ranks.poll, timeout_s)
     ranks.end()
@@ -115,14 +112,14 @@ def run(arguments: Sequence[str], world_size: int, log: Path, timeout_s: float =
 
 
 def on_ranks(function: Callable[..., Any], world_size: int, log: Path, *args: Any, timeout_s: float = 120) -> list[Any]:
-    """What `function(world, *args)` returns on each rank, called inside their process group.
+    """Returns what `function(world, *args)` returns on each rank, called inside their process group.
 
     Args:
-        function: Of a module's top level.
+        function: A function at the top level of a module.
         world_size: Number of ranks.
-        log: Takes what they print.
+        log: Receives what they print.
         args: Plain values.
-        timeout_s: For all together.
+        timeout_s: Limit for all ranks together.
     """
     pipes = [_FORKS.Pipe(duplex=False) for _ in range(world_size)]
     ranks = fork(_called, (function, [send for _, send in pipes], args), world_size, log)
@@ -150,11 +147,11 @@ def fork(
     """Calls `target(*args)` on every rank, with the variables that a launcher would set.
 
     Args:
-        target: Of a module's top level.
+        target: A function at the top level of a module.
         args: Plain values.
         world_size: Number of ranks.
-        log: Takes what they print.
-        environ: Further variables.
+        log: Receives what they print.
+        environ: Additional variables.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     meeting = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -175,7 +172,7 @@ def _rank(target: Callable[..., None], args: tuple[Any, ...], log: Path, environ
 
 
 def command(arguments: list[str]) -> None:
-    """The command line, in this process."""
+    """Runs the command line in this process."""
     from pipeline.cli.main import main
 
     sys.argv = ["pipeline", *arguments]
@@ -191,7 +188,7 @@ def _called(function: Callable[..., Any], answers: list[Connection], args: tuple
     world = world_from_environment()
     for rank, answer in enumerate(answers):
         if rank != world.rank:
-            answer.close()  # else nobody would see that its owner died
+            answer.close()  # otherwise the death of its owner would go unnoticed
     try:
         with process_group(world, torch.device("cpu")):
             answers[world.rank].send(function(world, *args))
@@ -201,7 +198,7 @@ def _called(function: Callable[..., Any], answers: list[Connection], args: tuple
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Polls; False if the time was over first."""
+    """Polls the condition; returns False on timeout."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -211,7 +208,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
+    """Returns a free port on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
