@@ -1,4 +1,4 @@
-"""What follows an attempt: another one and on which nodes, or none; `end` runs as in a batch script, on a fake Slurm."""
+"""What follows an attempt: another one and on which nodes, or none; `end` runs as in a batch script on a fake Slurm."""
 
 from __future__ import annotations
 
