@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from pipeline.data.build.build import prepare
-from pipeline.data.read.bad_records import check_lost
+from pipeline.data.read.bad_records import check_lost_fraction
 from pipeline.data.read.decompress import DamagedArchiveError, open_stream
 from pipeline.errors import DataError
 from tests.data.helpers import COMPRESS, config, dataset_digest, jsonl, one_source, split_texts, write
@@ -165,10 +165,10 @@ def test_frames_of_a_large_window_and_frames_to_be_skipped_are_read(tmp_path: Pa
 
 
 def test_too_much_that_was_lost_is_measured_in_bytes_and_names_the_setting() -> None:
-    check_lost(10, 1000, 0.01)
-    check_lost(0, 0, 0.0)
+    check_lost_fraction(10, 1000, 0.01)
+    check_lost_fraction(0, 0, 0.0)
     with pytest.raises(DataError, match=r"11 of 1000 bytes .* 1\.10% is above data\.max_bad_fraction = 1\.00%"):
-        check_lost(11, 1000, 0.01)
+        check_lost_fraction(11, 1000, 0.01)
 
 
 def test_what_is_decoded_at_once_is_bounded_however_well_it_was_packed(tmp_path: Path) -> None:

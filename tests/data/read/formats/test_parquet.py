@@ -9,10 +9,11 @@ import pyarrow.parquet
 import pytest
 
 from pipeline.data.build.build import prepare
-from pipeline.data.read.bad_records import BadInput
-from pipeline.data.read.chunks import CHUNK_BYTES, Chunk, Gatherer
-from pipeline.data.read.parquet import read_parquet, row_group_sizes
-from pipeline.data.read.sources import find_files
+from pipeline.data.read.bad_records import BadRecordPolicy
+from pipeline.data.read.chunks import CHUNK_BYTES, Chunk, ChunkBuilder
+from pipeline.data.read.formats.parquet import Parquet
+from pipeline.data.read.sources import SourceFile, find_files
+from pipeline.data.read.task import Part, TaskFile
 from pipeline.errors import DataError
 from tests.data.helpers import config, documents, one_source, split_texts, write, write_parquet
 
@@ -90,6 +91,10 @@ def test_a_file_without_rows_needs_no_column(tmp_path: Path) -> None:
     assert prepare(config(tmp_path / "out", entries)).bad == {}
 
 
+def _whole(file: SourceFile) -> TaskFile:
+    return TaskFile(file, number=0, part=Part("files"), last=True, slice_bytes=None)
+
+
 def test_every_byte_of_a_footer_can_be_damaged(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", documents(20), row_group_size=5)
     whole = path.read_bytes()
@@ -101,10 +106,10 @@ def test_every_byte_of_a_footer_can_be_damaged(tmp_path: Path) -> None:
         content[place] ^= 0xA5
         path.write_bytes(content)
         (file,) = find_files(source)
-        row_group_sizes(file)
-        gatherer = Gatherer(BadInput("skip"), 1 << 20)
-        chunks = [e for e in read_parquet(file, 0, source, gatherer, 0, -1, True) if isinstance(e, Chunk)]
-        failed += any(chunk.bad for chunk in [*chunks, gatherer.take()])
+        Parquet(source).split(file, 100)
+        builder = ChunkBuilder(BadRecordPolicy("skip"), 1 << 20)
+        chunks = [item for item in Parquet(source).read(_whole(file), builder) if isinstance(item, Chunk)]
+        failed += any(chunk.bad for chunk in [*chunks, builder.take()])
     assert failed > 50
 
 
@@ -113,12 +118,12 @@ def test_a_text_that_stands_in_a_dictionary_once_takes_no_more_memory_than_it_mu
     assert path.stat().st_size < 50_000
     source = config(tmp_path / "out", [one_source(path)]).data.sources[0]
     (file,) = find_files(source)
-    gatherer = Gatherer(BadInput("error"), 1 << 20)
+    builder = ChunkBuilder(BadRecordPolicy("error"), 1 << 20)
     before, most, texts = pyarrow.total_allocated_bytes(), 0, 0
-    for event in read_parquet(file, 0, source, gatherer, 0, -1, True):
+    for item in Parquet(source).read(_whole(file), builder):
         most = max(most, pyarrow.total_allocated_bytes() - before)
-        if isinstance(event, Chunk):
-            assert event.documents.text_bytes < 2 * CHUNK_BYTES
-            texts += len(event.documents)
-    assert texts + len(gatherer.take().documents) == 600
+        if isinstance(item, Chunk):
+            assert item.documents.text_bytes < 2 * CHUNK_BYTES
+            texts += len(item.documents)
+    assert texts + len(builder.take().documents) == 600
     assert most < 12 * CHUNK_BYTES
