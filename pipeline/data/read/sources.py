@@ -53,7 +53,7 @@ def _matches(pattern: str, source: SourceConfig) -> list[str]:
         return files
     if found:
         raise DataError(
-            f"data.sources: {source.name}: {pattern!r} is a folder; give a pattern for the files in it, for example "
+            f"data.sources: {source.name}: {pattern!r} matches folders, not files; give a pattern for the files in them, for example "
             f"{str(Path(pattern) / '**' / '*.jsonl')!r}"
         )
     raise DataError(

@@ -1,4 +1,4 @@
-"""A stream is cut into blocks of whole records, wherever the reads and the wanted cuts happen to fall."""
+"""A stream is divided into blocks of whole records, wherever the reads and the wanted cuts are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _records(content: bytes, separator: bytes) -> list[bytes]:
 
 @example(b"a|||x", b"||", 2, 1, None)
 @given(contents, st.sampled_from(SEPARATORS), st.integers(1, 7), st.integers(1, 7), st.none() | st.integers(1, 20))
-def test_blocks_are_all_of_the_stream_and_part_no_record(
+def test_blocks_cover_the_stream_and_divide_no_record(
     content: bytes, separator: bytes, block_bytes: int, past_the_end: int, step: int | None
 ) -> None:
     source = io.BytesIO(content)

@@ -87,7 +87,7 @@ def byte_place(file: SourceFile, byte: int) -> Callable[[], str]:
 
 
 def record_place(file: SourceFile, byte: int) -> Callable[[], str]:
-    """Describes where a bad record is, and whether its archive is damaged: garbled text shows before a checksum fails."""
+    """Describes where a bad record is and whether its archive is damaged: garbled text precedes a wrong checksum."""
     return functools.partial(_line_and_damage, file, byte)
 
 

@@ -1,4 +1,4 @@
-"""Parquet files that are damaged, have no text where it should be, or unpack to much more than they are."""
+"""Parquet files give their text column; damaged ones and those without text are named; memory is bounded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from pipeline.data.read.formats.parquet import Parquet
 from pipeline.data.read.sources import SourceFile, find_files
 from pipeline.data.read.task import Part, TaskFile
 from pipeline.errors import DataError
-from tests.data.helpers import config, documents, one_source, split_texts, write, write_parquet
+from tests.data.helpers import (
+    COMPRESS,
+    FORMAT_TEXTS,
+    built_texts,
+    config,
+    documents,
+    one_source,
+    split_texts,
+    write,
+    write_parquet,
+)
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
@@ -113,7 +123,7 @@ def test_every_byte_of_a_footer_can_be_damaged(tmp_path: Path) -> None:
     assert failed > 50
 
 
-def test_a_text_that_stands_in_a_dictionary_once_takes_no_more_memory_than_it_must(tmp_path: Path) -> None:
+def test_a_text_that_is_in_a_dictionary_once_takes_bounded_memory(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.parquet", pyarrow.array(["y" * 200_000] * 600), names=["text"])
     assert path.stat().st_size < 50_000
     source = config(tmp_path / "out", [one_source(path)]).data.sources[0]
@@ -127,3 +137,15 @@ def test_a_text_that_stands_in_a_dictionary_once_takes_no_more_memory_than_it_mu
             texts += len(item.documents)
     assert texts + len(builder.take().documents) == 600
     assert most < 12 * CHUNK_BYTES
+
+
+@pytest.mark.parametrize("compression", [None, *COMPRESS])
+def test_parquet_gives_its_documents_from_row_groups_of_any_size(tmp_path: Path, compression: str | None) -> None:
+    plain = write_parquet(tmp_path / "all.parquet", FORMAT_TEXTS, row_group_size=17)
+    if compression is not None:
+        path = write(tmp_path / f"all.parquet.{compression}", COMPRESS[compression](plain.read_bytes()))
+        assert built_texts(tmp_path, path) == FORMAT_TEXTS
+    else:
+        assert built_texts(tmp_path, plain) == FORMAT_TEXTS
+        slices = list((tmp_path / "out" / "slices").iterdir())
+        assert len(slices) > 3
