@@ -53,8 +53,8 @@ def _matches(pattern: str, source: SourceConfig) -> list[str]:
         return files
     if found:
         raise DataError(
-            f"data.sources: {source.name}: {pattern!r} matches folders, not files; give a pattern for the files in them, for example "
-            f"{str(Path(pattern) / '**' / '*.jsonl')!r}"
+            f"data.sources: {source.name}: {pattern!r} matches folders, not files; "
+            f"give a pattern for the files in them, for example {str(Path(pattern) / '**' / '*.jsonl')!r}"
         )
     raise DataError(
         f"data.sources: {source.name}: {pattern!r} matches no file (searched from {Path.cwd()}); "

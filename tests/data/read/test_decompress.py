@@ -1,4 +1,4 @@
-"""Archives that are damaged, padded, of many members or of a rare kind: nothing is invented, nothing is lost silently."""
+"""Archives that are damaged, padded, of many members or of a rare kind: nothing is invented or lost silently."""
 
 from __future__ import annotations
 
