@@ -78,7 +78,7 @@ def record_blocks(
     """Yields the blocks from a record's beginning to the end of the stream, and the cuts between them.
 
     Args:
-        stream: Stands at `offset`.
+        stream: The content, positioned at `offset`.
         separator: Ends a record.
         offset: Where a record begins.
         longest: Bytes of the longest record, with its separator, that is kept in memory; records shorter than a block

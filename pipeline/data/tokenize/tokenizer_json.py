@@ -49,10 +49,7 @@ def compose(
                 {
                     "id": len(vocabulary) + i,
                     "content": token,
-                    "single_word": False,
-                    "lstrip": False,
-                    "rstrip": False,
-                    "normalized": False,
+                    **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
                     "special": True,
                 }
                 for i, token in enumerate(special_tokens)

@@ -121,7 +121,7 @@ CASES: dict[str, tuple[str, bytes, dict[str, Any], list[str], str, list[str]]] =
         "missing field",
         GOOD,
     ),
-    "no object": ("a.jsonl", _lines(b'["text"]'), {}, ["line 2", "no JSON object"], "missing field", GOOD),
+    "no object": ("a.jsonl", _lines(b'["text"]'), {}, ["line 2", "JSON object"], "missing field", GOOD),
     "field is no string": (
         "a.jsonl",
         _lines(b'{"text": 17}'),

@@ -16,7 +16,7 @@ def test_blank_documents_are_counted_and_left_out(tmp_path: Path) -> None:
     assert (source["records"], source["empty"]) == (4, 2)
 
 
-def test_a_file_of_no_bytes_is_an_empty_document(tmp_path: Path) -> None:
+def test_an_empty_text_file_is_an_empty_document_and_an_empty_jsonl_file_has_none(tmp_path: Path) -> None:
     for name in ("a.txt", "b.jsonl", "c.txt"):
         write(tmp_path / name, b"text" if name == "c.txt" else b"")
     made = config(

@@ -194,7 +194,7 @@ def test_a_truncated_archive_is_noticed(compression: str, cut: str, tmp_path: Pa
     manifest = prepare(kept)
     assert manifest.bad == {"truncated or damaged archive": 1}
     got = split_texts(tmp_path / "kept")[:-1]
-    # All that can be decoded is kept; half a file of one block of bzip2 is nothing.
+    # All that can be decoded is kept: nothing, of half a file of bzip2 that is one block.
     least = {"end": 3000, "middle": 0 if compression == "bz2" else 1000, "second member": 1500}[cut]
     assert len(got) >= least and got == texts[: len(got)]
 
@@ -208,7 +208,7 @@ def test_an_archive_of_no_bytes_is_damaged_and_can_be_skipped(name: str, tmp_pat
     assert sum(prepare(config(tmp_path / "out", entries, on_bad="skip", max_bad_fraction=0.9)).bad.values()) == 1
 
 
-def test_a_lost_archive_counts_by_its_size_and_not_as_one_record(tmp_path: Path) -> None:
+def test_a_lost_archive_counts_by_its_bytes_and_not_as_one_record(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"bytes .*max_bad_fraction"):
         _documents(tmp_path, "a.jsonl.gz", _damaged("gz", 0.95), on_bad="skip", max_bad_fraction=0.1)
     assert not (tmp_path / "out" / "manifest.json").exists()

@@ -48,7 +48,7 @@ def test_blocks_cover_the_stream_and_divide_no_record(
     if step is None:
         assert cuts == []
     else:
-        # The first record's end at or after each multiple, once; one at the very end has nothing behind it to cut off.
+        # The first end of a record at or after each multiple, once; nothing is cut off behind the last record.
         wanted = {min((e for e in ends if e >= m), default=None) for m in range(step, len(content) + 1, step)}
         assert set(cuts) | {len(content), None} == wanted | {len(content), None}
         assert len(cuts) == len(set(cuts))

@@ -41,7 +41,7 @@ def test_every_build_is_checked_against_tokenizers(tmp_path: Path, monkeypatch: 
     assert not list((tmp_path / "other").rglob("*.bin"))
 
 
-def test_the_ids_of_long_documents_are_those_that_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stored_ids_of_long_documents_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = write(tmp_path / "a.jsonl", jsonl([f"chapter {i} of a long book. " * 800 for i in range(40)]))
     encode = Tokenizer.encode_batch
 
@@ -75,9 +75,7 @@ def test_a_long_document_whose_beginning_is_encoded_otherwise_by_itself_is_compa
     assert seen == [24_000]
 
 
-def test_the_sample_is_random_but_the_same_every_time_and_bounded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sample_is_random_bounded_and_the_same_for_a_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Tokenizer.load(save_tokenizer(tmp_path, compose_bytes([END])))
     seen: list[list[str]] = []
     reference = made.reference_encode

@@ -59,7 +59,7 @@ def test_ids_are_those_of_tokenizers_and_decode_to_the_text(pattern: str, tmp_pa
         assert max(ids) < made.end_of_text_id
 
 
-def test_a_batch_is_the_documents_one_by_one_wherever_the_buffer_begins(tmp_path: Path) -> None:
+def test_a_batch_gives_the_ids_of_its_documents_one_by_one_wherever_the_buffer_begins(tmp_path: Path) -> None:
     made = Tokenizer.load(save_tokenizer(tmp_path, trained()))
     whole = Documents.of([t.encode() for t in MESSY])
     part = Documents(whole.data, whole.offsets[2:])
@@ -68,7 +68,7 @@ def test_a_batch_is_the_documents_one_by_one_wherever_the_buffer_begins(tmp_path
         assert [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)] == [made.encode(t) for t in MESSY[2:]]
 
 
-# A word as pre-tokenizers cut them, so that models with a vocabulary of words look it up whole.
+# One word for every pre-tokenizer, so that models with a vocabulary of words look it up whole.
 WORD = "ENDOFTEXT"
 
 
@@ -115,7 +115,7 @@ def test_a_vocabulary_that_holds_its_special_tokens_cannot_be_made_to_forge_a_bo
     ends = np.flatnonzero(tokens == manifest.end_of_text_id) + 1
     index = np.fromfile(tmp_path / "out" / shard.index, "<u8")
     assert ends.tolist() == index[1:].tolist() and len(ends) == len(forged)
-    # Ordinary text has the ids it always had.
+    # Ordinary text keeps its ids.
     whole = tokenizers.Tokenizer.from_str(json.dumps(tree))
     for document, (start, stop) in zip(TOKENIZER_TEXTS[:20], itertools.pairwise(index[5:].astype(int)), strict=True):
         assert tokens[start : stop - 1].tolist() == whole.encode(document, add_special_tokens=False).ids
@@ -213,7 +213,7 @@ def test_a_word_in_the_vocabulary_of_special_tokens_is_ordinary_text_too(tmp_pat
     assert 398 not in made.encode("END")
 
 
-def test_an_unsupported_tokenizer_falls_back_and_says_so(tmp_path: Path) -> None:
+def test_an_unsupported_tokenizer_falls_back_to_tokenizers_with_a_notice(tmp_path: Path) -> None:
     tree = json.loads(trained())
     tree["normalizer"] = {"type": "NFKC"}
     path = save_tokenizer(tmp_path, json.dumps(tree))

@@ -35,6 +35,6 @@ def test_training_gives_the_same_file_every_time_and_agrees_with_hugging_face() 
     assert abs(own_tokens - other_tokens) < 0.005 * other_tokens
 
 
-def test_nothing_is_merged_across_documents_or_from_a_special_token_that_is_forged(tmp_path: Path) -> None:
+def test_nothing_is_merged_across_documents(tmp_path: Path) -> None:
     made = json.loads(train_bpe(b"\xff".join([b"ab"] * 500), b"\xff", 400, [END], "gpt2"))
     assert set(made["model"]["vocab"]) - set(json.loads(compose_bytes([END]))["model"]["vocab"]) == {"ab"}

@@ -131,7 +131,7 @@ def _parse_line(line: bytes, field: str, builder: ChunkBuilder, place: Place) ->
 def _field_problem(record: Any, field: str) -> tuple[str, str] | None:
     """Returns the reason and the detail, or None if the field is a string."""
     if not isinstance(record, dict):
-        return bad_records.MISSING_FIELD, f"the line is no JSON object, so it has no {field!r}"
+        return bad_records.MISSING_FIELD, f"the line is not a JSON object, so it has no {field!r}"
     if field not in record:
         names = ", ".join(map(repr, list(record)[:8]))
         return bad_records.MISSING_FIELD, f"{field!r}; the record has {names or 'no field'}: set `field` of the source"

@@ -19,7 +19,7 @@ class Format(Protocol):
     def __init__(self, source: SourceConfig) -> None: ...
 
     def split(self, file: SourceFile, slice_bytes: int) -> list[Part]:
-        """Returns the tasks of a file that is larger than a slice; none if it is one file among others of a task."""
+        """Returns the parts of a file that is larger than a slice, one per task; none if it cannot be divided."""
         ...
 
     def read(self, wanted: TaskFile, builder: ChunkBuilder) -> ReadItems:

@@ -31,8 +31,8 @@ def test_lines_that_end_as_on_windows_are_read_at_once(tmp_path: Path, monkeypat
     assert built_texts(tmp_path, path) == FORMAT_TEXTS
 
 
-def test_a_long_line_is_judged_by_its_text_wherever_it_stands(tmp_path: Path) -> None:
-    # Each line is longer than a document may be; some of them go over the end of a block.
+def test_whether_a_line_is_too_long_depends_only_on_its_text(tmp_path: Path) -> None:
+    # Each line is longer than a document may be; some lines cross the end of a block.
     lines = [json.dumps({"text": f"{i}" * 700_000, "more": "m" * 700_000}) for i in range(8)]
     lines[5] = json.dumps({"text": "5" * 1_000_001})
     path = write(tmp_path / "a.jsonl", "\n".join(lines).encode())
