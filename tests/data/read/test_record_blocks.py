@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.data.read import record_blocks as module
-from pipeline.data.read.decompress import Stream
-from pipeline.data.read.record_blocks import Block, Cut, record_blocks
+from pipeline.data.read.decompress import DamagedArchiveError, Stream
+from pipeline.data.read.record_blocks import Block, Cut, Damage, can_overlap, first_record, record_blocks
 
 SEPARATORS = [b"|", b"ab", b"||", b"aba", b"a||b"]
 contents = st.lists(st.sampled_from([b"a", b"b", b"|", b"ab", b"||", b"xyz"]), max_size=60).map(b"".join)
@@ -80,3 +80,31 @@ def test_which_records_are_too_long_does_not_depend_on_where_reading_began(
     if step is not None:
         wanted = {min(s for s in starts if s >= m) for m in range((begin // step + 1) * step, len(content) + 1, step)}
         assert set(cuts) | {len(content)} == wanted | {len(content)}
+
+
+@given(contents, st.sampled_from([s for s in SEPARATORS if not can_overlap(s)]), st.integers(0, 60), st.integers(1, 7))
+def test_the_first_record_of_a_range_begins_at_or_after_its_start(
+    content: bytes, separator: bytes, start: int, past_the_end: int
+) -> None:
+    begins = [0, *itertools.accumulate(len(r) for r in _records(content, separator) if r.endswith(separator))]
+    with patch.multiple(module, _PAST_THE_END=past_the_end):
+        found = first_record(Stream(io.BytesIO(content)), separator, start)
+    assert found == min((b for b in begins if b >= start), default=None)
+
+
+class _DamagedStream(Stream):
+    """Ends with damage instead of the end of the file."""
+
+    def read(self, size: int) -> bytes:
+        if content := super().read(size):
+            return content
+        raise DamagedArchiveError("damaged here", lost=7)
+
+
+@given(contents, st.sampled_from(SEPARATORS), st.integers(1, 7), st.integers(1, 30), st.none() | st.integers(1, 20))
+def test_damage_is_reported_where_the_content_ends(
+    content: bytes, separator: bytes, block_bytes: int, longest: int, step: int | None
+) -> None:
+    with patch.multiple(module, BLOCK_BYTES=block_bytes, _PAST_THE_END=1):
+        *_, last = record_blocks(_DamagedStream(io.BytesIO(content)), separator, 0, longest, step)
+    assert last == Damage(len(content), "damaged here", 7)
