@@ -24,7 +24,9 @@ def _read(paths: Path, kind: Kind, *, start: int = 0, stop: int = -1, resume_at:
 
 
 def _spans(items: list[Any]) -> list[tuple[int, int, int, bool]]:
-    return [(i.file, i.start, i.stop, i.last) for i in items if isinstance(i, FileSpan)]
+    spans = [item for item in items if isinstance(item, FileSpan)]
+    assert all(span.lost == 0 for span in spans)
+    return [(span.file, span.start, span.stop, span.last) for span in spans]
 
 
 def test_each_file_ends_with_a_span_and_the_last_is_marked(tmp_path: Path) -> None:
