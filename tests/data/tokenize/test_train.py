@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import pytest
 import tokenizers
 
 from pipeline.data.tokenize.tokenizer import Tokenizer
@@ -38,3 +40,10 @@ def test_training_gives_the_same_file_every_time_and_agrees_with_hugging_face() 
 def test_nothing_is_merged_across_documents(tmp_path: Path) -> None:
     made = json.loads(train_bpe(b"\xff".join([b"ab"] * 500), b"\xff", 400, [END], "gpt2"))
     assert set(made["model"]["vocab"]) - set(json.loads(compose_bytes([END]))["model"]["vocab"]) == {"ab"}
+
+
+def test_training_prints_nothing_and_leaves_stdout_and_stderr_as_they_were(capfd: pytest.CaptureFixture[str]) -> None:
+    trained(size=300)
+    os.write(1, b"out")
+    os.write(2, b"err")
+    assert tuple(capfd.readouterr()) == ("out", "err")
