@@ -78,7 +78,7 @@ def train(name: str, text: str, megabytes: str, out: str) -> None:
         content = source.read(int(megabytes) * 10**6)
     content = content[: content.rindex(SEPARATOR.encode())]
     if name == "pipeline":
-        from pipeline.data.tokenize.tokenizer import train_bpe
+        from pipeline.data.tokenize.train import train_bpe
 
         made = train_bpe(content, SEPARATOR.encode(), VOCAB_SIZE, [END_OF_TEXT], "gpt2")
         Path(out).write_text(made, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Each kind of bad input gives one clear message and the documented status, and leaves nothing half-written."""
+"""Each kind of bad input gives one clear message and the documented exit status, and leaves nothing half-written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEXT = "We hold these truths to be self-evident, that all men are created equal.
 
 
 def experiment(folder: Path, **changes: object) -> str:
-    """A tiny experiment in `folder`; dotted changes; returns the config's path."""
+    """Writes a tiny experiment into `folder`, with values changed by dotted key, and returns the config's path."""
     (folder / "text").mkdir(exist_ok=True)
     for name in ("train", "validation"):
         (folder / "text" / f"{name}.txt").write_text(TEXT)
@@ -50,7 +50,7 @@ def experiment(folder: Path, **changes: object) -> str:
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
-    """The command in this process, to spare the import of torch: its exit status and stderr."""
+    """Runs a command in this process, to save the import of torch; returns its exit status and stderr."""
     monkeypatch.setattr("sys.argv", ["pipeline", *args])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -86,7 +86,7 @@ def test_bad_yaml_names_its_line(tmp_path, monkeypatch, capsys):
     path.write_text("name: tiny\ntrain: {batch_size: 4\n")
     status, err = run_here(monkeypatch, capsys, "run", str(path))
     assert status == 2
-    assert "bad YAML, line" in err
+    assert f"{path}: " in err and "YAML, line" in err
 
 
 @pytest.mark.parametrize(
@@ -113,18 +113,18 @@ def test_data_of_another_tokenizer_are_refused(tmp_path, monkeypatch, capsys):
     assert run_here(monkeypatch, capsys, "prepare", experiment(tmp_path, **other))[0] == 0
     status, err = run_here(monkeypatch, capsys, "train", experiment(tmp_path))
     assert status == 1
-    assert "was prepared with other settings" in err and "special_tokens: ['<|a|>'] then, [] now" in err
+    assert str(tmp_path / "tokens") in err and "special_tokens" in err and "<|a|>" in err
 
 
 def test_a_token_id_beyond_the_vocabulary_is_refused_with_its_shard(tmp_path, monkeypatch, capsys):
-    """A tokenizer from elsewhere with more tokens than the model has embeddings."""
+    """As with a tokenizer from elsewhere that has more tokens than the model has embeddings."""
     assert run_here(monkeypatch, capsys, "prepare", experiment(tmp_path))[0] == 0
     taken = {"tokenizer": {"kind": "file", "path": str(tmp_path / "tokens" / "tokenizer.json")}}
     larger = taken | {"data.path": str(tmp_path / "others")}
     assert run_here(monkeypatch, capsys, "prepare", experiment(tmp_path, **larger))[0] == 0
     status, err = run_here(monkeypatch, capsys, "train", experiment(tmp_path, **larger, **{"model.vocab_size": 200}))
     assert status == 1
-    assert "train.bin: holds token id 256, but model.vocab_size is 200" in err
+    assert "train.bin: " in err and "256" in err and "model.vocab_size is 200" in err
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,4 +1,4 @@
-"""A dataset of one source of each kind, for tests of what a build does however it is cut."""
+"""A dataset of one source of each kind, for tests of builds that are interrupted or divided."""
 
 from __future__ import annotations
 

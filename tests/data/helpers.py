@@ -21,8 +21,10 @@ import zstandard
 
 from pipeline.cli.main import main
 from pipeline.config.sections import Config
+from pipeline.data.build.build import prepare
 from pipeline.data.manifest import Manifest
 from pipeline.data.tokenize.tokenizer import Tokenizer
+from pipeline.data.tokenize.train import train_bpe
 
 COMPRESS = {
     "gz": gzip.compress,
@@ -70,7 +72,7 @@ _WORDS = [
 
 
 def documents(count: int, seed: int = 0, longest: int = 60) -> list[str]:
-    """Texts of random words, some with line breaks, one with the text of the special token."""
+    """Texts of random words, some with line breaks, some with the text of the special token."""
     rng = random.Random(seed)
     return [
         f"{i} "
@@ -104,7 +106,7 @@ def config(
 
 
 def command(*arguments: str) -> int:
-    """Runs the command line in this process; its exit status."""
+    """Runs the command line in this process and returns its exit status."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr("sys.argv", ["pipeline", *arguments])
         patch.setenv("COLUMNS", "120")
@@ -166,3 +168,26 @@ def dataset_digest(folder: Path) -> dict[str, str]:
 def one_source(path: Path, **source: Any) -> dict[str, Any]:
     """A source that holds one file, all of it for training."""
     return {"name": "s", "paths": [str(path)], "split": "train", **source}
+
+
+def built_texts(tmp_path: Path, *paths: Path, slice_size_mb: float = 0.005, **source: Any) -> list[str]:
+    """The training documents of a dataset that is built below `tmp_path` from one source."""
+    entry = {"name": "s", "paths": [str(p) for p in paths], "split": "train", **source}
+    prepare(config(tmp_path / "out", [entry], slice_size_mb=slice_size_mb))
+    return split_texts(tmp_path / "out")
+
+
+FORMAT_TEXTS = documents(400, seed=1)
+
+END = "<|endoftext|>"
+TOKENIZER_TEXTS = documents(200, seed=11)
+TOKENIZER_SAMPLE = b"\xff".join(t.encode() for t in TOKENIZER_TEXTS)
+
+
+def trained(pattern: Any = "gpt2", size: int = 600) -> str:
+    """A tokenizer.json that is trained on `TOKENIZER_SAMPLE`."""
+    return train_bpe(TOKENIZER_SAMPLE, b"\xff", size, [END, "<|pad|>"], pattern)
+
+
+def save_tokenizer(tmp_path: Path, content: str) -> Path:
+    return write(tmp_path / "tokenizer.json", content.encode())

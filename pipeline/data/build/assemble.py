@@ -12,7 +12,7 @@ from pipeline.config.sections import DataConfig
 from pipeline.data.build.slice_store import Record
 from pipeline.data.build.tasks import Plan
 from pipeline.data.manifest import SPLITS, Manifest, Shard, Split
-from pipeline.data.read.bad_records import check_fraction, check_lost
+from pipeline.data.read.bad_records import check_bad_fraction, check_lost_fraction
 from pipeline.data.read.sources import SourceFile
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import DataError
@@ -34,10 +34,10 @@ def make_manifest(
         DataError: Too much of the input was bad, or there is nothing to train on.
     """
     bad: Counter[str] = sum((Counter(r["bad"]) for r in records), Counter())
-    check_fraction(bad, sum(r["records"] for r in records), data.max_bad_fraction)
+    check_bad_fraction(bad, sum(r["records"] for r in records), data.max_bad_fraction)
     # Slices of before this was counted do not have it.
     lost = sum(piece.get("lost", 0) for record in records for piece in record["pieces"])
-    check_lost(lost, sum(file.size for files in plan.files for file in files), data.max_bad_fraction)
+    check_lost_fraction(lost, sum(file.size for files in plan.files for file in files), data.max_bad_fraction)
     shards = [Shard(**shard) for record in records for shard in record["shards"]]
     if not any(s.split == "train" for s in shards):
         raise DataError(

@@ -22,10 +22,10 @@ from pipeline.data.build.slice_store import Record, any_published, finished, pub
 from pipeline.data.build.slice_writer import SliceWriter
 from pipeline.data.build.tasks import Plan, make_plan, share, task_bytes
 from pipeline.data.manifest import MANIFEST, TOKENIZER, Manifest
-from pipeline.data.read.chunks import Chunk, Piece
-from pipeline.data.read.prefetch import ahead
+from pipeline.data.read.chunks import Chunk
+from pipeline.data.read.prefetch import prefetch
 from pipeline.data.read.sources import stamp_of
-from pipeline.data.read.task import Task
+from pipeline.data.read.task import FileSpan, Task
 from pipeline.data.read.task_reader import read_task
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import DataError, UsageError
@@ -170,19 +170,19 @@ class _Build:
         files = self._plan.files[task.source]
         events = read_task(task, self._config.data.sources[task.source], files, self._config.data, resume_at)
         part, more = len(done), True
-        with ahead(events) as waiting:
+        with prefetch(events) as waiting:
             while more and not self._stop.is_set():
                 with self._writer(task, part) as writer:
                     more = self._fill(task, writer, waiting, parallel)
                 part += 1
 
-    def _fill(self, task: Task, writer: SliceWriter, events: Iterator[Chunk | Piece], parallel: bool) -> bool:
+    def _fill(self, task: Task, writer: SliceWriter, events: Iterator[Chunk | FileSpan], parallel: bool) -> bool:
         """Writes one slice.
 
         Returns:
             Whether the task has another one.
         """
-        pieces: list[Piece] = []
+        pieces: list[FileSpan] = []
         for event in events:
             if self._stop.is_set():
                 return False
@@ -200,7 +200,7 @@ class _Build:
         writer.publish(pieces, last)
         return not last
 
-    def _refuse_touched(self, task: Task, pieces: list[Piece]) -> None:
+    def _refuse_touched(self, task: Task, pieces: list[FileSpan]) -> None:
         """What was read must be what was planned, or a slice could be made of two versions of a file."""
         for piece in pieces:
             file = self._plan.files[task.source][piece.file]
@@ -232,7 +232,7 @@ class _Build:
 
     def _count(self, chunk: Chunk) -> None:
         with self._lock:
-            self._done += chunk.read
+            self._done += chunk.bytes_read
             self._report(Progress("slices", self._done, self._total))
 
     def join(self) -> Manifest | None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from pipeline.config.sections import Config
 from pipeline.data.build.slice_store import Record
 from pipeline.data.build.tasks import Plan
-from pipeline.data.read.chunks import Piece
-from pipeline.data.read.task import Task
+from pipeline.data.read.task import FileSpan, Task
 from pipeline.data.read.task_reader import read_task
 from pipeline.errors import DataError
 
@@ -43,7 +42,7 @@ def refuse_changed_content(
     for task in plan.tasks:
         if not records[task.number] or not any((task.source, number) in touched for number in task.files):
             continue
-        expected = [Piece(**piece) for record in records[task.number] for piece in record["pieces"]]
+        expected = [FileSpan(**piece) for record in records[task.number] for piece in record["pieces"]]
         for was, now in zip(expected, _pieces(config, plan, task), strict=False):
             # `last` may differ where a stream was not read to its end.
             if (was.file, was.start, was.stop, was.sha256) != (now.file, now.start, now.stop, now.sha256):
@@ -54,8 +53,8 @@ def refuse_changed_content(
                 )
 
 
-def _pieces(config: Config, plan: Plan, task: Task) -> Sequence[Piece]:
+def _pieces(config: Config, plan: Plan, task: Task) -> Sequence[FileSpan]:
     # What is bad in it is no matter here: the digests are of the bytes.
     data = config.data.model_copy(update={"on_bad": "skip"})
     events = read_task(task, config.data.sources[task.source], plan.files[task.source], data)
-    return [event for event in events if isinstance(event, Piece)]
+    return [event for event in events if isinstance(event, FileSpan)]

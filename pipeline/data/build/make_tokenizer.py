@@ -13,7 +13,8 @@ from pipeline.data.manifest import TOKENIZER
 from pipeline.data.read.chunks import Chunk
 from pipeline.data.read.task_reader import read_task
 from pipeline.data.tokenize import tokenizer_json
-from pipeline.data.tokenize.tokenizer import Tokenizer, train_bpe
+from pipeline.data.tokenize.tokenizer import Tokenizer
+from pipeline.data.tokenize.train import train_bpe
 from pipeline.errors import DataError
 from pipeline.files import sha256_bytes, write_bytes
 

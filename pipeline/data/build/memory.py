@@ -44,7 +44,7 @@ class WordCaches:
         with self._lock:
             self._since += text_bytes
             if self._since >= _LEAST_TEXT_BETWEEN and resident_bytes() > self._limit:
-                self._tokenizer.forget_words()
+                self._tokenizer.clear_caches()
                 self._since, self._chunks_to_trim = 0, self._workers
             elif self._chunks_to_trim:
                 # The old caches go when the last worker that uses them has finished its chunk.

@@ -18,8 +18,9 @@ import numpy.typing as npt
 from pipeline.config.sections import SourceConfig
 from pipeline.data.build.slice_store import RECORD, SLICES, Record, slice_name
 from pipeline.data.manifest import SPLITS, Shard
-from pipeline.data.read.chunks import Chunk, Piece
+from pipeline.data.read.chunks import Chunk
 from pipeline.data.read.documents import Documents, Flags, Offsets
+from pipeline.data.read.task import FileSpan
 from pipeline.data.tokenize.crosscheck import CrossCheck
 from pipeline.data.tokenize.tokenizer import Ids, Tokenizer
 from pipeline.errors import DataError
@@ -172,7 +173,7 @@ class SliceWriter:
             return np.full(len(documents), self._source.split == "validation")
         return documents.hash_fractions() < self._fraction
 
-    def publish(self, pieces: list[Piece], last: bool) -> Record:
+    def publish(self, pieces: list[FileSpan], last: bool) -> Record:
         """Makes the slice visible, whole.
 
         Raises:

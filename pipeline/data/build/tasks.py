@@ -10,14 +10,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.config.sections import Config, SourceConfig
 from pipeline.data.fingerprint import settings_of
-from pipeline.data.read.parquet import row_group_sizes
-from pipeline.data.read.record_blocks import can_overlap
+from pipeline.data.read.formats.table import FORMATS
 from pipeline.data.read.sources import SourceFile, find_files
-from pipeline.data.read.task import Task
+from pipeline.data.read.task import Part, Task
 from pipeline.errors import DataError
 
 PLAN = "plan.json"
@@ -94,35 +93,27 @@ def _refuse_shared_files(sources: Sequence[SourceConfig], files: Sequence[Sequen
 def _tasks_of(
     index: int, source: SourceConfig, files: Sequence[SourceFile], slice_bytes: int, first: int
 ) -> list[Task]:
-    """Small files together, a large one in parts: by bytes where it can be entered anywhere, else while it is read."""
+    """Returns the tasks of a source: small files together, a large one divided as its format can be."""
     tasks: list[Task] = []
     group: list[int] = []
     group_bytes = 0
 
-    def add(
-        kind: Literal["files", "range", "stream", "rows"], members: Sequence[int], start: int = 0, stop: int = -1
-    ) -> None:
-        tasks.append(Task(first + len(tasks), index, kind, tuple(members), start, stop))
+    def add(part: Part, members: Sequence[int]) -> None:
+        tasks.append(Task(first + len(tasks), index, part.kind, tuple(members), part.start, part.stop))
 
     def close_group() -> None:
         nonlocal group_bytes
         if group:
-            add("files", group)
+            add(Part("files"), group)
         group.clear()
         group_bytes = 0
 
     for number, file in enumerate(files):
-        kind = _kind(source, file) if file.size > slice_bytes else "files"
-        if kind != "files":
+        parts = FORMATS[file.format](source).split(file, slice_bytes) if file.size > slice_bytes else []
+        if parts:
             close_group()
-            if kind == "stream":
-                add("stream", [number])
-            elif kind == "range":
-                for start in range(0, file.size, slice_bytes):
-                    add("range", [number], start, start + slice_bytes)
-            else:
-                for start, stop in _row_ranges(file, slice_bytes):
-                    add("rows", [number], start, stop)
+            for part in parts:
+                add(part, [number])
             continue
         if group_bytes + file.size > slice_bytes:
             close_group()
@@ -130,30 +121,6 @@ def _tasks_of(
         group_bytes += file.size
     close_group()
     return tasks
-
-
-def _kind(source: SourceConfig, file: SourceFile) -> Literal["files", "range", "stream", "rows"]:
-    """How a large file is read."""
-    if file.format == "parquet":
-        return "files" if file.compression else "rows"
-    if file.format == "txt" and source.separator is None:
-        return "files"
-    overlapping = file.format == "txt" and can_overlap((source.separator or "").encode())
-    return "stream" if file.compression or overlapping else "range"
-
-
-def _row_ranges(file: SourceFile, slice_bytes: int) -> list[tuple[int, int]]:
-    """Row groups that follow each other and together have at least the size of a slice, before compression."""
-    sizes = row_group_sizes(file)
-    if not sizes:
-        return [(0, -1)]  # reading it will say what is wrong
-    ranges, start, size = [], 0, 0
-    for group, group_size in enumerate(sizes):
-        size += group_size
-        if size >= slice_bytes or group == len(sizes) - 1:
-            ranges.append((start, group + 1))
-            start, size = group + 1, 0
-    return ranges
 
 
 def task_bytes(plan: Plan) -> list[int]:

@@ -1,4 +1,4 @@
-"""Reading source files: one reader per format, decompression, and what is done about bad records.
+"""Reading source files: finding them, decompressing, reading documents, and the policy for bad records.
 
-Readers yield documents as text; they know nothing of tokens or slices.
+One class per input format is in `formats/`. Nothing here knows of tokens, slices or the dataset folder.
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.errors import DataError
@@ -18,81 +17,77 @@ UNREADABLE = "unreadable Parquet"
 TOO_LONG = "document too long"
 
 
-@dataclass
-class BadInput:
-    """Applies the policy and counts.
+class BadRecordPolicy:
+    """Stops at the first bad record under `error`; counts bad records by reason under `skip`."""
 
-    Attributes:
-        policy: `error` stops at the first bad record.
-        counts: Skipped records by reason.
-    """
-
-    policy: Literal["error", "skip"]
-    counts: Counter[str] = field(default_factory=Counter)
+    def __init__(self, policy: Literal["error", "skip"]) -> None:
+        self._policy = policy
+        self._counts: Counter[str] = Counter()
 
     def report(self, reason: str, file: str, place: Callable[[], str], detail: str = "", records: int = 1) -> None:
-        """A bad record, or several in one place.
+        """Applies the policy to one bad record, or to several in one place.
 
         Args:
             reason: What is wrong.
-            file: Where.
-            place: Says where in the file, as `line 3, byte 120`; called only for a message.
+            file: The file of the record.
+            place: Describes where in the file, for example `line 3, byte 120`; called only for an error message.
             detail: More about what is wrong.
-            records: How many.
+            records: How many records.
 
         Raises:
             DataError: The policy is `error`.
         """
-        if self.policy == "error":
+        if self._policy == "error":
             because = f" ({detail})" if detail else ""
             raise DataError(
                 f"{file}, {place()}: {reason}{because}; "
                 "repair the file, or set data.on_bad=skip to skip and count such records"
             )
-        self.counts[reason] += records
+        self._counts[reason] += records
 
     def take(self) -> Counter[str]:
-        """The counts since the last call."""
-        counts, self.counts = self.counts, Counter()
+        """Returns the counts since the last call."""
+        counts, self._counts = self._counts, Counter()
         return counts
 
 
-def check_fraction(bad: Counter[str], records: int, largest: float) -> None:
-    """Refuses a build with too many bad records, once it has seen everything.
+def check_bad_fraction(bad: Counter[str], records: int, largest: float) -> None:
+    """Raises if too many of all records are bad; only for a build that has read all of them.
 
-    A part that was seen says nothing about the whole: 200 bad records at the start of 100,000 are 0.2 %, and what is
-    seen first depends on the number of threads.
+    The share in a part says nothing about the whole: 200 bad records at the start of 100,000 are 0.2 %, and which part
+    is read first depends on the number of threads.
 
     Args:
         bad: Bad records by reason.
-        records: All records, bad ones included.
+        records: All records, including bad ones.
         largest: `data.max_bad_fraction`.
 
     Raises:
-        DataError: The part that is bad is above `largest`.
+        DataError: The bad fraction is above `largest`.
     """
     count = sum(bad.values())
-    if count > largest * records:
-        reasons = ", ".join(f"{n} x {reason}" for reason, n in sorted(bad.items()))
-        raise DataError(
-            f"{count} of {records} records are bad ({reasons}): {count / records:.2%} is above "
-            f"data.max_bad_fraction = {largest:.2%}; repair the sources, or raise it if you know why"
-        )
+    reasons = ", ".join(f"{n} x {reason}" for reason, n in sorted(bad.items()))
+    _check_fraction(f"{count} of {records} records are bad ({reasons})", count, records, largest)
 
 
-def check_lost(lost: int, size: int, largest: float) -> None:
-    """Stops a build that could not read too much of its sources: a lost archive is one record, whatever was in it.
+def check_lost_fraction(lost: int, size: int, largest: float) -> None:
+    """Raises if too many bytes of the sources were lost: a lost archive is one record, whatever was in it.
 
     Args:
-        lost: Bytes of source files that could not be read or not be trusted, on the disk.
+        lost: Bytes of source files on disk that could not be read or cannot be trusted.
         size: Bytes of all source files.
         largest: `data.max_bad_fraction`.
 
     Raises:
-        DataError: The part that is lost is above `largest`.
+        DataError: The lost fraction is above `largest`.
     """
-    if lost > largest * size:
+    what = f"{lost} of {size} bytes of the sources are in damaged archives or unreadable files"
+    _check_fraction(what, lost, size, largest)
+
+
+def _check_fraction(what: str, part: int, whole: int, largest: float) -> None:
+    if part > largest * whole:
         raise DataError(
-            f"{lost} of {size} bytes of the sources are in damaged archives or unreadable files: {lost / size:.2%} is "
-            f"above data.max_bad_fraction = {largest:.2%}; repair the sources, or raise it if you know why"
+            f"{what}: {part / whole:.2%} is above data.max_bad_fraction = {largest:.2%}; "
+            "repair the sources, or raise the limit if this much is expected"
         )

@@ -1,4 +1,4 @@
-"""Plain, gzip, Zstandard, bzip2 and xz files as one stream of bytes each."""
+"""Reads plain, gzip, Zstandard, bzip2 and xz files as one stream of bytes each."""
 
 from __future__ import annotations
 
@@ -12,27 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-# What a decoder gives at once, and with it the most that is lost of what stands before damage.
+# The most that a decoder returns at once, and thus the most that is lost of the content before damage.
 _PIECE_BYTES = 1 << 18
-# The disk is read in larger parts than the decoders take.
+# Reads from disk are larger than what the decoders are given.
 _BUFFER_BYTES = 1 << 20
 
 
 class DamagedArchiveError(Exception):
-    """The archive ends early, or a checksum in it is wrong.
-
-    Attributes:
-        lost: Bytes of the file that cannot be trusted, from the member that is damaged to the end; 0 where the
-            file only ends early, for what is missing is not in it.
-    """
+    """The archive ends early, or a checksum in it is wrong."""
 
     def __init__(self, reason: str, lost: int = 0) -> None:
         super().__init__(reason)
+        # Bytes of the file that cannot be trusted, from the damaged member to the end; 0 where the file only ends
+        # early, since what is missing is not in it.
         self.lost = lost
 
 
 class _Decoder(Protocol):
-    """What decodes one member (gzip), frame (Zstandard) or stream (bzip2, xz), as Python's own decoders do."""
+    """Decodes one member (gzip), frame (Zstandard) or stream (bzip2, xz) with the interface of bz2 and lzma."""
 
     @property
     def eof(self) -> bool: ...
@@ -44,7 +41,7 @@ class _Decoder(Protocol):
 
 
 class _Gzip:
-    """Python's zlib with the interface of its bz2 and lzma."""
+    """Gives zlib the interface of bz2 and lzma."""
 
     def __init__(self) -> None:
         self._inner = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
@@ -66,14 +63,14 @@ class _Gzip:
 
 
 class _Zstandard:
-    """The package zstandard with the interface of Python's bz2 and lzma; it cannot be told a length."""
+    """Gives the package zstandard the interface of bz2 and lzma; it ignores `max_length`."""
 
     needs_input = True
 
     def __init__(self) -> None:
         import zstandard
 
-        # The most that the format allows: archives of `zstd --long` are no damaged ones.
+        # The most that the format allows, so that archives of `zstd --long` can be read.
         self._inner: Any = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
     @property
@@ -95,22 +92,19 @@ class _Zstandard:
 
 @dataclass(frozen=True)
 class _Codec:
-    """How a kind of archive is read.
-
-    Attributes:
-        decoder: Makes a decoder for the next member.
-        feed: Bytes that a decoder is given at once.
-        padding: Zero bytes may follow a member in multiples of this.
-    """
+    """How a kind of archive is read."""
 
     decoder: Callable[[], _Decoder]
+    """Makes a decoder for the next member."""
     feed: int = 1 << 16
+    """Bytes that a decoder is given at once."""
     padding: int = 1
+    """Zero bytes may follow a member in multiples of this."""
 
 
 _CODECS = {
     "gz": _Codec(_Gzip),
-    # Four bytes can hold 128 KB of equal characters, and all that was given is decoded at once: at most 128 MB.
+    # Four bytes can hold 128 KB of equal characters, and the decoder decodes all of its input at once: at most 128 MB.
     "zst": _Codec(_Zstandard, feed=1 << 12),
     "bz2": _Codec(bz2.BZ2Decompressor),
     "xz": _Codec(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padding=4),
@@ -118,37 +112,33 @@ _CODECS = {
 
 
 class Stream:
-    """A file that is read from its start to its end.
-
-    Attributes:
-        compressed: Whether its content is not what is on the disk.
-    """
+    """A file that is read from its start to its end."""
 
     def __init__(self, raw: BinaryIO, compression: str | None = None) -> None:
-        self.compressed = compression is not None
+        self._compressed = compression is not None
         self._raw = raw
-        # One after the other from the start, whatever is asked for: what stands before damage must not depend on it.
+        # Pieces do not depend on the sizes that are read: neither may the content before damage.
         self._pieces = _unpacked(raw, _CODECS[compression]) if compression is not None else iter(())
         self._piece = b""
         self._damage: DamagedArchiveError | None = None
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes, fewer only before the end or before damage; none at the end.
+        """Returns up to `size` bytes, fewer only before the end or before damage; none at the end.
 
         Raises:
             DamagedArchiveError: The archive is damaged here; every later call raises it again.
         """
         taken: list[bytes] = []
         missing = size
-        while missing > 0 and (piece := self._some(missing)):
+        while missing > 0 and (piece := self._read_some(missing)):
             taken.append(piece)
             missing -= len(piece)
         if self._damage is not None and not taken and size > 0:
             raise self._damage
         return taken[0] if len(taken) == 1 else b"".join(taken)
 
-    def _some(self, most: int) -> bytes:
-        if not self.compressed:
+    def _read_some(self, most: int) -> bytes:
+        if not self._compressed:
             return self._raw.read(most)
         if not self._piece and self._damage is None:
             try:
@@ -159,11 +149,11 @@ class Stream:
         return taken
 
     def move_to(self, offset: int) -> None:
-        """Goes to a byte of the content, from its start."""
-        if not self.compressed:
+        """Moves from the start to a byte of the content."""
+        if not self._compressed:
             self._raw.seek(offset)
             return
-        while offset > 0 and (piece := self._some(offset)):
+        while offset > 0 and (piece := self._read_some(offset)):
             offset -= len(piece)
 
     @property
@@ -174,17 +164,17 @@ class Stream:
 
 @contextlib.contextmanager
 def open_stream(path: str | Path, compression: str | None) -> Iterator[Stream]:
-    """The content of a file, decompressed; several members or frames are read one after the other."""
-    # No buffer in between for plain files: they are read in large pieces, each straight to its place.
+    """Opens the decompressed content of a file; several members or frames are read one after the other."""
+    # No buffer for plain files: they are read in large pieces, each directly into its place.
     with Path(path).open("rb", buffering=0 if compression is None else _BUFFER_BYTES) as raw:
         yield Stream(raw, compression)
 
 
 def _unpacked(raw: BinaryIO, codec: _Codec) -> Iterator[bytes]:
-    """The content of all members, with each one's checksum checked at its end.
+    """Yields the content of all members, with each one's checksum checked at its end.
 
-    Readers that take several members on their own differ in what they pass over: Arrow's goes on after an error
-    with what it had before, for ever; Python's takes a damaged second stream of xz for something behind the archive.
+    Libraries that read several members themselves hide damage in different ways: Arrow's reader returns what it had
+    before an error again, for ever; Python's takes a damaged second stream of xz for bytes behind the archive.
     """
     size = os.fstat(raw.fileno()).st_size
     rest = raw.read(codec.feed)
@@ -193,11 +183,11 @@ def _unpacked(raw: BinaryIO, codec: _Codec) -> Iterator[bytes]:
     while rest:
         member = raw.tell() - len(rest)
         rest = yield from _member(raw, codec, rest, size - member)
-        rest = _behind_padding(raw, codec, rest)
+        rest = _skip_padding(raw, codec, rest)
 
 
 def _member(raw: BinaryIO, codec: _Codec, packed: bytes, lost: int) -> Generator[bytes, None, bytes]:
-    """Yields the content of one member; returns what was read behind it."""
+    """Yields the content of one member; returns the bytes that were read behind it."""
     decoder = codec.decoder()
     while not decoder.eof:
         if decoder.needs_input and not packed:
@@ -214,8 +204,8 @@ def _member(raw: BinaryIO, codec: _Codec, packed: bytes, lost: int) -> Generator
     return decoder.unused_data
 
 
-def _behind_padding(raw: BinaryIO, codec: _Codec, rest: bytes) -> bytes:
-    """What follows the zero bytes behind a member, with which archives are filled up on tapes and in blocks."""
+def _skip_padding(raw: BinaryIO, codec: _Codec, rest: bytes) -> bytes:
+    """Returns what follows the zero bytes behind a member, which fill archives up on tapes and in blocks."""
     zeros = 0
     while rest or (rest := raw.read(codec.feed)):
         left = rest.lstrip(b"\0")

@@ -1,4 +1,4 @@
-"""Many documents in one buffer: the unit that readers hand to the encoder without a copy a document."""
+"""Many documents in one buffer: what readers hand to the encoder without copying each document."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,31 +21,41 @@ _WHITE_SPACE[list(b" \t\n\r\x0b\x0c")] = True
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents `i` in `data[offsets[i]:offsets[i + 1]]` (Arrow's layout of a string column).
-
-    Attributes:
-        data: The bytes; the first document may begin after byte 0.
-        offsets: `(documents + 1,)`, not decreasing.
-    """
+    """Texts of which number `i` is `data[offsets[i]:offsets[i + 1]]` (Arrow's layout of a string column)."""
 
     data: Bytes
+    """The bytes; the first document may begin after byte 0."""
     offsets: Offsets
+    """`(documents + 1,)`, not decreasing."""
 
     @classmethod
     def of(cls, documents: Sequence[bytes]) -> Documents:
-        """Joins separate byte strings."""
+        """Joins separate byte strings into one buffer."""
         offsets = np.zeros(len(documents) + 1, np.int64)
         np.cumsum([len(d) for d in documents], out=offsets[1:])
         return cls(np.frombuffer(b"".join(documents), np.uint8), offsets)
 
     @classmethod
     def joined(cls, parts: Sequence[Documents]) -> Documents:
-        """The documents of several buffers, one after the other."""
+        """Concatenates the documents of several buffers."""
         if len(parts) == 1:
             return parts[0]
         lengths = [np.zeros(1, np.int64), *(p.lengths for p in parts)]
         data = [p.data[p.offsets[0] : p.offsets[-1]] for p in parts]
         return cls(np.concatenate(data) if data else np.zeros(0, np.uint8), np.cumsum(np.concatenate(lengths)))
+
+    @classmethod
+    def from_arrow(cls, column: Any) -> Documents:
+        """Wraps an Arrow array of strings or bytes without nulls; the values are not copied."""
+        import pyarrow
+
+        if column.type not in (pyarrow.large_string(), pyarrow.large_binary()):
+            column = column.cast(pyarrow.large_binary())
+        _, offsets, data = column.buffers()
+        if len(column) == 0 or offsets is None:
+            return cls.of([])
+        bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
+        return cls(np.frombuffer(data, np.uint8) if data is not None else np.zeros(0, np.uint8), bounds)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -66,13 +77,13 @@ class Documents:
         return int(self.offsets[-1] - self.offsets[0])
 
     def without(self, unwanted: Flags) -> Documents:
-        """The documents whose flag is not set."""
+        """Returns the documents whose flag is not set."""
         if not unwanted.any():
             return self
         return Documents.of([self[i] for i in np.flatnonzero(~unwanted).tolist()])
 
     def is_utf8(self) -> bool:
-        """Whether every document is valid UTF-8."""
+        """Returns whether every document is valid UTF-8."""
         import pyarrow
 
         buffers = [None, pyarrow.py_buffer(self.offsets), pyarrow.py_buffer(self.data)]
@@ -84,7 +95,7 @@ class Documents:
         return True
 
     def blank(self) -> Flags:
-        """Which documents are nothing but ASCII white space."""
+        """Flags the documents that are nothing but ASCII white space."""
         flags = self.lengths == 0
         begins_white = np.zeros(len(self), np.bool_)
         begins_white[~flags] = _WHITE_SPACE[self.data[self.offsets[:-1][~flags]]]
@@ -93,7 +104,7 @@ class Documents:
         return flags
 
     def hash_fractions(self) -> npt.NDArray[np.float64]:
-        """A number in [0, 1) for each document that depends on nothing but its bytes."""
+        """Returns a number in [0, 1) for each document that depends only on its bytes."""
         view = self.data.data
         bounds = self.offsets.tolist()
         digests = b"".join(hashlib.sha256(view[a:b]).digest()[:8] for a, b in itertools.pairwise(bounds))

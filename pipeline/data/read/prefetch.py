@@ -1,4 +1,4 @@
-"""Runs an iterator ahead of the one who takes its items, so that reading and encoding overlap."""
+"""Reads ahead in a thread, so that reading and encoding overlap."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def ahead(items: Iterator[T], depth: int = 2) -> Iterator[Iterator[T]]:
-    """Iterates in a thread of its own, up to `depth` items ahead; its exceptions come out where its items do."""
-    waiting: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[Iterator[T]]:
+    """Yields an iterator over the same items that a thread fetches up to `depth` ahead; exceptions keep their place."""
+    fetched: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 
     def put(kind: str, value: Any) -> bool:
         while not stopped.is_set():
             with contextlib.suppress(queue.Full):
-                waiting.put((kind, value), timeout=0.1)
+                fetched.put((kind, value), timeout=0.1)
                 return True
         return False
 
-    def work() -> None:
+    def fetch() -> None:
         try:
             for item in items:
                 if not put("item", item):
                     return
             put("end", None)
-        except BaseException as error:  # handed over to the thread that waits for the items
+        except BaseException as error:  # raised again in the thread that consumes the items
             put("error", error)
 
-    def take() -> Iterator[T]:
+    def consume() -> Iterator[T]:
         while True:
-            kind, value = waiting.get()
+            kind, value = fetched.get()
             if kind == "end":
                 return
             if kind == "error":
                 raise value
             yield value
 
-    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread = threading.Thread(target=fetch, name="prefetch", daemon=True)
     thread.start()
     try:
-        yield take()
+        yield consume()
     finally:
         stopped.set()
         thread.join()

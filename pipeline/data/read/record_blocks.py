@@ -1,4 +1,4 @@
-"""A stream of bytes as blocks that end where a record ends."""
+"""Reads a stream of bytes in blocks that end where a record ends."""
 
 from __future__ import annotations
 
@@ -10,61 +10,55 @@ from typing import Literal
 from pipeline.data.read.decompress import DamagedArchiveError, Stream
 
 BLOCK_BYTES = 4 << 20
-# How far past the end of its range a reader looks at once for the end of the last record.
+# How far a reader reads past the end of its range at once to find the end of the last record.
 _PAST_THE_END = 1 << 16
 
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes from `offset` on.
-
-    Attributes:
-        offset: Place in the decompressed content.
-        content: Whole records, each with its separator behind it (the last of the file may have none);
-            or a part of one record that is too long.
-        too_long: Whether it is such a part, and which.
-    """
+    """Whole records, or a part of one record that is too long."""
 
     offset: int
+    """First byte, counted in the decompressed content."""
     content: bytes
-    too_long: Literal["", "begins", "goes on"] = ""
+    """The records, each with its separator behind it; the last of the file may have none."""
+    too_long: Literal["", "begins", "continues"] = ""
+    """Whether it is a part of a record that is too long, and which."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A record begins at `offset`, at or after the place where a cut was wanted."""
+    """A place between two records, at or after the offset where a cut was wanted."""
 
     offset: int
+    """Where the second record begins."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """The archive cannot be read from `offset` on; an unfinished record before it is given up.
-
-    Attributes:
-        offset: Place in the decompressed content.
-        reason: What is wrong.
-        lost: Bytes of the file that cannot be trusted.
-    """
+    """The end of what can be read of an archive; an unfinished record before it is dropped."""
 
     offset: int
+    """Where the damage begins, counted in the decompressed content."""
     reason: str
+    """What is wrong."""
     lost: int
+    """Bytes of the file that cannot be trusted."""
 
 
 def can_overlap(separator: bytes) -> bool:
-    """Whether two occurrences can share bytes, as those of a blank line can.
+    """Returns whether two occurrences can share bytes, as two blank lines can.
 
-    Where records begin then depends on everything before, so that a file cannot be entered in its middle.
+    Where records begin then depends on everything before them, so that reading cannot start inside a file.
     """
     return any(separator.startswith(separator[i:]) for i in range(1, len(separator)))
 
 
 def first_record(stream: Stream, separator: bytes, start: int) -> int | None:
-    """The place of the first record that begins at or after `start`; None if there is none."""
-    offset = max(0, start - len(separator))
+    """Returns the offset of the first record that begins at or after `start`; None if there is none."""
     if start == 0:
         return 0
+    offset = max(0, start - len(separator))
     stream.move_to(offset)
     window = b""
     while piece := stream.read(_PAST_THE_END):
@@ -81,15 +75,15 @@ def first_record(stream: Stream, separator: bytes, start: int) -> int | None:
 def record_blocks(
     stream: Stream, separator: bytes, offset: int, longest: int, step: int | None = None
 ) -> Iterator[Block | Cut | Damage]:
-    """Reads on from a record's beginning to the end of the stream.
+    """Yields the blocks from a record's beginning to the end of the stream, and the cuts between them.
 
     Args:
-        stream: Stands at `offset`.
+        stream: The content, positioned at `offset`.
         separator: Ends a record.
         offset: Where a record begins.
-        longest: Bytes of the longest record, with its separator, that is kept in memory; shorter ones than a block are
-            kept all the same.
-        step: A cut is wanted at every multiple of it.
+        longest: Bytes of the longest record, with its separator, that is kept in memory; records shorter than a block
+            always are.
+        step: A cut is wanted at every multiple of this offset.
     """
     longest = max(longest, BLOCK_BYTES)
     target = _next_multiple(offset, step)
@@ -111,14 +105,14 @@ def record_blocks(
                 end = _end_at_or_after(data, separator, target - offset)
                 if end is None:
                     break
-                yield from _judged(offset, data[:end], separator, longest)
+                yield from _without_long_record(offset, data[:end], separator, longest)
                 offset, data = offset + end, data[end:]
                 yield Cut(offset)
                 target = _next_multiple(offset, step)
             pending, piece = b"", data
-        whole, pending = _parted(pending, piece, separator)
+        whole, pending = _split_pending(pending, piece, separator)
         if whole:
-            yield from _judged(offset, whole, separator, longest)
+            yield from _without_long_record(offset, whole, separator, longest)
             offset += len(whole)
         if len(pending) > longest:
             behind = yield from _long_record(stream, separator, offset, pending)
@@ -130,11 +124,11 @@ def record_blocks(
                 target = _next_multiple(offset, step)
 
 
-def _judged(offset: int, data: bytes, separator: bytes, longest: int) -> Iterator[Block]:
-    """Whole records as a block, with the first in one of its own if it is too long.
+def _without_long_record(offset: int, data: bytes, separator: bytes, longest: int) -> Iterator[Block]:
+    """Yields whole records as one block, the first in a block of its own if it is too long.
 
-    No other one can be: it lies in what was read last, which is no longer than a block. Without this it would depend on
-    where reading began, thus on interruptions, whether such a record is seen whole or in parts.
+    No other record can be too long: it is in the last read, which is no longer than a block. Without this, whether such
+    a record is seen whole or in parts would depend on where reading began, and thus on interruptions.
     """
     if len(data) > longest:
         end = _end_at_or_after(data, separator, 0)
@@ -148,13 +142,13 @@ def _judged(offset: int, data: bytes, separator: bytes, longest: int) -> Iterato
 def _long_record(
     stream: Stream, separator: bytes, offset: int, data: bytes
 ) -> Generator[Block | Damage, None, tuple[int, bytes] | None]:
-    """Yields a record that is too long in parts; returns where it ends and what was read behind it."""
-    kind: Literal["begins", "goes on"] = "begins"
+    """Yields a record that is too long in parts; returns where it ends and the bytes read behind it."""
+    kind: Literal["begins", "continues"] = "begins"
     while (end := data.find(separator)) < 0:
-        # The end may have the first bytes of a separator.
+        # The last bytes may be the first of a separator.
         done = len(data) - len(separator) + 1
         yield Block(offset, data[:done], kind)
-        offset, data, kind = offset + done, data[done:], "goes on"
+        offset, data, kind = offset + done, data[done:], "continues"
         try:
             piece = stream.read(BLOCK_BYTES)
         except DamagedArchiveError as error:
@@ -177,20 +171,20 @@ def _next_multiple(offset: int, step: int | None) -> int | None:
 def _read_size(offset: int, pending: int, target: int | None) -> int:
     if target is None:
         return BLOCK_BYTES
-    # At least as much again as is pending, or a long record would be copied once for every little piece of it.
+    # At least as much again as is pending, or a long record would be copied once for every small piece of it.
     return min(BLOCK_BYTES, max(target - offset - pending, 0) + max(_PAST_THE_END, pending))
 
 
 def _end_at_or_after(data: bytes, separator: bytes, place: int) -> int | None:
-    """The end of the first separator that ends at or after `place`."""
+    """Returns the end of the first separator that ends at or after `place`; None if there is none."""
     if can_overlap(separator):
         return next((m.end() for m in re.finditer(re.escape(separator), data) if m.end() >= place), None)
     found = data.find(separator, max(0, place - len(separator)))
     return None if found < 0 else found + len(separator)
 
 
-def _parted(pending: bytes, piece: bytes, separator: bytes) -> tuple[bytes, bytes]:
-    """`pending + piece` up to the end of its last separator, and the rest; every byte is copied once."""
+def _split_pending(pending: bytes, piece: bytes, separator: bytes) -> tuple[bytes, bytes]:
+    """Splits `pending + piece` at the end of its last separator; every byte is copied once."""
     end = 0 if can_overlap(separator) else _last_end(piece, separator)
     if end:
         return b"".join((pending, memoryview(piece)[:end])), piece[end:]
@@ -200,7 +194,7 @@ def _parted(pending: bytes, piece: bytes, separator: bytes) -> tuple[bytes, byte
 
 
 def _last_end(data: bytes, separator: bytes) -> int:
-    """The end of the last separator, 0 if there is none."""
+    """Returns the end of the last separator; 0 if there is none."""
     if can_overlap(separator):
         return max((m.end() for m in re.finditer(re.escape(separator), data)), default=0)
     found = data.rfind(separator)

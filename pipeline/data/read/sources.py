@@ -1,4 +1,4 @@
-"""Which files a source has, and what is in them."""
+"""The files of a source: found, described, and recognised again."""
 
 from __future__ import annotations
 
@@ -7,38 +7,37 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from pipeline.config.sections import SourceConfig
 from pipeline.errors import DataError
+from pipeline.files import naming
 
-FORMATS = ("txt", "jsonl", "parquet")
+FORMATS = tuple(name for name in get_args(SourceConfig.model_fields["format"].annotation) if name != "auto")
 COMPRESSIONS = ("gz", "zst", "bz2", "xz")
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file as it was when the work was planned.
-
-    Attributes:
-        path: As the glob of the config gave it.
-        format: `txt`, `jsonl` or `parquet`.
-        compression: `gz`, `zst`, `bz2`, `xz` or None.
-        size: Bytes on the disk.
-        stamp: Modification and change time in nanoseconds and the inode: what a changed file cannot keep.
-    """
+    """A file as it was when the work was planned."""
 
     path: str
+    """As the glob of the config gave it."""
     format: str
+    """`txt`, `jsonl` or `parquet`."""
     compression: str | None
+    """`gz`, `zst`, `bz2`, `xz` or None."""
     size: int
+    """Bytes on disk."""
     stamp: tuple[int, int, int]
+    """Modification and change time in nanoseconds and the inode: a changed file differs in one of them."""
 
 
 def find_files(source: SourceConfig) -> list[SourceFile]:
-    """The files of a source, sorted by name.
+    """Returns the files of a source, sorted by name.
 
     Raises:
-        DataError: A pattern matches nothing or a folder, a file cannot be read, or its format cannot be told.
+        DataError: A pattern matches nothing or a folder, a file cannot be read, or its format is unknown.
     """
     paths: set[str] = set()
     for pattern in source.paths:
@@ -47,18 +46,18 @@ def find_files(source: SourceConfig) -> list[SourceFile]:
 
 
 def _matches(pattern: str, source: SourceConfig) -> list[str]:
-    """The files of a pattern; one that is the name of a file means that file, with whatever brackets are in it."""
+    """Returns the files of a pattern; the name of an existing file means that file, even with brackets in it."""
     found = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)  # noqa: PTH207 - keeps the spelling
     files = [path for path in found if not Path(path).is_dir()]
     if files:
         return files
     if found:
         raise DataError(
-            f"data.sources: {source.name}: {pattern!r} names a folder, not files; name those in it, as "
-            f"{str(Path(pattern) / '**' / '*.jsonl')!r} does"
+            f"data.sources: {source.name}: {pattern!r} matches folders, not files; "
+            f"give a pattern for the files in them, for example {str(Path(pattern) / '**' / '*.jsonl')!r}"
         )
     raise DataError(
-        f"data.sources: {source.name}: {pattern!r} matches no file (looked from {Path.cwd()}); "
+        f"data.sources: {source.name}: {pattern!r} matches no file (searched from {Path.cwd()}); "
         "correct the path, or fetch the text first"
     )
 
@@ -69,26 +68,24 @@ def _describe(path: str, source: SourceConfig) -> SourceFile:
     kind = source.format if source.format != "auto" else (suffixes[-1] if suffixes else "")
     if kind not in FORMATS:
         raise DataError(
-            f"{path}: the name does not tell what it holds (source {source.name}); set `format` of the source to "
-            f"one of {', '.join(FORMATS)}, or name the files .txt, .jsonl or .parquet, "
-            f"each also .{', .'.join(COMPRESSIONS)}"
+            f"{path}: the name does not show the format (source {source.name}); set `format` of the source to "
+            f"one of {', '.join(FORMATS)}, or let the name end in .{', .'.join(FORMATS)}, "
+            f"optionally followed by .{', .'.join(COMPRESSIONS)}"
         )
-    try:
+    with naming(path, f"the file of source {source.name} cannot be read", error=DataError):
         found = Path(path).stat()
         if not stat.S_ISREG(found.st_mode):
             raise DataError(
-                f"{path}: of source {source.name} is no regular file (a pipe, a socket or a device?), and sources are "
-                "read more than once; copy its content to a file, or leave it out of `paths`"
+                f"{path}: the file of source {source.name} is not a regular file (a pipe, a socket or a device?), and "
+                "sources are read more than once; copy its content to a file, or leave it out of `paths`"
             )
         with Path(path).open("rb"):
             pass
-    except OSError as error:
-        raise DataError(f"{path}: the file of source {source.name} cannot be read ({error.strerror})") from error
     return SourceFile(path, kind, compression, found.st_size, _stamp(found))
 
 
 def stamp_of(path: str) -> tuple[int, int, int] | None:
-    """What no change of a file leaves as it was; None if the file is gone."""
+    """Returns what every change of a file changes; None if the file is gone."""
     try:
         return _stamp(Path(path).stat())
     except FileNotFoundError:

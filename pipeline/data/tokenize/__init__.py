@@ -1,4 +1,4 @@
-"""The tokenizer: training, loading, encoding, and the cross-check of the two encoders.
+"""The tokenizer: training, loading, encoding, and the check of the fast encoder against Hugging Face's.
 
-The only code that imports `gigatoken` and `tokenizers`.
+The only code that imports `gigatoken` and `tokenizers`. Which tokenizer a dataset gets is decided in `build/`.
 """

@@ -1,4 +1,4 @@
-"""A random sample of every slice is encoded a second time, by Hugging Face's `tokenizers`, and must match id for id."""
+"""Encodes a random sample of every slice again with Hugging Face's `tokenizers`; all ids must match."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pipeline.data.read.documents import Documents, Offsets
 from pipeline.data.tokenize.tokenizer import Ids, Tokenizer
 from pipeline.errors import DataError
 
-# At most this much text of a slice: tokenizers is some hundred times slower than what it checks.
+# The most text of a slice that is checked: tokenizers is about a hundred times slower than what it checks.
 _DOCUMENTS = 16
 _SAMPLE_BYTES = 32_000
-# Of a longer document its beginning is encoded again, by both.
+# Only the beginning of a longer document is checked; both encoders encode it again.
 _LONGEST = 16_000
 
 
@@ -23,17 +23,18 @@ _LONGEST = 16_000
 class _Excerpt:
     """A document, or the beginning of a long one, and the ids that the fast encoder gave it."""
 
-    words: str
+    text: str
     ids: Ids
     size: int
+    """Bytes that it counts for in the sample."""
 
 
 class CrossCheck:
-    """The sample of one slice: the documents with the smallest of keyed random numbers.
+    """Collects the sample of one slice, the documents with the smallest random numbers, and compares it.
 
     Args:
-        tokenizer: What encodes.
-        seed: Of the random numbers.
+        tokenizer: The encoder to check.
+        seed: Seed of the random numbers.
         place: The slice, for messages.
     """
 
@@ -45,7 +46,7 @@ class CrossCheck:
         self._count = 0
 
     def offer(self, documents: Documents, ids: Ids, offsets: Offsets) -> None:
-        """Documents and the ids they got; some may be kept until `finish`.
+        """Offers documents and their ids; some are kept until `finish`.
 
         Raises:
             DataError: The encoders disagree about a long document.
@@ -65,10 +66,7 @@ class CrossCheck:
                 heapq.heapreplace(self._sample, item)
 
     def finish(self) -> int:
-        """Compares.
-
-        Returns:
-            The documents that were compared.
+        """Compares the sample and returns the number of documents in it.
 
         Raises:
             DataError: The encoders disagree.
@@ -85,26 +83,26 @@ class CrossCheck:
         return len(chosen)
 
     def _excerpt(self, text: bytes, stored: Ids) -> _Excerpt:
-        """What is to be compared of a document; of a long one the ids that were stored must begin like it.
+        """Returns what is compared of a document; the stored ids of a long one must begin with those of its beginning.
 
-        What follows the end of an excerpt can change the ids before it, but hardly ever those of its first half. Where
-        these differ the whole document decides.
+        The text behind an excerpt can change the ids at its end, but hardly ever those of its first half. Where these
+        differ, the whole document is compared.
         """
         if len(text) <= _LONGEST:
             return _Excerpt(text.decode(), stored.copy(), len(text))
-        words = text[:_LONGEST].decode(errors="ignore")
-        ids, _ = self._tokenizer.encode_batch(Documents.of([words.encode()]))
+        beginning = text[:_LONGEST].decode(errors="ignore")
+        ids, _ = self._tokenizer.encode_batch(Documents.of([beginning.encode()]))
         half = len(ids) // 2
         if not np.array_equal(stored[:half], ids[:half]):
             self._compare([_Excerpt(text.decode(), stored, len(text))])
-        return _Excerpt(words, ids.copy(), _LONGEST + 1)
+        return _Excerpt(beginning, ids.copy(), _LONGEST + 1)
 
     def _compare(self, chosen: Sequence[_Excerpt]) -> None:
-        expected = self._tokenizer.reference_encode([excerpt.words for excerpt in chosen])
+        expected = self._tokenizer.reference_encode([excerpt.text for excerpt in chosen])
         for excerpt, reference in zip(chosen, expected, strict=True):
             found = excerpt.ids.tolist()
             if found != reference:
-                raise DataError(_disagreement(self._place, self._tokenizer, excerpt.words, found, reference))
+                raise DataError(_disagreement(self._place, self._tokenizer, excerpt.text, found, reference))
 
 
 def _disagreement(place: str, tokenizer: Tokenizer, text: str, found: list[int], reference: list[int]) -> str:
@@ -112,7 +110,7 @@ def _disagreement(place: str, tokenizer: Tokenizer, text: str, found: list[int],
         (i for i, (a, b) in enumerate(zip(found, reference, strict=False)) if a != b), min(len(found), len(reference))
     )
     return (
-        f"{place}: {tokenizer.encoder} and tokenizers encode the document that begins {text[:60]!r} differently, "
-        f"from token {at} on: {found[at : at + 5]} against {reference[at : at + 5]}; nothing was published. "
+        f"{place}: {tokenizer.encoder} and tokenizers encode the document that begins {text[:60]!r} differently "
+        f"from token {at}: {found[at : at + 5]} against {reference[at : at + 5]}; nothing was published. "
         "Please report the tokenizer.json and this text to gigatoken"
     )

@@ -1,12 +1,9 @@
-"""Train, load and use a `tokenizer.json`: the only code that knows gigatoken and tokenizers."""
+"""Loads a `tokenizer.json`, encodes and decodes."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +13,7 @@ import numpy.typing as npt
 from pipeline.data.read.documents import Documents, Offsets
 from pipeline.data.tokenize import tokenizer_json
 from pipeline.errors import DataError
-from pipeline.files import sha256_bytes
-from pipeline.text_format import byte_characters
+from pipeline.files import naming, sha256_bytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -26,13 +22,13 @@ Ids = npt.NDArray[np.uint32]
 
 
 class Tokenizer:
-    """Text to ids and back. The text of a special token is encoded as ordinary text, always.
+    """Encodes text and decodes ids; the text of a special token is always encoded as ordinary text.
 
     Attributes:
         digest: SHA-256 of the tokenizer.json.
-        vocab_size: One more than the largest id, special tokens included.
         special_tokens: Their ids.
-        end_of_text: The special token that ends a document, and `end_of_text_id`, its id.
+        vocab_size: One more than the largest id, including those of special tokens.
+        end_of_text: The special token that ends a document; `end_of_text_id` is its id.
         encoder: What encodes: `gigatoken`, `tokenizers` or `bytes`.
         notice: Why the slow `tokenizers` encodes, or None.
     """
@@ -78,28 +74,26 @@ class Tokenizer:
 
         Args:
             path: The file.
-            end_of_text: The special token that ends a document; by default the one its name gives away.
+            end_of_text: The special token that ends a document; by default the first one with a known name.
 
         Raises:
-            DataError: The file is missing, is no tokenizer or has no such token.
+            DataError: The file is missing, is not a tokenizer.json or has no such token.
         """
-        try:
+        with naming(path, "the tokenizer cannot be read", error=DataError):
             content = Path(path).read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: the tokenizer cannot be read ({error.strerror})") from error
         return cls(content, str(path), end_of_text)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; no special token is ever among them."""
+        """Returns the ids of a text; they never include a special token."""
         ids, _ = self.encode_batch(Documents.of([text.encode()]))
         return ids.tolist()
 
     def encode_batch(self, documents: Documents, parallel: bool = False) -> tuple[Ids, Offsets]:
-        """The ids of valid UTF-8 documents, one after the other, and where each begins: `(documents + 1,)`.
+        """Returns the concatenated ids of valid UTF-8 documents and where each begins: `(documents + 1,)`.
 
         Args:
             documents: The texts.
-            parallel: Use every core for this call; otherwise the calling thread only (the GIL is released).
+            parallel: Whether to use every core for this call or only the calling thread (the GIL is released).
         """
         if self.encoder == "bytes":
             first, last = documents.offsets[0], documents.offsets[-1]
@@ -113,18 +107,18 @@ class Tokenizer:
         np.cumsum([len(ids) for ids in lists], out=offsets[1:])
         return np.fromiter((i for ids in lists for i in ids), np.uint32, int(offsets[-1])), offsets
 
-    def forget_words(self) -> None:
-        """Empties the caches of the encoder; other threads may go on encoding meanwhile."""
+    def clear_caches(self) -> None:
+        """Empties the caches of the encoder; other threads may continue to encode meanwhile."""
         if self.encoder == "gigatoken":
             self._fast = _load_gigatoken(self._ordinary)
 
     def reference_encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids by Hugging Face's `tokenizers`: what the fast encoder is checked against."""
+        """Returns the ids by Hugging Face's `tokenizers`, against which the fast encoder is checked."""
         reference = self._load_reference()
         return [e.ids for e in reference.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """The text of ids, special tokens spelled out; bytes that are no UTF-8 become U+FFFD."""
+        """Returns the text of ids, with special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
         if self._decoder is None:
             self._decoder = self._load_tokenizers(self.content.decode())
         return self._decoder.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -143,63 +137,10 @@ class Tokenizer:
         try:
             loaded = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # tokenizers raises plain Exception
-            raise DataError(f"{self._place}: is not a tokenizer that tokenizers can read ({error})") from error
+            raise DataError(f"{self._place}: tokenizers cannot read the tokenizer ({error})") from error
         loaded.no_truncation()
         loaded.no_padding()
         return loaded
-
-
-def train_bpe(
-    sample: bytes,
-    separator: bytes,
-    vocab_size: int,
-    special_tokens: Sequence[str],
-    split_pattern: tokenizer_json.SplitPattern,
-) -> str:
-    """Trains a byte-level BPE and returns its tokenizer.json; the same sample gives the same file.
-
-    Args:
-        sample: Documents with `separator` between them.
-        separator: Bytes that no document holds; nothing is merged across them.
-        vocab_size: Tokens in all, special ones included; fewer where the sample has no more pairs.
-        special_tokens: They get the last ids, in this order.
-        split_pattern: How text is cut before merging.
-    """
-    if split_pattern == "gpt2":
-        vocabulary, merges = _train_gigatoken(sample, separator, vocab_size - len(special_tokens))
-    else:
-        vocabulary, merges = _train_tokenizers(sample, separator, vocab_size - len(special_tokens), split_pattern)
-    return tokenizer_json.compose(vocabulary, merges, special_tokens, split_pattern)
-
-
-def _train_gigatoken(sample: bytes, separator: bytes, size: int) -> tuple[list[bytes], list[tuple[bytes, bytes]]]:
-    import gigatoken
-
-    with _silenced():
-        vocabulary, merges = gigatoken.train_bpe(sample, size, [], separator=separator)
-    return [vocabulary[i] for i in range(len(vocabulary))], merges
-
-
-def _train_tokenizers(
-    sample: bytes, separator: bytes, size: int, split_pattern: tokenizer_json.SplitPattern
-) -> tuple[list[bytes], list[tuple[bytes, bytes]]]:
-    """gigatoken trains with GPT-2's pattern only."""
-    import tokenizers
-    import tokenizers.trainers
-
-    characters = byte_characters()
-    blank = tokenizers.Tokenizer.from_str(
-        tokenizer_json.compose([bytes([b]) for b in range(256)], [], [], split_pattern)
-    )
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=characters, show_progress=False)
-    blank.train_from_iterator((d.decode() for d in sample.split(separator)), trainer)
-    byte_of = {c: b for b, c in enumerate(characters)}
-    pairs = [
-        (bytes(byte_of[c] for c in left), bytes(byte_of[c] for c in right))
-        for left, right in json.loads(blank.to_str())["model"]["merges"]
-    ]
-    # Ids by byte value and then by merge, as for the other pattern.
-    return [bytes([b]) for b in range(256)] + [a + b for a, b in pairs], pairs
 
 
 def _load_gigatoken(content: str) -> Any:
@@ -209,7 +150,7 @@ def _load_gigatoken(content: str) -> Any:
 
 
 def _as_awkward(documents: Documents) -> Any:
-    """The documents as gigatoken takes them without a copy."""
+    """Wraps the documents for gigatoken, without a copy."""
     import awkward
 
     text = awkward.contents.NumpyArray(documents.data, parameters={"__array__": "byte"})
@@ -228,21 +169,3 @@ def _parse(content: bytes, place: str) -> dict[str, Any]:
     if problem is not None:
         raise DataError(f"{place}: is not a tokenizer.json ({problem}); restore it, or name another file")
     return tree
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """gigatoken's trainer prints from Rust, past Python's own streams."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved[0], 1)
-        os.dup2(saved[1], 2)
-        for fd in (*saved, null):
-            os.close(fd)

@@ -1,4 +1,4 @@
-"""The Hugging Face `tokenizer.json` as data: written for a trained vocabulary, read for its special tokens."""
+"""The Hugging Face `tokenizer.json` as data: composed from a vocabulary, checked, and changed for encoding."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pipeline.text_format import byte_characters
 
 SplitPattern = Literal["gpt2", "gpt4"]
 
-# The pattern of GPT-4 (cl100k_base); Llama 3 took it over.
+# The pattern of GPT-4 (cl100k_base), also used by Llama 3.
 GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Names by which published tokenizers call the token between documents, the likeliest first.
+# What published tokenizers call the token between documents, the likeliest name first.
 KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "<|eot|>", "[EOS]")
 
 
@@ -27,13 +27,13 @@ def compose(
     special_tokens: Sequence[str],
     split_pattern: SplitPattern,
 ) -> str:
-    """The text of a byte-level BPE's tokenizer.json.
+    """Returns the text of a byte-level BPE's tokenizer.json.
 
     Args:
         vocabulary: Bytes of each token, by id.
-        merges: Pairs in the order they are merged.
+        merges: Pairs in the order in which they are merged.
         special_tokens: They get the ids after the vocabulary.
-        split_pattern: How text is cut before merging.
+        split_pattern: How text is split before merging.
     """
     characters = byte_characters()
 
@@ -49,10 +49,7 @@ def compose(
                 {
                     "id": len(vocabulary) + i,
                     "content": token,
-                    "single_word": False,
-                    "lstrip": False,
-                    "rstrip": False,
-                    "normalized": False,
+                    **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
                     "special": True,
                 }
                 for i, token in enumerate(special_tokens)
@@ -79,12 +76,12 @@ def compose(
 
 
 def compose_bytes(special_tokens: Sequence[str]) -> str:
-    """The tokenizer.json with one token a byte, whose id is the byte."""
+    """Returns the tokenizer.json with one token per byte, whose id is the byte."""
     return compose([bytes([b]) for b in range(256)], [], special_tokens, "gpt2")
 
 
 def is_bytes(tree: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is what `compose_bytes` writes."""
+    """Returns whether a tokenizer.json is what `compose_bytes` writes."""
     model = tree["model"]
     return (
         model.get("type") == "BPE"
@@ -95,20 +92,20 @@ def is_bytes(tree: dict[str, Any]) -> bool:
 
 
 def special_tokens(tree: dict[str, Any]) -> dict[str, int]:
-    """Special tokens and their ids, by id."""
+    """Returns the special tokens and their ids, sorted by id."""
     added = sorted(tree.get("added_tokens") or [], key=lambda token: token["id"])
     return {token["content"]: token["id"] for token in added if token.get("special")}
 
 
 def vocabulary_size(tree: dict[str, Any]) -> int:
-    """One more than the largest token id."""
+    """Returns one more than the largest token id."""
     vocab = tree["model"]["vocab"]
     ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
     return max([*ids, *(token["id"] for token in tree.get("added_tokens") or [])]) + 1
 
 
 def problem(tree: Any) -> str | None:
-    """What keeps a parsed tokenizer.json from being one; None if nothing that this program reads does."""
+    """Returns why a parsed file is not a tokenizer.json; None if all that this program reads is as expected."""
     model = tree.get("model") if isinstance(tree, dict) else None
     if not isinstance(model, dict):
         return "it has no `model`"
@@ -116,18 +113,18 @@ def problem(tree: Any) -> str | None:
     if not (vocab and (_are_ids(vocab) or _are_scores(vocab))):
         return "`model.vocab` has neither ids of tokens nor tokens with scores"
     if not (merges is None or (isinstance(merges, list) and all(_is_merge(m) for m in merges))):
-        return "`model.merges` is no list of pairs"
+        return "`model.merges` is not a list of pairs"
     if not (added is None or (isinstance(added, list) and all(_is_added(token) for token in added))):
-        return "`added_tokens` is no list of tokens with `id` and `content`"
+        return "`added_tokens` is not a list of tokens with `id` and `content`"
     return None
 
 
 def ordinary_text_only(tree: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer for ordinary text: what spells a special token is text like any other.
+    """Returns the same tokenizer for ordinary text: text that spells a special token is encoded like any other.
 
-    Each special token is spelled anew, as no document can guess: not to look for it in the text is not enough, since
-    models of words, of pieces and with `ignore_merges` have it in their vocabulary too. All ids stay as they are;
-    were a token taken out, `tokenizers` would give its id to another.
+    Each special token gets a spelling that no document can guess. Not searching the text for special tokens is not
+    enough, since models of words, of pieces and with `ignore_merges` have them in their vocabulary too. All ids stay
+    as they are: if a token were removed, `tokenizers` would give its id to another.
     """
     secret = {token: f"<{secrets.token_hex(16)}>" for token in special_tokens(tree)}
     model, added = dict(tree["model"]), tree.get("added_tokens") or []
@@ -144,12 +141,12 @@ def ordinary_text_only(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_special_tokens(tree: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer, not looking for special tokens; only for who takes the other tokens' ids from the file."""
+    """Returns the same tokenizer without its special tokens, for encoders that take all other ids from the file."""
     return {**tree, "added_tokens": [token for token in tree.get("added_tokens") or [] if not token.get("special")]}
 
 
 def end_of_text(tree: dict[str, Any], wanted: str | None = None) -> str | None:
-    """The token that ends a document: `wanted` if it is there, else the likeliest; None if there is none."""
+    """Returns the token that ends a document: `wanted`, or by default the likeliest; None if there is none."""
     special = special_tokens(tree)
     if wanted is not None:
         return wanted if wanted in special else None
@@ -184,12 +181,12 @@ def _is_added(token: Any) -> bool:
 
 
 def _is_merge(merge: Any) -> bool:
-    """`"a b"`, or `["a", "b"]` in newer files."""
+    """Returns whether a merge is `"a b"`, or `["a", "b"]` as in newer files."""
     pair = merge.split(" ", 1) if isinstance(merge, str) else merge
     return isinstance(pair, list) and len(pair) == 2 and all(isinstance(token, str) for token in pair)
 
 
 def _spellings(merge: str | list[str]) -> set[str]:
-    """The two tokens of a merge, and the one it makes."""
+    """Returns the two tokens of a merge and the one that it makes."""
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return {left, right, left + right}

@@ -17,7 +17,8 @@ from pipeline.data.build import memory
 from pipeline.data.build.build import prepare
 from pipeline.data.build.memory import WordCaches
 from pipeline.data.read.documents import Documents
-from pipeline.data.tokenize.tokenizer import Tokenizer, train_bpe
+from pipeline.data.tokenize.tokenizer import Tokenizer
+from pipeline.data.tokenize.train import train_bpe
 from tests.data.helpers import COMPRESS, config, dataset_digest, documents, jsonl, write
 
 TEXTS = documents(400, seed=8)
@@ -37,8 +38,8 @@ def test_forgetting_words_changes_no_byte(tmp_path: Path, monkeypatch: pytest.Mo
     ]
     prepare(made[0])
     forgotten: list[int] = []
-    forget = Tokenizer.forget_words
-    monkeypatch.setattr(Tokenizer, "forget_words", lambda self: (forgotten.append(1), forget(self)))
+    forget = Tokenizer.clear_caches
+    monkeypatch.setattr(Tokenizer, "clear_caches", lambda self: (forgotten.append(1), forget(self)))
     monkeypatch.setattr(memory, "_LEAST_TEXT_BETWEEN", 0)
     monkeypatch.setattr(memory, "_ALLOWED_BYTES", -(1 << 40))
     prepare(made[1])
@@ -51,7 +52,7 @@ def test_words_are_forgotten_when_memory_has_grown_and_not_too_often(monkeypatch
     forgotten: list[int] = []
 
     class Encoder:
-        def forget_words(self) -> None:
+        def clear_caches(self) -> None:
             forgotten.append(resident)
 
     monkeypatch.setattr(memory, "resident_bytes", lambda: resident)
@@ -81,7 +82,7 @@ def test_memory_is_given_back_where_words_are_forgotten() -> None:
     sizes = []
     for _ in range(4):
         sizes.append(encode_new_words())
-        made.forget_words()
+        made.clear_caches()
         memory.return_freed_memory()
     assert sizes[0] - memory.resident_bytes() > 40 << 20
     assert max(sizes) - sizes[0] < 20 << 20

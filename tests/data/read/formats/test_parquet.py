@@ -1,4 +1,4 @@
-"""Parquet files that are damaged, have no text where it should be, or unpack to much more than they are."""
+"""Parquet files give their text column; damaged ones and those without text are named; memory is bounded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,23 @@ import pyarrow.parquet
 import pytest
 
 from pipeline.data.build.build import prepare
-from pipeline.data.read.bad_records import BadInput
-from pipeline.data.read.chunks import CHUNK_BYTES, Chunk, Gatherer
-from pipeline.data.read.parquet import read_parquet, row_group_sizes
-from pipeline.data.read.sources import find_files
+from pipeline.data.read.bad_records import BadRecordPolicy
+from pipeline.data.read.chunks import CHUNK_BYTES, Chunk, ChunkBuilder
+from pipeline.data.read.formats.parquet import Parquet
+from pipeline.data.read.sources import SourceFile, find_files
+from pipeline.data.read.task import Part, TaskFile
 from pipeline.errors import DataError
-from tests.data.helpers import config, documents, one_source, split_texts, write, write_parquet
+from tests.data.helpers import (
+    COMPRESS,
+    FORMAT_TEXTS,
+    built_texts,
+    config,
+    documents,
+    one_source,
+    split_texts,
+    write,
+    write_parquet,
+)
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
@@ -90,6 +101,10 @@ def test_a_file_without_rows_needs_no_column(tmp_path: Path) -> None:
     assert prepare(config(tmp_path / "out", entries)).bad == {}
 
 
+def _whole(file: SourceFile) -> TaskFile:
+    return TaskFile(file, number=0, part=Part("files"), last=True, slice_bytes=None)
+
+
 def test_every_byte_of_a_footer_can_be_damaged(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", documents(20), row_group_size=5)
     whole = path.read_bytes()
@@ -101,24 +116,36 @@ def test_every_byte_of_a_footer_can_be_damaged(tmp_path: Path) -> None:
         content[place] ^= 0xA5
         path.write_bytes(content)
         (file,) = find_files(source)
-        row_group_sizes(file)
-        gatherer = Gatherer(BadInput("skip"), 1 << 20)
-        chunks = [e for e in read_parquet(file, 0, source, gatherer, 0, -1, True) if isinstance(e, Chunk)]
-        failed += any(chunk.bad for chunk in [*chunks, gatherer.take()])
+        Parquet(source).split(file, 100)
+        builder = ChunkBuilder(BadRecordPolicy("skip"), 1 << 20)
+        chunks = [item for item in Parquet(source).read(_whole(file), builder) if isinstance(item, Chunk)]
+        failed += any(chunk.bad for chunk in [*chunks, builder.take()])
     assert failed > 50
 
 
-def test_a_text_that_stands_in_a_dictionary_once_takes_no_more_memory_than_it_must(tmp_path: Path) -> None:
+def test_a_text_that_is_in_a_dictionary_once_takes_bounded_memory(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.parquet", pyarrow.array(["y" * 200_000] * 600), names=["text"])
     assert path.stat().st_size < 50_000
     source = config(tmp_path / "out", [one_source(path)]).data.sources[0]
     (file,) = find_files(source)
-    gatherer = Gatherer(BadInput("error"), 1 << 20)
+    builder = ChunkBuilder(BadRecordPolicy("error"), 1 << 20)
     before, most, texts = pyarrow.total_allocated_bytes(), 0, 0
-    for event in read_parquet(file, 0, source, gatherer, 0, -1, True):
+    for item in Parquet(source).read(_whole(file), builder):
         most = max(most, pyarrow.total_allocated_bytes() - before)
-        if isinstance(event, Chunk):
-            assert event.documents.text_bytes < 2 * CHUNK_BYTES
-            texts += len(event.documents)
-    assert texts + len(gatherer.take().documents) == 600
+        if isinstance(item, Chunk):
+            assert item.documents.text_bytes < 2 * CHUNK_BYTES
+            texts += len(item.documents)
+    assert texts + len(builder.take().documents) == 600
     assert most < 12 * CHUNK_BYTES
+
+
+@pytest.mark.parametrize("compression", [None, *COMPRESS])
+def test_parquet_gives_its_documents_from_row_groups_of_any_size(tmp_path: Path, compression: str | None) -> None:
+    plain = write_parquet(tmp_path / "all.parquet", FORMAT_TEXTS, row_group_size=17)
+    if compression is not None:
+        path = write(tmp_path / f"all.parquet.{compression}", COMPRESS[compression](plain.read_bytes()))
+        assert built_texts(tmp_path, path) == FORMAT_TEXTS
+    else:
+        assert built_texts(tmp_path, plain) == FORMAT_TEXTS
+        slices = list((tmp_path / "out" / "slices").iterdir())
+        assert len(slices) > 3
