@@ -1,4 +1,4 @@
-"""Sampling."""
+"""Sampling is greedy, seeded, cut by top-p and bounded as its arguments say."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def test_temperature_zero_takes_the_likeliest_token_each_time():
     assert generate(lm, prompt, 10, temperature=0) == expected[3:]
 
 
-def test_the_same_seed_gives_the_same_text_and_another_seed_another():
+def test_only_the_same_seed_gives_the_same_text():
     texts = [generate(model(), [1], 12, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_text_may_be_longer_than_the_context():
+def test_text_can_be_longer_than_the_context():
     assert len(generate(model(), list(range(40)), 50, temperature=0)) == 50
 
 

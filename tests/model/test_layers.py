@@ -1,4 +1,4 @@
-"""The layers against their definitions, written out another way."""
+"""The layers equal their definitions, written in another way."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_rope_takes_positions_per_sequence_across_heads():
     torch.testing.assert_close(rope(x, positions), each, rtol=0, atol=0)
 
 
-def test_rope_refuses_an_odd_head_size():
+def test_rope_rejects_an_odd_head_size():
     with pytest.raises(ValueError, match="even"):
         RotaryEmbedding(10000.0, 7, 16)
 
@@ -63,7 +63,7 @@ def test_initial_weights_are_cut_at_three_standard_deviations():
     assert embedding.std().item() == pytest.approx(1, rel=0.03)
 
 
-def test_attention_with_a_mask_equals_softmax_written_out():
+def test_masked_attention_equals_an_explicit_softmax():
     q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6, 7)
     mask = torch.rand(5, 6) < 0.7
     mask[:, 0] = True
@@ -83,11 +83,11 @@ def test_no_token_sees_a_later_one():
     assert not torch.allclose(before[:, 6:], after[:, 6:], atol=1e-3)
 
 
-def test_a_filled_cache_refuses_a_chunk_it_could_not_mask():
+def test_a_filled_cache_rejects_a_chunk_it_could_not_mask():
     attention = CausalSelfAttention(16, 2)
     cache = KeyValueCache()
     attention(torch.randn(1, 3, 16), cache=cache)
-    with pytest.raises(ValueError, match="one token at a time"):
+    with pytest.raises(ValueError, match="one token"):
         attention(torch.randn(1, 2, 16), cache=cache)
 
 
@@ -111,7 +111,7 @@ def test_cross_entropy_equals_torch_in_any_shape_and_size_of_logits(shape, scale
     torch.testing.assert_close(logits.grad, other.grad)
 
 
-def test_the_gradient_of_cross_entropy_is_the_one_of_finite_differences_as_often_as_it_is_asked_for():
+def test_the_gradient_of_cross_entropy_equals_finite_differences_and_can_be_taken_twice():
     logits = torch.randn(3, 2, 9, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 9, (3, 2))
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets), (logits,))
