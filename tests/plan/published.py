@@ -1,9 +1,11 @@
-"""Configs of models whose memory and speed others have published."""
+"""Models and clusters whose memory and speed others have published."""
 
 from __future__ import annotations
 
 from pipeline.config.load import load_config
 from pipeline.config.sections import Config
+from pipeline.plan.devices import device_named
+from pipeline.plan.plan import Cluster
 
 # Touvron et al. 2023 (LLaMA), table 2: parameters, d_model, heads, layers; d_ff from the released configs. This
 # project's model has the same parts: SwiGLU, RMSNorm, RoPE, no biases, untied head, 32,000 tokens. Table 15: GPU-hours
@@ -24,3 +26,8 @@ def llama(name: str, **train: object) -> Config:
         "train.precision": "bf16", **{f"train.{key}": value for key, value in train.items()},
     }  # fmt: skip
     return load_config("configs/demo.yaml", [f"{key}={value}" for key, value in overrides.items()])
+
+
+def a100_cluster(**changes: float) -> Cluster:
+    a100 = device_named("a100")
+    return Cluster(a100, a100.per_node, a100.intra_gb_per_s, a100.inter_gb_per_s, **changes)

@@ -6,14 +6,8 @@ import itertools
 
 import pytest
 
-from pipeline.plan.devices import device_named
-from pipeline.plan.plan import MTBF_NODE_HOURS, Cluster, make_plan, shared_batch
-from tests.plan.published import llama
-
-
-def a100_cluster(**changes: float) -> Cluster:
-    a100 = device_named("a100")
-    return Cluster(a100, a100.per_node, a100.intra_gb_per_s, a100.inter_gb_per_s, **changes)
+from pipeline.plan.plan import MTBF_NODE_HOURS, make_plan, shared_batch
+from tests.plan.published import a100_cluster, llama
 
 
 def test_goodput_of_llama_3():
