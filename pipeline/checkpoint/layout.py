@@ -23,7 +23,6 @@ from pipeline.files import naming, sha256_bytes, write_bytes
 from pipeline.run.folder import CHECKPOINT_MANIFEST
 
 FORMAT_VERSION = 1
-MANIFEST = CHECKPOINT_MANIFEST
 KEYS = ("weight", "exp_avg", "exp_avg_sq")
 
 _NAME = re.compile(r"^step_(\d{8,})$")
@@ -63,7 +62,7 @@ class Manifest:
         """Writes manifest.json with a digest of itself; returns the digest, which names the whole checkpoint."""
         content = _encoded({"format_version": FORMAT_VERSION, **vars(self)})
         digest = sha256_bytes(content)
-        write_bytes(folder / MANIFEST, content.removesuffix(b"}") + _seal(digest))
+        write_bytes(folder / CHECKPOINT_MANIFEST, content.removesuffix(b"}") + _seal(digest))
         return digest
 
     @classmethod
@@ -73,7 +72,7 @@ class Manifest:
         Raises:
             CheckpointError: It is missing, damaged or of another format.
         """
-        path = folder / MANIFEST
+        path = folder / CHECKPOINT_MANIFEST
         try:
             with naming(path, "cannot be read", error=CheckpointError):
                 content = path.read_bytes()

@@ -21,6 +21,7 @@ from pipeline.checkpoint.layout import Manifest, rank_file
 from pipeline.errors import CheckpointError
 from pipeline.files import fsync_file, publish_dir, sha256_file, write_json, write_text
 from pipeline.run.folder import step_name
+from pipeline.text_format import megabytes
 
 _OWNER_FILE = ".attempt"  # holds the id of the start that owns the folder
 _PART_SUFFIX = ".part.json"
@@ -87,7 +88,7 @@ class PendingCheckpoint:
         if free < own_bytes:
             whose = "a checkpoint" if self._identity.world_size == 1 else "this rank's part of a checkpoint"
             raise CheckpointError(
-                f"{self._checkpoints}: {whose} needs {own_bytes / 1e6:.1f} MB but only {free / 1e6:.1f} MB are free; "
+                f"{self._checkpoints}: {whose} needs {megabytes(own_bytes)} but only {megabytes(free)} are free; "
                 "make room or lower checkpoint.keep_last"
             )
 

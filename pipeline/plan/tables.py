@@ -12,6 +12,7 @@ from pipeline.config.sections import Config
 from pipeline.plan.devices import GIB
 from pipeline.plan.plan import Cluster, PlanRow, Range
 from pipeline.plan.step_time import ARITHMETIC, LINKS
+from pipeline.text_format import figure
 
 
 def print_plan(config: Config, rows: Sequence[PlanRow], cluster: Cluster, console: Console) -> None:
@@ -58,7 +59,7 @@ def _failures(config: Config, rows: Sequence[PlanRow]) -> Table:
     columns = ("nodes", "GB", "save s", "hours between failures", "goodput", "best every", "goodput then")
     table = _table(f"checkpoints and failures; a checkpoint every {config.train.checkpoint_interval:,} steps", *columns)
     for row in rows:
-        figures = map(_number, (row.checkpoint_gb, row.save_s, row.mtbf_hours))
+        figures = map(figure, (row.checkpoint_gb, row.save_s, row.mtbf_hours))
         best = f"{row.best_interval_steps:,} steps"
         table.add_row(f"{row.nodes}", *figures, f"{row.goodput:.1%}", best, f"{row.best_goodput:.1%}")
     return table
@@ -93,16 +94,8 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _gib(size: float) -> str:
-    return _number(size / GIB)
+    return figure(size / GIB)
 
 
 def _between(values: Range) -> str:
-    return f"{_number(values[0])}-{_number(values[1])}"
-
-
-def _number(value: float) -> str:
-    """Formats two or three digits, thousands and millions with their letter."""
-    for size, letter in ((1e6, "M"), (1e4, "k")):
-        if value >= size:
-            return f"{value / (1e3 if letter == 'k' else size):.3g}{letter}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+    return f"{figure(values[0])}-{figure(values[1])}"

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint import layout
-from pipeline.checkpoint.layout import MANIFEST, Manifest, rank_file
+from pipeline.checkpoint.layout import Manifest, rank_file
 from pipeline.checkpoint.pending import take_over
 from pipeline.checkpoint.saver import Saved
 from pipeline.errors import CheckpointError
+from pipeline.run.folder import CHECKPOINT_MANIFEST
 from tests.checkpoint.support import fragments, saver
 
 RANKS, PARAMETERS = 20, 30
@@ -36,14 +37,14 @@ def manifest() -> Manifest:
 def test_a_manifest_survives_a_round_trip_and_its_digest_covers_the_content(manifest: Manifest, tmp_path: Path) -> None:
     digest = manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
-    tree = json.loads((tmp_path / MANIFEST).read_bytes())
+    tree = json.loads((tmp_path / CHECKPOINT_MANIFEST).read_bytes())
     assert tree.pop("digest") == digest
     assert hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest() == digest, "as documented"
 
 
 def test_an_indented_manifest_of_an_earlier_version_is_read_and_checked(manifest: Manifest, tmp_path: Path) -> None:
     manifest.save(tmp_path)
-    file = tmp_path / MANIFEST
+    file = tmp_path / CHECKPOINT_MANIFEST
     tree = json.loads(file.read_bytes())
     file.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     assert Manifest.load(tmp_path) == manifest
@@ -65,7 +66,7 @@ def test_writing_encodes_one_parameter_at_a_time_and_reading_encodes_nothing(
 
     monkeypatch.setattr(layout.json, "dumps", dumps)
     manifest.save(tmp_path)
-    size = (tmp_path / MANIFEST).stat().st_size
+    size = (tmp_path / CHECKPOINT_MANIFEST).stat().st_size
     assert max(pieces) < 1.5 * size / PARAMETERS
     pieces.clear()
     Manifest.load(tmp_path)
@@ -79,4 +80,4 @@ def test_the_report_of_a_save_has_the_digest_of_its_manifest(tmp_path: Path) -> 
     one.save(1, fragments(1.0), {})
     one.wait()
     assert reports[0].path is not None
-    assert reports[0].digest == json.loads((reports[0].path / MANIFEST).read_bytes())["digest"]
+    assert reports[0].digest == json.loads((reports[0].path / CHECKPOINT_MANIFEST).read_bytes())["digest"]
