@@ -99,7 +99,7 @@ class PendingCheckpoint:
             RankFailed: Rank 0 has given up this save, perhaps before the file was begun.
         """
         self._check_wanted()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)
         file = self._folder / rank_file(self._identity.rank)
         safetensors.torch.save_file(copies, file)
         fsync_file(file)

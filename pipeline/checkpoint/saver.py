@@ -103,7 +103,7 @@ class CheckpointSaver:
             self.wait()
         busy = False
         failures: list[str | None] = []
-        if skipping or stopping:  # threads do not end at the same moment on all ranks: agree once, here
+        if skipping or stopping:  # threads end at different moments on different ranks: agree, at saves only
             states = self._gather((self.busy, self._failure))
             busy, failures = any(b for b, _ in states), [f for _, f in states]
         failure = next((f for f in failures if f is not None), None)

@@ -35,7 +35,7 @@ def generate(
         generator: Source of randomness, on the model's device.
     """
     device = model.lm_head.weight.device
-    context = list(prompt_ids)[-(model.context_length - 1) :] if model.context_length > 1 else [prompt_ids[-1]]
+    context = list(prompt_ids)[-max(1, model.context_length - 1) :]
     caches, cached = model.new_caches(), 0
     new: list[int] = []
     while len(new) < max_new_tokens:

@@ -14,7 +14,7 @@ def get_lr_cosine_schedule(
     """
     if it < warmup_iters:
         return it / warmup_iters * max_learning_rate
-    if it > cosine_cycle_iters or cosine_cycle_iters == warmup_iters:
+    if it >= cosine_cycle_iters:
         return min_learning_rate
     progress = (it - warmup_iters) / (cosine_cycle_iters - warmup_iters)
     return min_learning_rate + 0.5 * (1 + math.cos(math.pi * progress)) * (max_learning_rate - min_learning_rate)

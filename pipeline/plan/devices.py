@@ -40,7 +40,7 @@ class Device:
 # Peaks and bandwidths: the vendors' data sheets (docs/scaling.md names them). Memory: what PyTorch reports. Nodes: the
 # vendors' reference nodes (DGX A100, DGX H100, an MI300X platform, Frontier's for the MI250X, where a device is one of
 # the two dies of a card). To the host: 80% of PCIe. The order matters: the first entry whose words all occur wins.
-_TABLE = {
+DEVICES = {
     "b200": Device("B200", 178.3, 2250e12, 75e12, 7700, 8, 900, 400, 50),
     "h200": Device("H200", 139.8, 989e12, 67e12, 4800, 8, 450, 400, 50),
     "h100-pcie": Device("H100 PCIe", 79.1, 756e12, 51e12, 2000, 8, 64, 100, 50),
@@ -66,11 +66,11 @@ def device_named(name: str) -> Device:
         UsageError: The table has no such device; the message lists all.
     """
     try:
-        return _TABLE[name.lower()]
+        return DEVICES[name.lower()]
     except KeyError as error:
-        raise UsageError(f"no device {name!r} in the table; there are: {', '.join(_TABLE)}") from error
+        raise UsageError(f"no device {name!r} in the table; there are: {', '.join(DEVICES)}") from error
 
 
 def device_reported(name: str) -> Device | None:
     """Returns the device whose words all occur in the name that a driver reports, or None."""
-    return next((d for d in _TABLE.values() if all(word in name for word in d.name.split())), None)
+    return next((d for d in DEVICES.values() if all(word in name for word in d.name.split())), None)

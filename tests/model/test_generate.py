@@ -30,6 +30,12 @@ def test_text_can_be_longer_than_the_context():
     assert len(generate(model(), list(range(40)), 50, temperature=0)) == 50
 
 
+def test_of_a_prompt_as_long_as_the_context_the_last_tokens_but_one_count():
+    prompt = list(range(1, 17))
+    assert generate(model(), prompt, 3, temperature=0) == generate(model(), [7, *prompt[1:]], 3, temperature=0)
+    assert generate(model(), prompt, 1, temperature=0) == generate(model(), prompt[1:], 1, temperature=0)
+
+
 def test_the_stop_token_ends_the_text_and_is_not_returned():
     whole = generate(model(), [1], 12, temperature=0)
     stopped = generate(model(), [1], 12, temperature=0, stop_id=whole[5])

@@ -26,6 +26,13 @@ def test_clipping_equals_pytorchs(max_norm):
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_eps_keeps_the_scale_finite_for_tiny_gradients():
+    (tiny,) = params = [torch.nn.Parameter(torch.zeros(2))]
+    tiny.grad = torch.tensor([3e-6, 0.0])
+    clip_gradients(params, 1e-6, eps=1e-6)
+    torch.testing.assert_close(tiny.grad, torch.tensor([0.75e-6, 0.0]), rtol=1e-5, atol=0)
+
+
 def test_clipping_changes_no_bit_of_small_gradients():
     params = gradients()
     before = [p.grad.clone() for p in params[:2]]

@@ -28,6 +28,7 @@ def llama(name: str, **train: object) -> Config:
     return load_config("configs/demo.yaml", [f"{key}={value}" for key, value in overrides.items()])
 
 
-def a100_cluster(**changes: float) -> Cluster:
-    a100 = device_named("a100")
-    return Cluster(a100, a100.per_node, a100.intra_gb_per_s, a100.inter_gb_per_s, **changes)
+def cluster_of(device: str, **changes: float) -> Cluster:
+    """Nodes as usual for this device."""
+    found = device_named(device)
+    return Cluster(found, found.per_node, found.intra_gb_per_s, found.inter_gb_per_s, **changes)

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.plan.devices import DEVICES
 from pipeline.plan.memory import process_memory
 from pipeline.plan.plan import make_plan
-from tests.plan.published import a100_cluster, llama
+from tests.plan.published import cluster_of, llama
 
 RECORDED = Path(__file__).with_name("figures.json")
 CASES: dict[str, dict[str, Any]] = {
@@ -32,10 +33,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def figures(case: str) -> Any:
-    """Plans for A100 nodes, and the memory of a CPU process, as plain values."""
-    config = llama("7B", **CASES[case])
-    rows = make_plan(config, [1, 8], a100_cluster(mtbf_node_hours=10.0))
-    memory = [process_memory(config, ranks, on_cpu=True) for ranks in (1, 64)]
+    """The memory of a CPU process and plans for A100 nodes, or for nodes of the device that the case names."""
+    config = llama("7B", **CASES.get(case, {}))
+    rows = make_plan(config, [1, 8], cluster_of(case if case in DEVICES else "a100", mtbf_node_hours=10.0))
+    memory = [process_memory(config, ranks, on_cpu=True) for ranks in (1, 64) if case in CASES]
     return json.loads(json.dumps({"plan": [row.to_json() for row in rows], "on_cpu": [asdict(m) for m in memory]}))
 
 
@@ -47,7 +48,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     return {leaf: v for key, child in pairs for leaf, v in flat(child, f"{path}/{key}").items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *DEVICES])
 def test_the_figures_of_a_plan_are_the_recorded_ones(case: str) -> None:
     found, recorded = flat(figures(case)), flat(json.loads(RECORDED.read_text())[case])
     assert found.keys() == recorded.keys()
@@ -56,4 +57,4 @@ def test_the_figures_of_a_plan_are_the_recorded_ones(case: str) -> None:
 
 
 if __name__ == "__main__":
-    print("{" + ",\n".join(f"{json.dumps(case)}: {json.dumps(figures(case))}" for case in CASES) + "}")
+    print("{" + ",\n".join(f"{json.dumps(case)}: {json.dumps(figures(case))}" for case in [*CASES, *DEVICES]) + "}")
