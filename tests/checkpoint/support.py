@@ -20,11 +20,13 @@ NUMEL = 1000
 _STORES: dict[Path, HashStore] = {}
 
 
-def fragments(value: float, rank: int = 0, world_size: int = 1, numel: int = NUMEL) -> list[OwnedFragment]:
+def fragments(
+    value: float, rank: int = 0, world_size: int = 1, numel: int = NUMEL, name: str = "layer.weight"
+) -> list[OwnedFragment]:
     """This rank's part of one parameter whose elements, and moments, are all `value`."""
     share = numel // world_size
     tensors = {key: torch.full((share,), value) for key in KEYS}
-    return [OwnedFragment("layer.weight", (numel,), rank * share, tensors)]
+    return [OwnedFragment(name, (numel,), rank * share, tensors)]
 
 
 def saver(

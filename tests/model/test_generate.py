@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from pipeline.model.generate import draw, generate
 from pipeline.model.transformer import TransformerLM
 
 
-def model() -> TransformerLM:
+def model(context_length: int = 16) -> TransformerLM:
     torch.manual_seed(3)
-    return TransformerLM(50, 16, 32, 2, 4, 64, 10000.0)
+    return TransformerLM(50, context_length, 32, 2, 4, 64, 10000.0)
 
 
 def test_temperature_zero_takes_the_likeliest_token_each_time():
@@ -30,10 +31,12 @@ def test_text_can_be_longer_than_the_context():
     assert len(generate(model(), list(range(40)), 50, temperature=0)) == 50
 
 
-def test_of_a_prompt_as_long_as_the_context_the_last_tokens_but_one_count():
-    prompt = list(range(1, 17))
-    assert generate(model(), prompt, 3, temperature=0) == generate(model(), [7, *prompt[1:]], 3, temperature=0)
-    assert generate(model(), prompt, 1, temperature=0) == generate(model(), prompt[1:], 1, temperature=0)
+@pytest.mark.parametrize("context_length", [1, 2, 16])
+def test_a_full_context_of_prompt_leaves_room_for_one_token(context_length):
+    prompt = list(range(1, context_length + 1))
+    counted = prompt[1:] or prompt
+    lm = model(context_length)
+    assert generate(lm, [*prompt, *prompt], 3, temperature=0) == generate(lm, counted, 3, temperature=0)
 
 
 def test_the_stop_token_ends_the_text_and_is_not_returned():

@@ -6,7 +6,9 @@ import itertools
 
 import pytest
 
-from pipeline.plan.plan import MTBF_NODE_HOURS, make_plan, shared_batch
+from pipeline.plan.devices import GIB
+from pipeline.plan.memory import process_memory
+from pipeline.plan.plan import MTBF_NODE_HOURS, fits_device, make_plan, needed_bytes, shared_batch
 from tests.plan.published import cluster_of, llama
 
 
@@ -32,6 +34,12 @@ def test_later_stages_never_need_more_memory_for_a_large_model():
         assert list(row.peak_by_stage) == sorted(row.peak_by_stage, reverse=True)
     assert not rows[0].fits  # 16 bytes per parameter at stage 0
     assert make_plan(llama("7B", zero_stage=2, activation_checkpointing=True), [8], cluster_of("a100"))[0].fits
+
+
+def test_memory_that_a_process_needs_to_the_last_byte_fits():
+    memory = process_memory(llama("7B"), 8)
+    assert fits_device(memory, needed_bytes(memory) / GIB)
+    assert not fits_device(memory, (needed_bytes(memory) - 4096) / GIB)
 
 
 def test_the_batch_grows_only_if_the_ranks_cannot_share_it():
