@@ -150,14 +150,14 @@ def process_memory(config: Config, ranks: int, stage: int | None = None, on_cpu:
     # Stage 2 allocates a rank's whole part of the gradients when the first of them arrives: on the rank that owns the
     # last layers, while all activations are still held.
     early = gradients if stage == 2 else 0.0
+    fresh = _fresh_gradients(model, stage, left)
+    recomputation = passing + early + acts.recomputing + fresh if acts.recomputing else 0.0
     moments = {
         "start-up": 4.0 * total * (2 if stage in (1, 2) and on_cpu else 1) + (4 * own if stage == 3 else 0.0),
         "forward": passing + acts.kept + acts.copies + acts.logits,
         "backward": passing + acts.kept + acts.copies + acts.loss,
         "first gradients": passing + early + acts.kept + acts.copies + acts.logits,
-        "recomputation": passing + early + acts.recomputing + _fresh_gradients(model, stage, left)
-        if acts.recomputing
-        else 0.0,
+        "recomputation": recomputation,
         "reduction": passing + gradients - left + buffers.reducing + acts.logits,
         "optimizer step": base + updating,
     }
