@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from pipeline.checkpoint.pending import Writer, begin_attempt
+from pipeline.checkpoint.pending import RankIdentity, take_over
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.sections import Config
 from pipeline.model.loss import cross_entropy
@@ -52,9 +52,9 @@ class Bench:
         self.tokens = torch.randint(
             0, config.model.vocab_size, (config.train.batch_size, config.model.context_length + 1)
         )
-        begin_attempt(folder, "bench")
-        writer = Writer(0, 1, 0, "bench", torch.distributed.HashStore())
-        self.saver = CheckpointSaver(folder, writer, config.checkpoint, lambda saved: None)
+        take_over(folder, "bench")
+        identity = RankIdentity(0, 1, 0, "bench", torch.distributed.HashStore())
+        self.saver = CheckpointSaver(folder, identity, config.checkpoint, lambda saved: None)
         self.saves = 0
 
     def step(self, before_step: Callable[[], object]) -> tuple[float, float]:

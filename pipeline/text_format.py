@@ -11,11 +11,24 @@ def short(value: float) -> str:
     return f"{value:.0f}"
 
 
+def figure(value: float) -> str:
+    """A figure of a plan in two or three digits: 0.0048, 95, 12.3k, 4M."""
+    for size, unit, divisor in ((1e6, "M", 1e6), (1e4, "k", 1e3)):
+        if value >= size:
+            return f"{value / divisor:.3g}{unit}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds: 1:02:03."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def megabytes(size: float) -> str:
+    """A number of bytes in decimal megabytes: 2.4 MB."""
+    return f"{size / 1e6:.1f} MB"
 
 
 def byte_characters() -> list[str]:

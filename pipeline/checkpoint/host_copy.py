@@ -15,43 +15,40 @@ from pipeline.checkpoint.layout import KEYS
 
 @dataclass(frozen=True)
 class OwnedFragment:
-    """A part of a parameter and of its moments that this rank owns.
-
-    Attributes:
-        name: The parameter.
-        shape: Shape of the whole parameter.
-        start: First element of the part, in the flattened parameter.
-        tensors: `weight`, `exp_avg`, `exp_avg_sq`: float32 views `(length,)`.
-    """
+    """A part of a parameter and of its moments that this rank owns."""
 
     name: str
+    """Name of the parameter."""
     shape: tuple[int, ...]
+    """Shape of the whole parameter."""
     start: int
+    """First element of the part, in the flattened parameter."""
     tensors: dict[str, Tensor]
+    """`weight`, `exp_avg`, `exp_avg_sq`: float32 views `(length,)`."""
 
     @property
     def length(self) -> int:
-        """Its elements."""
+        """Number of elements in the part."""
         return self.tensors["weight"].numel()
 
     @property
     def dtype(self) -> str:
-        """Of the weights, `float32` say."""
+        """Dtype of the weights, for example `float32`."""
         return str(self.tensors["weight"].dtype).removeprefix("torch.")
 
 
 class HostCopy:
-    """Buffers for one rank's fragments, kept from one save to the next; the only place that knows CUDA's streams."""
+    """One rank's buffers in host memory, reused by every save; the only code here that knows CUDA streams."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, fragments: list[OwnedFragment], ready: Any) -> dict[str, Tensor]:
-        """Copies under their names in the file; they are overwritten by the next call.
+        """Returns copies of the fragments under their names in the rank's file; the next call overwrites them.
 
         Args:
-            fragments: What to copy.
-            ready: `device_event` of the moment whose state is wanted.
+            fragments: The fragments to copy.
+            ready: The `device_event` after which the state to be saved is complete.
         """
         with _copy_stream(fragments, ready):
             for fragment in fragments:
@@ -65,7 +62,7 @@ class HostCopy:
 
 
 def device_event(fragments: list[OwnedFragment]) -> Any:
-    """On CUDA, an event after which the weights are those of this step; None on the CPU."""
+    """Returns, on CUDA, an event after which the weights are those of this step; None on the CPU."""
     if not any(f.tensors["weight"].is_cuda for f in fragments):
         return None
     event = torch.cuda.Event()
@@ -75,11 +72,11 @@ def device_event(fragments: list[OwnedFragment]) -> Any:
 
 @contextlib.contextmanager
 def _copy_stream(fragments: list[OwnedFragment], ready: Any) -> Iterator[None]:
-    """On CUDA, a stream of its own for the copies, finished when the block ends."""
+    """Runs the block's copies on their own CUDA stream and waits for them at its end; does nothing on the CPU."""
     if ready is None:
         yield
         return
-    # The current device is a thread's own: without its name this thread would wait for a stream of device 0.
+    # The current device is set per thread: without this name the thread would wait for a stream of device 0.
     stream = torch.cuda.Stream(fragments[0].tensors["weight"].device)
     with torch.cuda.stream(stream):
         stream.wait_event(ready)

@@ -1,12 +1,12 @@
-"""Names inside `checkpoints/`, and what a checkpoint's manifest says.
+"""The names inside `checkpoints/`, and the content of a checkpoint's manifest.
 
-    checkpoints/step_00001000/            visible only when whole
-        manifest.json                     everything about the state, with a digest of itself
-        rank_00000.safetensors            the fragments that rank wrote
-    checkpoints/.step_00001000.ab12.tmp/  being written by the attempt ab12
-    checkpoints/step_00001000.rejected/   set aside, kept for a person to look at
+    checkpoints/step_00001000/              visible only when whole
+        manifest.json                       everything about the state, with a digest of itself
+        rank_00000.safetensors              the fragments that rank wrote
+    checkpoints/.step_00001000.ab12.1.tmp/  being written: the first save of the start ab12
+    checkpoints/step_00001000.rejected/     quarantined, kept for inspection
 
-A tensor in a rank's file is `KEY/NAME`: KEY is `weight`, `exp_avg` or `exp_avg_sq`, NAME a parameter; it holds
+A tensor in a rank's file is `KEY/NAME`: KEY is `weight`, `exp_avg` or `exp_avg_sq`, NAME a parameter. It holds
 the elements `[start, start + length)` of the flattened parameter in float32, as the manifest says.
 """
 
@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError
-from pipeline.files import sha256_bytes, write_bytes
+from pipeline.files import naming, sha256_bytes, write_bytes
 from pipeline.run.folder import CHECKPOINT_MANIFEST
 
 FORMAT_VERSION = 1
-MANIFEST = CHECKPOINT_MANIFEST
 KEYS = ("weight", "exp_avg", "exp_avg_sq")
 
 _NAME = re.compile(r"^step_(\d{8,})$")
@@ -40,33 +39,30 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.json.
-
-    Attributes:
-        step: Finished optimizer steps.
-        world_size: Processes that wrote it.
-        zero_stage: Their ZeRO stage.
-        files: Size and SHA-256 of each file.
-        parameters: Shape, dtype and fragments of each parameter.
-        state: What else makes a run go on: tokens seen, skipped batches, RNG, digests, config, the MLflow run's id.
-    """
+    """The content of manifest.json."""
 
     step: int
+    """Finished optimizer steps."""
     world_size: int
+    """Number of processes that wrote the checkpoint."""
     zero_stage: int
+    """The ZeRO stage of these processes."""
     files: dict[str, dict[str, Any]]
+    """Size and SHA-256 of each file."""
     parameters: dict[str, dict[str, Any]]
+    """Shape, dtype and fragments of each parameter."""
     state: dict[str, Any]
+    """What else a run needs to resume: tokens seen, skipped batches, RNG, digests, config, the MLflow run's id."""
 
     def fragments(self, name: str) -> list[Fragment]:
-        """The fragments of a parameter, by their start."""
+        """Returns the fragments of a parameter, ordered by their start."""
         return sorted((Fragment(*f) for f in self.parameters[name]["fragments"]), key=lambda f: f.start)
 
     def save(self, folder: Path) -> str:
         """Writes manifest.json with a digest of itself; returns the digest, which names the whole checkpoint."""
         content = _encoded({"format_version": FORMAT_VERSION, **vars(self)})
         digest = sha256_bytes(content)
-        write_bytes(folder / MANIFEST, content.removesuffix(b"}") + _seal(digest))
+        write_bytes(folder / CHECKPOINT_MANIFEST, content.removesuffix(b"}") + _seal(digest))
         return digest
 
     @classmethod
@@ -76,16 +72,15 @@ class Manifest:
         Raises:
             CheckpointError: It is missing, damaged or of another format.
         """
-        path = folder / MANIFEST
+        path = folder / CHECKPOINT_MANIFEST
         try:
-            content = path.read_bytes()
+            with naming(path, "cannot be read", error=CheckpointError):
+                content = path.read_bytes()
             tree = json.loads(content)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
         except ValueError as error:
             raise CheckpointError(f"{path}: is damaged ({error})") from error
         if not isinstance(tree, dict) or tree.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(f"{path}: is not of format {FORMAT_VERSION}, the one this program reads")
+            raise CheckpointError(f"{path}: is not of format {FORMAT_VERSION}, the only one this program reads")
         if not _is_intact(content, tree.pop("digest", None), tree):
             raise CheckpointError(f"{path}: is damaged (its digest does not match its content)")
         tree.pop("format_version")
@@ -93,26 +88,26 @@ class Manifest:
 
 
 def rank_file(rank: int) -> str:
-    """File of one rank."""
+    """Returns the name of the file that a rank writes."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def step_of(folder: Path) -> int | None:
-    """The step a folder's name claims; None for a folder that is no published checkpoint."""
+    """Returns the step that a folder's name claims; None if the folder is not a published checkpoint."""
     match = _NAME.match(folder.name)
     return int(match[1]) if match else None
 
 
 def published(checkpoints: Path) -> list[Path]:
-    """The published checkpoints, newest first."""
+    """Returns the published checkpoints, newest first."""
     found = [(step, path) for path in checkpoints.glob("step_*") if (step := step_of(path)) is not None]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def _encoded(tree: dict[str, Any]) -> bytes:
-    """`json.dumps(tree, sort_keys=True)`, in pieces no longer than one parameter.
+    """Returns `json.dumps(tree, sort_keys=True)`, encoded one parameter at a time.
 
-    The fragments of a thousand ranks are tens of megabytes: one call for all of them holds the interpreter, and with
+    The fragments of a thousand ranks are tens of megabytes: encoding them in one call holds the interpreter, and with
     it the training loop, for a second.
     """
     return _object({k: _object(_texts(v)) if isinstance(v, dict) else json.dumps(v) for k, v in tree.items()}).encode()
@@ -127,7 +122,7 @@ def _object(texts: dict[str, str]) -> str:
 
 
 def _seal(digest: str) -> bytes:
-    """The end of a manifest: what is before it, and a brace, is what was hashed."""
+    """Returns the end of a manifest: the digest covers everything before it, closed by a brace."""
     return f', "digest": "{digest}"}}\n'.encode()
 
 
@@ -135,4 +130,4 @@ def _is_intact(content: bytes, digest: Any, tree: dict[str, Any]) -> bool:
     seal = _seal(digest)
     if content.endswith(seal) and sha256_bytes(content.removesuffix(seal) + b"}") == digest:
         return True
-    return sha256_bytes(_encoded(tree)) == digest  # another layout of the same JSON: earlier ones were indented
+    return sha256_bytes(_encoded(tree)) == digest  # the same JSON in another layout: earlier versions indented it

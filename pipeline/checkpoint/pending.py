@@ -1,4 +1,4 @@
-"""A checkpoint that is being written by all ranks: hidden until it is whole, then published by one rename."""
+"""A checkpoint that all ranks are writing: hidden until it is whole, then published by one rename."""
 
 from __future__ import annotations
 
@@ -21,86 +21,86 @@ from pipeline.checkpoint.layout import Manifest, rank_file
 from pipeline.errors import CheckpointError
 from pipeline.files import fsync_file, publish_dir, sha256_file, write_json, write_text
 from pipeline.run.folder import step_name
+from pipeline.text_format import megabytes
 
-ATTEMPT_FILE = ".attempt"
-
+_OWNER_FILE = ".attempt"  # holds the id of the start that owns the folder
 _PART_SUFFIX = ".part.json"
 _POLL_S = 0.02
 
 
 @dataclass(frozen=True)
-class Writer:
-    """Who writes: this rank's place and the attempt it belongs to.
-
-    Attributes:
-        rank: Number of this process.
-        world_size: Number of processes.
-        zero_stage: The ZeRO stage of the fragments.
-        attempt: Names this start of the run; an earlier one that still runs somewhere cannot publish any more.
-        store: Shared by all ranks of this start. By it a rank says that it failed, and rank 0 that it gave up: a disk
-            that takes no file takes no message either, and they would wait for each other in vain.
-    """
+class RankIdentity:
+    """Who saves: one rank of one start of the run."""
 
     rank: int
+    """Number of this process."""
     world_size: int
+    """Number of processes."""
     zero_stage: int
-    attempt: str
+    """The ZeRO stage of the fragments."""
+    start_id: str
+    """Names this start of the run; an earlier start that still runs somewhere can no longer publish."""
     store: Store
+    """Shared by all ranks of this start: a rank reports its failure here, and rank 0 that it gave up.
+
+    Files cannot carry these messages: a disk that takes no checkpoint takes no message either, and the ranks would wait
+    for each other in vain.
+    """
 
 
 class RankFailed(CheckpointError):
     """Another rank ended the save; the message names the rank."""
 
 
-class Draft:
-    """One save's hidden folder; rank 0 finds the others' files in it, for a thread must not meet collectives.
+class PendingCheckpoint:
+    """The hidden folder of one save. Rank 0 finds the other ranks' files in it: a thread must not run collectives.
 
     Args:
         checkpoints: The folder of the run's checkpoints.
-        writer: This process.
-        step: Of the state.
-        number: Of the save in this start: after a rollback the same step comes again, and must not meet a late
-            rank's file of the first time.
+        identity: This rank.
+        step: Finished optimizer steps.
+        number: Number of the save within this start. After a rollback the same step is saved again, and must not meet a
+            late rank's file of the first save.
     """
 
-    def __init__(self, checkpoints: Path, writer: Writer, step: int, number: int) -> None:
+    def __init__(self, checkpoints: Path, identity: RankIdentity, step: int, number: int) -> None:
         self._checkpoints = checkpoints
-        self._writer = writer
+        self._identity = identity
         self._step = step
         self._number = number
-        self._folder = checkpoints / f".{step_name(step)}.{writer.attempt}.{number}.tmp"
-        self._failed = f"checkpoint/{writer.attempt}/{number}/failed"
-        self._given_up = f"checkpoint/{writer.attempt}/{number}/given_up"
+        self._folder = checkpoints / f".{step_name(step)}.{identity.start_id}.{number}.tmp"
+        self._failed = f"checkpoint/{identity.start_id}/{number}/failed"
+        self._given_up = f"checkpoint/{identity.start_id}/{number}/given_up"
 
     def remove_older(self) -> None:
         """Deletes what earlier saves of this start left (rank 0): each was published or given up."""
-        for folder in self._checkpoints.glob(f".step_*.{self._writer.attempt}.*.tmp"):
+        for folder in self._checkpoints.glob(f".step_*.{self._identity.start_id}.*.tmp"):
             if int(folder.name.split(".")[-2]) < self._number:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def check_space(self, own_bytes: int) -> None:
-        """Looks whether this rank's file fits; the others' may be written already, and are no part of what is free.
+        """Checks that this rank's file fits; other ranks may have written theirs already, so only its own size counts.
 
         Raises:
-            CheckpointError: It does not.
+            CheckpointError: It does not fit.
         """
         free = shutil.disk_usage(self._checkpoints).free
         if free < own_bytes:
-            whose = "a checkpoint" if self._writer.world_size == 1 else "this rank's part of a checkpoint"
+            whose = "a checkpoint" if self._identity.world_size == 1 else "this rank's part of a checkpoint"
             raise CheckpointError(
-                f"{self._checkpoints}: {whose} needs {own_bytes / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; "
+                f"{self._checkpoints}: {whose} needs {megabytes(own_bytes)} but only {megabytes(free)} are free; "
                 "make room or lower checkpoint.keep_last"
             )
 
     def write_part(self, fragments: list[OwnedFragment], copies: dict[str, Tensor]) -> None:
-        """Writes this rank's file, and beside it what rank 0 must know about it.
+        """Writes this rank's file and, beside it, what rank 0 needs to know about it.
 
         Raises:
-            RankFailed: Rank 0 has given this save up, maybe before the file was begun.
+            RankFailed: Rank 0 has given up this save, perhaps before the file was begun.
         """
         self._check_wanted()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._folder / rank_file(self._writer.rank)
+        self._folder.mkdir(exist_ok=True)
+        file = self._folder / rank_file(self._identity.rank)
         safetensors.torch.save_file(copies, file)
         fsync_file(file)
         part = {
@@ -113,28 +113,28 @@ class Draft:
         self._check_wanted()
 
     def _check_wanted(self) -> None:
-        if self._writer.store.check([self._given_up]):
-            raise RankFailed(self._writer.store.get(self._given_up).decode())
+        if self._identity.store.check([self._given_up]):
+            raise RankFailed(self._identity.store.get(self._given_up).decode())
 
     def publish(self, state: dict[str, Any], timeout_s: float) -> tuple[Path, str]:
-        """Makes the checkpoint visible when the files of all ranks are there (rank 0).
+        """Makes the checkpoint visible once the files of all ranks have arrived (rank 0).
 
         Args:
             state: The rest of the state.
-            timeout_s: How long to wait for a file.
+            timeout_s: Longest time to wait for the files.
 
         Returns:
-            Its folder, and the digest in its manifest.
+            The checkpoint's folder, and the digest in its manifest.
 
         Raises:
-            CheckpointError: A rank failed, its file did not arrive, or another start has taken the folder over.
+            CheckpointError: A rank failed, its file did not arrive, or another start has taken over the folder.
         """
         parts = self._wait_for_parts(timeout_s)
-        manifest = _merged(parts, self._step, self._writer, state)
+        manifest = _merged(parts, self._step, self._identity, state)
         for part in parts:
             part.unlink()
         digest = manifest.save(self._folder)
-        if (self._checkpoints / ATTEMPT_FILE).read_text() != self._writer.attempt:
+        if (self._checkpoints / _OWNER_FILE).read_text() != self._identity.start_id:
             raise CheckpointError(
                 f"{self._checkpoints}: another start of this run has taken over; nothing is published"
             )
@@ -147,11 +147,11 @@ class Draft:
         return final, digest
 
     def _wait_for_parts(self, timeout_s: float) -> list[Path]:
-        parts = [self._folder / (rank_file(rank) + _PART_SUFFIX) for rank in range(self._writer.world_size)]
+        parts = [self._folder / (rank_file(rank) + _PART_SUFFIX) for rank in range(self._identity.world_size)]
         deadline = time.monotonic() + timeout_s
         while True:
-            if self._writer.store.check([self._failed]):
-                raise RankFailed(self._writer.store.get(self._failed).decode())
+            if self._identity.store.check([self._failed]):
+                raise RankFailed(self._identity.store.get(self._failed).decode())
             if all(part.exists() for part in parts):
                 return parts
             if time.monotonic() > deadline:
@@ -160,32 +160,34 @@ class Draft:
             time.sleep(_POLL_S)
 
     def fail(self, error: Exception) -> str:
-        """Gives up: rank 0 takes away what was written, the others tell it why; returns the error with its place.
+        """Gives up the save: rank 0 deletes the folder, any other rank tells it why; returns the error with its place.
 
-        A rank that is later than rank 0 takes its part away itself. Before rank 0 gave up it leaves all as it is: the
+        A rank that finishes after rank 0 gave up deletes the folder too. Until then it leaves everything as it is: its
         part may be whole, and rank 0 about to publish it.
         """
+        identity = self._identity
         problem = str(error)
-        if self._writer.world_size > 1 and not isinstance(error, RankFailed):
-            problem = f"rank {self._writer.rank} on {socket.gethostname()}: {problem}"
+        if identity.world_size > 1 and not isinstance(error, RankFailed):
+            problem = f"rank {identity.rank} on {socket.gethostname()}: {problem}"
         late = False
-        with contextlib.suppress(RuntimeError):  # the store is gone with rank 0, and nobody waits any more
-            # Said before the folder goes: who finishes a file without hearing it had finished before, and it goes too.
-            self._writer.store.set(self._given_up if self._writer.rank == 0 else self._failed, problem)
-            late = self._writer.store.check([self._given_up])
-        if self._writer.rank == 0 or late:
+        with contextlib.suppress(RuntimeError):  # the store ended with rank 0, and nobody waits any more
+            # Announced before the folder is deleted: a rank that has not heard it when its file is complete had written
+            # that file before the deletion, which removes it.
+            identity.store.set(self._given_up if identity.rank == 0 else self._failed, problem)
+            late = identity.store.check([self._given_up])
+        if identity.rank == 0 or late:
             shutil.rmtree(self._folder, ignore_errors=True)
         return problem
 
 
-def begin_attempt(checkpoints: Path, attempt: str) -> None:
-    """Takes the folder over for a new start (rank 0): leftovers go, and an older start cannot publish any more."""
-    write_text(checkpoints / ATTEMPT_FILE, attempt)
+def take_over(checkpoints: Path, start_id: str) -> None:
+    """Makes a new start the owner of the folder (rank 0): deletes leftovers; an older start can no longer publish."""
+    write_text(checkpoints / _OWNER_FILE, start_id)
     for leftover in checkpoints.glob(".step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _merged(parts: list[Path], step: int, writer: Writer, state: dict[str, Any]) -> Manifest:
+def _merged(parts: list[Path], step: int, identity: RankIdentity, state: dict[str, Any]) -> Manifest:
     files: dict[str, dict[str, Any]] = {}
     parameters: dict[str, dict[str, Any]] = {}
     for path in parts:  # one at a time in memory
@@ -193,10 +195,10 @@ def _merged(parts: list[Path], step: int, writer: Writer, state: dict[str, Any])
         files[part["file"]] = {"bytes": part["bytes"], "sha256": part["sha256"]}
         for name, (shape, dtype, start, length) in part["parameters"].items():
             entry = parameters.setdefault(name, {"shape": shape, "dtype": dtype, "fragments": []})
-            # A tuple: the garbage collector, which halts training, lets go of tuples of plain values, never of lists.
+            # A tuple: the garbage collector, which halts training, stops tracking tuples of plain values, never lists.
             entry["fragments"].append((part["file"], start, length))
     for name, entry in parameters.items():
         covered = sum(length for _, _, length in entry["fragments"])
         if covered != torch.Size(entry["shape"]).numel():
             raise CheckpointError(f"{covered} elements of {name} {entry['shape']} arrived; nothing is published")
-    return Manifest(step, writer.world_size, writer.zero_stage, files, parameters, state)
+    return Manifest(step, identity.world_size, identity.zero_stage, files, parameters, state)

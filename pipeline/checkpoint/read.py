@@ -1,4 +1,4 @@
-"""Reading checkpoints: whole or not, and any part of any parameter, however many ranks wrote it."""
+"""Reading checkpoints: whether one is whole, and any part of any parameter, however many ranks wrote it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.checkpoint.layout import Manifest, published
-from pipeline.errors import CheckpointError
-from pipeline.files import sha256_file
+from pipeline.errors import CheckpointError, listing
+from pipeline.files import naming, sha256_file
 
 
 class CheckpointReader:
-    """Parts of a checkpoint's parameters, read from memory-mapped files: nothing is held but what is asked for.
+    """Reads parts of parameters from a checkpoint's memory-mapped files; holds only what is asked for.
 
     Args:
         folder: The checkpoint; its files are trusted (see `verify`).
@@ -29,11 +29,11 @@ class CheckpointReader:
         self._files: dict[str, Any] = {}
 
     def read(self, key: str, name: str, start: int, out: Tensor) -> None:
-        """Copies elements `[start, start + len(out))` of a flattened parameter, or of a moment, into `out`.
+        """Copies elements `[start, start + len(out))` of a flattened parameter, or of its moment, into `out`.
 
         Args:
             key: `weight`, `exp_avg` or `exp_avg_sq`.
-            name: The parameter.
+            name: Name of the parameter.
             start: First element.
             out: One-dimensional, contiguous or not, on any device.
 
@@ -48,10 +48,10 @@ class CheckpointReader:
                 out[low - start : high - start].copy_(source[low - fragment.start : high - fragment.start])
                 filled += high - low
         if filled != out.numel():
-            raise CheckpointError(f"{self.folder}: holds {filled} of {out.numel()} elements asked for of {key}/{name}")
+            raise CheckpointError(f"{self.folder}: holds only {filled} of the {out.numel()} elements of {key}/{name}")
 
     def read_whole(self, key: str, name: str) -> Tensor:
-        """A whole parameter in its shape, float32 on the CPU."""
+        """Returns a whole parameter in its shape, float32 on the CPU."""
         shape = self.manifest.parameters[name]["shape"]
         flat = torch.empty(torch.Size(shape).numel())
         self.read(key, name, 0, flat)
@@ -68,50 +68,46 @@ class CheckpointReader:
 
 
 def verify(folder: Path, mine: Callable[[int], bool] = lambda index: True, threads: int = 4) -> Manifest:
-    """Checks a checkpoint's manifest, and size and SHA-256 of its files.
+    """Checks a checkpoint's manifest, and the size and SHA-256 of its files.
 
     Args:
         folder: The checkpoint.
-        mine: Which files, by their index, this process checks: ranks share the work.
-        threads: Files checked at once.
+        mine: Selects the files, by index, that this process checks: ranks share the work.
+        threads: Number of files checked at once.
 
     Raises:
-        CheckpointError: Something is missing or damaged; the message names the file.
+        CheckpointError: A file is missing or damaged; the message names it.
     """
     manifest = Manifest.load(folder)
     files = [file for index, file in enumerate(sorted(manifest.files)) if mine(index)]
     with ThreadPoolExecutor(threads) as pool:
-        for problem in pool.map(lambda file: _file_problem(folder / file, manifest.files[file]), files):
-            if problem:
-                raise CheckpointError(problem)
+        list(pool.map(lambda file: _check_file(folder / file, manifest.files[file]), files))
     return manifest
 
 
-def _file_problem(path: Path, expected: dict[str, Any]) -> str | None:
-    try:
+def _check_file(path: Path, expected: dict[str, Any]) -> None:
+    with naming(path, "cannot be read", error=CheckpointError):
         size = path.stat().st_size
         if size != expected["bytes"]:
-            return f"{path}: is torn: {size} bytes of {expected['bytes']}"
+            raise CheckpointError(f"{path}: is torn: {size} bytes of {expected['bytes']}")
         if sha256_file(path) != expected["sha256"]:
-            return f"{path}: is damaged: its SHA-256 does not match the manifest's"
-    except OSError as error:
-        return f"{path}: cannot be read ({error.strerror})"
-    return None
+            raise CheckpointError(f"{path}: is damaged: its SHA-256 does not match the manifest's")
 
 
 def newest_checkpoint(checkpoints: Path) -> Path:
-    """The newest checkpoint that is whole, checked byte for byte.
+    """Returns the newest checkpoint that is whole, checked byte for byte.
 
     Raises:
-        CheckpointError: There is none; the message says what was wrong with each.
+        CheckpointError: There is none; the message says what is wrong with each.
     """
     problems = []
     for folder in published(checkpoints):
         try:
             verify(folder)
         except CheckpointError as error:
-            problems.append(str(error))
+            problems.append(error)
         else:
             return folder
-    reasons = "".join(f"\n  {problem}" for problem in problems) or " it is empty; train the run first"
-    raise CheckpointError(f"{checkpoints}: holds no checkpoint that can be trusted:{reasons}")
+    if not problems:
+        raise CheckpointError(f"{checkpoints}: holds no checkpoint; train the run first")
+    raise CheckpointError(listing(f"{checkpoints}: holds no checkpoint that can be trusted:", problems))

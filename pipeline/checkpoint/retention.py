@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, every K-th for ever, the best by validation loss, and one for a rollback."""
+"""Which checkpoints are kept: the newest, every K-th forever, the best by validation loss, and one for a rollback."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pipeline.errors import CheckpointError
 
 
 class Retention:
-    """Deletes what the policy does not keep.
+    """Deletes the checkpoints that the policy does not keep.
 
-    It remembers the validation losses: at a thousand ranks a manifest is tens of megabytes, and reading those of all
-    kept checkpoints after every save would hold training up. Each one of an earlier start is read once.
+    It remembers the validation losses: at a thousand ranks a manifest is tens of megabytes, and reading the manifests
+    of all kept checkpoints after every save would stall training. Each manifest of an earlier start is read once.
 
     Args:
         checkpoints: The folder of the run's checkpoints.
         config: The policy.
-        rollback_steps: How many steps before the newest checkpoint a rollback may have to go back to.
+        rollback_steps: How many steps before the newest checkpoint a rollback may have to start from.
     """
 
     def __init__(self, checkpoints: Path, config: CheckpointConfig, rollback_steps: int = 0) -> None:
@@ -29,35 +29,31 @@ class Retention:
         self._rollback_steps = rollback_steps
         self._losses: dict[Path, float | None] = {}
 
-    def remove_old(self, newest: Path, val_loss: float | None) -> list[Path]:
-        """Deletes old checkpoints, and what an earlier deletion left.
+    def remove_old(self, newest: Path, val_loss: float | None) -> None:
+        """Deletes old checkpoints, and what an interrupted deletion left.
 
         Args:
-            newest: Was just published.
-            val_loss: Its validation loss, where it is known.
-
-        Returns:
-            The folders that were deleted.
+            newest: The checkpoint that was just published.
+            val_loss: Its validation loss, if known.
         """
         self._losses[newest] = val_loss
         for leftover in self._checkpoints.glob(".step_*.removed.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
         folders = published(self._checkpoints)
         kept = self._kept(folders, step_of(newest) or 0)
-        removed = [f for f in folders if f not in kept]
-        for folder in removed:
-            # Renamed first: a deletion cut short must not leave a checkpoint that looks published.
+        for folder in [f for f in folders if f not in kept]:
+            # Renamed first: an interrupted deletion must not leave a checkpoint that looks published.
             doomed = folder.with_name(f".{folder.name}.removed.tmp")
             folder.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
-        return removed
 
     def _kept(self, folders: list[Path], newest: int) -> set[Path]:
         steps = {folder: step_of(folder) or 0 for folder in folders}
-        # A jump is seen after the newest, so that a rollback never goes back before `last`. All that are younger stay
-        # too: deleted at once, none would ever get that old, and the one for a rollback would stay the same for ever.
-        last = newest - self._rollback_steps
-        too_young = sum(steps[folder] > last for folder in folders)
+        # A spike is noticed after the newest save, so a rollback never starts before step `earliest`: the newest
+        # checkpoint up to that step is kept, and so are all younger ones. Were they deleted early, none would reach
+        # that age, and the same old checkpoint would serve every rollback.
+        earliest = newest - self._rollback_steps
+        too_young = sum(steps[folder] > earliest for folder in folders)
         kept = set(folders[: max(self._config.keep_last, too_young + 1)])
         if self._config.keep_every:
             kept |= {f for f in folders if steps[f] % self._config.keep_every == 0}
@@ -66,7 +62,7 @@ class Retention:
         return kept
 
     def _best(self, folders: list[Path]) -> list[Path]:
-        """The one with the lowest validation loss; none where no loss is known."""
+        """Returns the checkpoint with the lowest validation loss; empty if no loss is known."""
         losses = {folder: loss for folder in folders if (loss := self._loss(folder)) is not None}
         return [min(losses, key=lambda f: losses[f])] if losses else []
 
@@ -77,4 +73,4 @@ class Retention:
             except CheckpointError:
                 self._losses[folder] = None
         loss = self._losses[folder]
-        return loss if loss is not None and math.isfinite(loss) else None  # NaN is less than nothing: min keeps it
+        return loss if loss is not None and math.isfinite(loss) else None  # min() would keep a NaN: no number is less

@@ -1,4 +1,4 @@
-"""One file that holds a model, its optimiser and the iteration: safetensors and JSON, never pickle."""
+"""A single file that holds a model, its optimizer and the iteration: safetensors and JSON, never pickle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.files import write_bytes
+from pipeline.files import naming, write_bytes
 
 Target = str | os.PathLike[str] | BinaryIO | IO[bytes]
 
@@ -21,13 +21,13 @@ _MODEL, _OPTIMIZER = "model/", "optimizer/"
 
 
 def save_checkpoint(model: torch.nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out: Target) -> None:
-    """Writes the state dicts of both and the iteration.
+    """Writes the state dicts of the model and the optimizer, and the iteration.
 
     Args:
         model: Any module.
-        optimizer: Any optimiser whose state is tensors and plain values.
+        optimizer: Any optimizer whose state consists of tensors and plain values.
         iteration: Finished steps.
-        out: A path, published whole, or a binary file object.
+        out: A path, which is published whole, or a binary file object.
 
     Raises:
         CheckpointError: The state holds something that is neither a tensor nor a plain value.
@@ -46,7 +46,7 @@ def save_checkpoint(model: torch.nn.Module, optimizer: torch.optim.Optimizer, it
     try:
         content = safetensors.torch.save(tensors, {"pipeline": json.dumps(about)})
     except TypeError as error:
-        raise CheckpointError(f"the optimiser's state cannot be stored: {error}") from error
+        raise CheckpointError(f"the optimizer's state cannot be stored: {error}") from error
     if isinstance(out, (str, os.PathLike)):
         write_bytes(Path(out), content)
     else:
@@ -59,13 +59,13 @@ def load_checkpoint(src: Target, model: torch.nn.Module, optimizer: torch.optim.
     Args:
         src: A path or a binary file object.
         model: A module of the same shape.
-        optimizer: An optimiser over the same parameters.
+        optimizer: An optimizer over the same parameters.
 
     Returns:
         The iteration.
 
     Raises:
-        CheckpointError: It cannot be read, or is no such file.
+        CheckpointError: The file cannot be read, or is not one that `save_checkpoint` wrote.
     """
     content = _read(src)
     try:
@@ -73,7 +73,7 @@ def load_checkpoint(src: Target, model: torch.nn.Module, optimizer: torch.optim.
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         about = json.loads(header["__metadata__"]["pipeline"])
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{src}: is no checkpoint file of this program, or a damaged one ({error})") from error
+        raise CheckpointError(f"{src}: is damaged or not a checkpoint file of this program ({error})") from error
     model.load_state_dict({n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)})
     state = {int(index): _from_json(values) for index, values in about["state"].items()}
     for name, tensor in tensors.items():
@@ -87,19 +87,17 @@ def load_checkpoint(src: Target, model: torch.nn.Module, optimizer: torch.optim.
 def _read(src: Target) -> bytes:
     if not isinstance(src, (str, os.PathLike)):
         return src.read()
-    try:
+    with naming(os.fspath(src), "the checkpoint cannot be read", error=CheckpointError):
         return Path(src).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{os.fspath(src)}: the checkpoint cannot be read ({error.strerror})") from error
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    # Cloned: safetensors refuses tensors that share memory, as tied weights do.
+    # Cloned: safetensors rejects tensors that share memory, as tied weights do.
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _to_json(value: Any) -> Any:
-    # JSON knows no tuples, and (0.9, 0.95) must not come back as [0.9, 0.95].
+    # JSON has no tuples, and (0.9, 0.95) must not come back as [0.9, 0.95].
     if isinstance(value, tuple):
         return {"tuple": [_to_json(v) for v in value]}
     if isinstance(value, dict):

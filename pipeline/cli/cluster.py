@@ -156,8 +156,7 @@ def plan(
 
     from pipeline.config.load import load_config
     from pipeline.plan.devices import device_named
-    from pipeline.plan.plan import MTBF_NODE_HOURS, Cluster
-    from pipeline.plan.plan import plan as make_plan
+    from pipeline.plan.plan import MTBF_NODE_HOURS, Cluster, make_plan
     from pipeline.plan.tables import print_plan
 
     found = device_named(device)

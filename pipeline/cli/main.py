@@ -167,7 +167,7 @@ def export(
     """Write a run's weights for other programs."""
     from pathlib import Path
 
-    from pipeline.checkpoint.export import export_run
+    from pipeline.commands.export import export_run
     from pipeline.run.folder import open_run
 
     if register is not None and form != "hf":

@@ -21,24 +21,21 @@ def generate(
     stop_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> list[int]:
-    """Continues a prompt token by token.
+    """Continues a prompt token by token and returns the new tokens.
 
-    When the context is full, its newer half is kept and read again, so that text may be longer than it.
+    When the context is full, its newer half is kept and read again, so that the text can be longer than the context.
 
     Args:
         model: The model.
-        prompt_ids: At least one token; of a longer one the last `context_length - 1` tokens count.
-        max_new_tokens: Tokens to add, at most.
+        prompt_ids: At least one token; only the last `context_length - 1` tokens count.
+        max_new_tokens: Largest number of tokens to add.
         temperature: 0 takes the likeliest token.
         top_p: Draw from the smallest set of tokens that holds this much probability (Holtzman et al. 2020).
-        stop_id: A token that ends the text; it is not returned.
+        stop_id: The token that ends the text; it is not returned.
         generator: Source of randomness, on the model's device.
-
-    Returns:
-        The new tokens.
     """
     device = model.lm_head.weight.device
-    context = list(prompt_ids)[-(model.context_length - 1) :] if model.context_length > 1 else [prompt_ids[-1]]
+    context = list(prompt_ids)[-max(1, model.context_length - 1) :]
     caches, cached = model.new_caches(), 0
     new: list[int] = []
     while len(new) < max_new_tokens:
@@ -57,10 +54,10 @@ def generate(
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
-    """One token from logits `(vocab,)`."""
+    """Draws one token from logits `(vocab,)`."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities, order = softmax(logits.float() / temperature, dim=-1).sort(descending=True)
-    # A token stays as long as those before it hold less than top_p: the likeliest always does.
+    # A token is kept while the likelier ones hold less than top_p: the likeliest always is.
     kept = torch.where(probabilities.cumsum(-1) - probabilities < top_p, probabilities, 0.0)
     return int(order[torch.multinomial(kept, 1, generator=generator)])

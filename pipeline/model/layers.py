@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+NORM_EPS = 1e-5
 
 
 class Linear(nn.Module):
@@ -26,7 +27,7 @@ class Linear(nn.Module):
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps the last dimension."""
+        """Maps the last dimension of `x`."""
         return F.linear(x, self.weight)
 
 
@@ -41,18 +42,18 @@ class Embedding(nn.Module):
         nn.init.trunc_normal_(self.weight, std=1.0, a=-3.0, b=3.0)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """Looks token ids up."""
+        """Looks up the vectors of token ids."""
         return F.embedding(token_ids, self.weight)
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019, eq. 4).
 
-    Computed in float32 whatever the input: squares of bfloat16 activations lose too many bits.
+    Computed in float32 whatever the input dtype: squares of bfloat16 activations lose too many bits.
     """
 
     def __init__(
-        self, d_model: int, eps: float = 1e-5, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self, d_model: int, eps: float = NORM_EPS, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.eps = eps
@@ -80,8 +81,8 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, theta: float, d_k: int, max_seq_len: int, device: torch.device | None = None) -> None:
         super().__init__()
         if d_k % 2:
-            raise ValueError(f"RoPE rotates pairs, so that the head size must be even; it is {d_k}")
-        # float64 until the tables are done: position * frequency loses the low bits of long contexts.
+            raise ValueError(f"RoPE rotates pairs, so the head size must be even; it is {d_k}")
+        # float64 until the tables are computed: position * frequency loses low bits in long contexts.
         frequencies = theta ** (-torch.arange(0, d_k, 2, dtype=torch.float64, device=device) / d_k)
         angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float64, device=device), frequencies)
         self.register_buffer("cos", angles.cos().float(), persistent=False)
@@ -91,7 +92,7 @@ class RotaryEmbedding(nn.Module):
         """Rotates `(..., seq, d_k)`.
 
         Args:
-            x: Queries or keys; between the positions' leading dimensions and `seq` it may have more, the heads.
+            x: Queries or keys; may have more dimensions, the heads, between the leading ones of `positions` and `seq`.
             positions: `(..., seq)` or `(seq,)`, each below `max_seq_len`.
         """
         if 1 < positions.dim() < x.dim() - 1:
@@ -104,12 +105,12 @@ class RotaryEmbedding(nn.Module):
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), elementwise."""
+    """Returns x * sigmoid(x), elementwise."""
     return F.silu(x)
 
 
 def softmax(x: Tensor, dim: int) -> Tensor:
-    """exp(x) over its sum along `dim`, shifted by the maximum so that nothing overflows."""
+    """Returns exp(x) divided by its sum along `dim`, shifted by the maximum so that nothing overflows."""
     exponentials = (x - x.amax(dim=dim, keepdim=True)).exp()
     return exponentials / exponentials.sum(dim=dim, keepdim=True)
 
@@ -117,20 +118,20 @@ def softmax(x: Tensor, dim: int) -> Tensor:
 def scaled_dot_product_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d_k)) v (Vaswani et al. 2017, eq. 1), by PyTorch's fused kernels.
+    """Returns softmax(q k^T / sqrt(d_k)) v (Vaswani et al. 2017, eq. 1), computed by PyTorch's fused kernels.
 
     Args:
         q: `(..., queries, d_k)`.
         k: `(..., keys, d_k)`.
         v: `(..., keys, d_v)`.
         mask: `(..., queries, keys)` bool, True = attend; or None.
-        is_causal: Query i sees keys 0..i; instead of a mask.
+        is_causal: Query i sees keys 0..i; excludes a mask.
     """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, one layer: `(batch, heads, tokens, d_head)` each."""
+    """One layer's keys and values of the tokens seen so far, each `(batch, heads, tokens, d_head)`."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -145,12 +146,12 @@ class KeyValueCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """Causal multi-head self-attention, with RoPE on queries and keys where a `rope` is given.
+    """Causal multi-head self-attention, with RoPE on queries and keys if a `rope` is given.
 
     Args:
         d_model: Width; divisible by `num_heads`.
         num_heads: Number of heads.
-        rope: Position embedding, shared by the layers; None for attention without positions.
+        rope: Position embedding, shared by all layers; None for attention without positions.
     """
 
     def __init__(
@@ -174,9 +175,9 @@ class CausalSelfAttention(nn.Module):
 
         Args:
             x: The new tokens.
-            positions: `(..., seq)` or `(seq,)`; needed where there is a rope.
-            cache: Holds the earlier tokens and takes the new ones. After the first call only one new
-                token at a time: a later chunk would need a mask that is causal inside the chunk.
+            positions: `(..., seq)` or `(seq,)`; required with a rope.
+            cache: Holds the earlier tokens and takes the new ones. After the first call it takes one token at a
+                time: a longer chunk would need a mask that is causal inside the chunk.
         """
         q, k, v = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope is not None:
@@ -192,7 +193,7 @@ class CausalSelfAttention(nn.Module):
         return self.output_proj(heads.transpose(-3, -2).flatten(-2))
 
     def _split(self, x: Tensor) -> Tensor:
-        """`(..., seq, d_model)` to `(..., heads, seq, d_head)`."""
+        """Reshapes `(..., seq, d_model)` to `(..., heads, seq, d_head)`."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
 
@@ -234,6 +235,3 @@ class TransformerBlock(nn.Module):
         """Maps `(batch, seq, d_model)` to itself."""
         x = x + self.attn(self.ln1(x), positions, cache)
         return x + self.ffn(self.ln2(x))
-
-
-Caches = Sequence[KeyValueCache]

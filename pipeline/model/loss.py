@@ -1,4 +1,4 @@
-"""Cross-entropy."""
+"""Cross-entropy with a hand-written gradient."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -log softmax(logits)[target], in nats.
+    """Returns the mean of -log softmax(logits)[target], in nats.
 
-    Computed in float32 at least and shifted by the largest logit, so that no size of logit overflows.
+    Computed in at least float32 and shifted by the largest logit, so that logits of any size do not overflow.
 
     Args:
         logits: `(..., vocab)`.
@@ -21,7 +21,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """With its gradient by hand: (softmax - one-hot) / n needs one tensor of the logits' size kept and one made.
+    """Computes the gradient as (softmax - one-hot) / n, which keeps one tensor of the logits' size and makes one more.
 
     The logits are the largest tensor of a step; autograd would keep two of that size and make three more.
     """

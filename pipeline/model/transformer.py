@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.model.layers import Caches, Embedding, KeyValueCache, Linear, RMSNorm, RotaryEmbedding, TransformerBlock
+from pipeline.model.layers import Embedding, KeyValueCache, Linear, RMSNorm, RotaryEmbedding, TransformerBlock
 
 
 class TransformerLM(nn.Module):
@@ -17,12 +19,9 @@ class TransformerLM(nn.Module):
         context_length: Longest sequence.
         d_model: Width of the residual stream.
         num_layers: Number of blocks.
-        num_heads: Attention heads a block.
+        num_heads: Attention heads per block.
         d_ff: Inner width of the feed-forward.
         rope_theta: Base of the position embedding.
-
-    Attributes:
-        activation_checkpointing: Recompute each block in backward instead of keeping its activations.
     """
 
     def __init__(
@@ -40,6 +39,7 @@ class TransformerLM(nn.Module):
         super().__init__()
         self.context_length = context_length
         self.activation_checkpointing = False
+        """Whether backward recomputes each block instead of keeping its activations."""
         self.token_embeddings = Embedding(vocab_size, d_model, device, dtype)
         rope = RotaryEmbedding(rope_theta, d_model // num_heads, context_length, device)
         self.layers = nn.ModuleList(
@@ -48,16 +48,16 @@ class TransformerLM(nn.Module):
         self.ln_final = RMSNorm(d_model, device=device, dtype=dtype)
         self.lm_head = Linear(d_model, vocab_size, device, dtype)
 
-    def forward(self, token_ids: Tensor, caches: Caches | None = None, start: int = 0) -> Tensor:
-        """Logits of the next token at every place.
+    def forward(self, token_ids: Tensor, caches: Sequence[KeyValueCache] | None = None, start: int = 0) -> Tensor:
+        """Returns the logits of the next token at every position.
 
         Args:
             token_ids: `(batch, seq)` int64.
-            caches: One key-value cache a layer, for sampling; see `new_caches`.
+            caches: One key-value cache per layer, for sampling; see `new_caches`.
             start: Position of the first token: the number of tokens in the caches.
 
         Raises:
-            ValueError: The sequence runs past the context length.
+            ValueError: The sequence extends past the context length.
         """
         end = start + token_ids.shape[-1]
         if end > self.context_length:
@@ -72,5 +72,5 @@ class TransformerLM(nn.Module):
         return self.lm_head(self.ln_final(x))
 
     def new_caches(self) -> list[KeyValueCache]:
-        """Empty key-value caches, one a layer."""
+        """Returns empty key-value caches, one per layer."""
         return [KeyValueCache() for _ in self.layers]

@@ -9,26 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# 256k float32 elements of weight, gradient and two moments are 4 MB: they stay in a core's cache over
-# the passes of the update. On one flat tensor that halves the time (benchmarks/adamw.py).
+# 256k float32 elements of weight, gradient and two moments are 4 MB, which stay in a core's cache during the passes of
+# the update. On one flat tensor that halves the time (benchmarks/adamw.py).
 CPU_CHUNK = 1 << 18
 
-Count = int | Tensor  # of steps
+StepCount = int | Tensor
 
 
 class AdamW(torch.optim.Optimizer):
-    """Own AdamW: elementwise, so that it works on ZeRO's flat partitions as on whole parameters.
+    """Elementwise AdamW, which works on ZeRO's flat partitions as on whole parameters.
 
     Args:
         params: Parameters or parameter groups.
         lr: Learning rate.
         betas: Decay rates of the first and the second moment.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled: the weights shrink by lr * weight_decay a step.
-
-    Attributes:
-        counts: Whether the next step changes anything. A tensor `()` is never read by the host: a device that runs
-            behind it decides for itself, and weights, moments and step count stay where it says no.
+        weight_decay: Decoupled weight decay: each step shrinks the weights by lr * weight_decay.
 
     Raises:
         ValueError: A setting is out of range.
@@ -53,10 +49,14 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"AdamW: {name} = {locals()[name]} is out of range")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.counts: bool | Tensor = True
+        """Whether the next step counts; if not, weights, moments and step count stay as they are.
+
+        A tensor `()` is never read by the host: the device, which runs behind it, decides by itself.
+        """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter that has a gradient; returns the closure's loss, if there is one."""
+        """Updates every parameter that has a gradient; returns the loss of the closure, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -73,16 +73,16 @@ class AdamW(torch.optim.Optimizer):
                     _update(tensors, group, step, counts)
         return loss
 
-    def _by_step_and_device(self, group: dict[str, Any]) -> dict[tuple[Count, torch.device], list[list[Tensor]]]:
-        """Lists of weights, gradients and both moments that share a step count and a device."""
-        batches: dict[tuple[Count, torch.device], list[list[Tensor]]] = {}
+    def _by_step_and_device(self, group: dict[str, Any]) -> dict[tuple[StepCount, torch.device], list[list[Tensor]]]:
+        """Groups weights, gradients and both moments by their step count and device."""
+        batches: dict[tuple[StepCount, torch.device], list[list[Tensor]]] = {}
         one = self.counts.double() if isinstance(self.counts, Tensor) else 1
-        after: dict[Count, Count] = {}  # parameters that shared a count go on sharing one, also if it is a tensor
+        after: dict[StepCount, StepCount] = {}  # parameters that share a count keep sharing one, even if it is a tensor
         for param in group["params"]:
             if param.grad is None:
                 continue
             if param.grad.is_sparse:
-                raise ValueError("AdamW does not take sparse gradients")
+                raise ValueError("AdamW does not support sparse gradients")
             state = self.state[param]
             if not state:
                 state["step"] = 0
@@ -98,7 +98,9 @@ class AdamW(torch.optim.Optimizer):
         return batches
 
 
-def _update_in_chunks(tensors: tuple[Tensor, ...], group: dict[str, Any], step: Count, counts: Tensor | None) -> None:
+def _update_in_chunks(
+    tensors: tuple[Tensor, ...], group: dict[str, Any], step: StepCount, counts: Tensor | None
+) -> None:
     if tensors[0].numel() <= CPU_CHUNK or not all(t.is_contiguous() for t in tensors):
         _update([[t] for t in tensors], group, step, counts)
         return
@@ -106,7 +108,7 @@ def _update_in_chunks(tensors: tuple[Tensor, ...], group: dict[str, Any], step: 
         _update([[c] for c in chunks], group, step, counts)
 
 
-def _update(tensors: list[list[Tensor]], group: dict[str, Any], step: Count, counts: Tensor | None) -> None:
+def _update(tensors: list[list[Tensor]], group: dict[str, Any], step: StepCount, counts: Tensor | None) -> None:
     if counts is not None:
         _update_where(counts, tensors, group, torch.as_tensor(step))
         return
@@ -124,19 +126,19 @@ def _update(tensors: list[list[Tensor]], group: dict[str, Any], step: Count, cou
 
 
 def _update_where(counts: Tensor, tensors: list[list[Tensor]], group: dict[str, Any], step: Tensor) -> None:
-    """The same update with factors that are tensors: where `counts` is False, no line changes a bit.
+    """Makes the same update with tensors as factors: where `counts` is False, no line changes a bit.
 
-    No number passes from the host's memory to the device or back, so that neither waits for the other.
+    No number moves between host memory and the device, so neither waits for the other.
     """
     params, grads, exp_avgs, exp_avg_sqs = tensors
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     one = counts.double()
-    started = step.clamp(min=1)  # before the first step that counts the corrections would be zero
+    started = step.clamp(min=1)  # before the first step that counts, the corrections would be zero
     if group["weight_decay"] != 0:
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"] * one)
     towards = [torch.where(counts, g, m) for g, m in zip(grads, exp_avgs, strict=True)]
     torch._foreach_lerp_(exp_avgs, towards, 1 - beta1)
-    del towards  # as large as the weights, and the next one is made before this name is free
+    del towards  # as large as the weights; otherwise both would exist at once
     towards = [g.masked_fill(counts.logical_not(), 0.0) for g in grads]
     torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * one)
     torch._foreach_addcmul_(exp_avg_sqs, towards, towards, 1 - beta2)
@@ -149,8 +151,8 @@ def _update_where(counts: Tensor, tensors: list[list[Tensor]], group: dict[str, 
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float, decay_norms: bool = False) -> list[dict[str, Any]]:
-    """Parameter groups: matrices decay; gains of norms only where asked for. Empty groups are left out."""
+    """Returns the non-empty parameter groups: matrices decay, the gains of norms only with `decay_norms`."""
     decayed = [p for p in model.parameters() if p.ndim >= 2 or decay_norms]
-    kept = [p for p in model.parameters() if not (p.ndim >= 2 or decay_norms)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    gains = [p for p in model.parameters() if not (p.ndim >= 2 or decay_norms)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -1,4 +1,4 @@
-"""What devices and their networks could do at best: the makers' figures, for MFU and for planning."""
+"""The vendors' peak figures of devices and their networks, for MFU and for planning."""
 
 from __future__ import annotations
 
@@ -11,39 +11,36 @@ GIB = 2.0**30
 
 @dataclass(frozen=True)
 class Device:
-    """One kind of device in its usual node.
-
-    Attributes:
-        name: As CUDA or ROCm reports it: every word of it occurs in the reported name.
-        memory_gib: Memory that PyTorch can see; 0 where it depends on the node.
-        bf16_flops_per_s: Dense peak, without sparsity.
-        fp32_flops_per_s: Peak outside the tensor cores, which is what PyTorch uses for float32 by default.
-        memory_gb_per_s: Bandwidth of its memory.
-        per_node: Devices in a node.
-        intra_gb_per_s: To the other devices of the node, one direction.
-        inter_gb_per_s: Of the whole node to other nodes, one direction, all adapters together.
-        host_gb_per_s: To the host's memory: the rate at which a save takes time from training.
-    """
+    """One kind of device in its usual node."""
 
     name: str
+    """Words that all occur in the name that CUDA or ROCm reports."""
     memory_gib: float
+    """Memory that PyTorch can see; 0 if it depends on the node."""
     bf16_flops_per_s: float
+    """Dense peak, without sparsity."""
     fp32_flops_per_s: float
+    """Peak outside the tensor cores, which PyTorch does not use for float32 by default."""
     memory_gb_per_s: float
+    """Bandwidth of the device's memory."""
     per_node: int
+    """Devices per node."""
     intra_gb_per_s: float
+    """Bandwidth to the other devices of the node, one direction."""
     inter_gb_per_s: float
+    """Bandwidth of the whole node to other nodes, one direction, all adapters together."""
     host_gb_per_s: float
+    """Bandwidth to host memory, which limits how fast a save copies."""
 
     def flops_per_s(self, precision: str) -> float:
-        """Peak for `bf16` or `fp32`."""
+        """Returns the peak for `bf16` or `fp32`."""
         return self.bf16_flops_per_s if precision == "bf16" else self.fp32_flops_per_s
 
 
-# Peaks and bandwidths: the makers' data sheets (docs/scaling.md names them). Memory: what PyTorch reports. Nodes: the
-# makers' reference nodes (DGX A100, DGX H100, an MI300X platform, Frontier's for the MI250X, where a device is one of
-# the two dies of a card). To the host: 80% of PCIe. The order matters: the first whose words all occur counts.
-_TABLE = {
+# Peaks and bandwidths: the vendors' data sheets (docs/scaling.md names them). Memory: what PyTorch reports. Nodes: the
+# vendors' reference nodes (DGX A100, DGX H100, an MI300X platform, Frontier's for the MI250X, where a device is one of
+# the two dies of a card). To the host: 80% of PCIe. The order matters: the first entry whose words all occur wins.
+DEVICES = {
     "b200": Device("B200", 178.3, 2250e12, 75e12, 7700, 8, 900, 400, 50),
     "h200": Device("H200", 139.8, 989e12, 67e12, 4800, 8, 450, 400, 50),
     "h100-pcie": Device("H100 PCIe", 79.1, 756e12, 51e12, 2000, 8, 64, 100, 50),
@@ -56,24 +53,24 @@ _TABLE = {
     "v100": Device("V100", 31.7, 125e12, 15.7e12, 900, 8, 150, 50, 12),
     "mi300x": Device("MI300X", 192.0, 1307e12, 163e12, 5300, 8, 448, 400, 50),
     "mi250x": Device("MI250X", 64.0, 191.5e12, 23.9e12, 1638, 8, 50, 100, 25),
-    # One core of a server: two 256-bit FMA units at 3 GHz; bfloat16 is no faster without AMX. Memory is the node's.
-    # Copying for a save: what longer steps cost at 100M parameters (benchmarks/checkpoint.py: 1.2 to 2.3).
+    # One server core: two 256-bit FMA units at 3 GHz; bfloat16 is no faster without AMX. Memory belongs to the node.
+    # Copying for a save: what it slows steps down by at 100M parameters (benchmarks/checkpoint.py: 1.2 to 2.3).
     "cpu": Device("CPU core", 0.0, 96e9, 96e9, 10, 32, 5, 3, 1.2),
 }
 
 
 def device_named(name: str) -> Device:
-    """A device of the table by its key, `h100` say.
+    """Returns a device of the table by its key, for example `h100`.
 
     Raises:
-        UsageError: There is none; the message lists all.
+        UsageError: The table has no such device; the message lists all.
     """
     try:
-        return _TABLE[name.lower()]
+        return DEVICES[name.lower()]
     except KeyError as error:
-        raise UsageError(f"no device {name!r} in the table; there are: {', '.join(_TABLE)}") from error
+        raise UsageError(f"no device {name!r} in the table; there are: {', '.join(DEVICES)}") from error
 
 
 def device_reported(name: str) -> Device | None:
-    """The device whose words all occur in the name that a driver reports; None if there is none."""
-    return next((d for d in _TABLE.values() if all(word in name for word in d.name.split())), None)
+    """Returns the device whose words all occur in the name that a driver reports, or None."""
+    return next((d for d in DEVICES.values() if all(word in name for word in d.name.split())), None)

@@ -1,7 +1,7 @@
-"""What a config would need and reach on many nodes, before anybody waits for them: bounds and expectations.
+"""What a config needs and reaches on many nodes, before anyone waits for them: bounds and expectations.
 
-Pure functions of the config and of stated inputs; nothing is measured here, and nothing heavy imported. docs/scaling.md
-explains the model, its sources and its limits.
+Everything is a pure function of the config and of stated inputs; nothing is measured. docs/scaling.md explains the
+model, its sources and its limits.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pipeline.plan.failure_model import Failures
 from pipeline.plan.memory import Memory, checkpoint_bytes, process_memory
 from pipeline.plan.step_time import ARITHMETIC, LINKS, Network, StepTime, step_time
 
-# Beside what PyTorch allocates: the context of CUDA or ROCm and the buffers of NCCL, and what its allocator cannot use.
+# On top of what PyTorch allocates: the context of CUDA or ROCm, NCCL's buffers, and what the allocator cannot use.
 RESERVE_BYTES = 1 * GIB
 FRAGMENTATION = 0.05
-# Of one process: hashing, writing and syncing (benchmarks/checkpoint.py, 103M parameters, waited for: 0.27 to 0.35).
+# One process, hashing, writing and syncing (benchmarks/checkpoint.py, 103M parameters, synchronous: 0.27 to 0.35).
 WRITER_GB_PER_S = 0.35
 # 419 unexpected interruptions in 54 days on 2,048 nodes (Grattafiori et al. 2024, section 3.3.4).
 MTBF_NODE_HOURS = 54 * 24 * 2048 / 419
@@ -27,25 +27,22 @@ MTBF_NODE_HOURS = 54 * 24 * 2048 / 419
 
 @dataclass(frozen=True)
 class Cluster:
-    """The inputs that are the cluster's.
-
-    Attributes:
-        device: What each rank has.
-        per_node: Devices a node.
-        intra_gb_per_s: Between the devices of a node, one direction.
-        inter_gb_per_s: From a node to others, one direction, all adapters together.
-        storage_gb_per_s: Of the shared file system, for all writers together.
-        mtbf_node_hours: Mean hours until a node takes a job with it.
-        restart_s: From a failure to the first new step.
-    """
+    """What a plan assumes about the cluster."""
 
     device: Device
+    """The device of each rank."""
     per_node: int
+    """Devices per node."""
     intra_gb_per_s: float
+    """Bandwidth between the devices of a node, one direction."""
     inter_gb_per_s: float
+    """Bandwidth from a node to other nodes, one direction, all adapters together."""
     storage_gb_per_s: float = 20.0
+    """Bandwidth of the shared file system, for all writers together."""
     mtbf_node_hours: float = MTBF_NODE_HOURS
+    """Mean hours until one node fails and ends its job."""
     restart_s: float = 300.0
+    """Seconds from a failure to the first new step."""
 
     @property
     def on_cpu(self) -> bool:
@@ -57,80 +54,77 @@ Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Row:
-    """What is expected at one number of nodes; a range goes from the lowest to the highest.
-
-    Attributes:
-        nodes: Number of nodes.
-        ranks: Processes, one a device.
-        batch_size: The config's global batch, or the next larger one that these ranks can share.
-        memory: Of each process at the config's ZeRO stage.
-        peak_by_stage: The most memory at stages 0 to 3, in bytes.
-        fits: Whether it fits the device; None where the device's memory is not known.
-        step_s: Seconds of a step.
-        communication_s: Seconds of its collectives.
-        tokens_per_s: Of all devices.
-        efficiency: The part of a step in which devices compute.
-        days: Until `max_iters`, failures included.
-        checkpoint_gb: Size of a checkpoint.
-        save_s: Until it is durable.
-        mtbf_hours: Mean hours between failures of the job.
-        best_interval_steps: Steps between checkpoints at which the most time is new work.
-        goodput: Expected part of the time that is new work, at the config's interval.
-        best_goodput: The same at the best interval.
-    """
+class PlanRow:
+    """Expectations for one number of nodes; a range is (lowest, highest)."""
 
     nodes: int
+    """Number of nodes."""
     ranks: int
+    """Number of processes, one per device."""
     batch_size: int
+    """The config's global batch, or the next larger one that these ranks can share."""
     memory: Memory
+    """Memory of each process at the config's ZeRO stage."""
     peak_by_stage: tuple[float, ...]
+    """Peak bytes at ZeRO stages 0 to 3."""
     fits: bool | None
+    """Whether a process fits the device; None if the device's memory is not known."""
     step_s: Range
+    """Seconds per step."""
     communication_s: Range
+    """Seconds of a step's collectives."""
     tokens_per_s: Range
+    """Tokens per second, all devices together."""
     efficiency: Range
+    """Share of a step in which devices compute."""
     days: Range
+    """Days until `max_iters`, failures included."""
     checkpoint_gb: float
+    """Size of a checkpoint."""
     save_s: float
+    """Seconds until a checkpoint is durable."""
     mtbf_hours: float
+    """Mean hours between failures of the job."""
     best_interval_steps: int
+    """Steps between checkpoints at which the share of new work is highest."""
     goodput: float
+    """Expected share of time that is new work, at the config's interval."""
     best_goodput: float
+    """The same at the best interval."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Returns plain values."""
         return asdict(self)
 
 
-def plan(config: Config, nodes: Sequence[int], cluster: Cluster) -> list[Row]:
-    """One row for each number of nodes."""
+def make_plan(config: Config, nodes: Sequence[int], cluster: Cluster) -> list[PlanRow]:
+    """Returns one row for each number of nodes."""
     return [_row(config, count, cluster) for count in nodes]
 
 
 def fits_device(memory: Memory, device_gib: float) -> bool:
-    """Whether the peak fits a device, with room for what PyTorch does not allocate."""
+    """Returns whether the peak fits a device, with room for what PyTorch does not allocate."""
     return needed_bytes(memory) <= device_gib * GIB
 
 
 def needed_bytes(memory: Memory) -> float:
-    """The peak, with what fragmentation, the driver's context and NCCL take."""
+    """Returns the bytes of the peak, plus what fragmentation, the driver's context and NCCL take."""
     return memory.peak * (1 + FRAGMENTATION) + RESERVE_BYTES
 
 
 def save_seconds(config: Config, ranks: int, storage_gb_per_s: float) -> float:
-    """Seconds until a checkpoint is durable: each rank writes its part, all share the file system."""
+    """Returns the seconds until a checkpoint is durable: each rank writes its part, all share the file system."""
     size = checkpoint_bytes(config) / 1e9
     return max(size / ranks / WRITER_GB_PER_S, size / storage_gb_per_s)
 
 
 def shared_batch(config: Config, ranks: int) -> int:
-    """The config's global batch, or the next larger one that ranks and micro-batches divide."""
+    """Returns the config's global batch, or the next larger one that ranks and micro-batches divide."""
     unit = config.train.micro_batch_size * ranks
     return -(-config.train.batch_size // unit) * unit
 
 
-def _row(config: Config, nodes: int, cluster: Cluster) -> Row:
+def _row(config: Config, nodes: int, cluster: Cluster) -> PlanRow:
     network = Network(nodes, cluster.per_node, cluster.intra_gb_per_s, cluster.inter_gb_per_s)
     ranks, train = network.ranks, config.train
     batch = shared_batch(config, ranks)
@@ -151,7 +145,7 @@ def _row(config: Config, nodes: int, cluster: Cluster) -> Row:
     goodput = failures.goodput(train.checkpoint_interval * typical)
     days = [train.max_iters * t.total_s / max(goodput, 1e-9) / 86400 for t in (fastest, slowest)]
     memory_gib = cluster.device.memory_gib
-    return Row(
+    return PlanRow(
         nodes=nodes,
         ranks=ranks,
         batch_size=batch,
@@ -173,7 +167,7 @@ def _row(config: Config, nodes: int, cluster: Cluster) -> Row:
 
 
 def _times(config: Config, device: Device, network: Network, batch: int) -> list[StepTime]:
-    """Step times at the ends of the attainable ranges, fastest first; communication hides at the best links only."""
+    """Returns step times at the ends of the attainable ranges, fastest first; only the best links overlap."""
     times = [
         step_time(config, device, network, batch, arithmetic, links, config.train.overlap_comm and links == max(LINKS))
         for arithmetic in ARITHMETIC

@@ -1,7 +1,7 @@
-"""How long a training step takes on many devices: arithmetic, the optimiser's memory traffic, rings (docs/scaling.md).
+"""How long a training step takes on many devices: arithmetic, optimizer traffic, ring collectives (docs/scaling.md).
 
-Data parallelism only: that is what this engine does. Bounds, not predictions: both ends of what is attainable of each
-rated figure, which published runs have measured.
+It covers data parallelism, the only kind this engine has. The results are bounds, not predictions: they follow from the
+lowest and the highest share of each rated figure that published runs have reached.
 """
 
 from __future__ import annotations
@@ -13,47 +13,44 @@ from pipeline.model.flops import flops_per_token, num_parameters
 from pipeline.plan.devices import Device
 from pipeline.plan.memory import LIVE_ELEMENTS, REDUCE_ELEMENTS, zero_setting
 
-# Attainable parts of the rated figures, (at worst, at best): arithmetic from 30% (Megatron-Turing NLG) to 55% (the best
-# of Chowdhery et al. 2022, table 3, and Touvron et al. 2023); links from what NCCL's tests reach on them.
+# Attainable shares of the rated figures, (lowest, highest): arithmetic from 30% (Megatron-Turing NLG) to 55% (the best
+# of Chowdhery et al. 2022, table 3, and Touvron et al. 2023); links from what NCCL's tests reach.
 ARITHMETIC = (0.30, 0.55)
 LINKS = (0.60, 0.95)
-# Seconds a message takes from one ring neighbour to the next: NCCL's tuning table, Ring/Simple.
+# Seconds that a message takes between ring neighbors: NCCL's tuning table, Ring/Simple.
 LATENCY_INTRA_S = 3.4e-6
 LATENCY_INTER_S = 14e-6
-# Bytes the optimiser step moves an element: eight passes of optim/adamw.py and two of optim/clipping.py.
+# Bytes that the optimizer step moves per element: eight passes of optim/adamw.py and two of optim/clipping.py.
 UPDATE_BYTES = 92
 
 
 @dataclass(frozen=True)
 class Network:
-    """Devices that train together, and what connects them.
-
-    Attributes:
-        nodes: Number of nodes.
-        per_node: Devices a node.
-        intra_gb_per_s: From a device to the others of its node, one direction.
-        inter_gb_per_s: From a node to other nodes, one direction, all its adapters together.
-    """
+    """Devices that train together, and the links between them."""
 
     nodes: int
+    """Number of nodes."""
     per_node: int
+    """Devices per node."""
     intra_gb_per_s: float
+    """Bandwidth from a device to the other devices of its node, one direction."""
     inter_gb_per_s: float
+    """Bandwidth from a node to other nodes, one direction, all its adapters together."""
 
     @property
     def ranks(self) -> int:
-        """Devices in all."""
+        """Number of devices."""
         return self.nodes * self.per_node
 
     def ring_s(self, size: float, links: float) -> float:
-        """Seconds in which every rank sends `size` bytes to each place of the ring but one: an all-gather of that much.
+        """Returns the seconds of a ring all-gather whose result has `size` bytes.
 
         A reduce-scatter takes as long, an all-reduce twice as long (Patarasuk & Yuan 2009). Every ring leaves a node
-        once, so that a node's adapters carry what one device sends.
+        once, so a node's adapters carry what one device sends.
 
         Args:
             size: Bytes of the whole result.
-            links: Attainable part of the rated bandwidth.
+            links: Attainable share of the rated bandwidth.
         """
         if self.ranks == 1:
             return 0.0
@@ -68,29 +65,21 @@ class Network:
 
 @dataclass(frozen=True)
 class Volumes:
-    """Collectives of one optimizer step: bytes of the whole result, and how many calls carry them.
-
-    Attributes:
-        all_reduce: Gradients at stages 0 to 2.
-        reduce_scatter: Gradients at stage 3.
-        all_gather: Weights.
-    """
+    """Collectives of one optimizer step, each as the bytes of its whole result and the number of calls."""
 
     all_reduce: tuple[float, int] = (0.0, 0)
+    """Gradients at stages 0 to 2."""
     reduce_scatter: tuple[float, int] = (0.0, 0)
+    """Gradients at stage 3."""
     all_gather: tuple[float, int] = (0.0, 0)
-
-    def sent_per_rank(self, ranks: int) -> float:
-        """Bytes each rank sends in rings."""
-        once = self.reduce_scatter[0] + self.all_gather[0]
-        return (ranks - 1) / ranks * (2 * self.all_reduce[0] + once)
+    """Weights."""
 
 
 def step_volumes(config: Config, micro_batches: int, stage: int | None = None) -> Volumes:
-    """What one step sends: everything in float32, as DeepSpeed does by default.
+    """Returns the collectives of one step, all in float32, as DeepSpeed runs them by default.
 
-    Stages 0 and 1 reduce gradients once a step, 2 and 3 after every micro-batch. Stages 1 and 2 all-reduce their
-    buckets (`use_multi_rank_bucket_allreduce`) and gather the weights after the update. Stage 3 gathers them for
+    Stages 0 and 1 reduce gradients once per step, 2 and 3 after every micro-batch. Stages 1 and 2 all-reduce their
+    buckets (`use_multi_rank_bucket_allreduce`) and gather the weights after the update. Stage 3 gathers the weights for
     forward and again for backward, unless the model is small enough to be kept in between.
     """
     stage = config.train.zero_stage if stage is None else stage
@@ -113,45 +102,42 @@ def step_volumes(config: Config, micro_batches: int, stage: int | None = None) -
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step.
-
-    Attributes:
-        compute_s: Forward and backward.
-        update_s: Clipping and the optimiser.
-        communication_s: All collectives.
-        total_s: All together, without the communication that hides behind the computation.
-    """
+    """Seconds of one optimizer step."""
 
     compute_s: float
+    """Forward and backward."""
     update_s: float
+    """Clipping and the optimizer."""
     communication_s: float
+    """All collectives."""
     total_s: float
+    """The whole step, without the communication that overlaps with computation."""
 
     @property
     def efficiency(self) -> float:
-        """The part of the step in which devices compute."""
+        """The share of the step in which devices compute."""
         return self.compute_s / self.total_s
 
 
 def step_time(
     config: Config, device: Device, network: Network, batch_size: int, arithmetic: float, links: float, overlaps: bool
 ) -> StepTime:
-    """Time of one step.
+    """Returns the time of one step.
 
     Args:
         config: The experiment.
-        device: Every rank's.
+        device: The device of every rank.
         network: Nodes and links.
-        batch_size: Sequences of the global batch; divisible by ranks and micro-batch.
-        arithmetic: Attainable part of the device's peak.
-        links: Attainable part of the rated bandwidths.
-        overlaps: Whether communication hides behind the computation, as far as it can.
+        batch_size: Sequences in the global batch; divisible by ranks and micro-batch.
+        arithmetic: Attainable share of the device's peak.
+        links: Attainable share of the rated bandwidths.
+        overlaps: Whether communication overlaps with computation as far as it can.
     """
     train, model = config.train, config.model
     shape = (model.d_model, model.num_layers, model.d_ff)
     share = batch_size // network.ranks
     per_token = flops_per_token(model.vocab_size, model.context_length, *shape)
-    # Recomputing forward is a third more work; the published ranges count useful work.
+    # Recomputing forward adds a third; the published shares count useful work only.
     recomputed = 4 / 3 if train.activation_checkpointing else 1.0
     compute = per_token * recomputed * share * model.context_length / (device.flops_per_s(train.precision) * arithmetic)
     own = num_parameters(model.vocab_size, *shape) / (network.ranks if train.zero_stage else 1)

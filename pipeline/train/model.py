@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint.export import load_weights
+from pipeline.checkpoint.weights import load_weights
 from pipeline.config.sections import Config
 from pipeline.model.transformer import TransformerLM
 

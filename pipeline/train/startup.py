@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline import tracking
-from pipeline.checkpoint.pending import Writer, begin_attempt
+from pipeline.checkpoint.pending import RankIdentity, take_over
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.sections import Config
@@ -67,16 +67,16 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
     recovery = find_checkpoint(run.checkpoints, world)
     state = _resume(engine, recovery, data["train"].manifest.digest)
     step = state.get("step", 0)
-    attempt = group.broadcast(secrets.token_hex(4), world)
+    start_id = group.broadcast(secrets.token_hex(4), world)
     if world.is_first:
-        begin_attempt(run.checkpoints, attempt)
+        take_over(run.checkpoints, start_id)
     group.barrier(world)
     tracker = _start_tracking(config, run, world, data["train"], step)
     progress = Progress(config.name, step, train.max_iters, enabled=world.is_first)
-    writer = Writer(world.rank, world.size, train.zero_stage, attempt, group.store())
+    identity = RankIdentity(world.rank, world.size, train.zero_stage, start_id, group.store())
     saver = CheckpointSaver(
         run.checkpoints,
-        writer,
+        identity,
         config.checkpoint,
         lambda saved: session.report_save(saved),
         rollback_steps=config.guard.rollback_skip if config.guard.on_spike == "rollback" else 0,

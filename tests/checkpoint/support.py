@@ -1,4 +1,4 @@
-"""Savers without training: a few fragments and what was reported."""
+"""Savers without training: a few fragments, and the outcomes they report."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from torch.distributed import HashStore, Store
 
 from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.layout import KEYS
-from pipeline.checkpoint.pending import Writer
+from pipeline.checkpoint.pending import RankIdentity
 from pipeline.checkpoint.saver import CheckpointSaver, Saved
 from pipeline.config.sections import CheckpointConfig
 
 NUMEL = 1000
 
-# One a folder: the savers of several ranks share it.
+# One per folder: the savers of several ranks share it.
 _STORES: dict[Path, HashStore] = {}
 
 
-def fragments(value: float, rank: int = 0, world_size: int = 1, numel: int = NUMEL) -> list[OwnedFragment]:
+def fragments(
+    value: float, rank: int = 0, world_size: int = 1, numel: int = NUMEL, name: str = "layer.weight"
+) -> list[OwnedFragment]:
     """This rank's part of one parameter whose elements, and moments, are all `value`."""
     share = numel // world_size
     tensors = {key: torch.full((share,), value) for key in KEYS}
-    return [OwnedFragment("layer.weight", (numel,), rank * share, tensors)]
+    return [OwnedFragment(name, (numel,), rank * share, tensors)]
 
 
 def saver(
@@ -32,14 +34,14 @@ def saver(
     reports: list[Saved],
     rank: int = 0,
     world_size: int = 1,
-    attempt: str = "a1",
+    start_id: str = "a1",
     store: Store | None = None,
     rollback_steps: int = 0,
     **config: Any,
 ) -> CheckpointSaver:
-    """A saver of this rank that appends what it reports; ranks that are processes need a `store` that all reach."""
-    writer = Writer(rank, world_size, 0, attempt, store or _STORES.setdefault(folder, HashStore()))
-    return CheckpointSaver(folder, writer, CheckpointConfig(**config), reports.append, rollback_steps)
+    """A saver of this rank that appends its reports; ranks in separate processes need a `store` that all can reach."""
+    identity = RankIdentity(rank, world_size, 0, start_id, store or _STORES.setdefault(folder, HashStore()))
+    return CheckpointSaver(folder, identity, CheckpointConfig(**config), reports.append, rollback_steps)
 
 
 def save(folder: Path, step: int, val_loss: float | None = None, **config: Any) -> None:

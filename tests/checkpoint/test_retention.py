@@ -1,22 +1,21 @@
-"""What stays of a run's checkpoints."""
+"""Which of a run's checkpoints are kept."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from pipeline.checkpoint import retention
 from pipeline.checkpoint.layout import Manifest, published, step_of
-from pipeline.checkpoint.pending import begin_attempt
+from pipeline.checkpoint.pending import take_over
 from pipeline.checkpoint.saver import Saved
 from tests.checkpoint.support import fragments, save, saver
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    begin_attempt(tmp_path, "a1")
+    take_over(tmp_path, "a1")
     return tmp_path
 
 
@@ -24,31 +23,31 @@ def steps(folder: Path) -> list[int | None]:
     return [step_of(path) for path in reversed(published(folder))]
 
 
-def test_the_newest_and_every_kth_stay(folder: Path) -> None:
+def test_the_newest_and_every_kth_are_kept(folder: Path) -> None:
     for step in range(1, 8):
         save(folder, step, keep_last=2, keep_every=3)
     assert steps(folder) == [3, 6, 7]
 
 
-def test_the_best_by_validation_loss_stays(folder: Path) -> None:
+def test_the_best_by_validation_loss_is_kept(folder: Path) -> None:
     for step, loss in enumerate([3.0, 1.0, 2.0, None, 2.5], start=1):
         save(folder, step, loss, keep_last=1)
     assert steps(folder) == [2, 5]
 
 
-def test_a_loss_that_is_no_number_is_never_the_best(folder: Path) -> None:
+def test_a_loss_that_is_not_a_number_is_never_the_best(folder: Path) -> None:
     for step, loss in enumerate([2.0, float("nan"), float("nan"), 3.0], start=1):
         save(folder, step, loss, keep_last=1)
     assert steps(folder) == [1, 4]
 
 
-def test_without_keep_best_the_best_goes_too(folder: Path) -> None:
+def test_without_keep_best_the_best_is_deleted_too(folder: Path) -> None:
     for step, loss in enumerate([1.0, 2.0], start=1):
         save(folder, step, loss, keep_last=1, keep_best=False)
     assert steps(folder) == [2]
 
 
-def test_nothing_is_deleted_while_the_newer_one_is_not_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_deleted_until_the_newer_checkpoint_is_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(folder, 1, keep_last=1)
     reports: list[Saved] = []
     one = saver(folder, reports, rank=0, world_size=2, keep_last=1, timeout_min=0.001)
@@ -57,7 +56,7 @@ def test_nothing_is_deleted_while_the_newer_one_is_not_whole(folder: Path, monke
     assert reports[0].error and steps(folder) == [1]
 
 
-def test_a_deletion_cut_short_leaves_nothing_that_looks_published(
+def test_an_interrupted_deletion_leaves_nothing_that_looks_published(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(folder, 1)
@@ -65,13 +64,11 @@ def test_a_deletion_cut_short_leaves_nothing_that_looks_published(
     save(folder, 2, keep_last=1)
     assert steps(folder) == [2]
     monkeypatch.undo()
-    begin_attempt(folder, "a2")
+    take_over(folder, "a2")
     assert not list(folder.glob(".step_*"))
 
 
-def test_a_deletion_that_failed_is_tried_again_after_the_next_save(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_deletion_is_retried_after_the_next_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(folder, 1)
     with monkeypatch.context() as patched:
         patched.setattr(retention.shutil, "rmtree", lambda *args, **kwargs: None)
@@ -82,7 +79,7 @@ def test_a_deletion_that_failed_is_tried_again_after_the_next_save(
     assert not list(folder.glob(".step_*"))
 
 
-def test_one_that_a_rollback_can_go_back_to_stays(folder: Path) -> None:
+def test_a_checkpoint_that_a_rollback_can_start_from_is_kept(folder: Path) -> None:
     one = saver(folder, [], rollback_steps=2, keep_last=1, keep_best=False)
     kept = []
     for step in (10, 20, 21, 22, 30):
@@ -92,7 +89,7 @@ def test_one_that_a_rollback_can_go_back_to_stays(folder: Path) -> None:
     assert kept == [[10], [10, 20], [10, 20, 21], [20, 21, 22], [22, 30]]
 
 
-def test_a_manifest_of_an_earlier_start_is_read_once_and_those_of_this_one_never(
+def test_a_manifest_of_an_earlier_start_is_read_once_and_one_of_this_start_never(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
@@ -108,7 +105,7 @@ def test_a_manifest_of_an_earlier_start_is_read_once_and_those_of_this_one_never
     assert steps(folder) == [1, 3, 5], "the best of an earlier start counts"
 
 
-def test_a_step_saved_anew_after_a_rollback_counts_with_its_new_loss(folder: Path) -> None:
+def test_a_step_saved_again_after_a_rollback_counts_with_its_new_loss(folder: Path) -> None:
     one = saver(folder, [], keep_last=1)
     for step, loss in ((1, 1.0), (2, 3.0), (1, 2.5), (3, 2.0), (4, 4.0)):
         one.save(step, fragments(float(step)), {"val_loss": loss})
@@ -116,7 +113,7 @@ def test_a_step_saved_anew_after_a_rollback_counts_with_its_new_loss(folder: Pat
     assert steps(folder) == [3, 4]
 
 
-def test_a_deletion_that_fails_does_not_fail_the_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_deletion_does_not_fail_the_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(folder, 1)
     real = Path.rename
 
@@ -128,4 +125,3 @@ def test_a_deletion_that_fails_does_not_fail_the_save(folder: Path, monkeypatch:
     monkeypatch.setattr(Path, "rename", rename)
     save(folder, 2, keep_last=1)
     assert steps(folder) == [1, 2]
-    assert shutil.disk_usage(folder).free

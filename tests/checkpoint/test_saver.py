@@ -1,4 +1,4 @@
-"""A checkpoint is visible only when whole, whatever goes wrong while it is written."""
+"""A checkpoint is visible only when whole, whatever fails while it is being written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import pipeline.files
 from pipeline.checkpoint import pending
 from pipeline.checkpoint.layout import published
-from pipeline.checkpoint.pending import begin_attempt
+from pipeline.checkpoint.pending import take_over
 from pipeline.checkpoint.read import CheckpointReader, newest_checkpoint, verify
 from pipeline.checkpoint.saver import Saved
 from pipeline.errors import CheckpointError
@@ -28,7 +28,7 @@ from tests.checkpoint.support import NUMEL, fragments, save, saver
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    begin_attempt(tmp_path, "a1")
+    take_over(tmp_path, "a1")
     return tmp_path
 
 
@@ -44,7 +44,7 @@ def value(checkpoint: Path) -> float:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Holds the writing of files back until it is set."""
+    """Holds back the writing of files until it is set."""
     opened, real = threading.Event(), safetensors.torch.save_file
 
     def held(*args: Any) -> None:
@@ -63,13 +63,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting needs root")
     try:
-        begin_attempt(disk, "a1")
+        take_over(disk, "a1")
         yield disk
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_weights_may_change_once_the_copy_is_waited_for(folder: Path, gate: threading.Event) -> None:
+def test_weights_may_change_after_wait_for_copy(folder: Path, gate: threading.Event) -> None:
     one = saver(folder, [])
     parts = fragments(1.0)
     one.save(1, parts, {})
@@ -91,7 +91,7 @@ def test_nothing_is_visible_before_it_is_whole(folder: Path, gate: threading.Eve
     assert not list(folder.glob(".step_*"))
 
 
-def test_a_full_disk_keeps_the_last_good_one_and_the_run_alive(small_disk: Path) -> None:
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_run_alive(small_disk: Path) -> None:
     save(small_disk, 1)
     reports: list[Saved] = []
     one = saver(small_disk, reports)
@@ -104,13 +104,11 @@ def test_a_full_disk_keeps_the_last_good_one_and_the_run_alive(small_disk: Path)
     assert reports[1].error is None and value(newest_checkpoint(small_disk)) == 3.0
 
 
-def test_a_disk_that_fills_while_a_file_is_written_is_reported_too(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_during_writing_is_reported_too(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(small_disk, 1)
     reports: list[Saved] = []
     one = saver(small_disk, reports)
-    monkeypatch.setattr(pending.Draft, "check_space", lambda self, own_bytes: None)
+    monkeypatch.setattr(pending.PendingCheckpoint, "check_space", lambda self, own_bytes: None)
     one.save(2, fragments(2.0, numel=200_000), {})
     one.wait()
     assert "No space left" in str(reports[0].error)
@@ -118,7 +116,7 @@ def test_a_disk_that_fills_while_a_file_is_written_is_reported_too(
     assert not list(small_disk.glob(".step_*"))
 
 
-def test_an_unforeseen_error_is_reported_and_never_swallowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> None:
         raise ValueError("something new")
 
@@ -130,7 +128,7 @@ def test_an_unforeseen_error_is_reported_and_never_swallowed(folder: Path, monke
     assert [(r.path, r.error) for r in reports] == [(None, "something new")]
 
 
-def test_a_rank_whose_disk_takes_nothing_is_named_and_nothing_is_published(
+def test_a_rank_that_cannot_write_is_named_and_nothing_is_published(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, real_write = safetensors.torch.save_file, pipeline.files.write_bytes
@@ -157,7 +155,7 @@ def test_a_rank_whose_disk_takes_nothing_is_named_and_nothing_is_published(
     assert steps(folder) == []
 
 
-def test_a_rank_whose_file_does_not_arrive_is_named_after_the_time_limit(folder: Path) -> None:
+def test_a_rank_whose_file_does_not_arrive_in_time_is_named(folder: Path) -> None:
     reports: list[Saved] = []
     one = saver(folder, reports, 0, 2, timeout_min=0.002)
     one.save(1, fragments(1.0, 0, 2), {})
@@ -166,7 +164,7 @@ def test_a_rank_whose_file_does_not_arrive_is_named_after_the_time_limit(folder:
     assert steps(folder) == []
 
 
-def test_two_ranks_make_one_checkpoint(folder: Path) -> None:
+def test_two_ranks_write_one_checkpoint(folder: Path) -> None:
     both = [saver(folder, [], rank, 2) for rank in range(2)]
     for rank, one in enumerate(both):
         one.save(1, fragments(4.0, rank, 2), {})
@@ -176,20 +174,20 @@ def test_two_ranks_make_one_checkpoint(folder: Path) -> None:
     assert CheckpointReader(newest_checkpoint(folder)).read_whole("exp_avg", "layer.weight").shape == (NUMEL,)
 
 
-def test_a_stale_attempt_cannot_publish(folder: Path, gate: threading.Event) -> None:
+def test_a_superseded_start_cannot_publish(folder: Path, gate: threading.Event) -> None:
     reports: list[Saved] = []
     old = saver(folder, reports)
     old.save(1, fragments(1.0), {})
     old.wait_for_copy()
-    begin_attempt(folder, "a2")
+    take_over(folder, "a2")
     gate.set()
     old.wait()
     assert reports[0].path is None and reports[0].error
     assert steps(folder) == []
-    save(folder, 1, attempt="a2")
+    save(folder, 1, start_id="a2")
     old.save(2, fragments(2.0), {})
     old.wait()
-    assert "another start of this run has taken over" in str(reports[1].error)
+    assert "taken over" in str(reports[1].error)
     assert steps(folder) == ["step_00000001"]
 
 
@@ -204,7 +202,7 @@ def test_a_busy_saver_waits_by_default(folder: Path, gate: threading.Event) -> N
     assert [(r.step, r.error) for r in reports] == [(1, None), (2, None)]
 
 
-def test_a_busy_saver_skips_where_the_config_says_so(folder: Path, gate: threading.Event) -> None:
+def test_a_busy_saver_skips_if_the_config_says_so(folder: Path, gate: threading.Event) -> None:
     reports: list[Saved] = []
     one = saver(folder, reports, if_busy="skip")
     one.save(1, fragments(1.0), {})
@@ -230,7 +228,7 @@ def test_the_save_before_a_stop_is_never_skipped(folder: Path, gate: threading.E
 
 
 @pytest.mark.parametrize("policy", ["continue", "stop"])
-def test_after_a_failed_save_the_run_goes_on_or_ends(
+def test_after_a_failed_save_the_run_continues_or_ends(
     folder: Path, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
     save(folder, 1)
@@ -251,7 +249,7 @@ def test_after_a_failed_save_the_run_goes_on_or_ends(
 
 
 def save_twice(world: World, folder: str, case: str) -> tuple[str | None, list[str | None]]:
-    """Two saves, with rank 1 late or unable to write; what the second raised on this rank, and what was reported."""
+    """Makes two saves with rank 1 late or unable to write; returns the second's error on this rank, and the reports."""
     gate, real, reports = threading.Event(), safetensors.torch.save_file, list[Saved]()
 
     def held(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -280,14 +278,14 @@ def save_twice(world: World, folder: str, case: str) -> tuple[str | None, list[s
     return raised, [report.error for report in reports]
 
 
-def test_with_one_rank_late_all_skip_the_save(folder: Path) -> None:
+def test_all_ranks_skip_a_save_when_one_is_late(folder: Path) -> None:
     first, second = processes.on_ranks(save_twice, 2, folder / "log", str(folder), "skip")
     assert first[0] is second[0] is None
-    assert "skipped" in str(first[1][0]) and first[1][1] is None, "the second save is reported first: it is not made"
+    assert "skipped" in str(first[1][0]) and first[1][1] is None, "the second save is reported first, as skipped"
     assert steps(folder) == ["step_00000001"]
 
 
-def test_with_one_rank_unable_to_write_all_end_with_its_error(folder: Path) -> None:
+def test_all_ranks_end_with_the_error_of_one_that_cannot_write(folder: Path) -> None:
     answers = processes.on_ranks(save_twice, 2, folder / "log", str(folder), "stop")
     assert all("rank 1" in str(raised) and "bad disk" in str(raised) for raised, _ in answers)
     assert steps(folder) == []

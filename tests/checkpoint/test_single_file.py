@@ -1,4 +1,4 @@
-"""One file holds model, optimiser and iteration, and no pickle."""
+"""A single file holds model, optimizer and iteration, and no pickle."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def take(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_training_goes_on_bit_for_bit(tmp_path: Path, in_memory: bool) -> None:
+def test_training_resumes_bit_for_bit(tmp_path: Path, in_memory: bool) -> None:
     model, optimizer = trained(0, 3)
     target = io.BytesIO() if in_memory else tmp_path / "one.safetensors"
     save_checkpoint(model, optimizer, 3, target)
@@ -43,18 +43,18 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path, in_memory: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_a_pickle_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "one.pt"
     path.write_bytes(pickle.dumps({"model": 1}))
-    with pytest.raises(CheckpointError, match="is no checkpoint file"):
+    with pytest.raises(CheckpointError, match=r"one.pt: .*not a checkpoint"):
         load_checkpoint(path, *trained(0, 0))
 
 
-def test_a_missing_and_a_torn_file_are_named(tmp_path: Path) -> None:
+def test_an_error_names_a_missing_or_torn_file(tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
-    with pytest.raises(CheckpointError, match=r"one.safetensors: the checkpoint cannot be read"):
+    with pytest.raises(CheckpointError, match=r"one.safetensors: .*cannot be read"):
         load_checkpoint(path, *trained(0, 0))
     save_checkpoint(*trained(0, 1), 1, path)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match=r"one.safetensors: is no checkpoint file"):
+    with pytest.raises(CheckpointError, match=r"one.safetensors: .*damaged"):
         load_checkpoint(path, *trained(0, 0))

@@ -1,16 +1,17 @@
-"""Sampling."""
+"""Sampling is greedy, seeded, cut by top-p and bounded as its arguments say."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from pipeline.model.generate import draw, generate
 from pipeline.model.transformer import TransformerLM
 
 
-def model() -> TransformerLM:
+def model(context_length: int = 16) -> TransformerLM:
     torch.manual_seed(3)
-    return TransformerLM(50, 16, 32, 2, 4, 64, 10000.0)
+    return TransformerLM(50, context_length, 32, 2, 4, 64, 10000.0)
 
 
 def test_temperature_zero_takes_the_likeliest_token_each_time():
@@ -21,13 +22,21 @@ def test_temperature_zero_takes_the_likeliest_token_each_time():
     assert generate(lm, prompt, 10, temperature=0) == expected[3:]
 
 
-def test_the_same_seed_gives_the_same_text_and_another_seed_another():
+def test_only_the_same_seed_gives_the_same_text():
     texts = [generate(model(), [1], 12, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_text_may_be_longer_than_the_context():
+def test_text_can_be_longer_than_the_context():
     assert len(generate(model(), list(range(40)), 50, temperature=0)) == 50
+
+
+@pytest.mark.parametrize("context_length", [1, 2, 16])
+def test_a_full_context_of_prompt_leaves_room_for_one_token(context_length):
+    prompt = list(range(1, context_length + 1))
+    counted = prompt[1:] or prompt
+    lm = model(context_length)
+    assert generate(lm, [*prompt, *prompt], 3, temperature=0) == generate(lm, counted, 3, temperature=0)
 
 
 def test_the_stop_token_ends_the_text_and_is_not_returned():

@@ -1,4 +1,4 @@
-"""AdamW against PyTorch's."""
+"""Our AdamW makes PyTorch's steps, in ZeRO's layouts and with steps that do not count."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parameters() -> list[torch.nn.Parameter]:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_equals_torch_over_a_hundred_steps(weight_decay):
+def test_a_hundred_steps_equal_pytorchs(weight_decay):
     ours, theirs = parameters(), parameters()
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
     steps(AdamW(ours, **settings), ours, 100)
@@ -60,7 +60,7 @@ def test_state_survives_a_round_trip_and_the_next_steps_are_the_same_bits():
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
-def test_norm_gains_do_not_decay_unless_asked():
+def test_norm_gains_decay_only_on_request():
     from pipeline.model.transformer import TransformerLM
 
     model = TransformerLM(11, 4, 8, 1, 2, 16, 10000.0)
@@ -72,13 +72,13 @@ def test_norm_gains_do_not_decay_unless_asked():
 
 
 @pytest.mark.parametrize("bad", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1e-8}, {"weight_decay": -0.1}])
-def test_a_setting_out_of_range_is_refused_by_name(bad):
+def test_an_error_names_a_setting_out_of_range(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         AdamW(parameters(), **bad)
 
 
-def test_a_step_that_does_not_count_changes_nothing_and_the_others_are_as_if_it_had_not_been():
-    """The host's decision (a bool) and the device's (a tensor), with gradients that are not finite in between."""
+def test_a_step_that_does_not_count_changes_nothing_now_or_later():
+    """Holds for the host's decision (a bool) and the device's (a tensor), with non-finite gradients in between."""
     for kind in (bool, torch.tensor):
         ours, plain = parameters(), parameters()
         optimizer, reference = AdamW(ours, lr=1e-2, weight_decay=0.1), AdamW(plain, lr=1e-2, weight_decay=0.1)
@@ -102,7 +102,7 @@ def test_a_step_that_does_not_count_changes_nothing_and_the_others_are_as_if_it_
             torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], reference.state[q]["exp_avg_sq"])
 
 
-def test_a_decision_on_the_device_gives_torchs_steps():
+def test_a_hundred_steps_that_the_device_decides_on_equal_pytorchs():
     ours, theirs = parameters(), parameters()
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     optimizer = AdamW(ours, **settings)

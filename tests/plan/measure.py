@@ -1,4 +1,4 @@
-"""What an engine really holds and sends at each ZeRO stage, on ranks of their own: an earlier engine leaves tensors.
+"""Measures what an engine holds and sends at each ZeRO stage. Each runs in fresh processes: engines leave tensors.
 
 Live tensors are counted by walking Python's objects, peaks by the profiler's record of every allocation in between.
 (The record alone drifts: gloo frees its buffers in a thread that is not recorded.)
@@ -23,12 +23,12 @@ from pipeline.model.transformer import TransformerLM
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
 
-STEPS = 2  # the first makes the moments
+STEPS = 2  # the first creates the moments
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
 
 
 def peak_of(action: Callable[[], Any]) -> tuple[int, Any]:
-    """The most bytes that were allocated at once while it ran, beside those before; and its result."""
+    """The peak of bytes that an action allocates on top of those before, and its result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = action()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -40,7 +40,7 @@ def peak_of(action: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors that Python can reach, each storage once."""
+    """Bytes of all tensors that Python can reach, each storage counted once."""
     gc.collect()
     storages: dict[int, int] = {}
 
@@ -59,7 +59,7 @@ def live_bytes() -> int:
 
 
 def measure(world: World, config_file: str, overrides: list[str]) -> dict[str, int]:
-    """Peak bytes of a step on this rank, and the bytes of each kind of collective in the step."""
+    """Peak bytes of a step on this rank, and the bytes of each kind of collective in that step."""
     config, device = load_config(config_file, overrides, world_size=world.size), torch.device("cpu")
     before = live_bytes()
     model, train = config.model, config.train
@@ -91,7 +91,7 @@ def measure(world: World, config_file: str, overrides: list[str]) -> dict[str, i
 
 @contextlib.contextmanager
 def _counted() -> Iterator[Counter[str]]:
-    """Counts the bytes that collectives handle, the whole result of each."""
+    """Counts the bytes of the collectives, the whole result of each."""
     sent: Counter[str] = Counter()
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
 

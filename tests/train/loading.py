@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint.pending import Writer, begin_attempt
+from pipeline.checkpoint.pending import RankIdentity, take_over
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.checkpoint.saver import CheckpointSaver, Saved
 from pipeline.config.load import load_config
@@ -57,10 +57,10 @@ def new_engine(config_file: str, stage: int, world: World) -> Engine:
 def save_state(world: World, config_file: str, folder: str, stage: int) -> None:
     engine, reports = new_engine(config_file, stage, world), list[Saved]()
     if world.is_first:
-        begin_attempt(Path(folder), "a")
+        take_over(Path(folder), "a")
     group.barrier(world)
-    writer = Writer(world.rank, world.size, stage, "a", group.store())
-    saver = CheckpointSaver(Path(folder), writer, CheckpointConfig(), reports.append)
+    identity = RankIdentity(world.rank, world.size, stage, "a", group.store())
+    saver = CheckpointSaver(Path(folder), identity, CheckpointConfig(), reports.append)
     saver.save(1, engine.fragments(), {"optimizer_steps": 1})
     saver.wait()
     assert not [r for r in reports if r.error], reports

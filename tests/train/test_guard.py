@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline.train.loop as loop
-from pipeline.checkpoint.export import load_weights
 from pipeline.checkpoint.layout import Manifest
+from pipeline.checkpoint.weights import load_weights
 from pipeline.config.load import load_config
 from pipeline.config.sections import Config, GuardConfig
 from pipeline.data.build.display import prepare_here

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint.layout import published
-from pipeline.checkpoint.pending import begin_attempt
+from pipeline.checkpoint.pending import take_over
 from pipeline.checkpoint.saver import Saved
 from pipeline.run.world import World
 from pipeline.train.recover import find_checkpoint
@@ -42,7 +42,7 @@ def tear_manifest(newest: Path) -> None:
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Path:
     """Two checkpoints of two ranks each."""
-    begin_attempt(tmp_path, "a1")
+    take_over(tmp_path, "a1")
     reports: list[Saved] = []
     savers = [saver(tmp_path, reports, rank, 2) for rank in range(2)]
     for step in (1, 2):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint.export import load_weights
 from pipeline.checkpoint.layout import published
 from pipeline.checkpoint.read import CheckpointReader
+from pipeline.checkpoint.weights import load_weights
 from pipeline.config.load import load_config
 from pipeline.run.folder import step_name
 from tests import processes

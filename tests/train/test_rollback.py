@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import pipeline.train.loop as loop
-from pipeline.checkpoint.pending import Draft
+from pipeline.checkpoint.pending import PendingCheckpoint
 from tests import processes
 from tests.experiment import events
 from tests.train.conftest import Lab
@@ -21,13 +21,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 def train_jumping(config: str, at: int, save_s: float) -> None:
     """Trains with one micro-batch a step; the loss of step `at` jumps, and a save takes longer than many steps."""
     loop.cross_entropy = Sabotage({at}, 50.0)  # type: ignore[assignment]
-    publish = Draft.publish
+    publish = PendingCheckpoint.publish
 
-    def slowly(self: Draft, *args: Any) -> Any:
+    def slowly(self: PendingCheckpoint, *args: Any) -> Any:
         time.sleep(save_s)
         return publish(self, *args)
 
-    Draft.publish = slowly  # type: ignore[method-assign]
+    PendingCheckpoint.publish = slowly  # type: ignore[method-assign]
     processes.command(["train", config])
 
 

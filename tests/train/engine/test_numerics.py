@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoint.export import load_weights
+from pipeline.checkpoint.weights import load_weights
 from pipeline.config.load import load_config
 from pipeline.run.folder import step_name
 from tests.experiment import STEPS, curve, lines

@@ -168,7 +168,7 @@ def train_dying_in_a_save(config: str) -> None:
     """Rank 1 is killed while it writes its part; the other one is slow to end its records."""
     import os
 
-    from pipeline.checkpoint.pending import Draft
+    from pipeline.checkpoint.pending import PendingCheckpoint
     from pipeline.tracking.tracker import RunTracker
     from pipeline.train import session
     from pipeline.train.ranks import peers
@@ -181,12 +181,12 @@ def train_dying_in_a_save(config: str) -> None:
         close(self, status)
         print("tracking is closed", flush=True)
 
-    def die(self: Draft, *args: Any) -> None:
+    def die(self: PendingCheckpoint, *args: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     RunTracker.close = close_slowly  # type: ignore[method-assign]
     if os.environ["RANK"] == "1":
-        Draft.write_part = die  # type: ignore[method-assign]
+        PendingCheckpoint.write_part = die  # type: ignore[method-assign]
     processes.command(["train", config])
 
 

@@ -1,4 +1,4 @@
-"""Ranks are not equally fast: a late one finds less room, or nobody who waits for its file any more."""
+"""Ranks are not equally fast: a late one finds less space, or a save that was given up."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from pipeline.checkpoint import pending
 from pipeline.checkpoint.layout import Manifest, published, rank_file
-from pipeline.checkpoint.pending import begin_attempt
+from pipeline.checkpoint.pending import take_over
 from pipeline.checkpoint.read import newest_checkpoint, verify
 from pipeline.checkpoint.saver import CheckpointSaver, Saved
 from tests.checkpoint.support import NUMEL, fragments, saver
 
-PART = 3 * 4 * NUMEL // 2  # bytes of a half of the parameter and of its moments
+PART = 3 * 4 * NUMEL // 2  # bytes of half the parameter and its moments
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    begin_attempt(tmp_path, "a1")
+    take_over(tmp_path, "a1")
     return tmp_path
 
 
@@ -55,7 +55,7 @@ def give_disk(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(pending.shutil, "disk_usage", disk_usage)
 
 
-def test_a_late_rank_needs_room_for_its_own_part_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_rank_needs_space_only_for_its_own_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     give_disk(monkeypatch, int(2.5 * PART))
     reports: list[Saved] = []
     both = [saver(folder, reports, rank, 2) for rank in range(2)]
@@ -66,20 +66,20 @@ def test_a_late_rank_needs_room_for_its_own_part_only(folder: Path, monkeypatch:
     assert [r.error for r in reports] == [None]
 
 
-def test_a_rank_whose_part_does_not_fit_says_so_before_it_writes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_whose_part_does_not_fit_fails_before_it_writes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     give_disk(monkeypatch, PART - 1)
-    monkeypatch.setattr(safetensors.torch, "save_file", lambda *args: pytest.fail("it was written"))
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda *args: pytest.fail("the part was written"))
     reports: list[Saved] = []
     one = saver(folder, reports, 0, 2)
     begin(one, 1, 0)
     one.wait()
     error = str(reports[0].error)
-    assert f"rank 0 on {socket.gethostname()}: {folder}: this rank's part of a checkpoint needs 0.0 MB" in error
-    assert "make room or lower checkpoint.keep_last" in error
+    assert error.startswith(f"rank 0 on {socket.gethostname()}: {folder}: ")
+    assert "needs 0.0 MB" in error and "checkpoint.keep_last" in error
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_rank_that_comes_after_the_save_failed_leaves_nothing(
+def test_a_rank_that_begins_after_the_save_failed_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     begun, real = list[str](), safetensors.torch.save_file
@@ -104,7 +104,7 @@ def test_a_rank_that_comes_after_the_save_failed_leaves_nothing(
     assert leftovers(folder) == []
 
 
-def test_a_rank_that_is_writing_while_the_save_fails_takes_its_part_away(
+def test_a_rank_that_is_writing_while_the_save_fails_deletes_its_part(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed, real = threading.Event(), pending.sha256_file
@@ -127,7 +127,7 @@ def test_a_rank_that_is_writing_while_the_save_fails_takes_its_part_away(
     assert leftovers(folder) == []
 
 
-def test_what_a_failed_save_left_goes_before_the_next_and_other_starts_are_left_alone(
+def test_the_next_save_deletes_what_a_failed_one_left_but_nothing_of_other_starts(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = saver(folder, [])
@@ -139,17 +139,17 @@ def test_what_a_failed_save_left_goes_before_the_next_and_other_starts_are_left_
     assert leftovers(folder) == [".step_00000001.a1.1.tmp"]
     (folder / ".step_00000001.a2.1.tmp").mkdir()
     found: list[list[str]] = []
-    real = pending.Draft.check_space
+    real = pending.PendingCheckpoint.check_space
     monkeypatch.setattr(
-        pending.Draft, "check_space", lambda self, size: found.append(leftovers(folder)) or real(self, size)
+        pending.PendingCheckpoint, "check_space", lambda self, size: found.append(leftovers(folder)) or real(self, size)
     )
     one.save(2, fragments(2.0), {})
     one.wait()
-    assert found == [[".step_00000001.a2.1.tmp"]], "gone before anybody looks whether there is room"
+    assert found == [[".step_00000001.a2.1.tmp"]], "deleted before any rank checks the free space"
     assert [path.name for path in published(folder)] == ["step_00000002"]
 
 
-def test_a_rank_that_fails_after_its_part_arrived_takes_nothing_out_of_what_is_published(
+def test_a_rank_that_fails_after_its_part_arrived_deletes_nothing_that_is_published(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collected, real_json, real_merged = threading.Event(), pending.write_json, pending._merged
@@ -176,7 +176,7 @@ def test_a_rank_that_fails_after_its_part_arrived_takes_nothing_out_of_what_is_p
     verify(newest_checkpoint(folder))
 
 
-def test_ranks_save_again_after_a_save_that_failed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_save_again_after_a_failed_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reports: list[Saved] = []
     both = [saver(folder, reports, rank, 2) for rank in range(2)]
     with monkeypatch.context() as patched:

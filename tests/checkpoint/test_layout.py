@@ -1,4 +1,4 @@
-"""A manifest says everything about a checkpoint, and costs little at a thousand ranks."""
+"""A manifest describes a checkpoint completely, and costs little at a thousand ranks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint import layout
-from pipeline.checkpoint.layout import MANIFEST, Manifest, rank_file
-from pipeline.checkpoint.pending import begin_attempt
+from pipeline.checkpoint.layout import Manifest, rank_file
+from pipeline.checkpoint.pending import take_over
 from pipeline.checkpoint.saver import Saved
 from pipeline.errors import CheckpointError
+from pipeline.run.folder import CHECKPOINT_MANIFEST
 from tests.checkpoint.support import fragments, saver
 
 RANKS, PARAMETERS = 20, 30
@@ -33,26 +34,26 @@ def manifest() -> Manifest:
     )
 
 
-def test_what_is_read_is_what_was_saved(manifest: Manifest, tmp_path: Path) -> None:
+def test_a_manifest_survives_a_round_trip_and_its_digest_covers_the_content(manifest: Manifest, tmp_path: Path) -> None:
     digest = manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
-    tree = json.loads((tmp_path / MANIFEST).read_bytes())
+    tree = json.loads((tmp_path / CHECKPOINT_MANIFEST).read_bytes())
     assert tree.pop("digest") == digest
     assert hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest() == digest, "as documented"
 
 
-def test_one_of_an_earlier_program_which_indented_it_is_read(manifest: Manifest, tmp_path: Path) -> None:
+def test_an_indented_manifest_of_an_earlier_version_is_read_and_checked(manifest: Manifest, tmp_path: Path) -> None:
     manifest.save(tmp_path)
-    file = tmp_path / MANIFEST
+    file = tmp_path / CHECKPOINT_MANIFEST
     tree = json.loads(file.read_bytes())
     file.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     assert Manifest.load(tmp_path) == manifest
     file.write_text(json.dumps({**tree, "step": 8}, indent=2), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="digest does not match"):
+    with pytest.raises(CheckpointError, match=rf"{file}: .*digest"):
         Manifest.load(tmp_path)
 
 
-def test_writing_it_holds_the_interpreter_for_one_parameter_at_a_time_and_reading_encodes_nothing(
+def test_writing_encodes_one_parameter_at_a_time_and_reading_encodes_nothing(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pieces: list[int] = []
@@ -65,18 +66,18 @@ def test_writing_it_holds_the_interpreter_for_one_parameter_at_a_time_and_readin
 
     monkeypatch.setattr(layout.json, "dumps", dumps)
     manifest.save(tmp_path)
-    size = (tmp_path / MANIFEST).stat().st_size
+    size = (tmp_path / CHECKPOINT_MANIFEST).stat().st_size
     assert max(pieces) < 1.5 * size / PARAMETERS
     pieces.clear()
     Manifest.load(tmp_path)
     assert pieces == []
 
 
-def test_what_is_reported_of_a_save_names_its_content(tmp_path: Path) -> None:
-    begin_attempt(tmp_path, "a1")
+def test_the_report_of_a_save_has_the_digest_of_its_manifest(tmp_path: Path) -> None:
+    take_over(tmp_path, "a1")
     reports: list[Saved] = []
     one = saver(tmp_path, reports)
     one.save(1, fragments(1.0), {})
     one.wait()
     assert reports[0].path is not None
-    assert reports[0].digest == json.loads((reports[0].path / MANIFEST).read_bytes())["digest"]
+    assert reports[0].digest == json.loads((reports[0].path / CHECKPOINT_MANIFEST).read_bytes())["digest"]

@@ -1,4 +1,4 @@
-"""Exported weights are the run's: the same logits and the same tokens in other programs."""
+"""An export gives other programs the run's weights, logits and tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoint.export import export_run, load_weights
 from pipeline.checkpoint.layout import published
+from pipeline.checkpoint.weights import load_weights
+from pipeline.commands.export import export_run
 from pipeline.commands.verify import verify_path
 from pipeline.config.load import load_config
 from pipeline.data.tokenize.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ TEXT = "We hold these truths to be self-evident, that all men are created equal;
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of a few steps with a trained BPE."""
+    """A run of a few steps with a trained BPE tokenizer."""
     folder = tmp_path_factory.mktemp("export")
     splits = ("train", "validation")
     for split in splits:
@@ -52,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     }
     config = folder / "small.yaml"
     config.write_text(json.dumps(tree))
-    # In processes of their own: a process group and DeepSpeed's settings stay out of the other tests.
+    # In separate processes, so that no process group and no DeepSpeed setting reaches other tests.
     for command in ("prepare", "train"):
         processes.run([command, str(config)], 1, folder / f"{command}.log")
     assert load_config(config).name == "small"
@@ -85,7 +86,7 @@ def test_hugging_face_opens_the_export_and_gives_the_same_logits_and_tokens(trai
     assert theirs_tokenizer.eos_token_id == own.end_of_text_id == model.config.eos_token_id
 
 
-def test_a_single_file_holds_the_weights_under_our_own_names(trained: Run) -> None:
+def test_a_single_file_holds_the_weights_under_our_names(trained: Run) -> None:
     path = export_run(trained, "safetensors", step=3)
     expected = load_weights(trained.checkpoints / "step_00000003")
     found = load_file(path)
@@ -108,52 +109,52 @@ def test_a_second_export_replaces_the_first_and_nothing_else(trained: Run) -> No
         assert file.metadata() == {"format": "pt", "step": "6"}
 
 
-def plain(folder: Path) -> None:
+def a_text(folder: Path) -> None:
     (folder / "thesis.txt").write_text("text")
 
 
-def with_a_config(folder: Path) -> None:
-    plain(folder)
+def a_text_and_a_config(folder: Path) -> None:
+    a_text(folder)
     (folder / "config.json").write_text("{}")
 
 
-def of_another_program(folder: Path) -> None:
+def an_export_of_another_program(folder: Path) -> None:
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text("{}")
     save_file({"weight": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
 
 
-def of_ours_with_a_thesis(folder: Path) -> None:
-    of_another_program(folder)
+def our_export_and_a_text(folder: Path) -> None:
+    an_export_of_another_program(folder)
     save_file({"weight": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt", "step": "6"})
-    plain(folder)
+    a_text(folder)
 
 
-@pytest.mark.parametrize("filled", [plain, with_a_config, of_another_program, of_ours_with_a_thesis])
-def test_a_folder_that_holds_anything_but_an_export_is_refused_and_left_alone(
+@pytest.mark.parametrize("filled", [a_text, a_text_and_a_config, an_export_of_another_program, our_export_and_a_text])
+def test_a_folder_that_holds_anything_but_an_export_is_rejected_and_left_unchanged(
     trained: Run, tmp_path: Path, filled: Callable[[Path], None]
 ) -> None:
     folder = tmp_path / "precious"
     folder.mkdir()
     filled(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(UsageError, match="is no exported model of this program") as refused:
+    with pytest.raises(UsageError, match=rf"{folder}: .*--output") as rejected:
         export_run(trained, "hf", output=folder)
-    assert ("thesis.txt" in before) == ("thesis.txt" in str(refused.value))
+    assert ("thesis.txt" in before) == ("thesis.txt" in str(rejected.value))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_file_and_an_empty_folder_are_no_exports_and_only_the_folder_is_used(trained: Run, tmp_path: Path) -> None:
+def test_an_empty_folder_is_replaced_and_a_file_is_rejected(trained: Run, tmp_path: Path) -> None:
     file, empty = tmp_path / "thesis.txt", tmp_path / "empty"
     file.write_text("text")
     empty.mkdir()
-    with pytest.raises(UsageError, match="is no exported model of this program"):
+    with pytest.raises(UsageError, match=rf"{file}: .*--output"):
         export_run(trained, "hf", output=file)
     assert file.read_text() == "text"
     assert export_run(trained, "hf", output=empty) == empty and (empty / "config.json").exists()
 
 
-def test_an_unknown_step_or_format_is_refused_with_what_there_is(trained: Run) -> None:
+def test_an_unknown_step_or_format_is_rejected_with_the_valid_choices(trained: Run) -> None:
     with pytest.raises(UsageError, match="there are: 3, 6"):
         export_run(trained, "hf", step=5)
     with pytest.raises(UsageError, match="hf and safetensors"):
@@ -163,14 +164,14 @@ def test_an_unknown_step_or_format_is_refused_with_what_there_is(trained: Run) -
 def test_exporting_imports_neither_transformers_nor_deepspeed(trained: Run, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from pipeline.run.folder import open_run\n"
-        "from pipeline.checkpoint.export import export_run\n"
+        "from pipeline.commands.export import export_run\n"
         f"export_run(open_run({str(trained.path)!r}), 'hf', output=Path({str(tmp_path / 'out')!r}))\n"
         "assert not {'transformers', 'deepspeed'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_verify_of_a_run_looks_at_every_checkpoint_and_the_dataset_and_names_what_is_damaged(
+def test_verify_of_a_run_checks_every_checkpoint_and_the_dataset_and_names_what_is_damaged(
     trained: Run, tmp_path: Path
 ) -> None:
     assert len(verify_path(str(trained.path)).splitlines()) == 3  # steps 3 and 6, the dataset
@@ -184,7 +185,7 @@ def test_verify_of_a_run_looks_at_every_checkpoint_and_the_dataset_and_names_wha
     assert f"{torn}: is torn" in done.stderr and "step_00000006: all 1 files" in done.stderr
 
 
-def test_a_registered_version_is_made_of_a_hugging_face_folder_only(trained: Run) -> None:
+def test_only_a_hugging_face_folder_can_be_registered(trained: Run) -> None:
     command = [sys.executable, "-m", "pipeline", "export", str(trained.path), "--register", "m"]
     done = subprocess.run([*command, "--format", "safetensors"], capture_output=True, text=True)
     assert done.returncode == 2 and "--format hf" in done.stderr

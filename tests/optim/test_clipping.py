@@ -1,28 +1,13 @@
-"""The schedule and gradient clipping."""
+"""Clipping equals PyTorch's, and its norm is exact."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
 
 from pipeline.optim.clipping import clip_gradients, squared_norm
-from pipeline.optim.schedule import get_lr_cosine_schedule
-
-
-def test_schedule_has_its_three_parts():
-    lrs = [get_lr_cosine_schedule(it, 1.0, 0.1, 7, 21) for it in range(25)]
-    assert lrs[:8] == pytest.approx([it / 7 for it in range(8)])
-    assert lrs[14] == pytest.approx(0.55)
-    assert lrs[21:] == [pytest.approx(0.1)] * 4
-    assert all(a > b for a, b in itertools.pairwise(lrs[7:22]))
-
-
-def test_schedule_without_warm_up_or_without_cosine():
-    assert get_lr_cosine_schedule(0, 1.0, 0.1, 0, 10) == 1.0
-    assert get_lr_cosine_schedule(10, 1.0, 0.1, 10, 10) == 0.1
 
 
 def gradients() -> list[torch.nn.Parameter]:
@@ -33,7 +18,7 @@ def gradients() -> list[torch.nn.Parameter]:
 
 
 @pytest.mark.parametrize("max_norm", [1e-2, 1e6])
-def test_clipping_equals_torch(max_norm):
+def test_clipping_equals_pytorchs(max_norm):
     ours, theirs = gradients(), gradients()
     norm = clip_gradients(ours, max_norm)
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, max_norm))
@@ -41,14 +26,21 @@ def test_clipping_equals_torch(max_norm):
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_clipping_leaves_small_gradients_untouched_to_the_bit():
+def test_eps_keeps_the_scale_finite_for_tiny_gradients():
+    (tiny,) = params = [torch.nn.Parameter(torch.zeros(2))]
+    tiny.grad = torch.tensor([3e-6, 0.0])
+    clip_gradients(params, 1e-6, eps=1e-6)
+    torch.testing.assert_close(tiny.grad, torch.tensor([0.75e-6, 0.0]), rtol=1e-5, atol=0)
+
+
+def test_clipping_changes_no_bit_of_small_gradients():
     params = gradients()
     before = [p.grad.clone() for p in params[:2]]
     clip_gradients(params, 1e6)
     assert all(torch.equal(p.grad, b) for p, b in zip(params[:2], before, strict=True))
 
 
-def test_norm_of_nothing_is_zero_and_of_a_nan_is_nan():
+def test_the_norm_is_zero_without_gradients_and_nan_with_a_nan():
     assert clip_gradients([], 1.0) == 0
     params = gradients()
     params[0].grad[0, 0] = math.nan
@@ -56,7 +48,7 @@ def test_norm_of_nothing_is_zero_and_of_a_nan_is_nan():
 
 
 def test_the_norm_of_a_large_flat_gradient_is_exact():
-    """What ZeRO hands over on a CPU: all of a rank's gradients in one tensor."""
+    """ZeRO on a CPU passes all of a rank's gradients in one tensor."""
     flat = torch.randn(20_000_000, generator=torch.Generator().manual_seed(0))
     exact = sum(float(part.double().square().sum()) for part in flat.split(1 << 20))
     assert float(squared_norm([flat])) == pytest.approx(exact, rel=1e-6)
