@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 import pipeline
 from pipeline.check.result import Check
 from pipeline.checkpoint.layout import published
 from pipeline.config.load import load_config
 from pipeline.config.sections import Config
-from pipeline.data.manifest import MANIFEST, Manifest
+from pipeline.data.layout import MANIFEST
+from pipeline.data.manifest import DatasetManifest, check_sizes
 from pipeline.data.read.sources import find_files
 from pipeline.errors import PipelineError
 from pipeline.launch.container.binds import check_visible, folders_for_a_while
@@ -124,16 +123,10 @@ def _data(config: Config) -> Check:
             return Check("data", "warning", f"{found}; {free:,.1f} MB are free at {place}", "make room for the tokens")
         return Check("data", "ok", found)
     try:
-        manifest = Manifest.load(folder)
+        manifest = DatasetManifest.load(folder)
+        check_sizes(folder, manifest.shards, manifest.numpy_dtype)
     except PipelineError as error:
-        return Check("data", "failed", str(error), "prepare the data again")
-    item = np.dtype(manifest.dtype).itemsize
-    sizes = {shard.file: shard.tokens * item for shard in manifest.shards}
-    sizes |= {shard.index: (shard.documents + 1) * 8 for shard in manifest.shards}
-    for name, size in sizes.items():
-        file = folder / name
-        if not file.exists() or file.stat().st_size != size:
-            return Check("data", "failed", f"{file}: is missing or not of its size", f"pipeline verify {folder}")
+        return Check("data", "failed", str(error), f"`pipeline verify {folder}` names every damaged file")
     return Check("data", "ok", f"{manifest.splits['train'].tokens:,} training tokens, sizes agree with the manifest")
 
 

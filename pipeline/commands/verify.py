@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.data.layout import MANIFEST, PLAN
 from pipeline.errors import CheckpointError, PipelineError, UsageError
 from pipeline.files import read_json
-from pipeline.run.folder import Run, open_run
+from pipeline.run.folder import CHECKPOINT_MANIFEST, Run, open_run
 
 
 def verify_path(path: str) -> str:
@@ -19,7 +20,7 @@ def verify_path(path: str) -> str:
     folder = Path(path)
     if _is_dataset(folder):
         return _verify_dataset(folder)
-    if (folder / "manifest.json").exists():
+    if (folder / CHECKPOINT_MANIFEST).exists():
         return _verify_checkpoint(folder)
     if (folder / "config.yaml").exists():
         return _verify_run(open_run(folder))
@@ -30,9 +31,7 @@ def verify_path(path: str) -> str:
 
 def _is_dataset(folder: Path) -> bool:
     """By what the manifest says, as the other files of a dataset are not needed to read it; unfinished, by its plan."""
-    from pipeline.data.build.tasks import PLAN
-
-    manifest = folder / "manifest.json"
+    manifest = folder / MANIFEST
     if (folder / PLAN).exists() or not manifest.exists():
         return (folder / PLAN).exists()
     tree = read_json(manifest)
@@ -50,7 +49,7 @@ def _verify_run(run: Run) -> str:
         try:
             lines.append(_verify_checkpoint(folder))
             trained_on = Manifest.load(folder).state.get("dataset")
-            if trained_on is not None and (dataset / "manifest.json").exists():
+            if trained_on is not None and (dataset / MANIFEST).exists():
                 _same_dataset(folder, trained_on, dataset)
         except PipelineError as error:
             problems.append(str(error))
@@ -66,9 +65,9 @@ def _verify_run(run: Run) -> str:
 
 
 def _same_dataset(checkpoint: Path, trained_on: str, dataset: Path) -> None:
-    from pipeline.data.manifest import Manifest
+    from pipeline.data.manifest import DatasetManifest
 
-    digest = Manifest.load(dataset).digest
+    digest = DatasetManifest.load(dataset).digest
     if digest != trained_on:
         raise CheckpointError(
             f"{checkpoint}: was trained on the dataset {trained_on[:12]}, and {dataset} is {digest[:12]} now"

@@ -1,5 +1,5 @@
 """Text to token shards to batches.
 
-Here: what a dataset says about itself, its memory-mapped tokens and the order in which training draws them. Reading
-source files is `read/`, tokenizers are `tokenize/`, building a dataset is `build/`.
+Here: the files of a dataset folder, its manifest, its memory-mapped tokens and the order in which training draws them.
+Reading source files is `read/`, tokenizers are `tokenize/`, building a dataset is `build/`.
 """

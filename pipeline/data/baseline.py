@@ -1,4 +1,4 @@
-"""A bigram count model: the yardstick that a trained model must clearly beat."""
+"""A bigram count model: the baseline that a trained model must clearly beat."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _SMOOTHING = (1, 3, 10, 30, 100, 300, 1000, 3000)
 def bigram_loss(
     train: TokenDataset, validation: TokenDataset, context_length: int, vocab_size: int, max_tokens: int = 100_000_000
 ) -> float:
-    """Loss of the smoothed bigram counts of the training tokens, in nats per token.
+    """Returns the loss of smoothed bigram counts of the training tokens, in nats per token.
 
-    p(b | a) = (count(a, b) + s * p(b)) / (count(a) + s), with p(b) the add-one unigram and the strength s that is
-    best *on the validation tokens themselves*: a yardstick that is given every advantage.
+    p(b | a) = (count(a, b) + s * p(b)) / (count(a) + s), with the add-one unigram p(b) and the smoothing s that is
+    best *on the validation tokens themselves*: the baseline gets every advantage.
 
     Args:
         train: Where the counts come from.
-        validation: Scored on the targets of its validation windows: the tokens a model is scored on.
+        validation: Scored on the targets of its windows, which are the tokens that a model is scored on.
         context_length: Length of those windows.
         vocab_size: Number of token ids.
-        max_tokens: Training tokens to count, at most, from the front.
+        max_tokens: At most this many of the first training tokens are counted.
     """
     scored = (len(validation) - 1) // context_length * context_length + 1
     pairs, times = np.unique(np.concatenate(list(_pairs(validation, vocab_size, scored))), return_counts=True)
@@ -37,9 +37,9 @@ def bigram_loss(
     token_counts = np.ones(vocab_size, dtype=np.int64)
     first_counts = np.zeros(vocab_size, dtype=np.int64)
     for codes in _pairs(train, vocab_size, min(len(train), max_tokens)):
-        place = np.searchsorted(pairs, codes)
-        known = pairs[np.minimum(place, len(pairs) - 1)] == codes
-        pair_counts += np.bincount(place[known], minlength=len(pairs))
+        found = np.searchsorted(pairs, codes)
+        known = pairs[np.minimum(found, len(pairs) - 1)] == codes
+        pair_counts += np.bincount(found[known], minlength=len(pairs))
         first_counts += np.bincount(codes // vocab_size, minlength=vocab_size)
         token_counts += np.bincount(codes % vocab_size, minlength=vocab_size)
     unigram = (token_counts / token_counts.sum())[pairs % vocab_size]
@@ -50,7 +50,7 @@ def bigram_loss(
 
 
 def _pairs(dataset: TokenDataset, vocab_size: int, tokens: int) -> Iterator[Codes]:
-    """Every pair of neighbours in the first `tokens` tokens as one number, `first * vocab_size + second`."""
+    """Yields every pair of adjacent tokens in the first `tokens` as one number, `first * vocab_size + second`."""
     for start in range(0, tokens - 1, _PIECE):
         length = min(_PIECE, tokens - 1 - start) + 1
         piece: npt.NDArray[Any] = dataset.stream.gather(np.array([start]), length)[0].astype(np.int64)

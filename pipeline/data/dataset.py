@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pipeline.config.sections import DataConfig
-from pipeline.data.manifest import TOKENIZER, Manifest, Shard, check_sizes
+from pipeline.data.layout import TOKENIZER
+from pipeline.data.manifest import SPLITS, DatasetManifest, Shard, SplitName, check_sizes
 from pipeline.data.order import Order, sample_numbers
 from pipeline.errors import DataError
 from pipeline.files import sha256_file
@@ -19,17 +20,12 @@ from pipeline.files import sha256_file
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 # A mapping costs address space and one of the kernel's 65,530 map entries, so a corpus of
-# very many shards keeps the ones it used first and opens the others anew.
+# very many shards keeps the mappings it used first and maps the remaining shards on each use.
 _MOST_MAPPINGS = 8192
 
 
 class TokenStream:
-    """The tokens of several shards as one sequence.
-
-    Attributes:
-        tokens: Length of the sequence.
-        shards: The shards, in order.
-    """
+    """The tokens of several shards, in order, as one sequence of length `tokens`."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], dtype: np.dtype[Any]) -> None:
         self.shards = tuple(shards)
@@ -40,23 +36,21 @@ class TokenStream:
         self._maps: dict[int, npt.NDArray[Any]] = {}
 
     def gather(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[Any]:
-        """The tokens from each start on: `(len(starts), length)` in the dtype of the shards."""
+        """Returns `length` tokens from each start: `(len(starts), length)` in the dtype of the shards."""
         rows = np.empty((len(starts), length), self._dtype)
         first = np.searchsorted(self._bounds, starts, side="right") - 1
         offsets = (starts - self._bounds[first]).tolist()
         for row, shard, offset in zip(rows, first.tolist(), offsets, strict=True):
-            piece = self._map(shard)[offset : offset + length]
-            row[: len(piece)] = piece
-            filled = len(piece)
+            filled = 0
             while filled < length:
-                shard += 1
-                piece = self._map(shard)[: length - filled]
+                piece = self._map(shard)[offset : offset + length - filled]
                 row[filled : filled + len(piece)] = piece
                 filled += len(piece)
+                shard, offset = shard + 1, 0
         return rows
 
     def locate(self, position: int) -> tuple[Shard, int]:
-        """The shard of a token and its place there."""
+        """Returns the shard of a token and its offset in that shard."""
         index = int(np.searchsorted(self._bounds, position, side="right")) - 1
         return self.shards[index], position - int(self._bounds[index])
 
@@ -71,16 +65,9 @@ class TokenStream:
 
 
 class TokenDataset:
-    """One split of a dataset folder.
+    """One split of a dataset folder; `stream` holds all its tokens, source after source."""
 
-    Attributes:
-        path: The folder.
-        name: `train` or `validation`.
-        manifest: What the folder says about itself.
-        stream: All tokens of the split, source after source.
-    """
-
-    def __init__(self, path: Path, name: str, manifest: Manifest) -> None:
+    def __init__(self, path: Path, name: str, manifest: DatasetManifest) -> None:
         self.path = path
         self.name = name
         self.manifest = manifest
@@ -95,7 +82,7 @@ class TokenDataset:
         return self.manifest.splits[self.name].bytes
 
     def source_streams(self) -> dict[str, TokenStream]:
-        """The tokens of each source that has any, in the order of the config."""
+        """Returns the tokens of each source that has any, in the order of the config."""
         shards = self.stream.shards
         return {
             name: self._stream([s for s in shards if s.source == name])
@@ -106,59 +93,77 @@ class TokenDataset:
         return TokenStream(self.path, shards, self.manifest.numpy_dtype)
 
 
-def open_dataset(
+def open_dataset(path: str | Path, split: SplitName, *, vocab_size: int | None = None) -> TokenDataset:
+    """Opens one split of a dataset; see `open_splits`."""
+    return open_splits(path, (split,), vocab_size=vocab_size)[split]
+
+
+def open_splits(
     path: str | Path,
-    split: Literal["train", "validation"],
+    splits: Sequence[SplitName] = SPLITS,
     *,
     vocab_size: int | None = None,
     tokenizer_digest: str | None = None,
     verify: bool = False,
-) -> TokenDataset:
-    """Opens a split, after checking the manifest against the files.
+) -> dict[SplitName, TokenDataset]:
+    """Opens splits of a dataset after checking its manifest against the files, each of them once.
 
     Args:
         path: The dataset folder.
-        split: Which split.
-        vocab_size: Token ids must be below it: the model's.
-        tokenizer_digest: The tokenizer must have it: the run's.
-        verify: Read every shard and compare its SHA-256 too.
+        splits: Which splits.
+        vocab_size: Vocabulary size of the model, which every token id must be below.
+        tokenizer_digest: Digest of the run's tokenizer, which must be the dataset's.
+        verify: Also read every shard and compare its SHA-256.
 
     Raises:
         DataError: The dataset is unfinished, damaged or made for something else; the message names the file.
     """
     path = Path(path)
-    manifest = Manifest.load(path)
-    shards = manifest.splits[split].shards
-    _check_tokenizer(path, manifest, tokenizer_digest)
-    check_sizes(path, shards, manifest.numpy_dtype)
+    manifest = DatasetManifest.load(path)
+    _check_tokenizer_file(path, manifest)
+    if tokenizer_digest is not None:
+        refuse_other_tokenizer(path, manifest, tokenizer_digest)
+    for split in splits:
+        shards = manifest.splits[split].shards
+        check_sizes(path, shards, manifest.numpy_dtype)
+        if vocab_size is not None:
+            _check_token_ids(path, manifest, shards, vocab_size)
+        if not shards:
+            raise DataError(
+                f"{path}: the {split} split is empty; "
+                f"raise data.validation_fraction, or give a source with split: {split}"
+            )
+        if verify:
+            from pipeline.data.verify import verify_shards
+
+            verify_shards(path, shards)
+    return {split: TokenDataset(path, split, manifest) for split in splits}
+
+
+def refuse_other_tokenizer(path: str | Path, manifest: DatasetManifest, digest: str) -> None:
+    """Raises DataError unless a dataset was made with the tokenizer that has this digest."""
+    if digest != manifest.tokenizer_digest:
+        raise DataError(
+            f"{path}: was made with the tokenizer {manifest.tokenizer_digest[:12]}, the run uses {digest[:12]}; "
+            "point data.path at the dataset the run was started with"
+        )
+
+
+def _check_tokenizer_file(path: Path, manifest: DatasetManifest) -> None:
+    file = path / TOKENIZER
+    if not file.is_file():
+        raise DataError(f"{file}: is missing; the tokens cannot be decoded without it: prepare the dataset again")
+    if sha256_file(file) != manifest.tokenizer_digest:
+        raise DataError(f"{file}: is not the tokenizer that made these tokens (its digest differs from the manifest's)")
+
+
+def _check_token_ids(path: Path, manifest: DatasetManifest, shards: Sequence[Shard], vocab_size: int) -> None:
     for shard in shards:
-        if vocab_size is not None and shard.largest_id >= vocab_size:
+        if shard.largest_id >= vocab_size:
             raise DataError(
                 f"{path / shard.file}: holds token id {shard.largest_id}, but model.vocab_size is {vocab_size}; "
                 f"set it to {manifest.vocab_size} or more, or prepare the data with another tokenizer"
             )
-    if not shards:
-        raise DataError(
-            f"{path}: the {split} split is empty; raise data.validation_fraction, or give a source with split: {split}"
-        )
-    if verify:
-        from pipeline.data.verify import verify_shards
-
-        verify_shards(path, shards)
-    return TokenDataset(path, split, manifest)
-
-
-def _check_tokenizer(path: Path, manifest: Manifest, wanted: str | None) -> None:
-    file = path / TOKENIZER
-    if not file.is_file():
-        raise DataError(f"{file}: is missing; the tokens cannot be understood without it: prepare the dataset again")
-    if sha256_file(file) != manifest.tokenizer_digest:
-        raise DataError(f"{file}: is not the tokenizer that made these tokens (its digest differs from the manifest's)")
-    if wanted is not None and wanted != manifest.tokenizer_digest:
-        raise DataError(
-            f"{path}: was made with the tokenizer {manifest.tokenizer_digest[:12]}, the run uses {wanted[:12]}; "
-            "point data.path at the dataset the run was started with"
-        )
 
 
 def get_batch(
@@ -168,20 +173,20 @@ def get_batch(
     device: str | torch.device,
     generator: torch.Generator | None = None,
 ) -> Batch:
-    """Windows at uniformly random places.
+    """Draws windows at uniformly random offsets.
 
     Args:
-        dataset: Token ids: a one-dimensional array, a memmap say, or an opened dataset.
-        batch_size: Windows.
-        context_length: Tokens of a window.
-        device: Where the tensors go; a bad one raises torch's own error.
-        generator: Source of the places; by default torch's global one.
+        dataset: Token ids: a one-dimensional array (for example a memmap), or an opened dataset.
+        batch_size: Number of windows.
+        context_length: Tokens per window.
+        device: Where the tensors go; a bad device raises torch's own error.
+        generator: Source of the offsets; by default torch's global generator.
 
     Returns:
         `x` and `y`, int64, `(batch_size, context_length)`; `y` is one token to the right.
 
     Raises:
-        DataError: The data are shorter than a window.
+        DataError: The data is shorter than a window.
     """
     _check_long_enough(len(dataset), context_length, "the data")
     starts = torch.randint(len(dataset) - context_length, (batch_size,), generator=generator).numpy()
@@ -194,7 +199,7 @@ def get_batch(
 
 
 class BatchReader:
-    """The global batches of a run: each a pure function of (seed, index), whoever reads which rows of it."""
+    """The global batches of a run: each is a pure function of (seed, index), however ranks divide its rows."""
 
     def __init__(
         self, dataset: TokenDataset, data_config: DataConfig, *, seed: int, context_length: int, batch_size: int
@@ -213,7 +218,7 @@ class BatchReader:
         self.order = Order(data_config.order, tuple(s.tokens for s in self._streams), weights, context_length, seed)
 
     def batch(self, index: int, start: int, stop: int) -> Batch:
-        """Rows `[start, stop)` of global batch `index`: `x` and `y`, int64 on the CPU, `(stop - start, context)`."""
+        """Returns rows `[start, stop)` of global batch `index`: `x` and `y`, int64, CPU, `(stop - start, context)`."""
         sources, starts = self.order.draw(sample_numbers(index, start, stop, self._batch_size))
         length = self._context_length + 1
         if len(self._streams) == 1:
@@ -225,7 +230,7 @@ class BatchReader:
         return _tensors(rows)
 
     def describe(self, index: int, start: int, stop: int) -> list[dict[str, Any]]:
-        """Where rows `[start, stop)` of global batch `index` come from: shard, offset, source, epoch."""
+        """Returns the origin of rows `[start, stop)` of global batch `index`: shard, offset, source, epoch."""
         samples = sample_numbers(index, start, stop, self._batch_size)
         sources, starts = self.order.draw(samples)
         described = []
@@ -238,11 +243,7 @@ class BatchReader:
 
 
 class ValidationWindows:
-    """Fixed windows that do not overlap, from the first token on.
-
-    Attributes:
-        count: Windows; the tokens after the last whole one are left out.
-    """
+    """Fixed windows that do not overlap, from the first token; leaves out the tokens after the last whole window."""
 
     def __init__(self, dataset: TokenDataset, context_length: int) -> None:
         _check_long_enough(len(dataset), context_length, f"{dataset.path}: the {dataset.name} split")
@@ -251,7 +252,7 @@ class ValidationWindows:
         self.count = (len(dataset) - 1) // context_length
 
     def batch(self, start: int, stop: int) -> Batch:
-        """Windows `[start, stop)`: `x` and `y`, int64 on the CPU."""
+        """Returns windows `[start, stop)`: `x` and `y`, int64 on the CPU."""
         starts = np.arange(start, min(stop, self.count), dtype=np.int64) * self._context_length
         return _tensors(self._stream.gather(starts, self._context_length + 1))
 
@@ -263,9 +264,7 @@ def validation_windows(dataset: TokenDataset, context_length: int) -> Validation
 
 def _weight(known: dict[str, float], name: str, dataset: TokenDataset) -> float:
     if name not in known:
-        raise DataError(
-            f"{dataset.path}: holds the source {name!r}, which data.sources does not name; it names {', '.join(known)}"
-        )
+        raise DataError(f"{dataset.path}: holds the source {name!r}, but data.sources only names {', '.join(known)}")
     return known[name]
 
 
@@ -273,7 +272,7 @@ def _check_long_enough(tokens: int, context_length: int, what: str) -> None:
     if tokens < context_length + 1:
         raise DataError(
             f"{what}: {tokens} tokens are too few for one window of context_length + 1 = {context_length + 1}; "
-            "take a shorter model.context_length or more text"
+            "use a shorter model.context_length or more text"
         )
 
 

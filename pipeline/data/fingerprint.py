@@ -1,4 +1,4 @@
-"""The settings that decide what a dataset holds, and in what those of two differ."""
+"""The settings that decide the content of a dataset, and how the settings of two datasets differ."""
 
 from __future__ import annotations
 
@@ -6,24 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.sections import Config
-from pipeline.errors import DataError
+from pipeline.errors import DataError, listing
 
-# They decide how tokens are stored and cut into files, not which there are.
-_OF_STORAGE = ("dtype", "slice_size_mb")
+# These decide how tokens are stored and divided into files, not which tokens there are.
+_STORAGE_SETTINGS = ("dtype", "slice_size_mb")
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """The settings of a config that decide the bytes of its dataset; `weight` and `order` are for training alone."""
+    """Returns the settings that decide the bytes of a config's dataset; `weight` and `order` only concern training."""
     data, tokenizer = config.data, config.tokenizer
     return {
         "sources": [
-            {
-                "name": s.name,
-                "separator": s.separator,
-                "field": s.field,
-                "split": s.split,
-            }
-            for s in data.sources
+            {"name": s.name, "separator": s.separator, "field": s.field, "split": s.split} for s in data.sources
         ],
         "validation_fraction": data.validation_fraction,
         "dtype": data.dtype,
@@ -48,9 +42,9 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def refuse_other_settings(path: str | Path, settings: dict[str, Any], config: Config) -> None:
-    """Refuses a finished dataset whose documents or tokens are not those that the config describes.
+    """Refuses a finished dataset whose documents or tokens differ from those that the config describes.
 
-    Only settings are compared: the text may be gone, or be elsewhere, once the dataset is made.
+    Compares settings only: the text may be moved or removed once the dataset is finished.
 
     Args:
         path: The dataset folder, for the message.
@@ -60,28 +54,21 @@ def refuse_other_settings(path: str | Path, settings: dict[str, Any], config: Co
     Raises:
         DataError: Names every setting that differs.
     """
-    problems = changed_settings(_of_content(settings), _of_content(settings_of(config)))
+    problems = changed_settings(_content_settings(settings), _content_settings(settings_of(config)))
     if problems:
-        raise DataError(
-            "\n".join(
-                [
-                    f"{path}: was prepared with other settings than the config's:",
-                    *(f"  {p}" for p in problems),
-                    "Set these back, or prepare the data at another data.path.",
-                ]
-            )
-        )
+        title = f"{path}: was prepared with settings that differ from the config's:"
+        raise DataError(listing(title, problems, "Restore these settings, or prepare the data at another data.path."))
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """In what two results of `settings_of` differ; a line a setting."""
+    """Returns the differences between two results of `settings_of`, one line per setting."""
     before, after = ({s["name"]: s for s in settings["sources"]} for settings in (old, new))
-    problems = [f"sources.{name}: was there then, is not now" for name in before if name not in after]
+    problems = [f"sources.{name}: was there before, is missing now" for name in before if name not in after]
     problems += [f"sources.{name}: is new" for name in after if name not in before]
     for name in before:
         problems += _changed(before[name], after.get(name, before[name]), f"sources.{name}.")
     if not problems and list(before) != list(after):
-        problems.append(f"sources: in the order {', '.join(before)} then, {', '.join(after)} now")
+        problems.append(f"sources: in the order {', '.join(before)} before, {', '.join(after)} now")
     return problems + _changed(_without(old, "sources"), _without(new, "sources"))
 
 
@@ -92,14 +79,14 @@ def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list
         if isinstance(before, dict) and isinstance(after, dict):
             problems += _changed(before, after, f"{prefix}{key}.")
         elif before != after:
-            problems.append(f"{prefix}{key}: {before!r} then, {after!r} now")
+            problems.append(f"{prefix}{key}: {before!r} before, {after!r} now")
     return problems
 
 
-def _of_content(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those that decide which documents and tokens there are, with the sources in one order."""
+def _content_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that decide the documents and their tokens, with the sources sorted by name."""
     sources = sorted(settings["sources"], key=lambda source: str(source["name"]))
-    return {**_without(settings, *_OF_STORAGE), "sources": sources}
+    return {**_without(settings, *_STORAGE_SETTINGS), "sources": sources}
 
 
 def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:

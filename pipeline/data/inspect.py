@@ -1,52 +1,79 @@
-"""A look at a finished dataset: decoded documents, the lengths of all, the tokens that are most frequent."""
+"""Shows a finished dataset: decoded documents, a histogram of document lengths, the most frequent tokens."""
 
 from __future__ import annotations
 
-import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
+import plotly.graph_objects as go
+import plotly.offline
 
-from pipeline.data.manifest import TOKENIZER, Manifest, Shard, check_sizes
+from pipeline.data.layout import TOKENIZER
+from pipeline.data.manifest import DatasetManifest, Shard, check_sizes
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import DataError, UsageError
 from pipeline.files import write_text
 
-# Tokens that are counted, at most: the beginnings of all shards, the same of each.
+# At most this many tokens of a split are counted: the beginnings of all its shards, the same number of each.
 _MOST_COUNTED = 200_000_000
-_BINS_AN_OCTAVE = 2
+_BINS_PER_OCTAVE = 2
 _TOKENS_SHOWN = 50
+
+# Whatever a token or a name contains, the page can load nothing and send nothing.
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
+style-src 'unsafe-inline'; img-src data: blob:; font-src data:">
+<title>{{ path.name }}</title><link rel="icon" href="data:,"><style>
+body { font: 15px/1.5 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
+td, th { padding: 0 .8em; text-align: right } code { white-space: pre }
+</style><script>{{ plotly | safe }}</script></head><body>
+<h1>{{ path }}</h1><p>dataset {{ manifest.digest }}, {{ "{:,}".format(manifest.tokens) }} tokens</p>
+{% for part in parts %}
+<h2>{{ part.name }}: {{ "{:,}".format(part.documents) }} documents, {{ "{:,}".format(part.tokens) }} tokens</h2>
+<h3>Document lengths</h3>
+{{ part.lengths | safe }}
+<h3>The most frequent tokens of {{ "{:,}".format(part.counted) }}</h3>
+<table><tr><th>id</th><th>token</th><th>count</th><th>share</th></tr>
+{% for id, text, count in part.frequent %}
+<tr><td>{{ id }}</td><td><code>{{ text }}</code></td><td>{{ "{:,}".format(count) }}</td>
+<td>{{ "{:.2%}".format(count / part.counted) }}</td></tr>
+{% endfor %}
+</table><p>{{ "{:,}".format(part.unused) }} of {{ "{:,}".format(manifest.vocab_size) }} tokens do not occur.</p>
+{% endfor %}
+</body></html>
+"""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document of a dataset.
-
-    Attributes:
-        number: Its number in the split, from 0.
-        source: The source it is from.
-        tokens: Its length, the end-of-text token included.
-        text: The decoded text.
-    """
+    """One document of a dataset."""
 
     number: int
+    """Its number in the split, from 0."""
     source: str
+    """The name of its source."""
     tokens: int
+    """Its length, the end-of-text token included."""
     text: str
+    """The decoded text."""
 
 
 def draw_documents(path: str | Path, split: str, count: int, seed: int) -> list[Document]:
-    """Documents drawn at random, in the order of the dataset.
+    """Returns random documents of a split, in the order of the dataset.
 
     Raises:
-        DataError: The split has no documents, or a file of it is missing or has another size.
+        DataError: The split has no documents, or one of its files is missing or has another size.
         UsageError: There is no such split.
     """
     path = Path(path)
-    manifest = Manifest.load(path)
+    manifest = DatasetManifest.load(path)
     if split not in manifest.splits:
         raise UsageError(f"--split {split}: allowed are {' and '.join(manifest.splits)}")
     shards = manifest.splits[split].shards
@@ -61,54 +88,55 @@ def draw_documents(path: str | Path, split: str, count: int, seed: int) -> list[
     for number in numbers.tolist():
         index = int(np.searchsorted(ends, number, side="right"))
         shard = shards[index]
-        place = number - int(ends[index - 1] if index else 0)
-        start, stop = np.memmap(path / shard.index, "<u8", "r")[place : place + 2].tolist()
+        first = number - int(ends[index - 1] if index else 0)
+        start, stop = np.memmap(path / shard.index, "<u8", "r")[first : first + 2].tolist()
         tokens = np.memmap(path / shard.file, manifest.numpy_dtype, "r")[start:stop]
         documents.append(Document(number, shard.source, stop - start, tokenizer.decode(tokens[:-1])))
     return documents
 
 
 def write_page(path: str | Path, out: Path) -> None:
-    """Writes a self-contained HTML page about a dataset.
-
-    Args:
-        path: The dataset folder.
-        out: The page.
+    """Writes a self-contained HTML page about a dataset to `out`.
 
     Raises:
         DataError: A file of the dataset is missing or has another size.
     """
     path = Path(path)
-    manifest = Manifest.load(path)
+    manifest = DatasetManifest.load(path)
     check_sizes(path, manifest.shards, manifest.numpy_dtype)
     tokenizer = Tokenizer.load(path / TOKENIZER)
-    parts = [f"<h1>{html.escape(str(path))}</h1>", f"<p>dataset {manifest.digest}, {manifest.tokens:,} tokens</p>"]
+    parts = []
     for name, split in manifest.splits.items():
         if not split.shards:
             continue
         counts, counted = count_tokens(path, manifest, split.shards)
-        parts += [
-            f"<h2>{name}: {split.documents:,} documents, {split.tokens:,} tokens</h2>",
-            "<h3>Tokens a document</h3>",
-            _histogram(document_lengths(path, split.shards)),
-            f"<h3>The most frequent tokens of {counted:,}</h3>",
-            _frequent(counts, counted, tokenizer),
-        ]
-    write_text(out, _PAGE.format(title=html.escape(path.name), body="\n".join(parts)))
+        parts.append(
+            {
+                "name": name,
+                "documents": split.documents,
+                "tokens": split.tokens,
+                "lengths": _length_chart(document_lengths(path, split.shards), name),
+                "counted": counted,
+                "frequent": _most_frequent(counts, tokenizer),
+                "unused": int((counts == 0).sum()),
+            }
+        )
+    template = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    write_text(out, template.render(path=path, manifest=manifest, parts=parts, plotly=plotly.offline.get_plotlyjs()))
 
 
 def document_lengths(path: Path, shards: Sequence[Shard]) -> npt.NDArray[np.int64]:
-    """Documents by length: how many have 1, 2-3, 4-5, 6-7 ... tokens, `_BINS_AN_OCTAVE` bins for each doubling."""
-    counts = np.zeros(64 * _BINS_AN_OCTAVE, np.int64)
+    """Counts documents by their length in tokens, in `_BINS_PER_OCTAVE` logarithmic bins for each doubling."""
+    counts = np.zeros(64 * _BINS_PER_OCTAVE, np.int64)
     for shard in shards:
         lengths = np.diff(np.fromfile(path / shard.index, "<u8").astype(np.int64))
-        bins = np.floor(np.log2(lengths) * _BINS_AN_OCTAVE + 1e-9).astype(np.int64)
+        bins = np.floor(np.log2(lengths) * _BINS_PER_OCTAVE + 1e-9).astype(np.int64)
         counts += np.bincount(bins, minlength=len(counts))
     return counts
 
 
-def count_tokens(path: Path, manifest: Manifest, shards: Sequence[Shard]) -> tuple[npt.NDArray[np.int64], int]:
-    """How often each token id occurs, and in how many tokens."""
+def count_tokens(path: Path, manifest: DatasetManifest, shards: Sequence[Shard]) -> tuple[npt.NDArray[np.int64], int]:
+    """Returns the count of each token id and the number of tokens that were counted."""
     counts = np.zeros(manifest.vocab_size, np.int64)
     share = max(1, _MOST_COUNTED // len(shards))
     counted = 0
@@ -120,47 +148,25 @@ def count_tokens(path: Path, manifest: Manifest, shards: Sequence[Shard]) -> tup
     return counts, counted
 
 
-def _histogram(counts: npt.NDArray[np.int64]) -> str:
+def _length_chart(counts: npt.NDArray[np.int64], split: str) -> str:
+    """Returns the histogram of `document_lengths` as an HTML element."""
     used = np.flatnonzero(counts)
-    first, last = int(used[0]), int(used[-1])
-    shown = counts[first : last + 1]
-    width, height, bar = 24 * len(shown) + 60, 220, 22
-    rows = []
-    for place, count in enumerate(shown.tolist()):
-        tall = 160 * count / int(shown.max())
-        low, high = (2 ** ((first + place + k) / _BINS_AN_OCTAVE) for k in (0, 1))
-        x = 40 + 24 * place
-        rows.append(
-            f'<rect x="{x}" y="{180 - tall:.1f}" width="{bar}" height="{tall:.1f}">'
-            f"<title>{low:,.0f} to {high:,.0f} tokens: {count:,} documents</title></rect>"
-        )
-        if (first + place) % _BINS_AN_OCTAVE == 0:
-            rows.append(f'<text x="{x}" y="196" transform="rotate(40 {x} 196)">{low:,.0f}</text>')
-    rows.append(f'<text x="2" y="16">{int(shown.max()):,} documents</text>')
-    return f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(rows)}</svg>'
+    edges = [math.ceil(2 ** (edge / _BINS_PER_OCTAVE)) for edge in range(used[0], used[-1] + 2)]
+    bars = {
+        (f"{low:,}" if low == high - 1 else f"{low:,}–{high - 1:,}"): int(count)
+        for low, high, count in zip(edges, edges[1:], counts[used[0] :], strict=False)
+        if low < high
+    }
+    figure = go.Figure(go.Bar(x=list(bars), y=list(bars.values())))
+    figure.update_traces(hovertemplate="%{x} tokens: %{y:,} documents<extra></extra>")
+    figure.update_layout(template="plotly_white", height=320, margin={"l": 64, "r": 16, "t": 16, "b": 64})
+    figure.update_xaxes(title="tokens per document", type="category")
+    figure.update_yaxes(title="documents")
+    settings: dict[str, Any] = {"displayModeBar": False, "responsive": True}
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"lengths-{split}", config=settings))
 
 
-def _frequent(counts: npt.NDArray[np.int64], counted: int, tokenizer: Tokenizer) -> str:
-    rows = [
-        f"<tr><td>{i}</td><td><code>{html.escape(repr(tokenizer.decode([i])))}</code></td>"
-        f"<td>{counts[i]:,}</td><td>{counts[i] / counted:.2%}</td></tr>"
-        for i in np.argsort(-counts, kind="stable")[:_TOKENS_SHOWN].tolist()
-        if counts[i]
-    ]
-    unused = int((counts == 0).sum())
-    return (
-        "<table><tr><th>id</th><th>token</th><th>times</th><th>share</th></tr>"
-        + "".join(rows)
-        + f"</table><p>{unused:,} of {len(counts):,} tokens do not occur.</p>"
-    )
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }}
-rect {{ fill: #3b6ea5 }} text {{ font-size: 11px; fill: #555 }}
-td, th {{ padding: 0 .8em; text-align: right }} code {{ white-space: pre }}
-</style></head><body>
-{body}
-</body></html>
-"""
+def _most_frequent(counts: npt.NDArray[np.int64], tokenizer: Tokenizer) -> list[tuple[int, str, int]]:
+    """Returns id, text and count of the most frequent tokens."""
+    ids = np.argsort(-counts, kind="stable")[:_TOKENS_SHOWN].tolist()
+    return [(i, repr(tokenizer.decode([i])), int(counts[i])) for i in ids if counts[i]]

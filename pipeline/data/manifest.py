@@ -1,57 +1,54 @@
-"""What a dataset folder says about itself: shards, counts, digests, sources."""
+"""The manifest of a dataset: its shards, counts, digests and sources."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.data.layout import MANIFEST, PLAN
 from pipeline.errors import DataError, PipelineError
-from pipeline.files import read_json, sha256_bytes, write_json
+from pipeline.files import naming, read_json, sha256_bytes, write_json
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
-SPLITS: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
+SplitName = Literal["train", "validation"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A file of tokens that np.memmap opens, and the index of its documents beside it.
-
-    Attributes:
-        file: Name of the raw little-endian tokens, relative to the dataset folder.
-        index: Name of the uint64 token offsets of the documents, `documents + 1` of them.
-        source: Name of the source all its documents are from.
-        split: `train` or `validation`.
-        tokens: Tokens, end-of-text tokens included.
-        documents: Documents.
-        text_bytes: UTF-8 bytes of the documents.
-        longest: Tokens of the longest document, its end-of-text token included.
-        largest_id: Largest token id.
-        sha256: Digest of the tokens.
-        index_sha256: Digest of the index.
-    """
+    """A file of raw little-endian tokens and the index of its documents."""
 
     file: str
+    """Name of the tokens, relative to the dataset folder."""
     index: str
+    """Name of the documents' token offsets: `documents + 1` of uint64."""
     source: str
+    """Name of the source of all its documents."""
     split: str
+    """`train` or `validation`."""
     tokens: int
+    """Number of tokens, end-of-text tokens included."""
     documents: int
+    """Number of documents."""
     text_bytes: int
+    """UTF-8 bytes of the documents."""
     longest: int
+    """Tokens of the longest document, its end-of-text token included."""
     largest_id: int
+    """Largest token id."""
     sha256: str
+    """Digest of the tokens."""
     index_sha256: str
+    """Digest of the index."""
 
     def sizes(self, dtype: np.dtype[Any]) -> dict[str, int]:
-        """The bytes that its two files have, by name."""
+        """Returns the expected bytes of both files, by name."""
         return {self.file: self.tokens * dtype.itemsize, self.index: (self.documents + 1) * 8}
 
 
@@ -84,30 +81,27 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """The content of manifest.json.
-
-    Attributes:
-        dtype: `uint16` or `uint32`.
-        tokenizer_digest: SHA-256 of tokenizer.json.
-        vocab_size: One more than the largest id the tokenizer has.
-        end_of_text_id: The token after each document.
-        encoder: What encoded the text.
-        splits: `train` and `validation`.
-        sources: For each source its files with sizes and digests, and what was counted in it.
-        settings: The settings that decide the bytes of the dataset.
-        digest: SHA-256 of everything above.
-    """
+class DatasetManifest:
+    """The content of a dataset's manifest.json."""
 
     dtype: str
+    """`uint16` or `uint32`."""
     tokenizer_digest: str
+    """SHA-256 of tokenizer.json."""
     vocab_size: int
+    """One more than the tokenizer's largest id."""
     end_of_text_id: int
+    """The token after each document."""
     encoder: str
+    """What encoded the text."""
     splits: dict[str, Split]
+    """`train` and `validation`."""
     sources: tuple[dict[str, Any], ...]
+    """For each source its files with sizes and digests, and the counts of its records."""
     settings: dict[str, Any]
+    """The settings that decide the bytes of the dataset."""
     digest: str = field(default="", compare=False)
+    """SHA-256 of everything above."""
 
     def __post_init__(self) -> None:
         if not self.digest:
@@ -124,18 +118,13 @@ class Manifest:
         return sum(s.documents for s in self.splits.values())
 
     @property
-    def bytes(self) -> int:
-        """UTF-8 bytes of the text of both splits."""
-        return sum(s.bytes for s in self.splits.values())
-
-    @property
     def shards(self) -> tuple[Shard, ...]:
         """The shards of both splits."""
         return tuple(shard for split in self.splits.values() for shard in split.shards)
 
     @property
     def bad(self) -> dict[str, int]:
-        """Records that could not be read and were skipped, by reason."""
+        """Records that were skipped because they could not be read, by reason."""
         total: dict[str, int] = {}
         for source in self.sources:
             for reason, count in source["bad"].items():
@@ -144,7 +133,7 @@ class Manifest:
 
     @property
     def empty(self) -> int:
-        """Empty documents, which are skipped."""
+        """Empty documents that were skipped."""
         return sum(source["empty"] for source in self.sources)
 
     @property
@@ -153,21 +142,16 @@ class Manifest:
         return np.dtype(self.dtype).newbyteorder("<")
 
     @classmethod
-    def load(cls, path: str | Path) -> Manifest:
-        """Reads and checks a manifest.
-
-        Args:
-            path: The dataset folder, or the manifest in it.
+    def load(cls, folder: str | Path) -> DatasetManifest:
+        """Reads and checks the manifest of a dataset folder.
 
         Raises:
-            DataError: There is none, it was changed after it was written, or it has another format.
+            DataError: It is missing, was changed after it was written, or has another format.
         """
-        path = Path(path)
-        file = path if path.suffix == ".json" else path / MANIFEST
+        file = Path(folder) / MANIFEST
         if not file.exists():
-            unfinished = (file.parent / "plan.json").exists()
-            state = "the dataset is not finished" if unfinished else "there is no dataset here"
-            raise DataError(f"{file.parent}: {state} (no {MANIFEST}); run `pipeline prepare CONFIG`")
+            state = "the dataset is not finished" if (Path(folder) / PLAN).exists() else "there is no dataset here"
+            raise DataError(f"{folder}: {state} (no {MANIFEST}); run `pipeline prepare CONFIG`")
         tree = read_json(file)
         version = tree.get("format_version") if isinstance(tree, dict) else None
         if version != FORMAT_VERSION:
@@ -177,19 +161,16 @@ class Manifest:
         digest = tree.pop("digest", "")
         if _digest(tree) != digest:
             raise DataError(f"{file}: was changed after it was written (its digest does not match); prepare it again")
-        splits: dict[str, Split] = {
-            name: Split(name, tuple(Shard(**shard) for shard in tree["shards"] if shard["split"] == name))
-            for name in SPLITS
-        }
+        shards = [Shard(**shard) for shard in tree["shards"]]
         return cls(
             **{k: v for k, v in tree.items() if k not in ("format_version", "shards", "totals", "sources")},
             sources=tuple(tree["sources"]),
-            splits=splits,
+            splits=divide(shards),
             digest=digest,
         )
 
     def save(self, folder: Path) -> None:
-        """Publishes the manifest, which makes the dataset a finished one; one that is there already is left alone."""
+        """Publishes the manifest, which makes the dataset finished; leaves an identical one untouched."""
         content = {**self._content(), "digest": self.digest}
         with contextlib.suppress(PipelineError):
             if read_json(folder / MANIFEST) == content:
@@ -214,27 +195,31 @@ class Manifest:
         }
 
 
-def check_sizes(folder: Path, shards: Sequence[Shard], dtype: np.dtype[Any]) -> None:
-    """Compares the sizes of shards and their indices with the manifest.
+def divide(shards: Sequence[Shard]) -> dict[str, Split]:
+    """Returns both splits with their shards, in the given order."""
+    return {name: Split(name, tuple(s for s in shards if s.split == name)) for name in SPLITS}
+
+
+def check_sizes(folder: Path, shards: Iterable[Shard], dtype: np.dtype[Any], cure: str = "") -> None:
+    """Compares the sizes of shards and their indices with what was recorded.
+
+    Args:
+        folder: The dataset folder.
+        shards: The shards as recorded.
+        dtype: Type of the stored tokens.
+        cure: What the user can do; by default prepare the dataset again.
 
     Raises:
-        DataError: A file is missing, or has another size; the message names it.
+        DataError: A file is missing or has another size; the message names it.
     """
+    cure = cure or "remove the dataset and prepare it again"
     for shard in shards:
         for name, expected in shard.sizes(dtype).items():
-            _check_size(folder / name, expected)
-
-
-def _check_size(file: Path, expected: int) -> None:
-    try:
-        size = file.stat().st_size
-    except OSError as error:
-        raise DataError(f"{file}: the shard cannot be read ({error.strerror}); prepare the dataset again") from error
-    if size != expected:
-        raise DataError(
-            f"{file}: has {size} bytes, the manifest says {expected}; the shard is damaged: "
-            "remove the dataset and prepare it again"
-        )
+            file = folder / name
+            with naming(file, "the shard cannot be read", cure, DataError):
+                size = file.stat().st_size
+            if size != expected:
+                raise DataError(f"{file}: has {size} bytes instead of {expected}; the shard is damaged: {cure}")
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
-"""Which tokens are sample `n` of a run: pure functions, so that a resumed run needs no state but its step.
+"""Maps sample `n` of a run to its tokens, by pure functions: a resumed run needs no state but its step.
 
 Sample `n` is row `n % batch_size` of global batch `n // batch_size`. A stream of `T` tokens holds
-`W = (T - 1) // context_length` windows that do not overlap (a window needs one token more, for the last
+`W = (T - 1) // context_length` windows that do not overlap (a window needs one more token, for the last
 target). An epoch draws every window of a stream once, in the order of a keyed permutation that is computed,
-never stored. The `(T - 1) % context_length` tokens that fill no window are left out of that epoch; they
-are fewer than one window a stream, and each epoch shifts the first window by a keyed random part of them,
-so that it is not always the same tokens that go unseen.
+never stored. The `(T - 1) % context_length` tokens that fill no window are left out of that epoch: less than
+one window per stream. Each epoch shifts the first window by a keyed random part of them, so that the
+unseen tokens differ from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy.typing as npt
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
 
-# Samples over which a weighted mixture has its shares exactly. Large, for fine shares; the
-# assignment of a whole block is computed at once (a few milliseconds, once in 65,536 samples).
+# Number of samples in which a weighted mixture has exactly its shares. Large, for fine shares; the
+# assignment of a whole block is computed at once (a few milliseconds, once per 65,536 samples).
 MIXTURE_BLOCK = 1 << 16
 
 _ROUNDS = 6
@@ -33,14 +33,14 @@ _PERMUTE, _SHIFT, _MIX, _START, _SOURCE = range(5)
 
 
 def mix64(values: UInt64s) -> UInt64s:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words that avalanches."""
+    """Applies the finalizer of splitmix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words that avalanches."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def derive_key(*parts: int) -> int:
-    """A 64-bit key from integers; every part and its place matter."""
+    """Returns a 64-bit key that depends on every integer and its position."""
     state = 0
     for part in parts:
         state = _mix64_int((state + part + 0x9E3779B97F4A7C15) & _MASK)
@@ -48,23 +48,23 @@ def derive_key(*parts: int) -> int:
 
 
 def _mix64_int(value: int) -> int:
-    """`mix64` of one Python integer, at a tenth of numpy's cost for one."""
+    """Applies `mix64` to one Python integer, at a tenth of numpy's cost."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
     return value ^ (value >> 31)
 
 
 def permute(positions: Int64s, size: int, key: int) -> Int64s:
-    """The places of `positions` under a pseudo-random permutation of `range(size)`.
+    """Returns the images of `positions` under a pseudo-random permutation of `range(size)`.
 
-    A Feistel network over the bits that hold `size`, whose halves differ by one bit where their number is odd, with
-    cycle walking: what falls outside is sent through again until it falls inside (Black and Rogaway 2002). Fewer than
+    A Feistel network over the bits of `size`, whose halves differ by one bit if their number is odd, with cycle
+    walking: a value outside the range is permuted again until it falls inside (Black and Rogaway 2002). Fewer than
     half of all values are outside.
 
     Args:
         positions: Any positions in `[0, size)`.
         size: Length of the permutation.
-        key: Which permutation.
+        key: Selects the permutation.
     """
     if size <= 1:
         return np.zeros_like(positions)
@@ -84,7 +84,7 @@ def _round_keys(key: int) -> tuple[np.uint64, ...]:
 def _feistel(values: UInt64s, bits: int, keys: Sequence[np.uint64]) -> UInt64s:
     low = bits - bits // 2
     left, right = values >> np.uint64(low), values & np.uint64((1 << low) - 1)
-    # The halves change places, and with them their widths; after an even number of rounds they are back.
+    # Each round swaps the halves and their widths; after an even number of rounds both are back.
     keep, other = np.uint64(64 - bits // 2), np.uint64(64 - low)
     for key in keys:
         word = (right + key) * _ODD
@@ -95,21 +95,21 @@ def _feistel(values: UInt64s, bits: int, keys: Sequence[np.uint64]) -> UInt64s:
 
 
 def quotas(weights: Sequence[float], total: int = MIXTURE_BLOCK) -> list[int]:
-    """`total` divided by weight: largest remainder, and at least one for every weight."""
+    """Divides `total` by weight with the largest remainders, at least one for every weight."""
     shares = np.asarray(weights, np.float64) / np.sum(weights)
     counts = np.maximum(1, np.floor(shares * total)).astype(np.int64)
     remainders = shares * total - counts
     for index in np.argsort(-remainders, kind="stable")[: max(0, total - int(counts.sum()))]:
         counts[index] += 1
-    # Sources too small for a whole unit were given one; the largest pays for them.
+    # Sources too small for a whole unit got one, at the expense of the largest.
     counts[np.argmax(counts)] -= int(counts.sum()) - total
     return counts.tolist()
 
 
 def mixture(samples: Int64s, weights: Sequence[float], key: int) -> tuple[Int64s, Int64s]:
-    """The source of each sample and the number of samples of that source before it.
+    """Returns the source of each sample and the number of earlier samples of that source.
 
-    In each block of `MIXTURE_BLOCK` samples every source has exactly its quota; their order inside is random.
+    In each block of `MIXTURE_BLOCK` samples every source has exactly its quota; the order inside is random.
     """
     sources, draws = np.empty_like(samples), np.empty_like(samples)
     shares = tuple(quotas(weights))
@@ -125,7 +125,7 @@ def mixture(samples: Int64s, weights: Sequence[float], key: int) -> tuple[Int64s
 
 @functools.lru_cache(maxsize=4)
 def _mixture_block(block: int, shares: tuple[int, ...], key: int) -> tuple[Int64s, Int64s]:
-    """Source of each place of a block, and its rank among the places of the same source."""
+    """Returns the source of each place in a block, and its rank among the places of the same source."""
     shuffled = permute(np.arange(MIXTURE_BLOCK), MIXTURE_BLOCK, derive_key(key, _MIX, block))
     source_of = np.searchsorted(np.cumsum(shares), shuffled, side="right").astype(np.int64)
     by_source = np.argsort(source_of, kind="stable")
@@ -137,29 +137,26 @@ def _mixture_block(block: int, shares: tuple[int, ...], key: int) -> tuple[Int64
 
 @dataclass(frozen=True)
 class Order:
-    """The order of one run.
-
-    Attributes:
-        kind: `shuffle` without replacement, epoch by epoch; `random` at any place, with replacement.
-        tokens: Tokens of each stream.
-        weights: Share of each stream; None takes the one stream there is.
-        context_length: Tokens of a window.
-        seed: Seed of the run.
-    """
+    """The order of one run."""
 
     kind: Literal["shuffle", "random"]
+    """`shuffle`: without replacement, epoch by epoch; `random`: at any offset, with replacement."""
     tokens: tuple[int, ...]
+    """Number of tokens of each stream."""
     weights: tuple[float, ...] | None
+    """Share of each stream; None if there is only one stream."""
     context_length: int
+    """Tokens per window."""
     seed: int
+    """Seed of the run."""
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Windows of an epoch of each stream."""
+        """Number of windows per epoch of each stream."""
         return tuple((t - 1) // self.context_length for t in self.tokens)
 
     def draw(self, samples: Int64s) -> tuple[Int64s, Int64s]:
-        """The stream of each sample and the place in it at which its window begins.
+        """Returns the stream of each sample and the offset at which its window begins.
 
         Args:
             samples: Sample numbers, counted from the start of the run.
@@ -177,7 +174,7 @@ class Order:
         return sources, starts
 
     def epochs(self, samples: Int64s) -> Int64s:
-        """How often the stream of each sample has been gone through before it; 0 for `random`."""
+        """Returns how many epochs of its stream precede each sample; 0 for `random`."""
         if self.kind == "random":
             return np.zeros_like(samples)
         if self.weights is None:
@@ -217,5 +214,5 @@ class Order:
 
 
 def sample_numbers(index: int, start: int, stop: int, batch_size: int) -> Int64s:
-    """The numbers of rows `[start, stop)` of global batch `index`."""
+    """Returns the sample numbers of rows `[start, stop)` of global batch `index`."""
     return index * batch_size + np.arange(start, stop, dtype=np.int64)

@@ -8,91 +8,79 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.manifest import TOKENIZER, Manifest, Shard
-from pipeline.errors import DataError
-from pipeline.files import sha256_file
+from pipeline.data.layout import TOKENIZER
+from pipeline.data.manifest import DatasetManifest, Shard
+from pipeline.errors import DataError, PipelineError, listing
+from pipeline.files import naming, sha256_file
 
-Report = Callable[[int, int], None]
+ByteCounter = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in total."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was compared.
-
-    Attributes:
-        files: Files that were read.
-        bytes: Their size together.
-        digest: Digest of the dataset.
-    """
+    """The result of a comparison that found no difference."""
 
     files: int
+    """Number of files that were read."""
     bytes: int
+    """Their total size."""
     digest: str
+    """Digest of the dataset."""
 
 
-def verify_dataset(path: str | Path, progress: Report | None = None) -> Verified:
-    """Reads every file of a dataset.
-
-    Args:
-        path: The dataset folder.
-        progress: Called with the bytes done and the bytes in all.
+def verify_dataset(path: str | Path, progress: ByteCounter | None = None) -> Verified:
+    """Reads every file of a dataset and compares it with the manifest.
 
     Raises:
-        DataError: Names every file that is missing, or does not hold what the manifest says.
+        DataError: Names every file that is missing or differs from the manifest.
     """
     path = Path(path)
-    manifest = Manifest.load(path)
+    manifest = DatasetManifest.load(path)
     size = verify_shards(path, manifest.shards, progress, {TOKENIZER: manifest.tokenizer_digest})
     return Verified(2 * len(manifest.shards) + 1, size, manifest.digest)
 
 
 def verify_shards(
-    path: Path, shards: Sequence[Shard], progress: Report | None = None, others: dict[str, str] | None = None
+    path: Path, shards: Sequence[Shard], progress: ByteCounter | None = None, more: dict[str, str] | None = None
 ) -> int:
     """Compares the SHA-256 of shards and their indices, on all cores.
 
     Args:
         path: The dataset folder.
         shards: The shards to read.
-        progress: Called with the bytes done and the bytes in all.
-        others: Digests of further files, by name.
+        progress: Called after each file.
+        more: Digests of further files, by name.
 
     Returns:
         The bytes that were read.
 
     Raises:
-        DataError: Names every file that is wrong.
+        DataError: Names every file that differs.
     """
-    expected = dict(others or {})
+    expected = dict(more or {})
     for shard in shards:
         expected |= {shard.file: shard.sha256, shard.index: shard.index_sha256}
     sizes = {name: (path / name).stat().st_size if (path / name).is_file() else 0 for name in expected}
     total, done, problems = sum(sizes.values()), 0, []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for name, problem in zip(
-            expected, pool.map(_problem, (path / n for n in expected), expected.values()), strict=True
-        ):
-            done += sizes[name]
+        found = pool.map(_problem, (path / name for name in expected), expected.values())
+        for size, problem in zip(sizes.values(), found, strict=True):
+            done += size
             if progress is not None:
                 progress(done, total)
             if problem is not None:
-                problems.append(f"  {path / name}: {problem}")
+                problems.append(problem)
     if problems:
-        raise DataError(
-            "\n".join(
-                [
-                    f"{path}: {len(problems)} of {len(expected)} files are not what the manifest says:",
-                    *problems,
-                    "Restore them, or remove the folder and prepare the dataset again.",
-                ]
-            )
-        )
+        title = f"{path}: {len(problems)} of {len(expected)} files differ from the manifest:"
+        raise DataError(listing(title, problems, "Restore them, or remove the folder and prepare the dataset again."))
     return total
 
 
 def _problem(file: Path, digest: str) -> str | None:
     try:
-        found = sha256_file(file)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return None if found == digest else f"sha256 is {found[:16]}..., not {digest[:16]}..."
+        with naming(file, "cannot be read"):
+            found = sha256_file(file)
+    except PipelineError as error:
+        return str(error)
+    return None if found == digest else f"{file}: sha256 is {found[:16]}..., not {digest[:16]}..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,9 +14,10 @@ from pipeline.checkpoint.pending import RankIdentity, take_over
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.sections import Config
-from pipeline.data.dataset import BatchReader, TokenDataset, open_dataset, validation_windows
+from pipeline.data.dataset import BatchReader, TokenDataset, open_splits, refuse_other_tokenizer, validation_windows
 from pipeline.data.fingerprint import refuse_other_settings
-from pipeline.data.manifest import TOKENIZER
+from pipeline.data.layout import TOKENIZER
+from pipeline.data.manifest import SplitName
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import DataError, PipelineError, StopRequested
 from pipeline.files import sha256_file
@@ -61,6 +62,8 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
         batch_size=train.batch_size,
     )  # fmt: skip
     run = _shared_run(config, world, allow_image_change)
+    if run.tokenizer_file.exists():
+        refuse_other_tokenizer(config.data.path, data["train"].manifest, sha256_file(run.tokenizer_file))
     preflight(config, world, device, run, data["train"].manifest.digest)
     torch.manual_seed(train.seed)
     engine = Engine(build_model(config), config, world, device)
@@ -103,18 +106,12 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
     return session
 
 
-def _open_data(config: Config) -> dict[Literal["train", "validation"], TokenDataset]:
+def _open_data(config: Config) -> dict[SplitName, TokenDataset]:
     path = config.data.path
-    names: tuple[Literal["train", "validation"], ...] = ("train", "validation")
     wanted = None
     if config.tokenizer.kind == "file" and config.tokenizer.path is not None:
         wanted = Tokenizer.load(config.tokenizer.path).digest
-    opened = {
-        name: open_dataset(
-            path, name, vocab_size=config.model.vocab_size, tokenizer_digest=wanted, verify=config.data.verify
-        )
-        for name in names
-    }
+    opened = open_splits(path, vocab_size=config.model.vocab_size, tokenizer_digest=wanted, verify=config.data.verify)
     refuse_other_settings(path, opened["train"].manifest.settings, config)
     return opened
 
@@ -133,13 +130,7 @@ def _shared_run(config: Config, world: World, allow_image_change: bool) -> Run:
     if problem is not None:
         raise problem
     assert run is not None
-    if run.tokenizer_file.exists():
-        _check_tokenizer(run, config)
     return run
-
-
-def _check_tokenizer(run: Run, config: Config) -> None:
-    open_dataset(config.data.path, "train", tokenizer_digest=sha256_file(run.tokenizer_file))
 
 
 def _resume(engine: Engine, recovery: Recovery, data_digest: str) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import signal
 import subprocess
@@ -14,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.baseline import bigram_loss
-from pipeline.data.dataset import open_dataset
 from tests.cli.test_main import ROOT, pipeline
 from tests.test_bad_input import experiment
 
@@ -97,35 +93,6 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path):
     assert done.returncode == 2
     assert "optimizer.learning_rate: 0.01 in the run, 0.5 asked for" in done.stderr
     assert pipeline("train", config, "train.max_iters=3").returncode == 0, "a longer run is the same experiment"
-
-
-def test_the_bigram_yardstick_equals_counting_by_hand(tmp_path):
-    config = experiment(tmp_path)
-    assert pipeline("prepare", config).returncode == 0
-    train, validation = (open_dataset(tmp_path / "tokens", name) for name in ("train", "validation"))
-    loss = bigram_loss(train, validation, 16, 257)
-    assert loss == pytest.approx(_by_hand(tmp_path / "tokens", 16), abs=1e-9)
-
-
-def _by_hand(folder: Path, context: int) -> float:
-
-    from collections import Counter
-
-    import numpy as np
-
-    train, validation = (
-        np.fromfile(next(folder.glob(f"slices/*/{name}.bin")), "<u2").tolist() for name in ("train", "validation")
-    )
-    pairs, firsts, targets = Counter(itertools.pairwise(train)), Counter(train[:-1]), Counter(train[1:])
-    total = len(train) - 1 + 257
-    scored = (len(validation) - 1) // context * context
-    best = math.inf
-    for s in (1, 3, 10, 30, 100, 300, 1000, 3000):
-        nats = 0.0
-        for a, b in itertools.pairwise(validation[: scored + 1]):
-            nats -= math.log((pairs[a, b] + s * (targets[b] + 1) / total) / (firsts[a] + s))
-        best = min(best, nats / scored)
-    return best
 
 
 def _in_mlflow(folder: Path, run: Path) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""A dataset of one source of each kind, for tests of builds that are interrupted or divided."""
+"""A dataset with one source of each kind, for tests of builds that are divided or interrupted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOKENIZER = {"kind": "bpe", "special_tokens": ["<|pad|>"]}
 
 
 def sources_of_every_kind(folder: Path) -> list[dict[str, Any]]:
-    """One source of each kind: whole files, ranges of lines, a stream from an archive, row groups."""
+    """One source of each kind: whole files, ranges of lines, an archive read as a stream, row groups."""
     for i, text in enumerate(TEXTS[:60]):
         write(folder / "whole" / f"{i:02d}.txt", text.encode())
     write(folder / "lines.jsonl", jsonl(TEXTS[60:150]))

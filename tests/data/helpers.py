@@ -22,7 +22,8 @@ import zstandard
 from pipeline.cli.main import main
 from pipeline.config.sections import Config
 from pipeline.data.build.build import prepare
-from pipeline.data.manifest import Manifest
+from pipeline.data.layout import PLAN, TOKENIZER
+from pipeline.data.manifest import DatasetManifest
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.data.tokenize.train import train_bpe
 
@@ -30,49 +31,22 @@ COMPRESS = {
     "gz": gzip.compress,
     "bz2": bz2.compress,
     "xz": lzma.compress,
-    # Checksums are optional in this format and off by default; with them damage inside is found too.
+    # Checksums are optional and off by default in this format; they reveal damage inside a frame.
     "zst": zstandard.ZstdCompressor(write_checksum=True).compress,
 }
 
+# fmt: off
 _WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "a",
-    "state",
-    "union",
-    "people",
-    "congress",
-    "war",
-    "peace",
-    "law",
-    "money",
-    "naïve",
-    "Zürich",
-    "北京",
-    "🙂",
-    "don't",
-    "it's",
-    "1790",
-    "12,345",
-    "government",
-    "<|endoftext|>",
-    "liberty",
-    "justice",
-    "treaty\ttariff",
-    "",
-    "commerce",
-    "nation;",
-    "—",
-    "“quoted”",
-    "ümlaut",
+    "the", "of", "and", "to", "in", "a", "state", "union", "people", "congress", "war",
+    "peace", "law", "money", "naïve", "Zürich", "北京", "🙂", "don't", "it's", "1790", "12,345",
+    "government", "<|endoftext|>", "liberty", "justice", "treaty\ttariff", "", "commerce", "nation;", "—",
+    "“quoted”", "ümlaut",
 ]
+# fmt: on
 
 
 def documents(count: int, seed: int = 0, longest: int = 60) -> list[str]:
-    """Texts of random words, some with line breaks, some with the text of the special token."""
+    """Texts of random words, some with line breaks or with the text of the special token."""
     rng = random.Random(seed)
     return [
         f"{i} "
@@ -80,6 +54,9 @@ def documents(count: int, seed: int = 0, longest: int = 60) -> list[str]:
         + "."
         for i in range(count)
     ]
+
+
+SPEECHES = [*documents(100, seed=4), "<script>alert(1)</script> & co"]
 
 
 def config(
@@ -91,14 +68,7 @@ def config(
         "name": "test",
         "data": {"path": str(folder), "sources": list(sources), "validation_fraction": 0.0, **data},
         "tokenizer": kind,
-        "model": {
-            "vocab_size": 300,
-            "context_length": 8,
-            "d_model": 8,
-            "num_layers": 1,
-            "num_heads": 1,
-            "d_ff": 8,
-        },
+        "model": {"vocab_size": 300, "context_length": 8, "d_model": 8, "num_layers": 1, "num_heads": 1, "d_ff": 8},
         "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_iters": 1, "cosine_cycle_iters": 2},
         "train": {"batch_size": 4, "micro_batch_size": 4, "max_iters": 2},
     }
@@ -131,15 +101,15 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def members(compression: str, content: bytes, parts: int = 3) -> bytes:
-    """`content` as several members or frames in one file, cut anywhere."""
+    """Returns `content` as several members or frames of one file, divided at arbitrary bytes."""
     bounds = [len(content) * i // parts for i in range(parts + 1)]
     return b"".join(COMPRESS[compression](content[a:b]) for a, b in itertools.pairwise(bounds))
 
 
 def split_texts(folder: Path, split: str = "train") -> list[str]:
     """The documents of a dataset, decoded, without their end-of-text tokens."""
-    manifest = Manifest.load(folder)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    manifest = DatasetManifest.load(folder)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
     texts = []
     for shard in manifest.splits[split].shards:
         tokens = np.fromfile(folder / shard.file, manifest.numpy_dtype)
@@ -162,7 +132,12 @@ def tree_digest(folder: Path) -> dict[str, str]:
 
 def dataset_digest(folder: Path) -> dict[str, str]:
     """Like `tree_digest`, without the plan, which holds the stamps of the source files."""
-    return {name: digest for name, digest in tree_digest(folder).items() if name != "plan.json"}
+    return {name: digest for name, digest in tree_digest(folder).items() if name != PLAN}
+
+
+def a_shard(folder: Path) -> Path:
+    """The tokens of one of a dataset's training shards."""
+    return folder / DatasetManifest.load(folder).splits["train"].shards[2].file
 
 
 def one_source(path: Path, **source: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The order of samples: a permutation, in the right shares, whoever asks for which part of it."""
+"""The order of samples is a permutation with the right shares, however it is divided."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_permute_is_a_permutation_around_powers_of_two(size: int) -> None:
 
 @given(size=st.integers(2**33, 2**62), key=keys)
 @settings(max_examples=30)
-def test_permute_of_sizes_that_no_memory_holds_stays_inside_and_apart(size: int, key: int) -> None:
+def test_permute_of_sizes_beyond_memory_stays_in_range_and_distinct(size: int, key: int) -> None:
     places = permute(np.arange(1000), size, key)
     assert places.min() >= 0 and places.max() < size and len(np.unique(places)) == 1000
 
@@ -41,7 +41,7 @@ def test_permute_looks_random() -> None:
     size = 10_000
     places = permute(np.arange(size), size, 3)
     assert abs(np.corrcoef(np.arange(size), places)[0, 1]) < 0.03
-    # Neighbours stay neighbours as often as chance has it: about twice in `size`.
+    # Neighbours stay neighbours only by chance: about twice in `size`.
     assert (np.abs(np.diff(places)) == 1).sum() < 12
     other = permute(np.arange(size), size, 4)
     assert (places == other).sum() < 10
@@ -49,7 +49,7 @@ def test_permute_looks_random() -> None:
     assert counts.min() > 60
 
 
-def test_keys_depend_on_every_part_and_its_place() -> None:
+def test_keys_depend_on_every_part_and_its_position() -> None:
     made = {derive_key(*parts) for parts in [(), (0,), (0, 0), (1, 0), (0, 1), (1,), (1, 2, 3), (3, 2, 1), (2**63,)]}
     assert len(made) == 9
     assert derive_key(5) == int(mix64(np.array([5 + 0x9E3779B97F4A7C15], np.uint64))[0])
@@ -64,7 +64,7 @@ def test_the_order_never_changes() -> None:
 
 
 @given(tokens=st.integers(9, 3000), context=st.integers(1, 8), seed=seeds, epoch=st.integers(0, 5))
-def test_every_token_is_seen_once_an_epoch_but_less_than_a_window(
+def test_an_epoch_sees_every_token_once_except_less_than_a_window(
     tokens: int, context: int, seed: int, epoch: int
 ) -> None:
     order = Order("shuffle", (tokens,), None, context, seed)
@@ -77,7 +77,7 @@ def test_every_token_is_seen_once_an_epoch_but_less_than_a_window(
     assert np.array_equal(np.sort(seen), np.arange(seen.min(), seen.max() + 1))
 
 
-def test_the_tokens_left_out_differ_from_epoch_to_epoch() -> None:
+def test_the_unseen_tokens_differ_from_epoch_to_epoch() -> None:
     order = Order("shuffle", (1000,), None, 64, 0)
     windows = order.windows[0]
     firsts = {int(order.draw(np.arange(e * windows, (e + 1) * windows))[1].min()) for e in range(300)}
@@ -117,7 +117,7 @@ def test_any_world_size_and_micro_batch_sees_the_same_global_batch(
 def test_ranks_do_not_overlap_within_an_epoch(tokens: list[int], weighted: bool, seed: int, ranks: int) -> None:
     order = _order("shuffle", tokens, weighted, seed)
     batch = 8 * ranks
-    # As many batches as every source surely has windows for.
+    # As many batches as every source has windows for.
     batches = min(order.windows) // batch
     drawn = [
         tuple(pair)
@@ -136,7 +136,7 @@ def test_weighted_mixing_has_the_right_shares(weights: list[float], seed: int) -
     counts = np.bincount(mixture(np.arange(MIXTURE_BLOCK), weights, seed)[0], minlength=len(weights))
     shares = np.array(weights) / sum(weights)
     assert np.abs(counts / MIXTURE_BLOCK - shares).max() <= (len(weights) + 1) / MIXTURE_BLOCK
-    # Inside a block too, as far as chance has it: six standard deviations.
+    # Part of a block has the shares too, within six standard deviations.
     some = np.bincount(mixture(np.arange(4096), weights, seed)[0], minlength=len(weights)) / 4096
     assert (np.abs(some - shares) < 6 * np.sqrt(shares * (1 - shares) / 4096) + 1 / 4096).all()
 
@@ -145,7 +145,7 @@ def test_weighted_mixing_has_the_right_shares(weights: list[float], seed: int) -
     weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=4), seed=seeds, start=st.integers(0, 3 * MIXTURE_BLOCK)
 )
 @settings(max_examples=20)
-def test_the_draws_of_a_source_are_counted_without_a_gap(weights: list[float], seed: int, start: int) -> None:
+def test_the_draws_of_a_source_are_consecutive(weights: list[float], seed: int, start: int) -> None:
     sources, draws = mixture(np.arange(start, start + 2000), weights, seed)
     for source in range(len(weights)):
         mine = draws[sources == source]
@@ -153,12 +153,12 @@ def test_the_draws_of_a_source_are_counted_without_a_gap(weights: list[float], s
 
 
 @given(weights=st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=50))
-def test_quotas_fill_a_block_and_leave_nobody_out(weights: list[float]) -> None:
+def test_quotas_fill_a_block_and_include_every_source(weights: list[float]) -> None:
     made = quotas(weights)
     assert sum(made) == MIXTURE_BLOCK and min(made) >= 1
 
 
-def test_a_weighted_source_is_gone_through_before_it_repeats() -> None:
+def test_a_weighted_source_is_exhausted_before_it_repeats() -> None:
     order = Order("shuffle", (1601, 401), (1.0, 3.0), 4, 9)
     sources, starts = order.draw(np.arange(5000))
     for source, windows in enumerate(order.windows):

@@ -1,4 +1,4 @@
-"""The last, cheap step of a build: the records of all slices become the manifest."""
+"""The last, cheap step of a build: assembles the manifest from the records of all slices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.config.sections import DataConfig
 from pipeline.data.build.slice_store import Record
 from pipeline.data.build.tasks import Plan
-from pipeline.data.manifest import SPLITS, Manifest, Shard, Split
+from pipeline.data.manifest import DatasetManifest, Shard, divide
 from pipeline.data.read.bad_records import check_bad_fraction, check_lost_fraction
 from pipeline.data.read.sources import SourceFile
 from pipeline.data.tokenize.tokenizer import Tokenizer
@@ -20,13 +20,13 @@ from pipeline.errors import DataError
 
 def make_manifest(
     records: Sequence[Record], plan: Plan, data: DataConfig, tokenizer: Tokenizer, dtype: np.dtype[Any]
-) -> Manifest:
-    """The manifest of a dataset.
+) -> DatasetManifest:
+    """Returns the manifest of a dataset.
 
     Args:
-        records: What each slice says about itself, in the order of the tasks.
+        records: The record of each slice, in the order of the tasks.
         plan: The settings and the files.
-        data: The policy for bad input.
+        data: The policy for bad records.
         tokenizer: What encoded the text.
         dtype: Type of the stored tokens.
 
@@ -35,22 +35,22 @@ def make_manifest(
     """
     bad: Counter[str] = sum((Counter(r["bad"]) for r in records), Counter())
     check_bad_fraction(bad, sum(r["records"] for r in records), data.max_bad_fraction)
-    # Slices of before this was counted do not have it.
+    # Slices of older versions do not have this count.
     lost = sum(piece.get("lost", 0) for record in records for piece in record["pieces"])
     check_lost_fraction(lost, sum(file.size for files in plan.files for file in files), data.max_bad_fraction)
     shards = [Shard(**shard) for record in records for shard in record["shards"]]
     if not any(s.split == "train" for s in shards):
         raise DataError(
             f"{data.path}: the sources hold no document to train on; "
-            "look at `paths`, `separator` and `split` of data.sources"
+            "correct `paths`, `separator` or `split` of data.sources"
         )
-    return Manifest(
+    return DatasetManifest(
         dtype=dtype.name,
         tokenizer_digest=tokenizer.digest,
         vocab_size=tokenizer.vocab_size,
         end_of_text_id=tokenizer.end_of_text_id,
         encoder=tokenizer.encoder,
-        splits={name: Split(name, tuple(s for s in shards if s.split == name)) for name in SPLITS},
+        splits=divide(shards),
         sources=tuple(
             _source_entry(source.name, files, [r for r in records if r["source"] == source.name])
             for source, files in zip(data.sources, plan.files, strict=True)
@@ -78,7 +78,7 @@ def _source_entry(name: str, files: Sequence[SourceFile], records: Sequence[Reco
 
 
 def _content_digest(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One digest for a file read in one go; for one read in parts, where each begins and ends and its digest."""
+    """Returns the digest of a file that one task read; else the bounds and digest of each of its parts."""
     if len(pieces) == 1:
         return {"sha256": pieces[0]["sha256"]}
     return {"sha256_of_parts": [[p["start"], p["stop"], p["sha256"]] for p in pieces]}

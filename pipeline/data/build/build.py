@@ -1,4 +1,4 @@
-"""Sources to token shards and a manifest: does what is missing; the result does not depend on interruptions."""
+"""Builds a dataset from its sources, or what is missing of it; the result does not depend on interruptions."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal
 
 from pipeline.config.sections import Config
 from pipeline.data.build.assemble import make_manifest
-from pipeline.data.build.changes import refuse_changed_content, touched_files
 from pipeline.data.build.make_tokenizer import dtype_of_ids, open_tokenizer
 from pipeline.data.build.memory import WordCaches
-from pipeline.data.build.resume import PlanGuard, agree, record
-from pipeline.data.build.slice_store import Record, any_published, finished, published, remove_leftovers
+from pipeline.data.build.resume import PlanGuard, reconcile_plan, record_plan, refuse_changed_content, touched_files
+from pipeline.data.build.slice_store import Record, any_published, finished, read_records, remove_leftovers
 from pipeline.data.build.slice_writer import SliceWriter
 from pipeline.data.build.tasks import Plan, make_plan, share, task_bytes
-from pipeline.data.manifest import MANIFEST, TOKENIZER, Manifest
+from pipeline.data.layout import MANIFEST, TOKENIZER
+from pipeline.data.manifest import DatasetManifest
 from pipeline.data.read.chunks import Chunk
 from pipeline.data.read.prefetch import prefetch
 from pipeline.data.read.sources import stamp_of
@@ -33,54 +33,40 @@ from pipeline.files import sha256_bytes
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What a build reports while it works.
-
-    Attributes:
-        phase: `tokenizer`, `slices` or `done`.
-        done: Bytes of the sources that were read.
-        total: Bytes of the sources to be read by this call.
-        message: Something that the user must be told, or None.
-    """
+class BuildProgress:
+    """What a build reports while it works."""
 
     phase: Literal["tokenizer", "slices", "done"]
     done: int = 0
+    """Bytes of the sources that were read."""
     total: int = 0
+    """Bytes of the sources that this call must read."""
     message: str | None = None
+    """A notice for the user."""
 
 
-Report = Callable[[Progress], None]
-
-
-@overload
-def prepare(config: Config, *, slice_spec: None = None, progress: Report | None = None) -> Manifest: ...
-
-
-@overload
-def prepare(
-    config: Config, *, slice_spec: tuple[int, int] | None, progress: Report | None = None
-) -> Manifest | None: ...
+OnProgress = Callable[[BuildProgress], None]
 
 
 def prepare(
-    config: Config, *, slice_spec: tuple[int, int] | None = None, progress: Report | None = None
-) -> Manifest | None:
-    """Builds the dataset `config.data.path`, or what is missing of it.
+    config: Config, *, slice_spec: tuple[int, int] | None = None, progress: OnProgress | None = None
+) -> DatasetManifest | None:
+    """Builds the dataset at `config.data.path`, or what is missing of it.
 
     Args:
         config: The experiment.
         slice_spec: Part `I` of `N`, from 1, for several processes that share the work.
-        progress: Called while the work goes on, from several threads.
+        progress: Called from several threads during the work.
 
     Returns:
         The manifest; None if other parts are still missing.
 
     Raises:
-        DataError: The text, the tokenizer or what is in the folder already cannot be used; nothing half-written stays.
+        DataError: The text, the tokenizer or the content of the folder cannot be used; nothing half-written stays.
         UsageError: The part does not exist.
     """
     if slice_spec is not None and not 1 <= slice_spec[0] <= slice_spec[1]:
-        raise UsageError(f"--slice {slice_spec[0]}/{slice_spec[1]}: is no part, allowed: I/N with I from 1 to N")
+        raise UsageError(f"--slice {slice_spec[0]}/{slice_spec[1]}: there is no such part; I must be from 1 to N")
     report = progress or (lambda _: None)
     folder = Path(config.data.path)
     with _writable(folder):
@@ -88,30 +74,32 @@ def prepare(
             try:
                 return _prepare(config, folder, slice_spec, report)
             except FileNotFoundError as error:
-                # Another process that did the same work has finished the dataset, and cleared the temporary files away,
-                # this one's too. It publishes the manifest first, and what is left to do is looked up again.
+                # Another process with the same work has finished the dataset and removed all temporary files, including
+                # this process's. It publishes the manifest first, so a second look finds what is left to do.
                 if not (_is_inside(folder, error) and (folder / MANIFEST).exists()):
                     raise
 
 
-def _prepare(config: Config, folder: Path, slice_spec: tuple[int, int] | None, report: Report) -> Manifest | None:
+def _prepare(
+    config: Config, folder: Path, slice_spec: tuple[int, int] | None, report: OnProgress
+) -> DatasetManifest | None:
     plan = make_plan(config)
-    touched = touched_files(agree(folder, plan, any_published(folder)), plan)
+    touched = touched_files(reconcile_plan(folder, plan, any_published(folder)), plan)
     guard = PlanGuard(folder, plan)
     tokenizer = _open_tokenizer(config, plan, folder, report)
     build = _Build(config, plan, folder, tokenizer, report, guard)
-    build.check(touched)
+    build.refuse_unusable(touched)
     if touched:
         _record_stamps(folder, plan)
     build.run(share(plan.tasks, slice_spec))
-    return build.join()
+    return build.assemble()
 
 
 class _Build:
-    """The parts of a build that its steps share."""
+    """One build by this process: checks the published slices, writes the missing ones, assembles the manifest."""
 
     def __init__(
-        self, config: Config, plan: Plan, folder: Path, tokenizer: Tokenizer, report: Report, guard: PlanGuard
+        self, config: Config, plan: Plan, folder: Path, tokenizer: Tokenizer, report: OnProgress, guard: PlanGuard
     ) -> None:
         self._config = config
         self._plan = plan
@@ -129,26 +117,26 @@ class _Build:
         self._done = self._total = 0
         self._finished: dict[int, list[Record]] = {}
 
-    def check(self, touched: set[tuple[int, int]]) -> None:
-        """Refuses what was published from files that are others now, or under a policy that this build has not."""
-        records = {task.number: self._published(task) for task in self._plan.tasks}
+    def refuse_unusable(self, touched: set[tuple[int, int]]) -> None:
+        """Refuses slices whose sources changed or that skipped records where `on_bad` is now `error`."""
+        records = {task.number: self._records(task) for task in self._plan.tasks}
         if touched:
             refuse_changed_content(self._config, self._plan, touched, records)
         skipped = next((r for found in records.values() for r in found if r["bad"]), None)
         if skipped is not None and self._config.data.on_bad == "error":
             raise DataError(
                 f"{self._folder}: slice {skipped['slice']} was made with data.on_bad=skip and skipped records "
-                f"({skipped['bad']}); set it again, or remove the folder to start over"
+                f"({skipped['bad']}); set data.on_bad=skip again, or remove the folder to start over"
             )
 
     def run(self, tasks: list[Task]) -> None:
-        """Does the tasks that are not done, on all cores."""
-        missing = [t for t in tasks if not finished(self._published(t))]
+        """Does the unfinished tasks on all cores."""
+        missing = [t for t in tasks if not finished(self._records(t))]
         if not missing:
             return
         self._total = sum(self._bytes[t.number] for t in missing)
-        self._report(Progress("slices", 0, self._total))
-        # Each has a thread beside it that reads ahead; more encoders would only warm more caches of words.
+        self._report(BuildProgress("slices", 0, self._total))
+        # Each worker has a second thread that prefetches; more encoders would only fill more word caches.
         with ThreadPoolExecutor(min(self._cores, len(missing)), thread_name_prefix="prepare") as pool:
             futures = [pool.submit(self._do, task, len(missing) < self._cores) for task in missing]
             try:
@@ -162,10 +150,10 @@ class _Build:
                     future.result()
 
     def _do(self, task: Task, parallel: bool) -> None:
-        """One task: publishes a slice at its end, and one whenever a piece ends if it is a stream."""
-        done = self._published(task)
+        """Does one task: publishes a slice at its end; for a stream, also after each piece."""
+        done = self._records(task)
         if finished(done):
-            return  # by another process, since this one looked
+            return  # another process finished it since `run` looked
         resume_at = done[-1]["pieces"][-1]["stop"] if done else 0
         files = self._plan.files[task.source]
         events = read_task(task, self._config.data.sources[task.source], files, self._config.data, resume_at)
@@ -177,11 +165,7 @@ class _Build:
                 part += 1
 
     def _fill(self, task: Task, writer: SliceWriter, events: Iterator[Chunk | FileSpan], parallel: bool) -> bool:
-        """Writes one slice.
-
-        Returns:
-            Whether the task has another one.
-        """
+        """Writes one slice; returns whether the task has another."""
         pieces: list[FileSpan] = []
         for event in events:
             if self._stop.is_set():
@@ -201,17 +185,17 @@ class _Build:
         return not last
 
     def _refuse_touched(self, task: Task, pieces: list[FileSpan]) -> None:
-        """What was read must be what was planned, or a slice could be made of two versions of a file."""
+        """Refuses files that changed since they were planned: a slice must not mix two versions of a file."""
         for piece in pieces:
             file = self._plan.files[task.source][piece.file]
             if stamp_of(file.path) != file.stamp:
                 raise DataError(
-                    f"{file.path}: was changed while it was read; run `pipeline prepare` again when it is quiet"
+                    f"{file.path}: was changed while it was read; run `pipeline prepare` again once it is stable"
                 )
 
-    def _published(self, task: Task) -> list[Record]:
+    def _records(self, task: Task) -> list[Record]:
         if task.number not in self._finished:
-            found = published(self._folder, task.number, self._build, self._dtype)
+            found = read_records(self._folder, task.number, self._build, self._dtype)
             if not finished(found):
                 return found
             self._finished[task.number] = found
@@ -233,40 +217,40 @@ class _Build:
     def _count(self, chunk: Chunk) -> None:
         with self._lock:
             self._done += chunk.bytes_read
-            self._report(Progress("slices", self._done, self._total))
+            self._report(BuildProgress("slices", self._done, self._total))
 
-    def join(self) -> Manifest | None:
-        """Writes the manifest if every slice is there."""
+    def assemble(self) -> DatasetManifest | None:
+        """Writes the manifest if every slice is published; None if one is missing."""
         records: list[Record] = []
         for task in self._plan.tasks:
-            found = self._published(task)
+            found = self._records(task)
             if not finished(found):
                 return None
             records += found
         manifest = make_manifest(records, self._plan, self._config.data, self._tokenizer, self._dtype)
-        # In this order: a process whose temporary file is cleared away can rely on the manifest being there.
+        # In this order: a process whose temporary file was removed can rely on a published manifest.
         manifest.save(self._folder)
         remove_leftovers(self._folder)
-        self._report(Progress("done"))
+        self._report(BuildProgress("done"))
         return manifest
 
 
 def _record_stamps(folder: Path, plan: Plan) -> None:
-    """So that files that were looked at again and hold what they held are not looked at the next time."""
+    """Records the new stamps of files whose content did not change, so that the next build need not reread them."""
     if not (folder / MANIFEST).exists():
-        record(folder, plan)
+        record_plan(folder, plan)
         return
-    # A finished dataset may lie on a file system that nobody writes to.
+    # A finished dataset may lie on a read-only file system.
     with contextlib.suppress(OSError):
-        record(folder, plan)
+        record_plan(folder, plan)
 
 
-def _open_tokenizer(config: Config, plan: Plan, folder: Path, report: Report) -> Tokenizer:
+def _open_tokenizer(config: Config, plan: Plan, folder: Path, report: OnProgress) -> Tokenizer:
     if not (folder / TOKENIZER).exists():
-        report(Progress("tokenizer"))
+        report(BuildProgress("tokenizer"))
     tokenizer = open_tokenizer(config, plan, folder)
     if tokenizer.notice is not None:
-        report(Progress("tokenizer", message=tokenizer.notice))
+        report(BuildProgress("tokenizer", message=tokenizer.notice))
     return tokenizer
 
 

@@ -1,10 +1,12 @@
-"""What a person sees of a build: a progress bar while it works, a table when it is done."""
+"""The console output of a build and of `pipeline inspect`: progress, tables, documents."""
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,16 +15,17 @@ from rich.status import Status
 from rich.table import Table
 
 from pipeline.config.sections import Config
-from pipeline.data.build.build import Progress as BuildProgress
-from pipeline.data.build.build import prepare
-from pipeline.data.manifest import Manifest
+from pipeline.data.build.build import BuildProgress, prepare
+from pipeline.data.manifest import DatasetManifest
 from pipeline.errors import UsageError
+from pipeline.files import naming
+from pipeline.text_format import duration, short
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Display:
-    """Shows the progress of a build, if there is any, on stderr: a bar on a terminal, else a line every ten seconds."""
+    """Shows the progress of a build on stderr: a bar on a terminal, elsewhere one line every ten seconds."""
 
     def __init__(self, verb: str = "prepare", console: Console | None = None) -> None:
         self._verb = verb
@@ -49,7 +52,7 @@ class Display:
         self._show(None)
 
     def __call__(self, progress: BuildProgress) -> None:
-        """Takes one report of a build."""
+        """Shows one report of a build."""
         if progress.message is not None:
             self._console.print(progress.message, highlight=False, markup=False)
         elif progress.phase == "tokenizer":
@@ -58,7 +61,7 @@ class Display:
             self.bytes(progress.done, progress.total)
 
     def bytes(self, done: int, total: int) -> None:
-        """Takes how much is done."""
+        """Shows how many bytes are done."""
         if not self._console.is_terminal:
             self._line(done, total)
             return
@@ -87,18 +90,13 @@ class Display:
         speed = done / (now - self._began)
         left = (total - done) / speed if speed else 0.0
         self._console.print(
-            f"{self._verb} {done / 1e6:.0f} of {total / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s, {left:.0f} s left",
+            f"{self._verb} {short(done)}B of {short(total)}B, {short(speed)}B/s, {duration(left)} left",
             highlight=False,
         )
 
 
-def prepare_here(config: Config, slice_spec: tuple[int, int] | None = None) -> Manifest | None:
-    """Builds a dataset, or a part of it, with a progress display and a table at the end; see `build.prepare`.
-
-    Args:
-        config: The experiment.
-        slice_spec: Part `I` of `N`.
-    """
+def prepare_here(config: Config, slice_spec: tuple[int, int] | None = None) -> DatasetManifest | None:
+    """Builds a dataset, or a part of it, with a progress display and a table at the end; see `build.prepare`."""
     began = time.monotonic()
     with Display() as display:
         manifest = prepare(config, slice_spec=slice_spec, progress=display)
@@ -114,8 +112,8 @@ def prepare_here(config: Config, slice_spec: tuple[int, int] | None = None) -> M
     return manifest
 
 
-def summary_table(manifest: Manifest, title: str) -> Table:
-    """Documents, tokens, bytes a token, the longest document and the records that were left out."""
+def summary_table(manifest: DatasetManifest, title: str) -> Table:
+    """Returns a table of documents, tokens, bytes per token, the longest document and the skipped records."""
     table = Table(title=escape(title), title_justify="left")
     table.add_column("")
     for split in manifest.splits:
@@ -124,7 +122,7 @@ def summary_table(manifest: Manifest, title: str) -> Table:
         "documents": [f"{s.documents:,}" for s in manifest.splits.values()],
         "tokens": [f"{s.tokens:,}" for s in manifest.splits.values()],
         "bytes of text": [f"{s.bytes:,}" for s in manifest.splits.values()],
-        "bytes a token": [f"{s.bytes / s.tokens:.2f}" if s.tokens else "-" for s in manifest.splits.values()],
+        "bytes per token": [f"{s.bytes / s.tokens:.2f}" if s.tokens else "-" for s in manifest.splits.values()],
         "longest document, tokens": [f"{s.longest:,}" for s in manifest.splits.values()],
         "shards": [f"{len(s.shards):,}" for s in manifest.splits.values()],
     }
@@ -139,44 +137,31 @@ def summary_table(manifest: Manifest, title: str) -> Table:
 
 
 def parse_slice(text: str | None) -> tuple[int, int] | None:
-    """`3/8` as `(3, 8)`.
+    """Returns `3/8` as `(3, 8)`.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: It is not of that form.
     """
     if text is None:
         return None
-    part, slash, parts = text.partition("/")
-    if not (
-        slash
-        and part.isascii()
-        and part.isdecimal()
-        and parts.isascii()
-        and parts.isdecimal()
-        and 1 <= int(part) <= int(parts)
-    ):
-        raise UsageError(f"--slice {text}: is no part, allowed: I/N with I from 1 to N, 3/8 say")
-    return int(part), int(parts)
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if found is None:
+        raise UsageError(f"--slice {text}: must be I/N with I from 1 to N, for example 3/8")
+    return int(found[1]), int(found[2])
 
 
 def inspect_here(path: str, split: str, count: int, seed: int, page: str | None) -> None:
     """Prints documents of a dataset and writes a page about it; see `inspect`."""
-    from pathlib import Path
-
     from pipeline.data.inspect import draw_documents, write_page
 
     console = Console()
-    console.print(summary_table(Manifest.load(path), path))
+    console.print(summary_table(DatasetManifest.load(path), path))
     for document in draw_documents(path, split, count, seed):
         console.rule(f"{split} document {document.number:,}, source {document.source}, {document.tokens:,} tokens")
         console.print(_shortened(document.text), markup=False, highlight=False)
     out = Path(page) if page is not None else Path(path) / "inspect.html"
-    try:
+    with naming(out, "the page cannot be written", "choose another place with --html", UsageError):
         write_page(path, out)
-    except OSError as error:
-        raise UsageError(
-            f"{out}: the page cannot be written ({error.strerror}); choose another place with --html"
-        ) from error
     console.print(f"written: {out}", markup=False, highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a dataset: trained on a sample of the text, taken from a file, or bytes; and the type of its ids."""
+"""Makes the tokenizer of a dataset: trained on a sample of the text, copied from a file, or bytes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 
 from pipeline.config.sections import Config
 from pipeline.data.build.tasks import Plan
-from pipeline.data.manifest import TOKENIZER
+from pipeline.data.layout import TOKENIZER
 from pipeline.data.read.chunks import Chunk
 from pipeline.data.read.task_reader import read_task
 from pipeline.data.tokenize import tokenizer_json
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.data.tokenize.train import train_bpe
 from pipeline.errors import DataError
-from pipeline.files import sha256_bytes, write_bytes
+from pipeline.files import naming, sha256_bytes, write_bytes
 
-# In no UTF-8 text, so that no document can pretend to be two.
+# Never occurs in UTF-8, so that no document can be mistaken for two.
 SEPARATOR = b"\xff"
 
 
 def open_tokenizer(config: Config, plan: Plan, folder: Path) -> Tokenizer:
-    """The tokenizer of the dataset in `folder`; made there if there is none yet.
+    """Returns the tokenizer of the dataset in `folder`, after making it there if it is missing.
 
     Raises:
-        DataError: It cannot be made, is not the one the dataset was begun with, or is larger than the model's.
+        DataError: It cannot be made, is not the one that the dataset was begun with, or exceeds the model's vocabulary.
     """
     file = folder / TOKENIZER
     tokenizer = Tokenizer(_recorded(file) or _record(file, config, plan), str(file), config.tokenizer.end_of_text)
@@ -44,7 +44,7 @@ def open_tokenizer(config: Config, plan: Plan, folder: Path) -> Tokenizer:
 
 
 def dtype_of_ids(config: Config, tokenizer: Tokenizer) -> np.dtype[Any]:
-    """The type of the ids in the shards.
+    """Returns the type of the ids in the shards.
 
     Raises:
         DataError: `data.dtype` is too narrow for this tokenizer.
@@ -52,48 +52,45 @@ def dtype_of_ids(config: Config, tokenizer: Tokenizer) -> np.dtype[Any]:
     fits = tokenizer.vocab_size <= 1 << 16
     if config.data.dtype == "uint16" and not fits:
         raise DataError(
-            f"data.dtype: uint16 holds 65536 ids, the tokenizer has {tokenizer.vocab_size}; use uint32 or auto"
+            f"data.dtype: uint16 holds 65,536 ids, the tokenizer has {tokenizer.vocab_size:,}; use uint32 or auto"
         )
     wide = config.data.dtype == "uint32" or not fits
     return np.dtype("<u4" if wide else "<u2")
 
 
 def _recorded(file: Path) -> bytes | None:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"{file}: the tokenizer cannot be read ({error.strerror})") from error
+    with naming(file, "the tokenizer cannot be read", error=DataError):
+        try:
+            return file.read_bytes()
+        except FileNotFoundError:
+            return None
 
 
 def _record(file: Path, config: Config, plan: Plan) -> bytes:
-    """Not read back: another process that begins the folder anew may take the file away, to make the same again."""
+    """Makes the tokenizer; does not read it back, since a process that starts the folder over may remove the file."""
     content = _make_tokenizer(config, plan)
     write_bytes(file, content)
     return content
 
 
 def _make_tokenizer(config: Config, plan: Plan) -> bytes:
-    """The content of tokenizer.json."""
+    """Returns the content of tokenizer.json."""
     wanted = config.tokenizer
     if wanted.kind == "file":
         assert wanted.path is not None
-        try:
+        with naming(f"tokenizer.path: {wanted.path}", "cannot be read", error=DataError):
             return Path(wanted.path).read_bytes()
-        except OSError as error:
-            raise DataError(f"tokenizer.path: {wanted.path}: cannot be read ({error.strerror})") from error
     special = (wanted.end_of_text, *wanted.special_tokens)
     if wanted.kind == "bytes":
         return tokenizer_json.compose_bytes(special).encode()
     sample = _sample(config, plan)
     if not sample:
-        raise DataError("data.sources: hold no text to train a tokenizer on; look at `paths` and `separator`")
+        raise DataError("data.sources: hold no text to train a tokenizer on; correct `paths` or `separator`")
     return train_bpe(sample, SEPARATOR, config.model.vocab_size, special, wanted.split_pattern).encode()
 
 
 def _sample(config: Config, plan: Plan) -> bytes:
-    """Training documents from the beginning of every task, the same number of bytes of each."""
+    """Returns training documents from the beginning of every task, the same number of bytes of each."""
     fraction = config.data.validation_fraction
     tasks = [t for t in plan.tasks if config.data.sources[t.source].split != "validation"]
     allowed = config.tokenizer.train_sample_mb * 1e6

@@ -1,4 +1,4 @@
-"""Keeps the memory of a build bounded, and cheap to get."""
+"""Keeps the memory of a build bounded and cheap to allocate."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ if TYPE_CHECKING:
 # glibc's <malloc.h>
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
-# Objects made before garbage is looked for; Python's own is 700.
+# Allocations between garbage collections; Python's default is 700.
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
 
-# What a build may grow by before the caches are emptied, and the text that must be encoded before they are again.
-_ALLOWED_BYTES, _ALLOWED_BYTES_A_WORKER = 128 << 20, 192 << 20
-_LEAST_TEXT_BETWEEN = 64_000_000
+# Growth of the process before the caches are emptied, and the text that must be encoded before the next time.
+_ALLOWED_BYTES, _ALLOWED_BYTES_PER_WORKER = 128 << 20, 192 << 20
+_MIN_TEXT_BETWEEN = 64_000_000
 
 
 class WordCaches:
     """Empties the encoder's caches when the process has grown too large.
 
-    gigatoken remembers every distinct word it has met, for as long as it lives: on a corpus of terabytes, with its
-    numbers, names and misprints, that has no bound (240 MB of random words: 1.6 GB). Ordinary English hardly ever
-    gets there. What is encoded stays the same; the next 100 MB cost a fifth more.
+    gigatoken remembers every distinct word until its tokenizer is freed. On a corpus of terabytes, with its numbers,
+    names and misprints, that is unbounded (240 MB of random words: 1.6 GB); ordinary English hardly ever reaches the
+    limit. The ids stay the same; the next 100 MB take a fifth longer to encode.
     """
 
     def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
         self._tokenizer = tokenizer
-        self._limit = resident_bytes() + _ALLOWED_BYTES + workers * _ALLOWED_BYTES_A_WORKER
+        self._limit = resident_bytes() + _ALLOWED_BYTES + workers * _ALLOWED_BYTES_PER_WORKER
         self._workers = workers
         self._since = self._chunks_to_trim = 0
         self._lock = threading.Lock()
 
     def encoded(self, text_bytes: int) -> None:
-        """To be called after every chunk."""
+        """Counts a chunk of encoded text; call it after every chunk."""
         with self._lock:
             self._since += text_bytes
-            if self._since >= _LEAST_TEXT_BETWEEN and resident_bytes() > self._limit:
+            if self._since >= _MIN_TEXT_BETWEEN and resident_bytes() > self._limit:
                 self._tokenizer.clear_caches()
                 self._since, self._chunks_to_trim = 0, self._workers
             elif self._chunks_to_trim:
-                # The old caches go when the last worker that uses them has finished its chunk.
+                # The old caches are freed when the last worker that uses them finishes its chunk.
                 self._chunks_to_trim -= 1
                 if not self._chunks_to_trim:
                     return_freed_memory()
 
 
 def resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not tell."""
+    """Returns the memory of this process; 0 where the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -62,18 +62,18 @@ def resident_bytes() -> int:
 
 
 def devote_process() -> None:
-    """Suits a process to nothing but a build; to be called before numpy is imported.
+    """Tunes malloc and gc for a build-only process; call it before numpy is imported.
 
-    malloc uses the buffers of the last chunk again instead of returning them to the kernel: a build takes and frees
-    buffers of some megabytes all the time, and by default each is mapped, zeroed page by page and unmapped again:
-    half of the system time of a build, a tenth of all its CPU time. The peak stays what it is. Where the C library is
-    not glibc nothing happens to malloc.
+    malloc reuses the buffers of the last chunk instead of returning them to the kernel. A build constantly allocates
+    and frees buffers of some megabytes; by default each is mapped, zeroed page by page and unmapped again: half of the
+    system time of a build, a tenth of all its CPU time. The peak does not change. A C library other than glibc keeps
+    its defaults.
 
-    Garbage is looked for less often: a vocabulary alone is some 100,000 objects that stay, and Python looks through
-    them again and again while it reads it, a twentieth of the CPU time of a build of 200 MB; and not at all at the end.
+    Garbage collection runs less often, and not at exit: a vocabulary alone is some 100,000 objects that stay, and
+    scanning them while they are read takes a twentieth of the CPU time of a build of 200 MB.
 
-    numpy's linear algebra starts no threads: a build has none for them to do, and they spin a while before they sleep,
-    0.1 s of CPU time.
+    numpy's linear algebra starts no threads: a build does not use them, and they spin before they sleep, 0.1 s of CPU
+    time.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
@@ -81,7 +81,7 @@ def devote_process() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    # Only one arena, since only the main heap can grow beyond 64 MiB.
+    # Only one arena: only the main heap can grow beyond 64 MiB.
     for parameter, value in (
         (_M_ARENA_MAX, 1),
         (_M_MMAP_THRESHOLD, 32 << 20),
@@ -92,7 +92,7 @@ def devote_process() -> None:
 
 
 def return_freed_memory() -> None:
-    """Without it the holes that the caches leave are filled with other things, and the next caches need new memory."""
+    """Returns freed memory to the kernel, before other objects settle in it and the next caches need new memory."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

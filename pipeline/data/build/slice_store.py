@@ -1,4 +1,4 @@
-"""The slices that are done: their names, their records, and what killed processes left beside them."""
+"""The published slices: their records, and the temporary files that killed processes left beside them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.build.tasks import PLAN
-from pipeline.data.manifest import MANIFEST, TOKENIZER, Shard
+from pipeline.data.layout import MANIFEST, PLAN, SLICE_RECORD, SLICES, TOKENIZER, published_slices, slice_name
+from pipeline.data.manifest import Shard, check_sizes
 from pipeline.errors import DataError
 from pipeline.files import is_temporary, read_json
-
-SLICES = "slices"
-RECORD = "slice.json"
 
 Record = dict[str, Any]
 
@@ -36,30 +33,25 @@ _KINDS = {
 }
 
 
-def slice_name(task: int, part: int) -> str:
-    """Name of part `part` of a task; names sort as tokens follow each other."""
-    return f"{task:06d}-{part:05d}"
-
-
 def finished(records: list[Record]) -> bool:
-    """Whether the slices of a task are all there."""
+    """Returns whether all slices of a task are among its records."""
     return bool(records) and bool(records[-1]["last"])
 
 
 def any_published(folder: Path) -> bool:
-    """Whether a slice of any task is done."""
-    return any((folder / SLICES).glob(f"[0-9]*/{RECORD}"))
+    """Returns whether a slice of any task is published."""
+    return any((slice_folder / SLICE_RECORD).exists() for slice_folder in published_slices(folder))
 
 
-def published(folder: Path, task: int, build: str, dtype: np.dtype[Any]) -> list[Record]:
-    """The records of the slices of a task that are done, in order.
+def read_records(folder: Path, task: int, build: str, dtype: np.dtype[Any]) -> list[Record]:
+    """Returns the records of the published slices of a task, in order.
 
     Raises:
-        DataError: One was made by a build with other settings or another tokenizer, or is damaged.
+        DataError: A slice is damaged, or was made with other settings or another tokenizer.
     """
     records: list[Record] = []
     while not finished(records):
-        file = folder / SLICES / slice_name(task, len(records)) / RECORD
+        file = folder / SLICES / slice_name(task, len(records)) / SLICE_RECORD
         if not file.exists():
             break
         record = _load(file)
@@ -68,14 +60,13 @@ def published(folder: Path, task: int, build: str, dtype: np.dtype[Any]) -> list
                 f"{file.parent}: belongs to a build with other settings or another tokenizer; "
                 f"remove {folder} and prepare the dataset again"
             )
-        for shard in record["shards"]:
-            _check_sizes(folder, Shard(**shard), dtype)
+        check_sizes(folder, (Shard(**shard) for shard in record["shards"]), dtype, _remake(file.parent))
         records.append(record)
     return records
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left behind, where that is allowed; only for when every slice is published."""
+    """Removes the temporary files of killed processes where permissions allow; call once every slice is published."""
     for temp in (folder / SLICES).glob(".*.tmp"):
         if _LEFT_OF_SLICE.fullmatch(temp.name):
             shutil.rmtree(temp, ignore_errors=True)
@@ -89,7 +80,7 @@ def _load(file: Path) -> Record:
     record = read_json(file)
     whole = isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in _KINDS.items())
     if not (whole and all(_is_shard(entry) for entry in record["shards"])):
-        raise DataError(f"{file}: is not the record of a slice; {_again(file.parent)}")
+        raise DataError(f"{file}: is not the record of a slice; {_remake(file.parent)}")
     return dict(record)
 
 
@@ -97,14 +88,5 @@ def _is_shard(entry: Any) -> bool:
     return isinstance(entry, dict) and entry.keys() == {field.name for field in fields(Shard)}
 
 
-def _check_sizes(folder: Path, shard: Shard, dtype: np.dtype[Any]) -> None:
-    for name, expected in shard.sizes(dtype).items():
-        file = folder / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != expected:
-            has = "is missing" if size is None else f"has {size} bytes, the slice was published with {expected}"
-            raise DataError(f"{file}: {has}; {_again(file.parent)}")
-
-
-def _again(folder: Path) -> str:
+def _remake(folder: Path) -> str:
     return f"remove the folder {folder} and run `pipeline prepare` again"

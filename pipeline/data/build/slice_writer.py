@@ -1,4 +1,4 @@
-"""One slice: encoded, indexed and hashed while it is written, and published as a folder by one rename."""
+"""Writes one slice: encodes, indexes and hashes its documents, and publishes the folder by one rename."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.sections import SourceConfig
-from pipeline.data.build.slice_store import RECORD, SLICES, Record, slice_name
+from pipeline.data.build.slice_store import Record
+from pipeline.data.layout import SLICE_RECORD, SLICES, slice_name
 from pipeline.data.manifest import SPLITS, Shard
 from pipeline.data.read.chunks import Chunk
 from pipeline.data.read.documents import Documents, Flags, Offsets
@@ -40,7 +41,7 @@ class _ShardWriter:
         self.tokens = self.documents = self.text_bytes = self.longest = self.largest_id = 0
 
     def add(self, tokens: npt.NDArray[Any], lengths: Offsets, text_bytes: int) -> None:
-        """Documents of `lengths` tokens, end-of-text tokens included."""
+        """Writes documents of `lengths` tokens, end-of-text tokens included."""
         if not len(lengths):
             return
         if self._out is None or self._index is None:
@@ -57,7 +58,7 @@ class _ShardWriter:
         self.largest_id = max(self.largest_id, int(tokens.max()))
 
     def finish(self, folder_name: str, source: str, split: str) -> Shard | None:
-        """Makes the files durable; None if there is no document."""
+        """Makes the files durable and returns the shard; None if it has no document."""
         if self._out is None or self._index is None:
             return None
         self.close(durable=True)
@@ -91,7 +92,7 @@ class _ShardWriter:
 
 
 class SliceWriter:
-    """Takes the chunks of a slice and publishes it; use as a context manager, so that nothing half-written stays."""
+    """Writes the chunks of a slice and publishes it; a context manager, so that nothing half-written stays."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class SliceWriter:
     ) -> None:
         self.name = slice_name(task, part)
         self._final = folder / SLICES / self.name
-        # A name of its own, so that a requeued job and its orphan do not write into one folder.
+        # A unique name, so that a requeued job and its orphan do not write into one folder.
         self._temp = folder / SLICES / f".{self.name}.{secrets.token_hex(6)}.tmp"
         self._source = source
         self._tokenizer = tokenizer
@@ -137,7 +138,7 @@ class SliceWriter:
         """Encodes and writes documents.
 
         Raises:
-            DataError: The tokenizer gives ordinary text the end-of-text token, or the encoders disagree.
+            DataError: The tokenizer encodes ordinary text as the end-of-text token, or the encoders disagree.
         """
         self._records += chunk.records
         self._empty += chunk.empty
@@ -164,8 +165,8 @@ class SliceWriter:
         place = first if count == 1 else f"{first} to {last} ({count} files)"
         raise DataError(
             f"{place}: in the document that begins {text[:60]!r}, "
-            f"the tokenizer gives ordinary text the token {self._tokenizer.end_of_text!r}, which ends a document; set "
-            "tokenizer.end_of_text to a special token that stands for nothing else, unknown words say"
+            f"the tokenizer encodes ordinary text as the token {self._tokenizer.end_of_text!r}, which ends a document; "
+            "set tokenizer.end_of_text to a special token with no other meaning, such as unknown words"
         )
 
     def _for_validation(self, documents: Documents) -> Flags:
@@ -173,15 +174,19 @@ class SliceWriter:
             return np.full(len(documents), self._source.split == "validation")
         return documents.hash_fractions() < self._fraction
 
-    def publish(self, pieces: list[FileSpan], last: bool) -> Record:
-        """Makes the slice visible, whole.
+    def publish(self, pieces: list[FileSpan], last: bool) -> None:
+        """Makes the whole slice visible.
+
+        Args:
+            pieces: What was read of each file.
+            last: Whether it is the last slice of its task.
 
         Raises:
             DataError: The encoders disagree.
         """
         checked = self._check.finish()
         shards = [writer.finish(self.name, self._source.name, split) for split, writer in self._shards.items()]
-        record = {
+        record: Record = {
             **self._identity,
             "last": last,
             "records": self._records,
@@ -191,18 +196,17 @@ class SliceWriter:
             "pieces": [asdict(piece) for piece in pieces],
             "shards": [asdict(shard) for shard in shards if shard is not None],
         }
-        write_json(self._temp / RECORD, record)
+        write_json(self._temp / SLICE_RECORD, record)
         try:
             publish_dir(self._temp, self._final)
         except OSError:
-            # Another process did the same slice; what it published was made by the same code from the same bytes.
-            if not (self._final / RECORD).exists() or read_json(self._final / RECORD) != record:
+            # Another process published the same slice, made by the same code from the same bytes.
+            if not (self._final / SLICE_RECORD).exists() or read_json(self._final / SLICE_RECORD) != record:
                 raise
-        return record
 
 
 def _with_ends(ids: Ids, offsets: Offsets, end: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The ids in their stored type, with the end-of-text token after each document."""
+    """Returns the ids in their stored type, with the end-of-text token after each document."""
     documents = len(offsets) - 1
     tokens = np.empty(len(ids) + documents, dtype)
     if len(ids) > 64 * documents:
@@ -219,7 +223,7 @@ def _with_ends(ids: Ids, offsets: Offsets, end: int, dtype: np.dtype[Any]) -> np
 
 
 def _only(tokens: npt.NDArray[Any], lengths: Offsets, chosen: Flags) -> npt.NDArray[Any]:
-    """The tokens of the chosen documents, copied run by run: a mask of every token costs ten times as much."""
+    """Returns the tokens of the chosen documents, copied run by run: a mask of every token costs ten times as much."""
     if chosen.all():
         return tokens
     bounds = np.concatenate(([0], np.cumsum(lengths)))

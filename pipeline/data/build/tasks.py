@@ -1,7 +1,7 @@
-"""The work of a build, cut into tasks before anything is read: a function of the settings and the file sizes alone.
+"""Divides a build into tasks before anything is read, by the settings and the file sizes alone.
 
-A task is the unit that `--slice I/N` deals out. It publishes one slice (a folder of shards), or, where it is
-a large compressed file, which can only be read from its start, one slice after another.
+A task is the unit that `--slice I/N` distributes. It publishes one slice (a folder of shards); a large compressed
+file, which can only be read from its start, publishes one slice after another.
 """
 
 from __future__ import annotations
@@ -19,33 +19,29 @@ from pipeline.data.read.sources import SourceFile, find_files
 from pipeline.data.read.task import Part, Task
 from pipeline.errors import DataError
 
-PLAN = "plan.json"
 PLAN_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that decides the bytes of the dataset.
-
-    Attributes:
-        settings: The settings of the config that matter.
-        files: The files of each source.
-        tasks: The work.
-    """
+    """Everything that decides the bytes of the dataset."""
 
     settings: dict[str, Any]
+    """See `fingerprint.settings_of`."""
     files: tuple[tuple[SourceFile, ...], ...]
+    """The files of each source."""
     tasks: tuple[Task, ...]
+    """The work, in the order of the dataset."""
 
 
 def make_plan(config: Config) -> Plan:
-    """Looks at the sources and divides the work.
+    """Finds the files of the sources and divides the work.
 
     Raises:
-        DataError: A source has no files or files that cannot be read, or has one twice.
+        DataError: A source has no files, has a file that cannot be read, or shares a file with another source.
     """
     files = tuple(tuple(find_files(source)) for source in config.data.sources)
-    _refuse_names_without_text(files)
+    _refuse_undecodable_names(files)
     _refuse_shared_files(config.data.sources, files)
     slice_bytes = int(config.data.slice_size_mb * 1e6)
     tasks: list[Task] = []
@@ -55,21 +51,21 @@ def make_plan(config: Config) -> Plan:
 
 
 def share(tasks: Sequence[Task], slice_spec: tuple[int, int] | None) -> list[Task]:
-    """The tasks of part `I` of `N`, counted from 1; all of them without a part."""
+    """Returns the tasks of part `I` of `N`, counted from 1; all tasks if there are no parts."""
     if slice_spec is None:
         return list(tasks)
     part, parts = slice_spec
     return list(tasks[part - 1 :: parts])
 
 
-def _refuse_names_without_text(files: Sequence[Sequence[SourceFile]]) -> None:
+def _refuse_undecodable_names(files: Sequence[Sequence[SourceFile]]) -> None:
     for file in (file for found in files for file in found):
         try:
             file.path.encode()
         except UnicodeEncodeError as error:
             shown = os.fsencode(file.path).decode(errors="backslashreplace")
             raise DataError(
-                f"{shown}: the file's name is no UTF-8, which the records of a dataset are written in; rename the file"
+                f"{shown}: the file's name is not UTF-8, the encoding of a dataset's records; rename the file"
             ) from error
 
 
@@ -124,7 +120,7 @@ def _tasks_of(
 
 
 def task_bytes(plan: Plan) -> list[int]:
-    """The bytes of files that each task reads, by its number; of Parquet, what its row groups are of their file."""
+    """Returns the bytes that each task reads, by its number; for Parquet, its row groups' share of their file."""
     groups: dict[tuple[int, int], int] = {}
     for task in plan.tasks:
         if task.kind == "rows":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.sections import Config
+from pipeline.data.layout import MANIFEST
 from pipeline.errors import UsageError
 from pipeline.image.record import IMAGE_HOME
 from pipeline.launch.site import SiteContainer
@@ -175,7 +176,7 @@ def _is_shared_dataset(folder: Path) -> bool:
 
     One's own stays writable, for a slice that is done again writes the manifest anew.
     """
-    return (folder / "manifest.json").is_file() and not os.access(folder, os.W_OK)
+    return (folder / MANIFEST).is_file() and not os.access(folder, os.W_OK)
 
 
 def _fixed_part(pattern: str) -> Path | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.checkpoint.layout import published, step_of
+from pipeline.data.layout import published_slices
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, PipelineError
 from pipeline.launch.job.spec import Attempt, this_attempt
 from pipeline.launch.slurm import client as slurm
@@ -142,7 +143,7 @@ def progress(attempt: Attempt) -> int:
     if attempt.stage == "train":
         return max((step_of(path) or 0 for path in published(run.checkpoints)), default=0)
     if attempt.stage == "prepare":
-        return len(list((Path(run.config().data.path) / "slices").glob("[0-9]*")))
+        return sum(1 for _ in published_slices(Path(run.config().data.path)))
     return 0
 
 

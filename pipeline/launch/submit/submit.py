@@ -16,7 +16,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from pipeline.checkpoint.layout import published, step_of
 from pipeline.config.sections import Config
 from pipeline.data.fingerprint import refuse_other_settings
-from pipeline.data.manifest import MANIFEST
+from pipeline.data.layout import MANIFEST
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.launch.container.binds import create_folders

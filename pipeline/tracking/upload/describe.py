@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.sections import Config
-from pipeline.data.manifest import MANIFEST
+from pipeline.data.layout import MANIFEST
 from pipeline.files import read_json, sha256_file, write_text
 from pipeline.run.events import Cancelled, Checkpointed, EventLog, GaveUp, Requeued, StartBegan, Submitted
 from pipeline.run.folder import CHECKPOINT_MANIFEST, Run, step_name

@@ -1,4 +1,4 @@
-"""A build takes the same memory however large the corpus is."""
+"""The memory of a build does not depend on the size of the corpus."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_forgetting_words_changes_no_byte(tmp_path: Path, monkeypatch: pytest.Mo
     forgotten: list[int] = []
     forget = Tokenizer.clear_caches
     monkeypatch.setattr(Tokenizer, "clear_caches", lambda self: (forgotten.append(1), forget(self)))
-    monkeypatch.setattr(memory, "_LEAST_TEXT_BETWEEN", 0)
+    monkeypatch.setattr(memory, "_MIN_TEXT_BETWEEN", 0)
     monkeypatch.setattr(memory, "_ALLOWED_BYTES", -(1 << 40))
     prepare(made[1])
     assert len(forgotten) > 5
@@ -63,7 +63,7 @@ def test_words_are_forgotten_when_memory_has_grown_and_not_too_often(monkeypatch
     resident += 513 << 20
     caches.encoded(4_000_000)
     assert len(forgotten) == 1
-    for _ in range(15):  # still too large, but too little text since to have come from words
+    for _ in range(15):  # still too large, but after too little text to blame the words
         caches.encoded(4_000_000)
     assert len(forgotten) == 1
     caches.encoded(4_000_000)
@@ -88,7 +88,7 @@ def test_memory_is_given_back_where_words_are_forgotten() -> None:
     assert max(sizes) - sizes[0] < 20 << 20
 
 
-def test_a_process_can_be_devoted_to_a_build_before_numpy_is_there() -> None:
+def test_devoting_a_process_to_a_build_imports_no_numpy() -> None:
     code = "import sys, pipeline.data.build.memory as m; m.devote_process(); sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -119,7 +119,7 @@ def test_eight_times_the_text_takes_the_same_memory(ending: str, tmp_path: Path)
 
 
 def _write_megabytes(path: Path, megabytes: int) -> None:
-    """The same texts over and over: what grows is the corpus, not its vocabulary."""
+    """Writes the same texts repeatedly: the corpus grows, its vocabulary does not."""
     texts = documents(1_000_000 // 500, seed=3, longest=160)
     kind = path.suffixes[0]
     if kind == ".parquet":

@@ -1,293 +1,175 @@
-"""However a build is cut up or stopped, its bytes are the same; and what does not belong together is refused."""
+"""A build resumes from its slices, and refuses them once their settings or sources changed."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import functools
-import itertools
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
+import gzip
+import io
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from pipeline.config.load import dump_config
-from pipeline.data import manifest
-from pipeline.data.build import build, make_tokenizer, resume
+from pipeline.data.build import build
 from pipeline.data.build.build import prepare
-from pipeline.data.manifest import Manifest
-from pipeline.errors import DataError, UsageError
-from tests.data.every_kind import TEXTS, TOKENIZER, config_of_every_kind
-from tests.data.helpers import config, dataset_digest, jsonl, split_texts, write
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A folder with the sources and the uninterrupted build `out`, and its digests."""
-    tmp_path = tmp_path_factory.mktemp("whole")
-    prepare(config_of_every_kind(tmp_path, "out"))
-    return tmp_path, dataset_digest(tmp_path / "out")
-
-
-def test_the_same_sources_give_the_same_bytes(whole: tuple[Path, dict[str, str]]) -> None:
-    folder, digests = whole
-    assert len([d for d in digests if d.endswith("slice.json")]) > 20
-    prepare(config_of_every_kind(folder, "again-out"))
-    assert dataset_digest(folder / "again-out") == digests
-
-
-def test_a_finished_build_is_left_alone(whole: tuple[Path, dict[str, str]]) -> None:
-    folder, digests = whole
-    before = {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("*.bin")}
-    assert prepare(config_of_every_kind(folder, "out")) == Manifest.load(folder / "out")
-    assert {p: p.stat().st_mtime_ns for p in (folder / "out").rglob("*.bin")} == before
-    assert dataset_digest(folder / "out") == digests
-
-
-def _stamps(folder: Path) -> dict[Path, int]:
-    """When each file was written, and when anything was last made or removed in each folder."""
-    return {p: p.stat().st_mtime_ns for p in [folder, *folder.rglob("*")]}
-
-
-def test_a_finished_dataset_may_lie_where_nobody_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = config_of_every_kind(tmp_path, "out")
-    prepare(made)
-    before = _stamps(tmp_path / "out")
-    prepare(made)
-    assert _stamps(tmp_path / "out") == before
-
-    def read_only(path: Path, *_: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-
-    for module in (resume, manifest, make_tokenizer):
-        for name in ("write_bytes", "write_text", "write_json"):
-            monkeypatch.setattr(module, name, read_only, raising=False)
-    (tmp_path / "in" / "lines.jsonl").touch()
-    assert prepare(made) == Manifest.load(tmp_path / "out")
-
-
-def test_what_others_left_in_the_folder_stays(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    made = config_of_every_kind(tmp_path, "out")
-    kept = [
-        out / ".notes.tmp",
-        out / ".plan.json.tmp",
-        out / "slices" / ".mine.tmp" / "file",
-        out / ".cache.tmp" / "file",
-    ]
-    ours = [out / ".plan.json.0123456789ab.tmp", out / "slices" / ".000000-00000.0123456789ab.tmp" / "train.bin"]
-    for file in (*kept, *ours):
-        write(file, b"x")
-    prepare(made)
-    assert all(file.exists() for file in kept) and not any(file.exists() for file in ours)
-
-
-def _cut_in_half(shard: Path) -> None:
-    os.truncate(shard, shard.stat().st_size // 2)
+from pipeline.data.build.resume import reconcile_plan
+from pipeline.data.build.tasks import make_plan
+from pipeline.data.layout import PLAN
+from pipeline.errors import DataError
+from tests.data.every_kind import TEXTS, config_of_every_kind, paths_of_every_kind
+from tests.data.helpers import config, dataset_digest, documents, jsonl, one_source, split_texts, write
 
 
 @pytest.mark.parametrize(
-    ("damage", "name", "words"),
+    ("change", "words"),
     [
-        (Path.unlink, "train.idx", "is missing"),
-        (_cut_in_half, "train.idx", "has .* bytes, the slice was published with"),
-        (_cut_in_half, "train.bin", "has .* bytes, the slice was published with"),
-        (lambda file: file.write_text("{}"), "slice.json", "is not the record of a slice"),
-        (lambda file: file.write_text('{"shards": 5}'), "slice.json", "is not the record of a slice"),
+        ({"validation_fraction": 0.2}, "validation_fraction: 0.1 .*0.2"),
+        ({"slice_size_mb": 1.0}, "slice_size_mb: 0.003 .*1.0"),
+        ({"dtype": "uint32"}, "dtype: 'auto' .*'uint32'"),
+        ({"max_document_mb": 64.0}, "max_document_mb: 32.0 .*64.0"),
     ],
 )
-def test_a_slice_that_lost_something_is_named_and_made_again(
-    damage: Any, name: str, words: str, tmp_path: Path
-) -> None:
-    made = config_of_every_kind(tmp_path, "out", dtype="uint32")
+def test_a_changed_setting_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    prepare(config_of_every_kind(tmp_path, "out"), slice_spec=(1, 2))
+    with pytest.raises(DataError, match=words):
+        prepare(config_of_every_kind(tmp_path, "out", **change))
+
+
+def test_a_changed_vocabulary_size_is_refused(tmp_path: Path) -> None:
+    made = config_of_every_kind(tmp_path, "out")
+    prepare(made, slice_spec=(1, 2))
+    smaller = made.model_copy(update={"model": made.model.model_copy(update={"vocab_size": 280})})
+    with pytest.raises(DataError, match=r"tokenizer\.vocab_size: 300 .*280"):
+        prepare(smaller)
+
+
+@pytest.mark.parametrize("name", ["whole/07.txt", "lines.jsonl", "packed.jsonl.gz", "rows.parquet"])
+def test_a_changed_source_is_refused_and_a_touched_one_is_not(name: str, tmp_path: Path) -> None:
+    made = config_of_every_kind(tmp_path, "out")
     prepare(made)
+    (tmp_path / "out" / "manifest.json").unlink()
     before = dataset_digest(tmp_path / "out")
-    file = tmp_path / "out" / "slices" / "000000-00000" / name
-    damage(file)
-    with pytest.raises(DataError, match=f"{file}: {words}.*; remove the folder {file.parent} and run"):
-        prepare(made)
-    shutil.rmtree(file.parent)
+    file = tmp_path / "in" / name
+    content = file.read_bytes()
+    file.write_bytes(content)
     prepare(made)
-    assert dataset_digest(tmp_path / "out") == before
+    assert before.items() <= dataset_digest(tmp_path / "out").items()
+    if name.endswith(".gz"):
+        changed = _gzip_of_size(len(content), jsonl(TEXTS[150:230] * 3))
+    elif name.endswith(".parquet"):
+        changed = _parquet_of_size(len(content), [t.replace("state", "State") for t in TEXTS[230:]])
+    else:
+        changed = content.replace(b"in", b"on")
+    assert changed != content and len(changed) == len(content)
+    file.write_bytes(changed)
+    with pytest.raises(DataError, match=f"{Path(name).name}: was changed after"):
+        prepare(made)
+
+
+def _gzip_of_size(size: int, content: bytes) -> bytes:
+    """Pads the archive by a comment in its header."""
+    packed = gzip.compress(content, mtime=0)
+    assert len(packed) < size
+    return packed[:3] + b"\x10" + packed[4:10] + b"c" * (size - len(packed) - 1) + b"\0" + packed[10:]
+
+
+def _parquet_of_size(size: int, texts: list[str]) -> bytes:
+    """Pads the file between the row groups and the footer."""
+    out = io.BytesIO()
+    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+    pyarrow.parquet.write_table(table, out, row_group_size=10, store_schema=False)
+    packed = out.getvalue()
+    assert len(packed) < size
+    footer = len(packed) - 8 - int.from_bytes(packed[-8:-4], "little")
+    return packed[:footer] + b"\0" * (size - len(packed)) + packed[footer:]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_failed_first_start_does_not_bind_the_next(tokenizer: str, tmp_path: Path) -> None:
+    texts = documents(40)
+    text = write(tmp_path / "a.jsonl", jsonl(texts, field="words"))
+    wrong, right = (
+        config(tmp_path / "out", [one_source(text, **field)], tokenizer={"kind": tokenizer})
+        for field in ({}, {"field": "words"})
+    )
+    with pytest.raises(DataError, match="`field`"):
+        prepare(wrong)
+    prepare(right)
+    assert split_texts(tmp_path / "out") == texts
+
+
+def test_a_file_repaired_before_the_first_slice_is_reread_for_the_tokenizer_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write(tmp_path / "a.jsonl", jsonl(documents(200, seed=1)))
+    made = config(tmp_path / "out", [one_source(text)], tokenizer={"kind": "bpe"})
+
+    def failing(*_: Any) -> None:
+        raise DataError("a bad record")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="a bad record"):
+        patch.setattr(build.SliceWriter, "publish", failing)
+        prepare(made)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    write(text, jsonl(documents(200, seed=2)))
+    prepare(made)
+    other = made.model_copy(update={"data": made.data.model_copy(update={"path": str(tmp_path / "other")})})
+    prepare(other)
+    assert dataset_digest(tmp_path / "out") == dataset_digest(tmp_path / "other")
+
+
+def test_a_build_publishes_nothing_once_another_replaced_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config_of_every_kind(tmp_path, "out")
+    write(tmp_path / "more.txt", b"text")
+    entries = [*paths_of_every_kind(tmp_path / "in"), {"name": "more", "paths": [str(tmp_path / "more.txt")]}]
+    other = made.model_copy(update={"data": config(tmp_path / "out", entries).data})
+    add = build.SliceWriter.add
+
+    def overtaken(self: Any, *arguments: Any) -> None:
+        add(self, *arguments)
+        reconcile_plan(tmp_path / "out", make_plan(other), begun=False)
+
+    monkeypatch.setattr(build.SliceWriter, "add", overtaken)
+    with pytest.raises(DataError, match="sources.more: was there before"):
+        prepare(made)
+    assert not list((tmp_path / "out").rglob("slice.json"))
+
+
+def test_added_or_removed_files_are_refused(tmp_path: Path) -> None:
+    made = config_of_every_kind(tmp_path, "out")
+    prepare(made, slice_spec=(1, 2))
+    new = write(tmp_path / "in" / "whole" / "99.txt", b"new")
+    with pytest.raises(DataError, match=r"99\.txt: is new"):
+        prepare(made)
+    new.unlink()
+    (tmp_path / "in" / "whole" / "00.txt").unlink()
+    with pytest.raises(DataError, match=r"00\.txt: was there before"):
+        prepare(made)
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config_of_every_kind(tmp_path, "out")
+    monkeypatch.setattr(build, "stamp_of", lambda _: (0, 0, 0))
+    with pytest.raises(DataError, match="while it was read"):
+        prepare(made)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"plan_version": 1}', '{"plan_version": 1, "settings": 5}'])
 def test_a_damaged_plan_is_one_message(content: str, tmp_path: Path) -> None:
     made = config_of_every_kind(tmp_path, "out")
     prepare(made, slice_spec=(1, 2))
-    file = write(tmp_path / "out" / "plan.json", content.encode())
-    with pytest.raises(DataError, match=f"{file}: .*; remove {file.parent} and prepare the dataset again"):
+    file = write(tmp_path / "out" / PLAN, content.encode())
+    with pytest.raises(DataError, match=f"^{file}: .*; remove {file.parent} and"):
         prepare(made)
 
 
-@pytest.mark.parametrize("parts", [1, 3, 40])
-def test_any_number_of_parts_in_any_order_gives_the_same_bytes(parts: int, whole: tuple[Path, dict[str, str]]) -> None:
-    folder, digests = whole
-    order = random.Random(parts).sample(range(1, parts + 1), parts)
-    results = [prepare(config_of_every_kind(folder, f"parts{parts}"), slice_spec=(part, parts)) for part in order]
-    # Parts beyond the tasks have nothing to do, so that the manifest may be there before the last.
-    assert results[-1] is not None
-    assert dataset_digest(folder / f"parts{parts}") == digests
-
-
-def test_a_part_that_is_not_the_last_writes_no_manifest(whole: tuple[Path, dict[str, str]]) -> None:
-    folder, _ = whole
-    assert prepare(config_of_every_kind(folder, "first"), slice_spec=(1, 2)) is None
-    assert not (folder / "first" / "manifest.json").exists()
-    with pytest.raises(DataError, match="not finished"):
-        Manifest.load(folder / "first")
-
-
-@pytest.mark.parametrize("cores", [1, 7])
-def test_any_number_of_threads_gives_the_same_bytes(
-    cores: int, whole: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, digests = whole
-    monkeypatch.setattr(build.os, "sched_getaffinity", lambda _: set(range(cores)))
-    prepare(config_of_every_kind(folder, f"cores{cores}"))
-    assert dataset_digest(folder / f"cores{cores}") == digests
-
-
-def test_the_size_of_slices_does_not_change_the_documents(whole: tuple[Path, dict[str, str]]) -> None:
-    folder, _ = whole
-    prepare(config_of_every_kind(folder, "large", slice_size_mb=64.0))
-    for split in ("train", "validation"):
-        assert split_texts(folder / "large", split) == split_texts(folder / "out", split)
-
-
-def test_a_failure_anywhere_leaves_work_that_is_gone_on_with(
-    whole: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, digests = whole
-    done: list[int] = []
-    for number in itertools.count(1):
-        with monkeypatch.context() as patch:
-            calls = itertools.count(1)
-            publish = build.SliceWriter.publish
-
-            def failing(
-                self: Any, pieces: Any, last: bool, calls: Any = calls, stop: int = 3, publish: Any = publish
-            ) -> Any:
-                if next(calls) > stop:
-                    raise DataError("stopped here")
-                return publish(self, pieces, last)
-
-            patch.setattr(build.SliceWriter, "publish", failing)
-            try:
-                prepare(config_of_every_kind(folder, "stopped"))
-                break
-            except DataError as error:
-                assert "stopped here" in str(error)
-        done.append(len(list((folder / "stopped" / "slices").glob("[0-9]*"))))
-        assert not (folder / "stopped" / "manifest.json").exists()
-        assert number < 50
-    assert len(done) > 5
-    assert done == sorted(done)
-    assert dataset_digest(folder / "stopped") == digests
-
-
-@pytest.mark.slow
-def test_kill_9_at_twenty_random_moments_gives_the_same_bytes(whole: tuple[Path, dict[str, str]]) -> None:
-    folder, digests = whole
-    out = folder / "killed"
-    file = write(folder / "killed.yaml", dump_config(config_of_every_kind(folder, "killed")).encode())
-    command = [sys.executable, "-m", "pipeline", "prepare", str(file)]
-    slices = len([name for name in digests if name.endswith("slice.json")])
-    rng = random.Random(0)
-    # One in each twentieth of the work; by progress, not by the clock, so that a loaded machine is no matter.
-    moments = [int(slices * (twentieth + rng.random()) / 20) for twentieth in range(20)]
-    left_behind = []
-    for moment in moments:
-        part = rng.choice([[], [], ["--slice", "1/2"], ["--slice", "2/2"]])
-        # A kill between the manifest and the end of the process comes too late as well.
-        while not _killed(command + part, out, moment, rng.uniform(0, 0.03)) or (out / "manifest.json").exists():
-            assert _published(out) >= moment or part, "ended by itself, long before"
-            part = []
-            if (out / "manifest.json").exists():  # too late by a hair: take some of the work away again
-                (out / "manifest.json").unlink()
-                for lost in sorted((out / "slices").iterdir())[moment // 2 :]:
-                    shutil.rmtree(lost)
-        left_behind.append(len(list(out.rglob(".*.tmp"))))
-        # What is visible is whole, and nobody takes it for a dataset.
-        visible = {n: d for n, d in dataset_digest(out).items() if ".tmp" not in n}
-        assert visible.items() <= digests.items()
-        with pytest.raises(DataError, match="not finished"):
-            Manifest.load(out)
-    assert sum(count > 0 for count in left_behind) > 5  # in the middle of writing
-    subprocess.run(command, check=True, capture_output=True)
-    assert dataset_digest(out) == digests
-
-
-def _killed(command: list[str], out: Path, moment: int, later: float) -> bool:
-    """Runs until `moment` slices are published and `later` seconds more; whether it had to be killed."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    while process.poll() is None and (_published(out) < moment or not (out / "plan.json").exists()):
-        time.sleep(0.001)
-    time.sleep(later)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
-
-
-def _published(out: Path) -> int:
-    return len(list((out / "slices").glob("[0-9]*")))
-
-
-def test_a_part_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="allowed: I/N with I from 1 to N"):
-        prepare(config_of_every_kind(tmp_path, "out"), slice_spec=(3, 2))
-
-
-def test_two_processes_that_do_the_same_slice_agree(tmp_path: Path) -> None:
-    made = config_of_every_kind(tmp_path, "out")
-    file = write(tmp_path / "c.yaml", dump_config(made).encode())
-    command = [sys.executable, "-m", "pipeline", "prepare", str(file)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    for process in both:
-        _, err = process.communicate()
-        assert process.returncode == 0, err.decode()
-    assert not list((tmp_path / "out").rglob("*.tmp"))
-    prepare(config_of_every_kind(tmp_path, "alone"))
-    assert dataset_digest(tmp_path / "out") == dataset_digest(tmp_path / "alone")
-
-
-@pytest.mark.parametrize("moment", ["plan.json", "tokenizer.json", "000003-00000", "manifest.json"])
-def test_a_process_that_is_overtaken_at_any_moment_agrees(
-    moment: str, whole: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, digests = whole
-    made = config_of_every_kind(folder, f"overtaken-{moment}")
-    overtaken = []
-
-    def publish(self: Path, target: Path, rename: Any) -> Path:
-        if Path(target).name == moment and not overtaken:
-            overtaken.append(moment)
-            prepare(made)  # as another process would: to the end, temporary files cleared away
-            assert not self.exists()
-        return rename(self, target)
-
-    for name in ("rename", "replace"):
-        monkeypatch.setattr(Path, name, functools.partialmethod(publish, rename=getattr(Path, name)))
-    prepare(made)
-    assert overtaken
-    assert dataset_digest(Path(made.data.path)) == digests
-
-
-def test_the_split_depends_on_the_document_alone(tmp_path: Path) -> None:
-    first = config_of_every_kind(tmp_path, "out")
-    prepare(first)
-    validation = set(split_texts(tmp_path / "out", "validation"))
-    assert 5 < len(validation) < 60
-    entry = {"name": "all", "paths": [str(write(tmp_path / "other.jsonl", jsonl(["new", *TEXTS[::-1]])))]}
-    prepare(config(tmp_path / "other", [entry], tokenizer=TOKENIZER, validation_fraction=0.1))
-    # The archive's documents are for training by the first config, whatever their hash.
-    assert (
-        validation <= set(split_texts(tmp_path / "other", "validation")) <= validation | set(TEXTS[150:230]) | {"new"}
-    )
+def test_the_plan_is_written_in_one_line_and_read_back(tmp_path: Path) -> None:
+    for number, text in enumerate(documents(20)):
+        write(tmp_path / "in" / f"{number:02d}.txt", text.encode())
+    made = make_plan(config(tmp_path / "out", [one_source(tmp_path / "in" / "*.txt")], slice_size_mb=0.001))
+    reconcile_plan(tmp_path, made, begun=False)
+    assert (tmp_path / PLAN).read_bytes().count(b"\n") == 1
+    assert reconcile_plan(tmp_path, made, begun=True) == made

@@ -32,3 +32,25 @@ def test_a_disk_that_is_full_is_named_and_nothing_half_written_stays(
         prepare(config(tmp_path / "out", [one_source(path)]))
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["tasks"]
     assert [p.name for p in (tmp_path / "out" / "slices").iterdir()] == []
+
+
+# Every word is unknown to this tokenizer, and unknown words are its end of text.
+_TOKENIZER = """{"version": "1.0", "added_tokens": [{"id": 0, "content": "END", "single_word": false, "lstrip": false,
+"rstrip": false, "normalized": false, "special": true}], "normalizer": null, "pre_tokenizer": {"type": "Whitespace"},
+"post_processor": null, "decoder": null, "truncation": null, "padding": null,
+"model": {"type": "WordLevel", "vocab": {"END": 0, "known": 1}, "unk_token": "END"}}"""
+
+
+@pytest.mark.parametrize("names", [["a.txt"], ["a.txt", "b.txt"]])
+def test_a_forged_end_of_text_names_the_files_of_the_slice(names: list[str], tmp_path: Path) -> None:
+    files = [write(tmp_path / "in" / name, b"known known stranger") for name in names]
+    tokenizer = {
+        "kind": "file",
+        "path": str(write(tmp_path / "tokenizer.json", _TOKENIZER.encode())),
+        "end_of_text": "END",
+    }
+    made = config(tmp_path / "out", [one_source(tmp_path / "in" / "*.txt")], tokenizer=tokenizer)
+    place = str(files[0]) if len(files) == 1 else rf"{files[0]} to {files[1]} \(2 files\)"
+    with pytest.raises(DataError, match=f"^{place}: .*'known known stranger'.*'END'"):
+        prepare(made)
+    assert not list((tmp_path / "out").rglob("*.bin"))

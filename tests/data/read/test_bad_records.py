@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.load import dump_config
 from pipeline.data.build.build import prepare
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import DatasetManifest
 from pipeline.data.read.bad_records import check_lost_fraction
 from pipeline.errors import DataError
 from tests.data.helpers import (
@@ -161,7 +161,7 @@ def test_error_stops_at_the_record_and_names_it(case: str, tmp_path: Path) -> No
     assert not any(p.suffix == ".bin" or p.name == "manifest.json" for p in (tmp_path / "out").rglob("*"))
     assert not any(p.name.endswith(".tmp") for p in (tmp_path / "out").rglob("*"))
     with pytest.raises(DataError, match="not finished"):
-        Manifest.load(tmp_path / "out")
+        DatasetManifest.load(tmp_path / "out")
 
 
 @pytest.mark.parametrize("case", CASES)

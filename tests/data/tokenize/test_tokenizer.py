@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 
 from pipeline.data.build.build import prepare
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import DatasetManifest
 from pipeline.data.read.documents import Documents
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.data.tokenize.tokenizer_json import compose_bytes
@@ -248,4 +248,4 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"600 tokens.*model\.vocab_size"):
         prepare(made)
     with pytest.raises(DataError):
-        Manifest.load(tmp_path / "out")
+        DatasetManifest.load(tmp_path / "out")

@@ -1,0 +1,58 @@
+"""A damaged slice is named and can be rebuilt; foreign files in the dataset folder stay."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.build.build import prepare
+from pipeline.errors import DataError
+from tests.data.every_kind import config_of_every_kind
+from tests.data.helpers import dataset_digest, write
+
+
+def _cut_in_half(shard: Path) -> None:
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (Path.unlink, "train.idx"),
+        (_cut_in_half, "train.idx"),
+        (_cut_in_half, "train.bin"),
+        (lambda file: file.write_text("{}"), "slice.json"),
+        (lambda file: file.write_text('{"shards": 5}'), "slice.json"),
+    ],
+)
+def test_a_damaged_slice_is_named_and_rebuilt(damage: Any, name: str, tmp_path: Path) -> None:
+    made = config_of_every_kind(tmp_path, "out", dtype="uint32")
+    prepare(made)
+    before = dataset_digest(tmp_path / "out")
+    file = tmp_path / "out" / "slices" / "000000-00000" / name
+    damage(file)
+    with pytest.raises(DataError, match=f"^{file}: .*{file.parent} and run"):
+        prepare(made)
+    shutil.rmtree(file.parent)
+    prepare(made)
+    assert dataset_digest(tmp_path / "out") == before
+
+
+def test_foreign_files_in_the_folder_stay(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = config_of_every_kind(tmp_path, "out")
+    kept = [
+        out / ".notes.tmp",
+        out / ".plan.json.tmp",
+        out / "slices" / ".mine.tmp" / "file",
+        out / ".cache.tmp" / "file",
+    ]
+    ours = [out / ".plan.json.0123456789ab.tmp", out / "slices" / ".000000-00000.0123456789ab.tmp" / "train.bin"]
+    for file in (*kept, *ours):
+        write(file, b"x")
+    prepare(made)
+    assert all(file.exists() for file in kept) and not any(file.exists() for file in ours)
