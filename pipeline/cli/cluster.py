@@ -70,7 +70,7 @@ def status(
     # Into a pipe nothing is cut off to fit a screen that is not there.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     if as_json:
-        print(json.dumps([found.as_json() for found in look()], indent=2))
+        print(json.dumps([found.to_json() for found in look()], indent=2))
     elif watch:
         status_view.watch(look, console)
     else:
@@ -123,8 +123,8 @@ def check(
     """Say whether a config will work: memory, disk, data, devices, Slurm, image; exit status 1 if not."""
     from rich.console import Console
 
-    from pipeline.check.check import check as run_checks
-    from pipeline.check.view import print_checks
+    from pipeline.check.check import run_checks
+    from pipeline.check.table import print_checks
 
     found = run_checks(config_file, site_file, overrides or ())
     if as_json:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Debian's packages for `pipeline devcluster`; starts none of their services. Safe to run again.
+# Installs Debian's packages for `pipeline devcluster` without starting their services. Can be run again.
 set -euo pipefail
 
 packages=(slurm-wlm slurmdbd munge mariadb-server iproute2 util-linux)
@@ -11,7 +11,7 @@ for package in "${packages[@]}"; do
 done
 [ "${#missing[@]}" -gt 0 ] || exit 0
 
-# The packages would start a munged, a slurmctld and a MariaDB of the machine's own.
+# Otherwise the packages would start munged, slurmctld and MariaDB on the machine itself.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e "$policy" ]; then
     printf '#!/bin/sh\nexit 101\n' >"$policy"

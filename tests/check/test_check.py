@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.check.check import _disk as disk_check
-from pipeline.check.slurm import check_slurm
+from pipeline.check.site_request import check_site_request
 from pipeline.data.build.build import prepare
 from pipeline.launch.site import Site
 from pipeline.run.folder import step_name
@@ -84,7 +84,7 @@ def test_a_request_that_the_partition_cannot_give_is_named(
     train, words, tmp_path: Path, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ):
     run, config = make_run(tmp_path, monkeypatch)
-    found = {one.name: one for one in check_slurm(config, Site.model_validate(with_site(**train)), run)}
+    found = {one.name: one for one in check_site_request(config, Site.model_validate(with_site(**train)), run)}
     assert found["request of train"].status == "failed" and words in found["request of train"].found
     assert found["request of train"].cure
 
@@ -100,7 +100,7 @@ def test_a_request_that_sbatch_would_take_is_not_refused(
     train, words, tmp_path: Path, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ):
     run, config = make_run(tmp_path, monkeypatch)
-    found = {one.name: one for one in check_slurm(config, Site.model_validate(with_site(**train)), run)}
+    found = {one.name: one for one in check_site_request(config, Site.model_validate(with_site(**train)), run)}
     assert words in found["request of train"].found and found["request of train"].status == "ok"
     # Without it, `4+` would stand for nodes of 4 cores and more.
     assert "--exact" in cluster.calls("sinfo")[0]
@@ -140,7 +140,7 @@ def test_nodes_that_are_down_are_a_warning_where_the_others_are_too_few(
     tmp_path: Path, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ):
     run, config = make_run(tmp_path, monkeypatch)
-    found = {one.name: one for one in check_slurm(config, Site.model_validate(with_site(nodes=3)), run)}
+    found = {one.name: one for one in check_site_request(config, Site.model_validate(with_site(nodes=3)), run)}
     assert found["request of train"].status == "warning"
     assert found["request of train"].found == "3 nodes, and 2 of the 4 in main work now"
 

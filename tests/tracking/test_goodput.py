@@ -244,7 +244,7 @@ def test_status_shows_where_the_time_went_to_people_and_to_programs(tmp_path, ca
     (found,) = statuses([run])
     Console(width=100).print(view([found]))
     assert "57.1% of 2:55 (queue 1:00, startup 0:15, training 1:40)" in capsys.readouterr().out
-    assert {k: v for k, v in found.as_json()["wall"].items() if v} == {
+    assert {k: v for k, v in found.to_json()["wall"].items() if v} == {
         "queue_s": 60,
         "startup_s": 15,
         "training_s": 100,

@@ -68,7 +68,7 @@ class RunStatus:
     checkpoint: int | None
     updated: float | None
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Plain values, for programs."""
         return asdict(self)
 
