@@ -1,4 +1,4 @@
-"""One devcluster per test process, and the times measured on it; after a failure its logs stay in build/cluster-logs."""
+"""One devcluster per test process, and times measured on it; after a failure its logs stay in build/cluster-logs."""
 
 from __future__ import annotations
 

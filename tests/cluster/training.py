@@ -136,7 +136,7 @@ def prepare(cluster: Cluster) -> None:
 
 
 def assert_same_training(run: Path, reference: Path) -> None:
-    """Asserts that each step was logged once with the loss of the reference, and that the last weights are identical."""
+    """Asserts that every step was logged once with the loss of the reference and the last weights are identical."""
     assert experiment.curve(run) == experiment.curve(reference)
     assert experiment.validations(run) == experiment.validations(reference)
     last = [Manifest.load(r / "checkpoints" / step_name(STEPS)).files for r in (run, reference)]
