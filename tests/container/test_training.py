@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.layout import published, step_name
+from pipeline.checkpoint.layout import published
 from pipeline.files import sha256_file
 from pipeline.launch.container.command import container_environment
 from pipeline.launch.site import SiteContainer
+from pipeline.run.folder import step_name
 from tests.container.support import ROOT, Jobs
 
 # The first test that needs the image builds it.
