@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs Debian's packages for `pipeline devcluster` without starting their services. Can be run again.
+# Installs Debian's packages for `pipeline devcluster` and starts none of their services. Safe to run again.
 set -euo pipefail
 
 packages=(slurm-wlm slurmdbd munge mariadb-server iproute2 util-linux)
@@ -11,7 +11,7 @@ for package in "${packages[@]}"; do
 done
 [ "${#missing[@]}" -gt 0 ] || exit 0
 
-# Otherwise the packages would start munged, slurmctld and MariaDB on the machine itself.
+# While this policy stands, the packages cannot start the machine's own munged, slurmctld and MariaDB.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e "$policy" ]; then
     printf '#!/bin/sh\nexit 101\n' >"$policy"

@@ -92,7 +92,7 @@ def test_a_login_node_without_torch_is_judged_by_what_the_jobs_load(
     status, found = check(tmp_path, "--site", "site.yaml", slurm=cluster)
     assert (status, found["torch"]["status"]) == expected
     assert ("modules" in found["torch"]["cure"]) == bool(modules)
-    assert ("`python` of the site file" in found["torch"]["cure"]) != bool(modules)
+    assert ("`python` of" in found["torch"]["cure"]) != bool(modules)
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_cure(tmp_path: Path, cluster: FakeSlurm, python: str):
