@@ -17,6 +17,9 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 
+# Deadlines and the times of events are compared between nodes.
+MAX_CLOCK_SKEW_S = 5.0
+
 
 @contextlib.contextmanager
 def naming(place: object, what: str, cure: str = "", error: type[PipelineError] = PipelineError) -> Iterator[None]:
@@ -130,6 +133,11 @@ def staged_dir(final: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
+
+
+def nearest_existing(path: Path) -> Path:
+    """Returns the path itself, or the first folder above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def clock_skew_s(folder: Path) -> float:

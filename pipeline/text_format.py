@@ -31,6 +31,11 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
+def gigabytes(size: float, digits: int = 1) -> str:
+    """A number of bytes in decimal gigabytes: 2.4 GB."""
+    return f"{size / 1e9:.{digits}f} GB"
+
+
 def byte_characters() -> list[str]:
     """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}

@@ -1,4 +1,4 @@
-"""`pipeline check`: whether a config will work here, or at a site, before anybody waits for it. No torch."""
+"""`pipeline check`: finds what would make a run fail here, or at a site, before it is submitted. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from pipeline.data.layout import MANIFEST
 from pipeline.data.manifest import DatasetManifest, check_sizes
 from pipeline.data.read.sources import find_files
 from pipeline.errors import PipelineError
-from pipeline.launch.container.binds import check_visible, folders_for_a_while
+from pipeline.files import nearest_existing
+from pipeline.launch.container.binds import check_visible, temporary_folders
 from pipeline.launch.container.command import container_argv, container_environment, gpu_option
 from pipeline.launch.container.image import check_image, runtime_problem
 from pipeline.launch.site import Site, SiteContainer, load_site
@@ -29,15 +30,16 @@ from pipeline.plan.devices import GIB, device_named
 from pipeline.plan.memory import checkpoint_bytes, process_memory
 from pipeline.plan.plan import fits_device, needed_bytes
 from pipeline.run.folder import Run, run_for
+from pipeline.text_format import gigabytes
 
 _NODE_TIMEOUT_S = 300
-# Checks of a node that depend on what the Python there has; `node` is that it did not even start.
-_PACKAGES = ("torch", "deepspeed", "devices", "node")
+# Checks of a node that depend on the packages of its Python; `node` fails where that Python does not even start.
+_PACKAGE_CHECKS = ("torch", "deepspeed", "devices", "node")
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
-def check(config_file: str, site_file: str | None, overrides: Sequence[str]) -> list[Check]:
-    """All checks of a config, on this machine or for a site.
+def run_checks(config_file: str, site_file: str | None, overrides: Sequence[str]) -> list[Check]:
+    """Runs every check of a config, for this machine or for a site.
 
     Raises:
         ConfigError: Everything that is wrong with the config or the site file.
@@ -49,15 +51,15 @@ def check(config_file: str, site_file: str | None, overrides: Sequence[str]) -> 
     found = [Check("config", "ok", f"valid for {world} process{'es' if world > 1 else ''}")]
     found += [_memory(config, site), _disk(config), _data(config)]
     if site is not None:
-        from pipeline.check.slurm import check_slurm
+        from pipeline.check.site_request import check_site_request
 
-        found += check_slurm(config, site, run)
+        found += check_site_request(config, site, run)
     container = site.container if site else SiteContainer()
-    brought = site is not None and bool(site.modules or site.setup)
-    found += _container(config, container, run, brought)
+    from_job = site is not None and bool(site.modules or site.setup)
+    found += _container(config, container, run, from_job)
     if config.container.image is None:
-        return found + _python(config, site, brought)
-    return found + _image(config, container, run)
+        return found + _node(config, site, from_job)
+    return found + _node_in_image(config, container, run)
 
 
 def _memory(config: Config, site: Site | None) -> Check:
@@ -65,7 +67,7 @@ def _memory(config: Config, site: Site | None) -> Check:
     has_gpu = bool(site.train.gpus_per_node) if site else gpu_option("auto") is not None
     on_cpu = config.train.device == "cpu" or not has_gpu
     memory = process_memory(config, world, on_cpu=on_cpu)
-    needs = f"{needed_bytes(memory) / GIB:.2f} GiB a process at its peak ({memory.moment})"
+    needs = f"{needed_bytes(memory) / GIB:.2f} GiB per process at its peak ({memory.moment})"
     limit, of = _memory_limit(site, on_cpu)
     if limit is None:
         return Check("memory", "ok", f"{needs}; {of}")
@@ -76,33 +78,35 @@ def _memory(config: Config, site: Site | None) -> Check:
 
 
 def _memory_limit(site: Site | None, on_cpu: bool) -> tuple[float | None, str]:
-    """GiB that a process may take, and what of; None where it is not known."""
+    """Returns the GiB that a process may use, and whose they are; None where that is unknown."""
     if site is None and on_cpu:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, "of this machine"
     if site is None:
-        return None, "compare with the memory of this machine's GPU"
+        return None, "compare it with the memory of this machine's GPU"
     if on_cpu:
         if site.train.mem_gb is None:
-            return None, "the site sets no train.mem_gb to compare with"
+            return None, "the site sets no train.mem_gb to compare it with"
         return site.train.mem_gb / site.train.tasks_per_node, "by train.mem_gb of the site"
     if site.gpu_type is None:
-        return None, "the site names no gpu_type to compare with"
+        return None, "the site names no gpu_type to compare it with"
     try:
         return device_named(site.gpu_type).memory_gib, f"of a {site.gpu_type}"
     except PipelineError:
-        return None, f"the memory of a {site.gpu_type} is not known here"
+        return None, f"the memory of a {site.gpu_type} is unknown"
 
 
 def _disk(config: Config) -> Check:
     keep, train = config.checkpoint, config.train
-    # One more is being written while the oldest is still there.
+    # The oldest is deleted only after the newest is written.
     kept = keep.keep_last + 1 + keep.keep_best + (train.max_iters // keep.keep_every if keep.keep_every else 0)
     kept = min(kept, -(-train.max_iters // train.checkpoint_interval) + 1)
     there = len(published(run_for(config).checkpoints))
-    needed = max(1, kept - there) * checkpoint_bytes(config) / 1e9
-    place = _nearest(Path(config.runs_dir))
-    free = shutil.disk_usage(place).free / 1e9
-    found = f"{max(1, kept - there)} more checkpoints take {needed:.2f} GB, {free:.1f} GB are free at {place}"
+    needed = max(1, kept - there) * checkpoint_bytes(config)
+    place = nearest_existing(Path(config.runs_dir))
+    free = shutil.disk_usage(place).free
+    found = (
+        f"{max(1, kept - there)} more checkpoints take {gigabytes(needed, 2)}, {gigabytes(free)} are free at {place}"
+    )
     if needed <= free:
         return Check("disk", "ok", found)
     return Check("disk", "failed", found, "make room, choose another runs_dir, or keep fewer checkpoints")
@@ -117,7 +121,7 @@ def _data(config: Config) -> Check:
             return Check("data", "failed", str(error), "correct data.sources")
         size = sum(Path(file.path).stat().st_size for file in files) / 1e6
         found = f"to be prepared from {len(files):,} files, {size:,.1f} MB"
-        place = _nearest(folder)
+        place = nearest_existing(folder)
         free = shutil.disk_usage(place).free / 1e6
         if free < size:  # tokens usually take half of plain text, and more than compressed text
             return Check("data", "warning", f"{found}; {free:,.1f} MB are free at {place}", "make room for the tokens")
@@ -130,58 +134,62 @@ def _data(config: Config) -> Check:
     return Check("data", "ok", f"{manifest.splits['train'].tokens:,} training tokens, sizes agree with the manifest")
 
 
-def _container(config: Config, site: SiteContainer, run: Run, brought: bool) -> list[Check]:
+def _container(config: Config, site: SiteContainer, run: Run, from_job: bool) -> list[Check]:
     if config.container.image is None:
         return [Check("container", "ok", "none: jobs use the environment they find")]
     missing = runtime_problem(site)
-    if missing is not None and not brought:
+    if missing is not None and not from_job:
         return [Check("container", "failed", missing, "install apptainer, or correct container.command of the site")]
-    problems = check_visible(config, site, run) + check_image(config, site, brought=brought)
+    problems = check_visible(config, site, run) + check_image(config, site, from_job=from_job)
     if not problems and missing is not None:
-        return [Check("container", "warning", missing, "the jobs' modules are taken to bring it")]
+        return [Check("container", "warning", missing, "the modules of the jobs are expected to provide it")]
     if not problems:
         return [Check("container", "ok", f"{config.container.image} starts, and all paths can be seen in it")]
     return [Check("container", "failed", problem, "see docs/container.md") for problem in problems]
 
 
-def _python(config: Config, site: Site | None, brought: bool) -> list[Check]:
-    """The checks that import torch, by the Python that a job starts."""
+def _node(config: Config, site: Site | None, from_job: bool) -> list[Check]:
+    """Runs the checks that import torch with the Python that a job starts."""
     python = (site.python if site else None) or sys.executable
     code = str(Path(pipeline.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (code, os.environ.get("PYTHONPATH"))))
-    found = _answer([python, *_inner(config)], {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path})
+    found = _run_node([python, *_node_command(config)], {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path})
     if site is None:
         return found
-    return [_of_a_job(one, brought) if one.status == "failed" and one.name in _PACKAGES else one for one in found]
+    return [
+        _for_a_job(one, from_job) if one.status == "failed" and one.name in _PACKAGE_CHECKS else one for one in found
+    ]
 
 
-def _of_a_job(missing: Check, brought: bool) -> Check:
-    """What is missing here need not be missing where the job's modules are loaded."""
-    if brought:
-        return replace(missing, status="warning", cure="the jobs' modules or setup are taken to bring it")
+def _for_a_job(missing: Check, from_job: bool) -> Check:
+    """Returns the result for a package that is missing here: a job's modules or setup may provide it."""
+    if from_job:
+        return replace(missing, status="warning", cure="the modules or setup of the jobs are expected to provide it")
     cure = "name a Python that has it as `python` of the site file, or a container.image"
     return replace(missing, cure=f"{missing.cure}; or {cure}")
 
 
-def _image(config: Config, site: SiteContainer, run: Run) -> list[Check]:
-    """The same inside the image."""
+def _node_in_image(config: Config, site: SiteContainer, run: Run) -> list[Check]:
+    """Runs the checks that import torch inside the image."""
     if runtime_problem(site) is not None:
-        return []  # the container's own check has said so
+        return []  # `_container` has reported it
     code = Path(pipeline.__file__).parent.parent
-    inner, environment = _inner(config), _ENVIRONMENT
+    inner, environment = _node_command(config), _ENVIRONMENT
     try:
-        with folders_for_a_while(config, run):
+        with temporary_folders(config, run):
             command = container_argv(config, site, run, ["python3", *inner], environment=environment, code=code)
-            return _answer(command, container_environment(site, {**os.environ, **environment}))
+            return _run_node(command, container_environment(site, {**os.environ, **environment}))
     except PipelineError:
-        return []  # likewise
+        return []  # `_container` has reported it
 
 
-def _inner(config: Config) -> list[str]:
+def _node_command(config: Config) -> list[str]:
+    """Returns what follows `python` on the command line of `pipeline.check.node`."""
     return ["-m", "pipeline.check.node", str(config.runs_dir), str(Path(config.data.path).parent)]
 
 
-def _answer(command: Sequence[str], environment: Mapping[str, str]) -> list[Check]:
+def _run_node(command: Sequence[str], environment: Mapping[str, str]) -> list[Check]:
+    """Runs `pipeline.check.node` and returns its results; a process that fails is one failed check."""
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_NODE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -193,8 +201,3 @@ def _answer(command: Sequence[str], environment: Mapping[str, str]) -> list[Chec
     except ValueError:
         said = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         return [Check("node", "failed", said[0], f"run it by hand: {shlex.join(command)}")]
-
-
-def _nearest(path: Path) -> Path:
-    """The folder itself, or the first above it that exists."""
-    return next(p for p in (path, *path.absolute().parents) if p.exists())

@@ -1,8 +1,8 @@
-"""What `pipeline check` looks at where training will run: inside the image, or in the environment the jobs find.
+"""Checks of the environment that training will run in: inside the image, or with the Python that jobs start.
 
     python -m pipeline.check.node FOLDER...     # prints a JSON list of checks
 
-It is a process of its own, because it imports torch, which a login node need not have.
+This is a process of its own, because it imports torch, which a login node need not have.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.check.result import Check
-from pipeline.files import clock_skew_s
+from pipeline.files import MAX_CLOCK_SKEW_S, clock_skew_s, nearest_existing
+from pipeline.text_format import gigabytes
 
-_MOST_SKEW_S = 5.0
-# Two processes of NCCL share memory by /dev/shm; 64 MB, some containers' default, is not enough.
-_SHM_GB = 1.0
-_OPEN_FILES = 4096
+# NCCL's processes share memory through /dev/shm; 64 MB, the default of some containers, is not enough.
+_MIN_SHM_GB = 1.0
+_MIN_OPEN_FILES = 4096
 
 
-def checks(folders: list[str]) -> list[Check]:
-    """Every check of this machine.
+def node_checks(folders: list[str]) -> list[Check]:
+    """Returns every check of this machine.
 
     Args:
         folders: Where training will write.
@@ -44,7 +44,7 @@ def _imports(name: str) -> Check:
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             module = importlib.import_module(name)
-    except Exception as error:  # a broken installation fails in any way it likes
+    except Exception as error:  # a broken installation raises anything
         return Check(name, "failed", f"{type(error).__name__}: {error}", "install the extra: pip install '.[train]'")
     return Check(name, "ok", str(module.__version__))
 
@@ -62,7 +62,7 @@ def _devices() -> Check:
 
 def _writable(folder: Path) -> Check:
     name = f"writable {folder}"
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    place = nearest_existing(folder)
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"x")
@@ -72,29 +72,28 @@ def _writable(folder: Path) -> Check:
 
 
 def _clock(folder: Path) -> Check:
-    """Against the clock of the file system, which all nodes share."""
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    """Compares this clock with that of the file system, which all nodes share."""
     try:
-        skew = clock_skew_s(place)
+        skew = clock_skew_s(nearest_existing(folder))
     except OSError as error:
         return Check("clock", "warning", f"cannot be compared: {error.strerror}", "make the folder writable")
-    if abs(skew) > _MOST_SKEW_S:
-        return Check("clock", "failed", f"{skew:+.0f} s against the file system's", "let the node's clock be set (NTP)")
+    if abs(skew) > MAX_CLOCK_SKEW_S:
+        return Check("clock", "failed", f"{skew:+.0f} s against the file system's", "synchronize the clock (NTP)")
     return Check("clock", "ok", f"{skew:+.1f} s against the file system's")
 
 
 def _shared_memory() -> Check:
     state = os.statvfs("/dev/shm")
-    size = state.f_blocks * state.f_frsize / 1e9
-    if size < _SHM_GB:
-        return Check("/dev/shm", "warning", f"{size:.2f} GB", f"make it {_SHM_GB:g} GB or more")
-    return Check("/dev/shm", "ok", f"{size:.1f} GB")
+    size = state.f_blocks * state.f_frsize
+    if size < _MIN_SHM_GB * 1e9:
+        return Check("/dev/shm", "warning", gigabytes(size, 2), f"enlarge it to {_MIN_SHM_GB:g} GB or more")
+    return Check("/dev/shm", "ok", gigabytes(size))
 
 
 def _open_files() -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
-        return Check("open files", "warning", f"{soft} (hard limit {hard})", f"ulimit -n {_OPEN_FILES} in `setup`")
+    if soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES:
+        return Check("open files", "warning", f"{soft} (hard limit {hard})", f"ulimit -n {_MIN_OPEN_FILES} in `setup`")
     return Check("open files", "ok", str(soft))
 
 
@@ -105,8 +104,8 @@ def _locked_memory() -> Check:
     if Path("/dev/infiniband").exists():
         cure = "ulimit -l unlimited in `setup`; InfiniBand needs it"
         return Check("locked memory", "warning", f"{soft / 1e6:.0f} MB", cure)
-    return Check("locked memory", "ok", f"{soft / 1e6:.0f} MB, and no InfiniBand that would need more")
+    return Check("locked memory", "ok", f"{soft / 1e6:.0f} MB, enough without InfiniBand")
 
 
 if __name__ == "__main__":
-    print(json.dumps([check.to_json() for check in checks(sys.argv[1:])]))
+    print(json.dumps([check.to_json() for check in node_checks(sys.argv[1:])]))

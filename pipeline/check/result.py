@@ -10,20 +10,17 @@ Status = Literal["ok", "warning", "failed"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        name: What.
-        status: `failed` keeps the work from being done; a `warning` may.
-        found: The figure or the fact.
-        cure: What to change; empty where nothing need be.
-    """
+    """The result of one check."""
 
     name: str
+    """What was checked."""
     status: Status
+    """`failed` means that the work cannot run; `warning`, that it may not."""
     found: str
+    """The value or the fact that decided."""
     cure: str = ""
+    """What to change; empty where nothing has to be."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Returns the fields as plain JSON values."""
         return asdict(self)

@@ -123,8 +123,8 @@ def check(
     """Say whether a config will work: memory, disk, data, devices, Slurm, image; exit status 1 if not."""
     from rich.console import Console
 
-    from pipeline.check.check import check as run_checks
-    from pipeline.check.view import print_checks
+    from pipeline.check.check import run_checks
+    from pipeline.check.table import print_checks
 
     found = run_checks(config_file, site_file, overrides or ())
     if as_json:

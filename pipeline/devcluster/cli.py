@@ -1,4 +1,4 @@
-"""`pipeline devcluster`: a real Slurm of several nodes on this machine; thin, like `pipeline/cli/main.py`."""
+"""The commands of `pipeline devcluster`; thin, like `pipeline/cli/main.py`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from pipeline.devcluster.settings import Settings
 
 app = typer.Typer(
-    help="A real Slurm of several nodes on this machine, to learn and to test with. Needs root.", no_args_is_help=True
+    help="A real Slurm of several nodes on this machine, for learning and testing. Needs root.", no_args_is_help=True
 )
 
 State = Annotated[
     str,
-    typer.Option(envvar="PIPELINE_DEVCLUSTER", help="Folder of everything the cluster writes; gone after `down`."),
+    typer.Option(envvar="PIPELINE_DEVCLUSTER", help="Folder of everything the cluster writes; `down` removes it."),
 ]
 Node = Annotated[str, typer.Argument(metavar="NODE", help="Number or name of a node.")]
 _DEFAULT_STATE = "build/devcluster"
@@ -38,7 +38,7 @@ def up(
     settings = start(state_folder(state), nodes)
     print(f"login, {', '.join(settings.nodes)}: up in {time.monotonic() - began:.1f} s. Next, in this shell:")
     where = "" if state == _DEFAULT_STATE else f" --state {shlex.quote(state)}"
-    print(f'  eval "$(pipeline devcluster env{where})"    # Slurm\'s commands lead to it from then on')
+    print(f'  eval "$(pipeline devcluster env{where})"    # Slurm\'s commands then use this cluster')
     print("  sinfo")
     print("  pipeline submit configs/demo.yaml --site slurm/sites/devcluster.yaml")
     print(f"  pipeline devcluster down{where}")
@@ -46,7 +46,7 @@ def up(
 
 @app.command()
 def down(state: State = _DEFAULT_STATE) -> None:
-    """End the cluster and remove every trace of it; jobs that run are lost."""
+    """End the cluster and remove every trace of it; running jobs are lost."""
     from pipeline.devcluster.cluster import down as end
     from pipeline.devcluster.settings import state_folder
 
@@ -55,7 +55,7 @@ def down(state: State = _DEFAULT_STATE) -> None:
 
 @app.command()
 def status(state: State = _DEFAULT_STATE) -> None:
-    """Print the hosts, whether each has power, and what Slurm thinks of it."""
+    """Print the hosts, whether each has power, and its state in Slurm."""
     from pipeline.devcluster.cluster import status as hosts
 
     for line in hosts(_load(state)):
@@ -64,7 +64,7 @@ def status(state: State = _DEFAULT_STATE) -> None:
 
 @app.command()
 def env(state: State = _DEFAULT_STATE) -> None:
-    """Print the shell lines that lead Slurm's commands to the cluster: eval "$(pipeline devcluster env)"."""
+    """Print the shell lines that make Slurm's commands use the cluster: eval "$(pipeline devcluster env)"."""
     from pipeline.devcluster.hosts import environment
 
     for name, value in environment(_load(state)).items():
@@ -76,7 +76,7 @@ def shell(
     state: State = _DEFAULT_STATE,
     host: Annotated[str, typer.Option(help="`login`, or the number or name of a node.")] = "login",
     command: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="What to run; your shell otherwise.")
+        list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="What to run; your shell by default.")
     ] = None,
 ) -> None:
     """Run a command, or an interactive shell, on a host of the cluster."""
@@ -91,7 +91,7 @@ def shell(
 
 @app.command()
 def kill_node(node: Node, state: State = _DEFAULT_STATE) -> None:
-    """Cut a node's power: all its processes are gone at once."""
+    """Cut a node's power: all its processes end at once."""
     from pipeline.devcluster.cluster import kill_node as kill
 
     settings = _load(state)
@@ -100,7 +100,7 @@ def kill_node(node: Node, state: State = _DEFAULT_STATE) -> None:
 
 @app.command()
 def start_node(node: Node, state: State = _DEFAULT_STATE) -> None:
-    """Bring a node back."""
+    """Bring a node back up."""
     from pipeline.devcluster.cluster import start_node as start
 
     settings = _load(state)
@@ -109,7 +109,7 @@ def start_node(node: Node, state: State = _DEFAULT_STATE) -> None:
 
 @app.command()
 def restart_controller(state: State = _DEFAULT_STATE) -> None:
-    """Restart slurmctld; jobs that run go on."""
+    """Restart slurmctld; running jobs continue."""
     from pipeline.devcluster.cluster import restart_controller as restart
 
     restart(_load(state))

@@ -1,4 +1,4 @@
-"""A devcluster as a whole: up, down, what is running, and the accidents that befall it."""
+"""A devcluster as a whole: starts and ends it, reports its state, and causes failures of its parts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pipeline.devcluster.files import CGROUPS, free_letter, has_cgroup_v1, write
 from pipeline.devcluster.hosts import kill_host, pid_of, run_on, start_host
 from pipeline.devcluster.settings import LOGIN, Settings, exists, load
 from pipeline.errors import PipelineError, UsageError
+from pipeline.files import naming
 
 INSTALL_SCRIPT = Path(__file__).with_name("install.sh")
 _PROGRAMS = (
@@ -26,19 +27,20 @@ _PROGRAMS = (
 
 @dataclass(frozen=True)
 class HostState:
-    """One host in `status`: its name, address, and what Slurm thinks of it (`login` for the login host)."""
+    """One line of `status`."""
 
     host: str
     address: str
     up: bool
     slurm: str
+    """The state in Slurm; `login` for the login host, which is not a node."""
 
 
 def up(state: Path, node_count: int) -> Settings:
-    """Starts a cluster, or finds the one that runs in this folder already.
+    """Starts a cluster, or returns the one that is already running in this folder.
 
     Raises:
-        PipelineError: Something is missing here, or a part did not start; what had started is taken down.
+        PipelineError: A program is missing, or a part did not start; whatever had started is taken down.
     """
     _check_machine()
     if exists(state):
@@ -47,11 +49,9 @@ def up(state: Path, node_count: int) -> Settings:
             if settings.node_count != node_count:
                 raise UsageError(f"{state}: a cluster of {settings.node_count} nodes runs here; take it down first")
             return settings
-        down(state)  # what a reboot left of one
-    try:
+        down(state)  # the remains of a cluster after a reboot
+    with naming(state, "cannot be created", "choose another --state", UsageError):
         state.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{state}: cannot be made ({error.strerror}); choose another --state") from error
     if any(state.iterdir()):
         raise UsageError(f"{state}: holds other files; choose an empty or new folder for --state")
     with _one_at_a_time():
@@ -66,7 +66,7 @@ def up(state: Path, node_count: int) -> Settings:
 
 
 def down(state: Path) -> None:
-    """Ends everything and removes every trace; jobs that run are lost.
+    """Ends everything and removes every trace; running jobs are lost.
 
     Raises:
         PipelineError: There is no cluster in this folder.
@@ -78,7 +78,7 @@ def down(state: Path) -> None:
 
 
 def status(settings: Settings) -> list[HostState]:
-    """The hosts, and what Slurm thinks of each.
+    """Returns the hosts and the state of each in Slurm.
 
     Raises:
         PipelineError: The login host is down, or the controller does not answer.
@@ -97,21 +97,21 @@ def kill_node(settings: Settings, node: str) -> None:
     """Cuts a node's power.
 
     Raises:
-        UsageError: It is down already.
+        UsageError: The node is already down.
     """
     if pid_of(settings, node) is None:
-        raise UsageError(f"{node} is down already; `pipeline devcluster start-node {node}` brings it back")
+        raise UsageError(f"{node} is already down; `pipeline devcluster start-node {node}` brings it back")
     kill_host(settings, node)
 
 
 def start_node(settings: Settings, node: str) -> None:
-    """Brings a node back, and waits until jobs can run on it.
+    """Brings a node back up and waits until jobs can run on it.
 
     Raises:
-        UsageError: It is up already.
+        UsageError: The node is already up.
     """
     if pid_of(settings, node) is not None:
-        raise UsageError(f"{node} is up already")
+        raise UsageError(f"{node} is already up")
     old = services.registrations(settings)
     start_host(settings, node)
     services.start_slurmd(settings, node)
@@ -119,7 +119,7 @@ def start_node(settings: Settings, node: str) -> None:
 
 
 def restart_controller(settings: Settings) -> None:
-    """Ends slurmctld, starts it again, and waits until the nodes are known to it; jobs that run go on."""
+    """Restarts slurmctld and waits until the nodes have registered; running jobs continue."""
     services.stop_controller(settings)
     services.start_controller(settings)
     services.wait_for_nodes(settings, [node for node in settings.nodes if pid_of(settings, node) is not None])
@@ -127,7 +127,7 @@ def restart_controller(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Holds off other clusters that start on this machine: a letter is free until the first slurmd has used it."""
+    """Keeps other clusters of this machine from starting: a letter counts as free until the first slurmd uses it."""
     folder = os.open(CGROUPS, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -149,7 +149,7 @@ def _start(settings: Settings) -> None:
             start_host(settings, node)
         database.result()
     services.start_accounting(settings)
-    # Slurm's daemons wait for each other.
+    # The daemons wait for each other, so their order does not matter.
     for node in settings.nodes:
         services.start_slurmd(settings, node)
     services.start_controller(settings)

@@ -1,4 +1,4 @@
-"""The files a cluster is started from: its settings as Slurm reads them, and the client commands."""
+"""The files a cluster starts from: the configuration of Slurm and the client commands."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from pipeline.errors import PipelineError
 from pipeline.files import write_bytes, write_text
 
 _TEMPLATES = Path(__file__).with_name("templates")
-# A major number that no driver has. One of a real device would bar jobs from that device.
+# A major number without a driver: that of a real device would bar jobs from using it.
 _GPU_MAJOR = 240
 _BY_CGROUP = "ProctrackType=proctrack/cgroup\nTaskPlugin=task/cgroup\nJobAcctGatherType=jobacct_gather/cgroup"
 _BY_TREE = "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nJobAcctGatherType=jobacct_gather/linux"
-# Jobs of another cluster's nodes with the same names would share their control groups.
+# Each cluster of a machine takes its own letter: nodes with the same name would share the control groups of jobs.
 _LETTERS = "nmpqrstuvw"
 _CONTROLLERS = ("freezer", "memory", "devices", "cpuset", "cpuacct")
 CGROUPS = Path("/sys/fs/cgroup")
 
 
 def has_cgroup_v1() -> bool:
-    """Whether this machine has the control groups of version 1 that Slurm 22.05 can use without systemd."""
+    """Tells whether this machine has cgroup v1, which Slurm 22.05 can use without systemd."""
     kinds = {line.split()[1]: line.split()[2] for line in Path("/proc/mounts").read_text().splitlines()}
     return all(kinds.get(str(CGROUPS / name)) == "cgroup" for name in _CONTROLLERS)
 
 
 def free_letter() -> str:
-    """The first letter for nodes' names that no other cluster on this machine uses."""
+    """Returns the first letter for the names of nodes that no other cluster on this machine uses."""
     for letter in _LETTERS:
         if not any((CGROUPS / name / f"slurm_{letter}1").exists() for name in _CONTROLLERS):
             return letter
     raise PipelineError(
-        f"{CGROUPS}: groups slurm_{_LETTERS[0]}1 to slurm_{_LETTERS[-1]}1 are all there; take a cluster down"
+        f"{CGROUPS}: the groups slurm_{_LETTERS[0]}1 to slurm_{_LETTERS[-1]}1 are all in use; take a cluster down"
     )
 
 
 def write_files(settings: Settings) -> None:
-    """Makes the state folder's tree, Slurm's settings, munge's key and the pretended GPUs."""
+    """Writes the folders of the state folder, Slurm's configuration, munge's key and the simulated GPUs."""
     for name in ("etc", "munge", "run", "log", "bin", "dev", "slurmctld", "slurmd", "database"):
         (settings.state / name).mkdir(mode=0o755, parents=True)
     etc = settings.conf.parent
     names = [("127.0.0.1", "localhost"), *((settings.address(h), h) for h in settings.hosts)]
-    # torch asks for the name of the IPv4 address in its IPv6 form, and would ask a name server that is not there.
+    # torch looks up the IPv6 form of an IPv4 address; without this entry it would ask a name server, and there is none.
     mapped = [(f"::ffff:{address}", name) for address, name in names[1:]]
     write_text(etc / "hosts", "".join(f"{address} {name}\n" for address, name in [*names, *mapped]))
     values = {
@@ -57,7 +57,7 @@ def write_files(settings: Settings) -> None:
     }
     for name in ("slurm.conf", "slurmdbd.conf", "cgroup.conf"):
         write_text(etc / name, _template(name).substitute(values))
-    # It would hold the database's password, so slurmdbd insists.
+    # slurmdbd refuses to read its configuration otherwise, since it may hold the password of the database.
     (etc / "slurmdbd.conf").chmod(0o600)
     last = GPUS_PER_NODE - 1
     write_text(etc / "gres.conf", f"Name=gpu Type=pretended File={settings.state}/dev/gpu[0-{last}]\n")
@@ -68,7 +68,7 @@ def write_files(settings: Settings) -> None:
 
 
 def write_clients(settings: Settings, login_pid: int) -> None:
-    """Writes sbatch, squeue and the others; they need the login host's process id."""
+    """Writes sbatch, squeue and the other client commands, which contain the process id of the login host."""
     for client in CLIENTS:
         path = settings.bin / client
         text = _template("client.sh").substitute(

@@ -1,4 +1,4 @@
-"""Hosts: namespaces with an address and a name of their own, joined by a bridge that lives in the login host."""
+"""Hosts: namespaces, each with its own address and name, connected by a bridge in the login host."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _END_S = 10.0
 
 
 def start_host(settings: Settings, host: str) -> None:
-    """Starts a host and joins it to the network.
+    """Starts a host and connects it to the network.
 
     Raises:
-        PipelineError: It did not come up; the message ends with what it said.
+        PipelineError: The host did not start; the message ends with its output.
     """
     private = [str(settings.database)] if host == LOGIN else ["/tmp", "/dev/shm"]
     init = [sys.executable, "-I", "-S", str(Path(__file__).with_name("init.py"))]
     reader, writer = os.pipe()
     try:
         with _log(settings, host).open("ab") as log:
-            # setsid lets go of it: it outlives this command, and nobody here has to reap it.
+            # setsid detaches it: it outlives this command, and no process here has to reap it.
             subprocess.run(
                 ["setsid", "--fork", "unshare", *NAMESPACES, "--fork", "--propagation", "private",
                  *init, host, str(settings.state / "etc" / "hosts"), str(writer), *private],
@@ -51,27 +51,27 @@ def start_host(settings: Settings, host: str) -> None:
 
 
 def kill_host(settings: Settings, host: str) -> None:
-    """Cuts the power: the kernel kills every process of the host at once. Does nothing to a host that is down."""
+    """Cuts the power: the kernel kills every process of the host at once. Does nothing if the host is down."""
     pid = pid_of(settings, host)
     if pid is not None:
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: pid_of(settings, host) is None, _END_S, f"the end of host {host}")
+        wait_for(lambda: pid_of(settings, host) is None, _END_S, f"end of host {host}")
     _pid_file(settings, host).unlink(missing_ok=True)
     _remove_cgroups(host)
 
 
 def pid_of(settings: Settings, host: str) -> int | None:
-    """Process id of a host's first process, as the machine sees it; None if the host is down."""
+    """Returns the process id, on the machine, of a host's first process; None if the host is down."""
     try:
         pid, start = _pid_file(settings, host).read_text().split()
     except FileNotFoundError:
         return None
-    # The number alone may belong to another process by now.
+    # The number may belong to another process by now.
     return int(pid) if _start_time(int(pid)) == start else None
 
 
 def enter(settings: Settings, host: str, command: list[str]) -> list[str]:
-    """The command line that runs `command` on a host, in the folder it is started from, with Slurm's clients on PATH.
+    """Returns the command line that runs `command` on a host, in this working folder, with Slurm's clients on PATH.
 
     Raises:
         PipelineError: The host is down.
@@ -79,13 +79,13 @@ def enter(settings: Settings, host: str, command: list[str]) -> list[str]:
     pid = pid_of(settings, host)
     if pid is None:
         raise PipelineError(f"host {host} is down")
-    # `env` changes the folder when it is inside: nsenter's own --wd keeps one of the old mounts.
+    # `env` changes the folder once inside; nsenter's --wd would keep a folder of the outer mounts.
     inside = [f"--chdir={Path.cwd()}", *(f"{name}={value}" for name, value in environment(settings).items())]
     return ["nsenter", "--target", str(pid), *NAMESPACES, "--", "env", *inside, *command]
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """The variables that lead a shell, and everything it starts, to this cluster."""
+    """Returns the variables that make a shell, and everything it starts, use this cluster."""
     old = [folder for folder in os.environ.get("PATH", os.defpath).split(":") if folder != str(settings.bin)]
     return {
         "PIPELINE_DEVCLUSTER": str(settings.state),
@@ -97,7 +97,7 @@ def environment(settings: Settings) -> dict[str, str]:
 def run_on(
     settings: Settings, host: str, command: list[str], timeout_s: float = 30
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command on a host and returns what it said.
+    """Runs a command on a host and returns its status and output.
 
     Raises:
         PipelineError: The host is down, or the command did not end in time.
@@ -111,7 +111,7 @@ def run_on(
 
 
 def start_daemon(settings: Settings, host: str, command: list[str], log: Path) -> None:
-    """Starts a command on a host that goes on after this one has ended; its output is appended to `log`."""
+    """Starts a command on a host that outlives this process; appends its output to `log`."""
     with log.open("ab") as out:
         subprocess.run(
             enter(settings, host, ["setsid", "--fork", *command]),
@@ -128,12 +128,12 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str, log: Path
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            raise PipelineError(f"waited {seconds:g} s in vain for {what}{chr(10) + tail(log) if log else ''}")
+            raise PipelineError(f"no {what} within {seconds:g} s{chr(10) + tail(log) if log else ''}")
         time.sleep(0.05)
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log."""
+    """Returns the last lines of a log."""
     text = log.read_text(errors="replace") if log.exists() else ""
     return "\n".join([f"{log}:", *text.splitlines()[-8:]])
 
@@ -146,7 +146,7 @@ def _wire(settings: Settings, host: str, pid: int) -> None:
     login = pid_of(settings, LOGIN)
     if login is None:
         raise PipelineError(f"host {LOGIN} is down: `pipeline devcluster down`, then `up`")
-    # The kernel takes a dead host's cable away, but in its own time.
+    # The kernel removes the cable of a dead host, but with a delay.
     with contextlib.suppress(PipelineError):
         _ip(login, [f"link delete {host}"])
     _ip(login, [f"link add {host} type veth peer name eth0 netns {pid}", f"link set {host} master br0 up"])
@@ -154,7 +154,7 @@ def _wire(settings: Settings, host: str, pid: int) -> None:
 
 
 def _ip(pid: int, lines: list[str]) -> None:
-    """Runs lines of `ip -batch` in the network of a host."""
+    """Runs commands of `ip -batch` in the network namespace of a host."""
     done = subprocess.run(
         ["nsenter", "--target", str(pid), "--net", "ip", "-batch", "-"],
         input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=10,
@@ -164,10 +164,10 @@ def _ip(pid: int, lines: list[str]) -> None:
 
 
 def _remove_cgroups(host: str) -> None:
-    """Takes away what slurmd left: a machine that lost its power has no control groups."""
+    """Removes the control groups that slurmd left: a machine without power has none."""
     for root in Path("/sys/fs/cgroup").glob(f"*/slurm_{host}"):
         for folder, _, _ in os.walk(root, topdown=False):
-            wait_for(lambda f=folder: _rmdir(f), _END_S, f"the last process in {folder}")  # type: ignore[misc]
+            wait_for(lambda f=folder: _rmdir(f), _END_S, f"end of the processes in {folder}")  # type: ignore[misc]
 
 
 def _rmdir(folder: str) -> bool:
@@ -181,12 +181,12 @@ def _rmdir(folder: str) -> bool:
 
 
 def _start_time(pid: int) -> str:
-    """When a process began, in clock ticks after boot; empty if there is none or it is dead."""
+    """Returns when a process started, in clock ticks after boot; empty if it does not exist or is dead."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return ""
-    # The name, in brackets, may hold anything; after it come the state and, 19 fields on, the time.
+    # The name, in brackets, may contain anything; the state follows it and, 19 fields later, the time.
     fields = stat[stat.rindex(")") + 2 :].split()
     return "" if fields[0] in "ZX" else fields[19]
 

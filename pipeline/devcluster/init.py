@@ -1,7 +1,7 @@
-"""The first process of a host: makes the namespaces it was started in look like a machine, then reaps orphans.
+"""The first process of a host: sets up the namespaces it was started in like a machine, then reaps orphans.
 
-Run as a file by the bare interpreter, so it imports nothing of the project. When it is killed, the kernel kills every
-process of the host at once: that is a power failure.
+It runs as a file in a bare interpreter, so it imports nothing of the project. When it is killed, the kernel kills every
+process of the host at once, as a power failure would.
 """
 
 import os
@@ -13,12 +13,12 @@ from pathlib import Path
 
 
 def mount(*args: str) -> None:
-    """Mounts, in this host only."""
+    """Mounts a file system in this host only."""
     subprocess.run(["mount", *args], check=True)
 
 
 def main(host: str, hosts_file: str, private: list[str], ready: int) -> None:
-    """Never returns; writes its process id, as the machine sees it, to the descriptor `ready`."""
+    """Sets up the host, writes its process id on the machine to the descriptor `ready`, and reaps orphans for ever."""
     # /proc is still the machine's own here.
     outer_pid = Path("/proc/self").readlink()
     socket.sethostname(host)
@@ -26,7 +26,7 @@ def main(host: str, hosts_file: str, private: list[str], ready: int) -> None:
     mount("--bind", hosts_file, "/etc/hosts")
     for folder in private:
         mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", folder)
-    # Whatever is sent to whole process trees must not take the host down.
+    # A signal that is sent to a whole process tree must not end the host.
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})

@@ -17,22 +17,22 @@ ACCOUNTS = ("research", "teaching")
 
 
 def start_munge(settings: Settings) -> None:
-    """Starts munged; one serves all hosts, whose clocks and users are the same."""
+    """Starts munged. One serves all hosts, which share their clock and users."""
     log = settings.logs / "munged.log"
     folder = settings.munge_socket.parent
     command = [
         "munged", "--foreground", "--num-threads=4", f"--key-file={folder}/munge.key",
         f"--socket={settings.munge_socket}", f"--pid-file={folder}/munged.pid", f"--log-file={log}",
         f"--seed-file={folder}/seed",
-        # A checkout below somebody's home is no secure place to munged, which is right, and no harm here.
+        # munged rightly distrusts folders that others can write to; for a cluster of one machine that is no risk.
         "--force",
     ]  # fmt: skip
     start_daemon(settings, LOGIN, command, log)
-    wait_for(lambda: _answers(settings.munge_socket), _START_S, "munged", log)
+    wait_for(lambda: _answers(settings.munge_socket), _START_S, "answer of munged", log)
 
 
 def start_database(settings: Settings) -> None:
-    """Creates MariaDB's tables, in memory, and serves them on the login host's loopback."""
+    """Creates MariaDB's tables in memory and serves them on the loopback interface of the login host."""
     log = settings.logs / "mariadb.log"
     data = settings.database / "data"
     common = ["--no-defaults", "--user=root", f"--datadir={data}", "--innodb-log-file-size=8M"]
@@ -49,14 +49,14 @@ def start_database(settings: Settings) -> None:
         "--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900", "--skip-name-resolve",
     ]  # fmt: skip
     start_daemon(settings, LOGIN, ["mariadbd", *common, *options], log)
-    wait_for(lambda: _answers(sock), _START_S, "MariaDB", log)
+    wait_for(lambda: _answers(sock), _START_S, "answer of MariaDB", log)
 
 
 def start_accounting(settings: Settings) -> None:
-    """Starts slurmdbd and registers the cluster, its accounts and root, who may use them."""
+    """Starts slurmdbd and registers the cluster, its accounts, and root as their user."""
     log = settings.logs / "slurmdbd.log"
     start_daemon(settings, LOGIN, ["slurmdbd", "-D"], settings.logs / "slurmdbd.out")
-    wait_for(lambda: _sacctmgr(settings, "list", "cluster"), _START_S, "slurmdbd", log)
+    wait_for(lambda: _sacctmgr(settings, "list", "cluster"), _START_S, "answer of slurmdbd", log)
     accounts = ",".join(ACCOUNTS)
     for words in (
         ["add", "cluster", "devcluster"],
@@ -72,36 +72,38 @@ def start_controller(settings: Settings) -> None:
     """Starts slurmctld and waits until it answers."""
     log = settings.logs / "slurmctld.log"
     start_daemon(settings, LOGIN, ["slurmctld", "-D"], settings.logs / "slurmctld.out")
-    wait_for(lambda: controller_answers(settings), _START_S, "slurmctld", log)
+    wait_for(lambda: controller_answers(settings), _START_S, "answer of slurmctld", log)
 
 
 def stop_controller(settings: Settings) -> None:
-    """Ends slurmctld in order, so that it saves its state first.
+    """Ends slurmctld with SIGTERM, so that it saves its state first.
 
     Raises:
-        PipelineError: It does not run, or did not end.
+        PipelineError: slurmctld is not running, or did not end.
     """
     pid = settings.state / "run" / "slurmctld.pid"
     ended = run_on(settings, LOGIN, ["sh", "-c", f"kill -TERM $(cat {pid})"])
     if ended.returncode != 0:
-        raise PipelineError(f"slurmctld does not run: {ended.stderr.strip()}")
+        raise PipelineError(f"slurmctld is not running: {ended.stderr.strip()}")
     wait_for(
-        lambda: run_on(settings, LOGIN, ["sh", "-c", f"kill -0 $(cat {pid})"]).returncode != 0, _START_S, "its end"
+        lambda: run_on(settings, LOGIN, ["sh", "-c", f"kill -0 $(cat {pid})"]).returncode != 0,
+        _START_S,
+        "end of slurmctld",
     )
 
 
 def controller_answers(settings: Settings) -> bool:
-    """Whether slurmctld answers a ping."""
+    """Tells whether slurmctld answers a ping."""
     return " is UP" in run_on(settings, LOGIN, ["scontrol", "ping"]).stdout
 
 
 def start_slurmd(settings: Settings, node: str) -> None:
-    """Starts the daemon that makes a host a node; it registers by itself."""
+    """Starts slurmd, which makes a host a node; it registers by itself."""
     start_daemon(settings, node, ["slurmd", "-D", "-N", node], settings.logs / f"slurmd.{node}.out")
 
 
 def registrations(settings: Settings) -> dict[str, str]:
-    """The nodes that jobs can run on, and when the slurmd that registered each began.
+    """Returns the nodes that jobs can run on, each with the start time of the slurmd that registered it.
 
     A controller that has just started sends jobs to nodes that have not registered again, and forgets their GPUs.
     """
@@ -111,22 +113,22 @@ def registrations(settings: Settings) -> dict[str, str]:
 
 
 def wait_for_nodes(settings: Settings, nodes: list[str], old: dict[str, str] | None = None) -> None:
-    """Waits until Slurm counts on these nodes; one that had registered before as in `old` must do so anew."""
+    """Waits until these nodes have registered; one that is listed in `old` must register again."""
     before = old or {}
 
     def registered() -> bool:
         now = registrations(settings)
         return all(node in now and now[node] != before.get(node) for node in nodes)
 
-    wait_for(registered, _START_S, f"nodes {', '.join(nodes)}", settings.logs / "slurmctld.log")
+    wait_for(registered, _START_S, f"registration of {', '.join(nodes)}", settings.logs / "slurmctld.log")
 
 
 def _sacctmgr(settings: Settings, *words: str) -> bool:
-    # `list` of nothing answers with status 0, as soon as slurmdbd does.
+    # `list` returns 0 as soon as slurmdbd answers, even if there is nothing to list.
     return run_on(settings, LOGIN, ["sacctmgr", "--immediate", "--noheader", *words]).returncode == 0
 
 
 def _answers(path: Path) -> bool:
-    """Whether somebody listens on a socket of the file system."""
+    """Tells whether a process listens on a socket of the file system."""
     with socket.socket(socket.AF_UNIX) as client:
         return client.connect_ex(os.fspath(path)) == 0

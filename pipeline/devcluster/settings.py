@@ -1,4 +1,4 @@
-"""What a devcluster is made of and where its files are; written once by `up`, read by every later command."""
+"""The settings of a devcluster and the places of its files; written once by `up`, read by every later command."""
 
 from __future__ import annotations
 
@@ -18,25 +18,22 @@ GPUS_PER_NODE = 4
 MEMORY_MB_PER_NODE = 8000
 
 _FILE = "cluster.json"
-# A socket's whole path fits in 107 bytes, and munge adds `.lock` to its own.
+# The path of a socket must fit in 107 bytes, and munge adds `.lock` to its own.
 _LONGEST_STATE = 80
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One devcluster.
-
-    Attributes:
-        state: Folder of everything it writes; gone after `down`.
-        node_count: Compute nodes, 1 to 16.
-        letter: What the nodes' names begin with, before their number.
-        cgroups: Whether Slurm tracks and confines jobs by cgroup v1; by the process tree without.
-    """
+    """One devcluster."""
 
     state: Path
+    """Folder of everything it writes; `down` removes it."""
     node_count: int
+    """Compute nodes, 1 to 16."""
     letter: str
+    """First letter of the names of the nodes; their number follows."""
     cgroups: bool
+    """Whether Slurm tracks and confines jobs by cgroup v1; if not, it tracks the process tree."""
 
     @property
     def nodes(self) -> list[str]:
@@ -45,17 +42,17 @@ class Settings:
 
     @property
     def hosts(self) -> list[str]:
-        """The login host, which is the controller too, and the compute nodes."""
+        """The login host, which is also the controller, and the compute nodes."""
         return [LOGIN, *self.nodes]
 
     @property
     def conf(self) -> Path:
-        """The slurm.conf; its siblings are where Slurm looks for them."""
+        """The slurm.conf; Slurm finds its other configuration files beside it."""
         return self.state / "etc" / "slurm.conf"
 
     @property
     def bin(self) -> Path:
-        """Slurm's client commands, for the machine's own shell and for jobs."""
+        """Slurm's client commands, for the shell of the machine and for jobs."""
         return self.state / "bin"
 
     @property
@@ -65,27 +62,27 @@ class Settings:
 
     @property
     def munge_socket(self) -> Path:
-        """Where all hosts reach the one munged."""
+        """The socket at which all hosts reach munged."""
         return self.state / "munge" / "munge.sock"
 
     @property
     def database(self) -> Path:
-        """MariaDB's folder: memory that only the login host sees."""
+        """Folder of MariaDB: a tmpfs that only the login host sees."""
         return self.state / "database"
 
     def address(self, host: str) -> str:
-        """IPv4 address of a host, inside the cluster only."""
+        """Returns the IPv4 address of a host, which is valid inside the cluster only."""
         return f"10.66.0.{1 + self.hosts.index(host)}"
 
     def node(self, name: str) -> str:
-        """The node a person means by `2` or `n2`.
+        """Returns the name of the node that `2` or `n2` stands for.
 
         Raises:
-            UsageError: There is no such node; the message lists those there are.
+            UsageError: There is no such node; the message lists the nodes.
         """
         wanted = f"{self.letter}{name}" if name.isdigit() else name
         if wanted not in self.nodes:
-            raise UsageError(f"{name}: no such node; there are {', '.join(self.nodes)}")
+            raise UsageError(f"{name}: no such node; the nodes are {', '.join(self.nodes)}")
         return wanted
 
     def save(self) -> None:
@@ -94,10 +91,10 @@ class Settings:
 
 
 def state_folder(path: str | Path) -> Path:
-    """The absolute state folder.
+    """Returns the absolute path of the state folder.
 
     Raises:
-        UsageError: Its path is too long for the sockets in it.
+        UsageError: The path is too long for the sockets in the folder.
     """
     state = Path(path).absolute()
     if len(str(state)) > _LONGEST_STATE:
@@ -108,15 +105,15 @@ def state_folder(path: str | Path) -> Path:
 
 
 def exists(state: Path) -> bool:
-    """Whether a devcluster was made in this folder."""
+    """Tells whether there is a devcluster in this folder."""
     return (state / _FILE).is_file()
 
 
 def load(state: Path) -> Settings:
-    """The settings of the cluster in this folder.
+    """Returns the settings of the cluster in this folder.
 
     Raises:
-        PipelineError: There is none.
+        PipelineError: There is no cluster in this folder.
     """
     if not exists(state):
         raise PipelineError(f"no devcluster in {state}; start one with `pipeline devcluster up`")

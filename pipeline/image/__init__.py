@@ -1,4 +1,4 @@
-"""The Apptainer image: building it, the record beside it, comparing two of them.
+"""The Apptainer image: building it, recording what it was built from, comparing two images.
 
 How a job runs inside an image is `launch/container`.
 """

@@ -1,4 +1,4 @@
-"""Apptainer's own commands, as far as images are built and looked at with them."""
+"""The commands of Apptainer that build and inspect images."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError, UsageError, listing
 
 COMMAND = "apptainer"
 
-# gzip, the default, takes four times the time for a file that is no smaller.
+# The default, gzip, takes four times as long for a file that is no smaller.
 _SQUASH = "-comp zstd -Xcompression-level 1"
 _TAIL_LINES = 15
 _STEPS = (
-    ("Running post scriptlet", "the packages are installed"),
-    ("Running testscript", "the image is tested: every module is imported, three steps are trained"),
-    ("Creating SIF file", "the image is packed"),
-    ("Creating sandbox directory", "the sandbox is put in its place"),
+    ("Running post scriptlet", "installing packages"),
+    ("Running testscript", "testing the image: importing every module, training three steps"),
+    ("Creating SIF file", "packing the image"),
+    ("Creating sandbox directory", "moving the sandbox into place"),
 )
-# What the tools say when something is missing that they do not name.
+# Messages of the tools that do not name what is missing, and its cure.
 _CURES = (
-    ("noexec or nodev", "debootstrap needs root, or a line for you in /etc/subuid and /etc/subgid; without either take "
+    ("noexec or nodev", "debootstrap needs root, or an entry for you in /etc/subuid and /etc/subgid; with neither, use "
      "a base from a registry or an archive"),
     ("HTTP response to HTTPS client", "for a registry without TLS: export APPTAINER_NOHTTPS=1"),
-    ("Requesting capability set", "export APPTAINER_DROP_CAPS with the capabilities that root lacks here"),
+    ("Requesting capability set", "export APPTAINER_DROP_CAPS with the capabilities that root lacks on this machine"),
     ("o space left on device", "make room, or export APPTAINER_TMPDIR=DIR on a larger disk"),
 )  # fmt: skip
 
 
 def apptainer_version() -> str:
-    """The version of the Apptainer that is installed.
+    """Returns the version of the installed Apptainer.
 
     Raises:
-        UsageError: None is.
+        UsageError: Apptainer is not installed.
     """
     if shutil.which(COMMAND) is None:
-        raise UsageError(f"{COMMAND} is not there; install it or load its module (docs/container.md)")
+        raise UsageError(f"{COMMAND} is not installed here; install it or load its module (docs/container.md)")
     return subprocess.run([COMMAND, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
@@ -55,16 +55,16 @@ def build(
     sandbox: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Builds an image; what Apptainer says goes to the log, and each of its stages is told.
+    """Builds an image; writes Apptainer's output to the log and reports each stage.
 
     Args:
         definition: The definition file.
         target: The image.
         arguments: Build arguments.
-        bind: What `%post` sees of the host, as `APPTAINER_BIND` takes it.
-        log: Written anew.
-        sandbox: A folder in place of a SIF file.
-        say: Told what is being done.
+        bind: The folder of the host that `%post` sees, as `APPTAINER_BIND` takes it.
+        log: Overwritten.
+        sandbox: Build a folder instead of a SIF file.
+        say: Called with each stage.
 
     Raises:
         PipelineError: The build or the image's own test failed.
@@ -81,14 +81,14 @@ def build(
         try:
             _follow(process.stdout, out, say)
         except BaseException:
-            process.send_signal(signal.SIGINT)  # on no other signal it clears its own folder away
+            process.send_signal(signal.SIGINT)  # the only signal on which it removes its own folder
             process.wait()
             raise
     if process.returncode != 0:
         said = log.read_text(encoding="utf-8", errors="replace")
         cures = [cure for mark, cure in _CURES if mark in said]
         tail = said.splitlines()[-_TAIL_LINES:]
-        raise PipelineError("\n  ".join([f"apptainer could not build the image; the end of {log}:", *tail, *cures]))
+        raise PipelineError(listing(f"apptainer could not build the image; the end of {log}:", [*tail, *cures]))
 
 
 def _follow(said: IO[bytes], log: IO[bytes], say: Callable[[str], None]) -> None:
@@ -101,7 +101,7 @@ def _follow(said: IO[bytes], log: IO[bytes], say: Callable[[str], None]) -> None
 
 
 def read_inside(image: Path, file: Path) -> str:
-    """A text file of an image.
+    """Returns the content of a text file in an image.
 
     Raises:
         PipelineError: The image cannot be started, or has no such file.
@@ -110,23 +110,23 @@ def read_inside(image: Path, file: Path) -> str:
 
 
 def run_inside(image: Path, *command: str) -> str:
-    """What a command in the image prints; nothing of the host is seen there but /tmp.
+    """Returns what a command in the image prints; of the host it sees only /tmp.
 
     Raises:
-        PipelineError: It cannot be started or fails.
+        PipelineError: The command cannot be started or fails.
     """
     argv = [COMMAND, "exec", "--no-mount", "home,cwd", "--pwd", "/", str(image), *command]
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode != 0:
-        raise PipelineError(f"{image}: cannot be started, or is no image of this project: {done.stderr.strip()}")
+        raise PipelineError(f"{image}: cannot be started, or is not an image of this project: {done.stderr.strip()}")
     return done.stdout
 
 
 def labels(image: Path) -> dict[str, str]:
-    """The labels of an image.
+    """Returns the labels of an image.
 
     Raises:
-        PipelineError: It cannot be read.
+        PipelineError: The image cannot be read.
     """
     apptainer_version()
     done = subprocess.run([COMMAND, "inspect", "--json", str(image)], capture_output=True, text=True)

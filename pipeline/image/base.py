@@ -1,4 +1,4 @@
-"""What an image is built on: the argument files of `containers/`, checked before anything is fetched."""
+"""The base of an image: reads and checks the argument files of `containers/`."""
 
 from __future__ import annotations
 
@@ -15,24 +15,21 @@ from pipeline.files import sha256_file
 
 _BOOTSTRAPS = ("debootstrap", "docker", "docker-archive")
 _ACCELERATORS = ("cpu", "cuda", "rocm")
-# A plain user's path lacks them; Apptainer looks for debootstrap there all the same.
+# Apptainer also looks for debootstrap in these, which are not on a plain user's PATH.
 _ADMIN_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 _PINNED = re.compile(r".+@(sha256:[0-9a-f]{64})")
 
 
 @dataclass(frozen=True)
 class Base:
-    """One argument file.
-
-    Attributes:
-        name: In the names of images: the file's, without `.args`.
-        arguments: Build arguments of Apptainer.def.
-        digest: What pins the base; None for debootstrap, where the list of packages is recorded instead.
-    """
+    """One argument file."""
 
     name: str
+    """Name of the file without `.args`; part of the names of images."""
     arguments: dict[str, str]
+    """Build arguments of Apptainer.def."""
     digest: str | None
+    """Digest that pins the base; None for debootstrap, where the list of packages is recorded instead."""
 
     @property
     def accelerator(self) -> str:
@@ -44,27 +41,27 @@ def read_base(name: str, root: Path) -> Base:
     """Reads and checks the argument file that `--base` names.
 
     Args:
-        name: One of `containers/`, or the path of another file.
+        name: Name of a file in `containers/`, or the path of another file.
         root: The checkout.
 
     Raises:
-        UsageError: There is no such file, or an image of it could not be told from another.
+        UsageError: There is no such file, or it does not pin the base.
     """
     file = Path(name) if name.endswith(".args") else root / "containers" / f"{name}.args"
     if not file.is_file():
         known = ", ".join(sorted(f.stem for f in (root / "containers").glob("*.args")))
-        raise UsageError(f"--base {name}: there is no {file}; allowed: {known}, or the path of an .args file")
+        raise UsageError(f"--base {name}: there is no {file}; allowed: {known} or the path of an .args file")
     arguments = _parse(file)
     for key, allowed in (("BOOTSTRAP", _BOOTSTRAPS), ("ACCELERATOR", _ACCELERATORS)):
         if arguments.get(key) not in allowed:
             raise UsageError(f"{file}: {key}={arguments.get(key, '')}, allowed: {', '.join(allowed)}")
     if "FROM" not in arguments:
-        raise UsageError(f"{file}: FROM is missing; it names the base")
+        raise UsageError(f"{file}: FROM is missing; set it to the name of the base")
     if arguments["BOOTSTRAP"] == "debootstrap":
         if "MIRROR" not in arguments:
             arguments["MIRROR"] = _apt_mirror(file)
         if shutil.which("debootstrap", path=os.pathsep.join([os.environ["PATH"], *_ADMIN_FOLDERS])) is None:
-            raise UsageError(f"{file}: needs debootstrap, which is not installed here; apt-get install debootstrap")
+            raise UsageError(f"{file}: debootstrap is not installed here; run `apt-get install debootstrap`")
     return Base(file.stem, arguments, _digest(file, arguments))
 
 
@@ -86,26 +83,26 @@ def _digest(file: Path, arguments: dict[str, str]) -> str | None:
         return None
     if arguments["BOOTSTRAP"] == "docker-archive":
         if not Path(base).is_file():
-            raise UsageError(f"{file}: FROM={base}: there is no such file")
+            raise UsageError(f"{file}: FROM={base}: this file does not exist")
         return f"sha256:{sha256_file(Path(base))}"
     pinned = _PINNED.fullmatch(base)
     if pinned is None:
         raise UsageError(
-            f"{file}: FROM={base} is not pinned, so that two builds could differ; write NAME@sha256:..., "
+            f"{file}: FROM={base} is not pinned, so two builds could differ; write NAME@sha256:..., "
             f"which `skopeo inspect --format '{{{{.Digest}}}}' docker://{base}` prints"
         )
     return pinned[1]
 
 
 def _apt_mirror(file: Path) -> str:
-    """The Debian mirror that apt on this machine uses."""
+    """Returns the Debian mirror that apt uses on this machine."""
     system = platform.freedesktop_os_release() if Path("/etc/os-release").exists() else {}
     if system.get("ID") == "debian" and shutil.which("apt-get") is not None:
         form = ("--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Created-By: Packages")
         done = subprocess.run(["apt-get", "indextargets", *form], capture_output=True, text=True)
-        # Of the release itself: the archive of its security updates holds too little to start from.
+        # Only the release itself: the archive of its security updates lacks the base packages.
         wanted = f" {system['VERSION_CODENAME']} main"
         mirrors = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(wanted)]
         if mirrors:
             return mirrors[0]
-    raise UsageError(f"{file}: apt here names no Debian mirror; add a line MIRROR=ADDRESS to a copy of the file")
+    raise UsageError(f"{file}: apt here has no Debian mirror; add a line MIRROR=ADDRESS to a copy of the file")

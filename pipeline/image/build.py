@@ -1,4 +1,4 @@
-"""`pipeline image build`: from a checkout to an image and its record, both visible only when whole."""
+"""`pipeline image build`: builds an image of a checkout and its record; each becomes visible only when complete."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 import pipeline
 from pipeline.errors import UsageError
-from pipeline.files import sha256_bytes
+from pipeline.files import naming, sha256_bytes
 from pipeline.image.apptainer import apptainer_version, build, read_inside
 from pipeline.image.base import Base, read_base
 from pipeline.image.record import IMAGE_HOME, record_file, write_record
 from pipeline.image.wheels import PROJECT_PARTS, lock_digest, locks_of, project_wheel, wheelhouse
 from pipeline.run.provenance import git_state, untracked
+from pipeline.text_format import gigabytes
 
 CONTAINERS = "containers"
 
 _DIRTY = "-dirty"
-# Debian with a compiler, and the compiled forms of what the wheels bring.
+# Debian with a compiler, and the byte code of the wheels' modules.
 _BASE_BYTES, _COMPILED_BYTES = 0.6e9, 0.3e9
 
 
 def checkout() -> Path:
-    """The checkout that this code is in.
+    """Returns the checkout that this code runs from.
 
     Raises:
-        UsageError: The code is installed; an image is built from a checkout.
+        UsageError: The code is installed instead.
     """
     root = Path(pipeline.__file__).parents[1]
     if (root / "Apptainer.def").is_file():
         return root
-    raise UsageError(f"an image is built from a checkout of the project, and {root} is none; clone it and run it there")
+    raise UsageError(f"{root}: not a checkout of the project, which an image is built from; clone it and build there")
 
 
 def commit_of(root: Path) -> str:
-    """The commit of a checkout, marked where what goes into an image differs from it; `unknown` without git."""
+    """Returns the commit of a checkout, with `-dirty` if an image of it would differ; `unknown` without git."""
     state = git_state(root)
     if state["commit"] is None:
         return "unknown"
@@ -56,14 +57,14 @@ def commit_of(root: Path) -> str:
 
 
 def build_image(base_name: str, sandbox: bool) -> Path:
-    """Builds an image of this checkout into `build/images`, tests it, and records what it was built from.
+    """Builds an image of this checkout into `build/images`, tests it and records what it was built from.
 
     Args:
-        base_name: One of `containers/*.args`, or the path of another argument file.
-        sandbox: A folder in place of a SIF file.
+        base_name: Name of a file in `containers/`, or the path of another argument file.
+        sandbox: Build a folder instead of a SIF file.
 
     Raises:
-        UsageError: The base is not usable, or a program is missing.
+        UsageError: The base cannot be used, or a program is missing.
         PipelineError: Wheels cannot be fetched, or the build or the image's own test failed.
     """
     root = checkout()
@@ -78,11 +79,11 @@ def build_image(base_name: str, sandbox: bool) -> Path:
 def _build(root: Path, base: Base, sandbox: bool, apptainer: str, steps: _Steps) -> Path:
     commit = commit_of(root)
     if commit.endswith(_DIRTY):
-        steps.say(f"files differ from the commit, and the image is recorded as {commit}; commit them for one to keep")
+        steps.say(f"files differ from the commit, so the image is recorded as {commit}; commit them for one to keep")
     images = _folder(root / "build" / "images")
     locks = locks_of(base.accelerator, root / CONTAINERS)
     wheels = wheelhouse(base.accelerator, locks, root / "build" / "wheels", steps.say)
-    _refuse_little_room(wheels, images if sandbox else _temporary_folder())
+    _check_free_space(wheels, images if sandbox else _temporary_folder())
     image = images / f"pipeline-{base.name}{'' if sandbox else '.sif'}"
     temp = images / f".{image.name}.{secrets.token_hex(4)}"
     log = images / f"{image.name}.log"
@@ -94,7 +95,7 @@ def _build(root: Path, base: Base, sandbox: bool, apptainer: str, steps: _Steps)
     }
     try:
         with _context(root, wheels, locks, steps) as context:
-            steps.say(f"apptainer builds {image.name}; its own words are in {log}")
+            steps.say(f"apptainer builds {image.name}; its output is in {log}")
             bind = f"{context}:/mnt:ro"
             build(root / "Apptainer.def", temp, arguments, bind, log, sandbox=sandbox, say=steps.say)
         steps.say("computing the checksum")
@@ -105,24 +106,20 @@ def _build(root: Path, base: Base, sandbox: bool, apptainer: str, steps: _Steps)
 
 
 def _folder(images: Path) -> Path:
-    """Makes the folder of the images.
+    """Creates the folder of the images.
 
     Raises:
-        UsageError: It cannot be written.
+        UsageError: The folder cannot be written.
     """
-    try:
+    with naming(images, "cannot be written", "build from a clone in a folder of your own", UsageError):
         images.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=images.parent):
             pass
-    except OSError as error:
-        raise UsageError(
-            f"{images}: cannot be written ({error.strerror}); build from a clone in a folder of your own"
-        ) from error
     return images
 
 
 def _record(base: Base, image: Path, arguments: dict[str, str]) -> dict[str, Any]:
-    """What the image was built from, as plain JSON values."""
+    """Returns what the image was built from, as plain JSON values."""
     python, system = (read_inside(image, IMAGE_HOME / f"{kind}-packages.txt") for kind in ("python", "system"))
     return {
         "base": {
@@ -142,7 +139,7 @@ def _record(base: Base, image: Path, arguments: dict[str, str]) -> dict[str, Any
 
 
 class _Steps:
-    """What a person sees on stderr: a line a step, with the seconds since the start, and on a terminal a clock."""
+    """Prints one line per step on stderr, with the seconds since the start, and shows a clock on a terminal."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -166,7 +163,7 @@ class _Steps:
 
 @contextmanager
 def _context(root: Path, wheels: Path, locks: list[Path], steps: _Steps) -> Iterator[Path]:
-    """The folder that the build sees as /mnt: links to the wheels, the project's own wheel, the locks."""
+    """Yields the folder that the build sees as /mnt: links to the wheels, the project's own wheel, the locks."""
     with tempfile.TemporaryDirectory(dir=root / "build", prefix=".context.") as temp:
         context = Path(temp)
         (context / "wheels").mkdir()
@@ -180,12 +177,12 @@ def _context(root: Path, wheels: Path, locks: list[Path], steps: _Steps) -> Iter
 
 
 def _temporary_folder() -> Path:
-    """Where Apptainer unpacks what it makes a SIF file of."""
+    """Returns the folder in which Apptainer unpacks an image before it packs the SIF file."""
     return Path(os.environ.get("APPTAINER_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
 
 
-def _refuse_little_room(wheels: Path, folder: Path) -> None:
-    """On a full disk debootstrap would say that packages cannot be downloaded."""
+def _check_free_space(wheels: Path, folder: Path) -> None:
+    """Raises UsageError if the unpacked image does not fit; debootstrap would only report a failed download."""
     needed = _BASE_BYTES + _COMPILED_BYTES
     for wheel in wheels.iterdir():
         with zipfile.ZipFile(wheel) as packed:
@@ -193,13 +190,13 @@ def _refuse_little_room(wheels: Path, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UsageError(
-            f"{folder}: {free / 1e9:.1f} GB are free, and unpacked the image takes {needed / 1e9:.1f} GB there; make "
-            "room, or export APPTAINER_TMPDIR=DIR on a larger disk"
+            f"{folder}: {gigabytes(free)} are free, and the unpacked image needs {gigabytes(needed)} there; make room "
+            "or export APPTAINER_TMPDIR=DIR on a larger disk"
         )
 
 
 def _publish(temp: Path, image: Path, record: dict[str, Any]) -> None:
-    """Puts image and record in their places; a record never stands beside an image that it is not about."""
+    """Renames the image into place and writes its record; a record never stands beside another image."""
     record_file(image).unlink(missing_ok=True)
     if image.is_dir():
         old = image.with_name(f".{image.name}.{secrets.token_hex(4)}.old")

@@ -1,4 +1,4 @@
-"""What tells two images from each other: versions of packages, lists of files, and the bytes of files."""
+"""The differences between two images: versions of packages, lists of files, contents of files."""
 
 from __future__ import annotations
 
@@ -10,47 +10,46 @@ from pipeline.image.apptainer import run_inside
 from pipeline.image.record import PACKAGE_LISTS, read_record
 
 _SHOWN = 20
-# Type, mode and the target of a link: what can differ in a file besides its bytes. Times do, and mean nothing.
+# Type, mode and link target. Times differ between any two builds and mean nothing.
 _LIST = ("find", "/", "-xdev", "-not", "-path", "/proc/*", "-printf", "%p %y %m %l\\n")
 _SUMS = ("find", "/", "-xdev", "-type", "f", "-exec", "sha256sum", "--zero", "{}", "+")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How one image differs from another.
-
-    Attributes:
-        packages: Those that one has and the other has not, with their versions.
-        listed: Files, folders and links that are in one only, or of another kind, mode or target.
-        contents: Files in both whose bytes differ.
-        files: How many files, folders and links the first holds.
-    """
+    """How one image differs from another."""
 
     packages: list[str]
+    """Packages, with their versions, that only one image has."""
     listed: list[str]
+    """Files, folders and links that only one image has with this type, mode and link target."""
     contents: list[str]
+    """Files in both images whose bytes differ."""
     files: int
+    """Number of files, folders and links in the first image."""
 
 
 def compare(image: Path, other: Path) -> Comparison:
-    """Compares two images, whichever of them are files or folders.
+    """Compares two images, each a SIF file or a sandbox.
 
     Raises:
-        PipelineError: One has no record or cannot be started.
+        PipelineError: An image has no record or cannot be started.
     """
     first, second = (_packages(read_record(file, PACKAGE_LISTS)) for file in (image, other))
-    listed, listed_too = _files(image), _files(other)
-    sums, sums_too = _sums(image), _sums(other)
+    first_files, second_files = _files(image), _files(other)
+    first_sums, second_sums = _sums(image), _sums(other)
     return Comparison(
         packages=_only(first, second, image, other),
-        listed=_only(listed, listed_too, image, other),
-        contents=sorted(file for file in sums.keys() & sums_too.keys() if sums[file] != sums_too[file]),
-        files=len(listed),
+        listed=_only(first_files, second_files, image, other),
+        contents=sorted(
+            file for file in first_sums.keys() & second_sums.keys() if first_sums[file] != second_sums[file]
+        ),
+        files=len(first_files),
     )
 
 
 def print_comparison(image: Path, other: Path) -> bool:
-    """Prints how two images differ; whether they hold the same packages and the same files, bytes aside."""
+    """Prints how two images differ; returns whether their packages and lists of files are the same."""
     found = compare(image, other)
     for what, lines in (("packages", found.packages), ("files", found.listed), ("contents", found.contents)):
         print(f"{what:<13} {f'{len(lines)} differ' if lines else 'the same'}")
@@ -76,5 +75,5 @@ def _sums(image: Path) -> dict[str, str]:
 
 
 def _only(first: set[str], second: set[str], image: Path, other: Path) -> list[str]:
-    lone = [(entry, image) for entry in first - second] + [(entry, other) for entry in second - first]
-    return [f"{entry.rstrip()}: in {where} only" for entry, where in sorted(lone)]
+    single = [(entry, image) for entry in first - second] + [(entry, other) for entry in second - first]
+    return [f"{entry.rstrip()}: in {where} only" for entry, where in sorted(single)]

@@ -1,11 +1,11 @@
-"""`pipeline image info`: what an image was built from, and whether it still is what was built."""
+"""`pipeline image info`: prints what an image was built from and whether it has changed since."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError, UsageError, listing
 from pipeline.image.apptainer import labels
 from pipeline.image.build import CONTAINERS, checkout, commit_of
 from pipeline.image.record import PACKAGE_LISTS, digest, read_record
@@ -20,44 +20,43 @@ def print_info(image: Path) -> None:
     """Prints the record of an image and how it differs from this checkout.
 
     Raises:
-        UsageError: There is no image at this place.
-        PipelineError: It has no record, or is not what its record says.
+        UsageError: The image does not exist.
+        PipelineError: It has no record, or does not match it.
     """
     if not image.exists():
-        raise UsageError(f"{image}: does not exist; `pipeline image build` makes one")
+        raise UsageError(f"{image}: does not exist; build it with `pipeline image build`")
     record = read_record(image, (*_BASE, *_SHOWN, *PACKAGE_LISTS))
     base = record["base"]
     print(f"{'base':<13} {base['name']} by {base['bootstrap']}, {base['digest']}")
     for key in _SHOWN:
         print(f"{key:<13} {record[key]}")
-    print(
-        f"{'packages':<13} {len(record['python_packages'])} of Python, {len(record['system_packages'])} of the system"
-    )
+    python, system = (len(record[kind]) for kind in PACKAGE_LISTS)
+    print(f"{'packages':<13} {python} of Python, {system} of the system")
     for line in _differences_from_checkout(record):
         print(line)
     problems = _contradictions(image, record)
     if problems:
-        raise PipelineError("\n  ".join([f"{image}: is not what its record says:", *problems]))
-    print("the image is what its record says")
+        raise PipelineError(listing(f"{image}: does not match its record:", problems))
+    print("the image matches its record")
 
 
 def _differences_from_checkout(record: dict[str, Any]) -> list[str]:
     try:
         root = checkout()
-    except UsageError:  # installed without one: there is nothing to compare with
+    except UsageError:  # installed: there is no checkout to compare with
         return []
     locks = locks_of(record["accelerator"], root / CONTAINERS)
     here = {"commit": commit_of(root), "lock_sha256": lock_digest(locks)}
-    return [f"{key} of this checkout is another: {value}" for key, value in here.items() if record[key] != value]
+    return [f"{key} of this checkout differs: {value}" for key, value in here.items() if record[key] != value]
 
 
 def _contradictions(image: Path, record: dict[str, Any]) -> list[str]:
     problems = []
     found = digest(image)
     if found != record["sha256"]:
-        problems.append(f"its sha256 is {found}: it was changed, signed or damaged after it was built")
+        problems.append(f"its sha256 is {found}: it was changed, signed or damaged after the build")
     said = labels(image)
     for label, key in _LABELS.items():
         if said.get(label) != record[key]:
-            problems.append(f"its label {label} is {said.get(label)}: the record is another image's")
+            problems.append(f"its label {label} is {said.get(label)}: the record belongs to another image")
     return problems

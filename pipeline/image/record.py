@@ -12,40 +12,40 @@ from typing import Any
 from pipeline.errors import PipelineError
 from pipeline.files import read_json, sha256_file, write_json
 
-# Where Apptainer.def puts Python and the project; the definition's environment names the same folder.
+# Apptainer.def installs Python and the project here; its %environment names the same folder.
 IMAGE_HOME = Path("/opt/hpc-pipeline")
 PACKAGE_LISTS = ("python_packages", "system_packages")
 
 
 def record_file(image: Path) -> Path:
-    """The record of an image lies beside it: `pipeline-cpu.sif.json`."""
+    """Returns the path of an image's record, which lies beside it: `pipeline-cpu.sif.json`."""
     return image.with_name(f"{image.name}.json")
 
 
 def read_record(image: Path, keys: Collection[str] = ()) -> dict[str, Any]:
-    """The record of an image.
+    """Returns the record of an image.
 
     Args:
         image: A SIF file or a sandbox.
-        keys: What the record must tell besides the checksum, dotted.
+        keys: Dotted keys that the record must hold besides the checksum.
 
     Raises:
-        PipelineError: There is none, or it is damaged.
+        PipelineError: The record is missing or damaged.
     """
     file = record_file(image)
     if not file.exists():
         raise PipelineError(
-            f"{image}: has no record ({file.name} beside it); copy it along with the image, or build one with "
-            "`pipeline image build`"
+            f"{image}: has no record ({file.name} beside it); copy the record along with the image, or build the image "
+            "again with `pipeline image build`"
         )
     record = read_json(file)
     if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
-        raise PipelineError(f"{file}: is not the record of an image")
+        raise PipelineError(f"{file}: not the record of an image; build the image again with `pipeline image build`")
     missing = [key for key in keys if _at(record, key) is None]
     if missing:
         raise PipelineError(
-            f"{file}: the record of an image lacks {', '.join(missing)}; copy the whole one along with the image, or "
-            "build one with `pipeline image build`"
+            f"{file}: the record of an image lacks {', '.join(missing)}; copy the complete record along with the "
+            "image, or build the image again with `pipeline image build`"
         )
     return record
 
@@ -58,12 +58,12 @@ def _at(record: dict[str, Any], key: str) -> Any:
 
 
 def write_record(image: Path, record: dict[str, Any]) -> None:
-    """Publishes the record of an image that is finished."""
+    """Publishes the record of a finished image, with its size and checksum."""
     write_json(record_file(image), {**record, "size_mb": round(_bytes(image) / 1e6, 1), "sha256": digest(image)})
 
 
 def digest(image: Path) -> str:
-    """SHA-256 of a SIF file; of a sandbox, of the names, modes, links and contents of its files."""
+    """Returns the SHA-256 of a SIF file; of a sandbox, that of its files' names, modes, links and contents."""
     if image.is_file():
         return sha256_file(image)
     total = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""The wheels that go into an image: fetched on the host by its own pip, so that the build needs no network."""
+"""The wheels of an image, fetched on the host with its pip so that the build itself needs no network."""
 
 from __future__ import annotations
 
@@ -12,75 +12,72 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError, UsageError
-from pipeline.files import publish_dir, sha256_bytes
+from pipeline.files import sha256_bytes, staged_dir
 
-# Of the base images: Debian 12's.
+# The Python of Debian 12, which all bases are.
 PYTHON = "3.11"
-# pip takes a platform by its very name: a wheel for manylinux_2_27 alone, as NVIDIA's are, is none for manylinux_2_28.
+# pip matches platforms by exact name: manylinux_2_28 does not include NVIDIA's wheels, which are for manylinux_2_27.
 _GLIBC_MINORS = range(36, 16, -1)
 
-# What the project's wheel is made of.
-PROJECT_PARTS = ("pipeline", "slurm", "pyproject.toml", "README.md")
+# The sources of the project's wheel.
+PROJECT_PARTS = ("pipeline", "pyproject.toml", "README.md")
 
-# How a wheel of torch says what it computes on; PyPI's own, without a mark, is the one for CUDA.
+# What follows the release in the name of a torch wheel; PyPI's own, without a suffix, is for CUDA.
 _TORCH_BUILDS = {"cpu": ("+cpu",), "cuda": ("+cu1", "-cp"), "rocm": ("+rocm",)}
 
 
 def locks_of(accelerator: str, folder: Path) -> list[Path]:
-    """The lock of all images, and the one of what torch for this accelerator needs besides, if there is one."""
+    """Returns the lock that all images share and, if there is one, that of torch's requirements on this accelerator."""
     own = folder / f"{accelerator}.lock"
     return [folder / "image.lock", *([own] if own.is_file() else [])]
 
 
 def lock_digest(locks: Sequence[Path]) -> str:
-    """SHA-256 of what pins an image's packages."""
+    """Returns the SHA-256 over the locks of an image."""
     return sha256_bytes(b"".join(lock.read_bytes() for lock in locks))
 
 
 def wheelhouse(accelerator: str, locks: Sequence[Path], store: Path, say: Callable[[str], None]) -> Path:
-    """A folder with a wheel of every package in the locks, fetched once for these locks and the accelerator.
+    """Returns a folder with a wheel of every package in the locks; wheels are fetched once per locks and accelerator.
 
     Args:
         accelerator: `cpu`, `cuda` or `rocm`: the build of torch.
-        locks: Files of one `name==version` a line.
+        locks: Files with one `name==version` per line.
         store: Folder of the wheelhouses.
-        say: Told what is being done.
+        say: Called with each step.
 
     Raises:
-        PipelineError: pip cannot get one.
-        UsageError: The torch that pip finds is built for something else.
+        PipelineError: pip cannot fetch a wheel.
+        UsageError: The torch that pip finds is built for another accelerator.
     """
     key = sha256_bytes(f"{lock_digest(locks)} {accelerator} {PYTHON} {platform.machine()}".encode())[:12]
     house = store / f"{accelerator}-{key}"
     if house.is_dir():
         return house
-    store.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=store, prefix=f".{house.name}.") as temp:
-        folder = Path(temp) / "wheels"
+    with staged_dir(house) as folder:
         say("fetching wheels")
         pins = [part for lock in locks for part in ("--requirement", str(lock))]
         _pip("download", "--no-deps", *_target(), "--dest", str(folder), *pins)
         torch = next(folder.glob("torch-*.whl"))
         _check_torch(torch, accelerator)
         if accelerator != "cpu" and len(locks) == 1:
-            say("fetching what torch needs for the accelerator")
+            say("fetching what torch needs on this accelerator")
             only = ("--only-binary=:all:", "--find-links", str(folder), "--constraint", str(locks[0]))
             _pip("download", *only, *_target(), "--dest", str(folder), str(torch))
         for source in sorted(folder.glob("*.tar.gz")):
-            say(f"making a wheel of {source.name}")
+            say(f"building a wheel of {source.name}")
             _build_wheel(source, folder)
             source.unlink()
-        publish_dir(folder, house)
     return house
 
 
 def project_wheel(root: Path, folder: Path, wheels: Path) -> None:
-    """Makes the project's own wheel from a copy of the checkout, so that no left-over of an earlier build gets in.
+    """Builds the project's own wheel from a copy of the checkout, without leftovers of an earlier build.
 
     Args:
         root: The checkout.
-        folder: Gets the wheel.
-        wheels: The wheelhouse; what builds the project is in it, so that no index is asked.
+        folder: Receives the wheel.
+        wheels: The wheelhouse; it holds the build requirements, so pip needs no index.
     """
     with tempfile.TemporaryDirectory() as temp:
         copy = Path(temp)
@@ -93,12 +90,12 @@ def project_wheel(root: Path, folder: Path, wheels: Path) -> None:
 
 
 def _build_wheel(source: Path, folder: Path, *options: str) -> None:
-    """Makes a pure wheel from a source distribution or folder; DeepSpeed's kernels are left out, nothing uses them."""
+    """Builds a pure wheel from a source distribution or folder, without DeepSpeed's kernels, which are never used."""
     _pip("wheel", "--no-deps", *options, "--wheel-dir", str(folder), str(source), DS_BUILD_OPS="0")
 
 
 def _target() -> tuple[str, ...]:
-    """pip's words for the image's Python, whatever Python runs here."""
+    """Returns the options that make pip select wheels for the Python of the image."""
     tag = f"cp{PYTHON.replace('.', '')}"
     machine = platform.machine()
     platforms = [f"manylinux_2_{minor}_{machine}" for minor in _GLIBC_MINORS]
@@ -115,26 +112,17 @@ def _check_torch(wheel: Path, accelerator: str) -> None:
     if any(version.startswith(release + mark) for mark in _TORCH_BUILDS[accelerator]):
         return
     raise UsageError(
-        f"pip finds {wheel.name}, which is not built for {accelerator}; point it at the index or folder that has "
+        f"pip finds {wheel.name}, which is not built for {accelerator}; point pip at the index or folder that has "
         f"torch {release} for {accelerator} (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS; see docs/container.md)"
     )
 
 
 def _pip(*arguments: str, **variables: str) -> None:
-    command: Sequence[str] = (
-        sys.executable,
-        "-m",
-        "pip",
-        "--quiet",
-        "--no-input",
-        "--disable-pip-version-check",
-        *arguments,
-    )
+    command = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module named" in line]
+        reason = "; ".join(errors[-2:] or done.stderr.splitlines()[-1:])
         raise PipelineError(
-            "the wheels for the image could not be fetched: "
-            + "; ".join(errors[-2:] or done.stderr.splitlines()[-1:])
-            + "; is a package registry reachable?"
+            f"the wheels for the image could not be fetched: {reason}; is a package registry reachable?"
         )

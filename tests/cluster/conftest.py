@@ -1,4 +1,4 @@
-"""One devcluster for a test process, and what the tests measured; on a failure its logs stay in build/cluster-logs."""
+"""One devcluster per test process, and times measured on it; after a failure its logs stay in build/cluster-logs."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Under xdist, hands a worker's figures to the process that prints."""
+    """Under xdist, passes the figures of a worker to the process that prints them."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["figures"] = session.config.stash[_FIGURES].seconds
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Takes the figures of a worker that has ended."""
+    """Collects the figures of a worker that has ended."""
     node.config.stash[_FIGURES].seconds.update(getattr(node, "workeroutput", {}).get("figures", {}))
 
 
@@ -52,14 +52,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def figures(request: pytest.FixtureRequest) -> Figures:
-    """Where tests put the seconds that they measured."""
+    """The collection to which tests add measured times."""
     return request.config.stash[_FIGURES]
 
 
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """Five nodes that are up. Whoever kills a node starts it again."""
-    # On the shared tree, since each node has a /tmp of its own; short, since sockets are in it.
+    """Five nodes that are up. A test that kills a node starts it again."""
+    # In the checkout, which all nodes share, since each has its own /tmp; short, since it holds sockets.
     (ROOT / "build").mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="cl-", dir=ROOT / "build"))
     failed_before = request.session.testsfailed

@@ -1,4 +1,4 @@
-"""A devcluster as the tests use it: submit, look and wait from the machine's own shell, as a person would."""
+"""A devcluster for tests: submits, inspects and waits from the shell of the machine, as a user would."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pipeline(*args: str, check: bool = True, **env: str) -> subprocess.Completed
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: Callable[[], str], every: float = 0.1) -> None:
-    """Waits until the condition holds, looking `every` so many seconds; fails with `what()` if it does not."""
+    """Waits until the condition holds, testing it `every` so many seconds; fails with `what()` at the end."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"after {seconds:g} s: {what()}"
@@ -41,30 +41,26 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: Callable[[],
 
 @dataclass
 class Figures:
-    """Seconds that tests measured, by what was measured; shown when they have ended."""
+    """Times that tests measured, in seconds by description; printed at the end of the session."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, what: str, seconds: float) -> None:
-        """Notes a measurement."""
+        """Adds a measurement."""
         self.seconds[what] = round(seconds, 2)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster that is up.
-
-    Attributes:
-        settings: Of the cluster.
-        work: A folder that all nodes see; job output goes here.
-    """
+    """A cluster that is up."""
 
     settings: Settings
     work: Path
+    """A folder that all nodes see; it receives the output of jobs."""
 
     @property
     def env(self) -> dict[str, str]:
-        """Variables of a shell that evaluated `pipeline devcluster env`."""
+        """Environment of a shell that evaluated `pipeline devcluster env`."""
         return {**os.environ, **environment(self.settings), "PYTHONPATH": str(ROOT)}
 
     @property
@@ -73,13 +69,13 @@ class Cluster:
         return self.settings.nodes
 
     def run(self, *command: str, check: bool = True) -> str:
-        """Runs a command of the machine's own shell and returns what it printed."""
+        """Runs a command on the machine and returns its output."""
         done = subprocess.run(command, cwd=self.work, env=self.env, capture_output=True, text=True, timeout=120)
         assert not check or done.returncode == 0, f"{command}: status {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
     def sbatch(self, script: str, *options: str) -> str:
-        """Submits shell lines; the output goes to JOB.out in the work folder. Returns the job id."""
+        """Submits shell lines, with output to JOB.out in the work folder, and returns the job id."""
         done = subprocess.run(
             [str(self.settings.bin / "sbatch"), "--parsable", "--output=%j.out", "--open-mode=append", *options],
             input=f"#!/bin/bash\n{script}\n", cwd=self.work, env=self.env, capture_output=True, text=True, timeout=30,
@@ -88,16 +84,16 @@ class Cluster:
         return done.stdout.strip()
 
     def output(self, job: str) -> str:
-        """What a job has printed so far."""
+        """Returns what a job has printed so far."""
         path = self.work / f"{job}.out"
         return path.read_text() if path.exists() else ""
 
     def show(self, job: str) -> dict[str, str]:
-        """What slurmctld knows of a job: JobState, Restarts, NodeList, ExitCode, Reason ..."""
+        """Returns the fields of a job in slurmctld: JobState, Restarts, NodeList, ExitCode, Reason ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job)))
 
     def wait_for_state(self, job: str, states: set[str], seconds: float = 60) -> dict[str, str]:
-        """Waits until a job is in one of these states, and returns what is known of it then."""
+        """Waits until a job is in one of these states and returns its fields."""
         wait_until(
             lambda: self.show(job)["JobState"] in states, seconds,
             lambda: f"job {job} is not {' or '.join(sorted(states))}: {self.show(job)}\n{self.output(job)}",
@@ -105,18 +101,18 @@ class Cluster:
         return self.show(job)
 
     def wait_for_output(self, job: str, text: str, seconds: float = 60) -> None:
-        """Waits until a job has printed this."""
+        """Waits until a job has printed this text."""
         wait_until(
             lambda: text in self.output(job), seconds,
             lambda: f"job {job} has not printed {text!r}: {self.show(job)}\n{self.output(job)}",
         )  # fmt: skip
 
     def nodes_of(self, job: str) -> list[str]:
-        """The nodes a job runs on, the first one first."""
+        """Returns the nodes a job runs on, in order."""
         return self.run("scontrol", "show", "hostnames", self.show(job)["NodeList"]).split()
 
     def cancel_all(self) -> None:
-        """Cancels every job and waits until all have left their nodes."""
+        """Cancels every job and waits until the queue is empty."""
         self.run("scancel", "--user=root")
         wait_until(lambda: not self.run("squeue", "--noheader"), 60, lambda: self.run("squeue"))
 
@@ -125,23 +121,23 @@ class Cluster:
         devcluster.kill_node(self.settings, node)
 
     def slow_down(self, nodes: list[str], megabits: int) -> None:
-        """Gives nodes a slow network, until they lose their power: what waits for it costs no computing time."""
+        """Slows down the network of nodes until they lose their power; waiting for it takes no processor time."""
         shape = f"tc qdisc add dev eth0 root tbf rate {megabits}mbit burst 64kb latency 400ms"
         for node in nodes:
             done = run_on(self.settings, node, shape.split())
             assert done.returncode == 0, done.stderr
 
     def start_node(self, node: str) -> None:
-        """Brings a node back."""
+        """Brings a node back up."""
         devcluster.start_node(self.settings, node)
 
     def restart_controller(self) -> None:
-        """Ends slurmctld and starts it again."""
+        """Restarts slurmctld."""
         devcluster.restart_controller(self.settings)
 
     @contextlib.contextmanager
     def without_controller(self) -> Iterator[None]:
-        """Ends slurmctld, and starts it again afterwards."""
+        """Stops slurmctld for the block."""
         services.stop_controller(self.settings)
         try:
             yield
@@ -151,6 +147,6 @@ class Cluster:
 
 
 def open_cluster(state: Path, work: Path) -> Cluster:
-    """The cluster in this folder, which must be up."""
+    """Returns the cluster in this folder, which must be up."""
     work.mkdir(parents=True, exist_ok=True)
     return Cluster(load(state_folder(state)), work)

@@ -1,4 +1,4 @@
-"""The whole chain in the real Apptainer image, on two nodes."""
+"""The whole chain of jobs in the real Apptainer image, on two nodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.container.support import cpu_image
 
 _STEPS = 60
 
-# The image is built if no test before has done so.
+# The first test that needs the image builds it.
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 
 
@@ -24,7 +24,7 @@ def image() -> Path:
     return cpu_image()
 
 
-def test_the_chain_runs_in_the_image_to_one_mlflow_run(cluster: Cluster, image: Path) -> None:
+def test_the_chain_runs_in_the_image_and_is_one_mlflow_run(cluster: Cluster, image: Path) -> None:
     from mlflow.tracking import MlflowClient
 
     own = open_cluster(cluster.settings.state, cluster.work / "container")

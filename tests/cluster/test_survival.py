@@ -1,6 +1,6 @@
-"""Whatever becomes of a training job of two nodes, the run ends with the loss curve of one that nothing happened to.
+"""Whatever happens to a training job on two nodes, its run ends with the loss curve of an undisturbed one.
 
-Nobody lends a hand: a test strikes once and then only watches.
+Recovery needs no manual intervention: each test causes one failure and then only waits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.cluster import training
 from tests.cluster.support import Cluster, Figures
 from tests.cluster.training import MIDDLE, STEPS, Training, assert_same_beginning, assert_same_training, now, start
 
-# The first test waits for the whole chain; the last for a run that meets its limit several times.
+# The first test waits for the whole chain, the last for a run that reaches its time limit several times.
 pytestmark = pytest.mark.timeout(1200)
 
 
@@ -32,12 +32,12 @@ def reference(cluster: Cluster) -> Training:
 
 @pytest.fixture(scope="module")
 def limited(cluster: Cluster, reference: Training) -> Training:
-    """A run with a limit of two minutes, on two nodes whose network is slow: it meets the limit, again and again.
+    """A run with a time limit of two minutes on two nodes with a slow network: it reaches the limit several times.
 
-    It goes on while other tests strike at runs on the other nodes.
+    It trains while other tests disturb runs on the other nodes.
     """
     slow = cluster.nodes[3:]
-    cluster.slow_down(slow, megabits=2)  # 0.6 s a step: all steps take longer than two attempts have
+    cluster.slow_down(slow, megabits=2)  # 0.6 s per step: the run takes longer than two attempts
     site = {"time_limit_min": 2, "partition": "main"}
     return start(
         cluster, "limited", train=site, signal_before_end_s=15, extra_sbatch={"exclude": ",".join(cluster.nodes[:3])}
@@ -46,7 +46,7 @@ def limited(cluster: Cluster, reference: Training) -> Training:
 
 @pytest.fixture
 def submit(cluster: Cluster, limited: Training) -> Iterator[Callable[..., Training]]:
-    """Submits a run on the nodes that `limited` does not use, and waits until it is in the middle of training."""
+    """Submits a run on the nodes that `limited` does not use and waits until it is in the middle of training."""
     started: list[Training] = []
 
     def submit_and_wait(name: str, **train: object) -> Training:
@@ -56,7 +56,7 @@ def submit(cluster: Cluster, limited: Training) -> Iterator[Callable[..., Traini
         return run
 
     yield submit_and_wait
-    for run in started:  # their evaluation shows nothing new
+    for run in started:  # their evaluation would test nothing new
         cluster.run("scancel", *(run.job(stage) for stage in ("train", "evaluate")))
 
 
@@ -83,7 +83,7 @@ def test_preemption_loses_no_step(
 ) -> None:
     run = submit("preempted", partition="low")
     nodes = cluster.nodes_of(run.job("train"))
-    struck = now()
+    failed_at = now()
     cluster.sbatch("sleep 2", "--partition=high", "--exclusive", f"--nodelist={','.join(nodes)}")
     ended = run.wait_for_end("train")
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), run.words()
@@ -91,15 +91,15 @@ def test_preemption_loses_no_step(
     saved = next(e for e in run.events("checkpointed") if e["step"] == stopped["step"])
     assert [e["step"] for e in run.events("resumed")] == [stopped["step"]]
     assert_same_training(run.run, reference.run)
-    figures.add("a job in `high` is submitted -> the preempted run's checkpoint is durable", saved["time"] - struck)
-    figures.add("a job in `high` is submitted -> first new step", run.new_step_after(struck) - struck)
+    figures.add("a job in `high` is submitted -> the preempted run's checkpoint is durable", saved["time"] - failed_at)
+    figures.add("a job in `high` is submitted -> first new step", run.new_step_after(failed_at) - failed_at)
 
 
 def test_scontrol_requeue_loses_no_step(
     cluster: Cluster, reference: Training, submit: Callable[..., Training], figures: Figures
 ) -> None:
     run = submit("requeued")
-    struck = now()
+    failed_at = now()
     cluster.run("scontrol", "requeue", run.job("train"))
     ended = run.wait_for_end("train")
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), run.words()
@@ -107,18 +107,18 @@ def test_scontrol_requeue_loses_no_step(
     saved = next(e for e in run.events("checkpointed") if e["step"] == stopped["step"])
     assert [e["step"] for e in run.events("resumed")] == [stopped["step"]]
     assert_same_training(run.run, reference.run)
-    figures.add("scontrol requeue, a signal at once -> the checkpoint is durable", saved["time"] - struck)
-    figures.add("scontrol requeue, a signal at once -> first new step", run.new_step_after(struck) - struck)
+    figures.add("scontrol requeue, a signal at once -> the checkpoint is durable", saved["time"] - failed_at)
+    figures.add("scontrol requeue, a signal at once -> first new step", run.new_step_after(failed_at) - failed_at)
 
 
-def test_a_killed_rank_ends_all_and_the_job_starts_again_away_from_a_node_that_is_drained(
+def test_a_killed_rank_ends_the_attempt_and_the_job_restarts_without_the_drained_node(
     cluster: Cluster, reference: Training, submit: Callable[..., Training], figures: Figures
 ) -> None:
     run = submit("rank-killed")
     _, second = cluster.nodes_of(run.job("train"))
     (rank,) = training.processes_of(cluster, second, "pipeline train")
     cluster.run("scontrol", "update", f"NodeName={second}", "State=DRAIN", "Reason=health check")
-    struck = now()
+    failed_at = now()
     os.kill(rank, signal.SIGKILL)
     try:
         ended = run.wait_for_end("train")
@@ -129,16 +129,16 @@ def test_a_killed_rank_ends_all_and_the_job_starts_again_away_from_a_node_that_i
     assert sorted(excluded) == sorted([second, *cluster.nodes[3:]])
     assert f"rank 1 on {second}" in run.events("requeued")[0]["reason"]
     assert_same_training(run.run, reference.run)
-    figures.add("SIGKILL of a rank -> first new step", run.new_step_after(struck) - struck)
+    figures.add("SIGKILL of a rank -> first new step", run.new_step_after(failed_at) - failed_at)
 
 
 @pytest.mark.parametrize("which", ["first", "second"])
-def test_a_node_without_power_is_replaced(
+def test_a_node_that_loses_power_is_replaced(
     cluster: Cluster, reference: Training, submit: Callable[..., Training], figures: Figures, which: str
 ) -> None:
     run = submit(f"lost-{which}")
     lost = cluster.nodes_of(run.job("train"))[["first", "second"].index(which)]
-    struck = now()
+    failed_at = now()
     cluster.kill_node(lost)
     try:
         ended = run.wait_for_end("train")
@@ -148,10 +148,10 @@ def test_a_node_without_power_is_replaced(
         cluster.start_node(lost)
     assert [e["nodes"] for e in run.events("node_lost")] == [[lost]]
     assert_same_training(run.run, reference.run)
-    figures.add(f"power failure of the {which} node -> first new step", run.new_step_after(struck) - struck)
+    figures.add(f"power failure of the {which} node -> first new step", run.new_step_after(failed_at) - failed_at)
 
 
-def test_training_goes_on_while_the_controller_restarts(
+def test_training_continues_while_the_controller_restarts(
     cluster: Cluster, reference: Training, submit: Callable[..., Training]
 ) -> None:
     run = submit("controller")
@@ -169,7 +169,7 @@ def test_a_cancelled_run_stays_cancelled_until_it_is_submitted_again(
     cluster.run("scancel", job)
     ended = run.wait_for_end("train")
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), run.words()
-    run.wait_for(lambda: cluster.show(evaluation)["JobState"] == "CANCELLED", 30, "the evaluation is not taken back")
+    run.wait_for(lambda: cluster.show(evaluation)["JobState"] == "CANCELLED", 30, "the evaluation is not cancelled")
     assert [e["job"] for e in run.events("cancelled")] == [job]
     assert sync(Run(run.run)).status == "KILLED"
     assert_same_beginning(run.run, reference.run)
@@ -178,14 +178,14 @@ def test_a_cancelled_run_stays_cancelled_until_it_is_submitted_again(
     assert_same_training(run.run, reference.run)
 
 
-def test_a_time_limit_met_several_times_in_a_row_loses_no_step(
+def test_a_time_limit_reached_several_times_loses_no_step(
     limited: Training, reference: Training, figures: Figures
 ) -> None:
     ended = limited.wait_for_end("train", 600)
     assert ended["JobState"] == "COMPLETED", limited.words()
     stops = limited.events("preempted")
     assert len(stops) >= 2
-    # On a busy machine the signal may come before an attempt has begun to train: then it has nothing to save.
+    # On a busy machine the signal may arrive before an attempt has trained; then there is nothing to save.
     assert int(ended["Restarts"]) == len(limited.events("requeued")) >= len(stops)
     assert [e["step"] for e in limited.events("resumed")] == [e["step"] for e in stops]
     assert_same_training(limited.run, reference.run)

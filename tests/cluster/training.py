@@ -1,4 +1,4 @@
-"""A small training run on a devcluster, submitted as a person would submit it."""
+"""A small training run on a devcluster, submitted by the command line."""
 
 from __future__ import annotations
 
@@ -33,37 +33,33 @@ _OVERRIDES = (
 
 @dataclass(frozen=True)
 class Training:
-    """A run that was submitted.
-
-    Attributes:
-        cluster: Where.
-        run: The run folder.
-        config: Its config file.
-        site: The site file.
-        overrides: Dotted ones.
-        checkout: Whose code is submitted.
-    """
+    """A run that was submitted."""
 
     cluster: Cluster
     run: Path
+    """The run folder."""
     config: Path
+    """The config file."""
     site: Path
+    """The site file."""
     overrides: tuple[str, ...]
+    """Dotted overrides of the config."""
     checkout: Path = ROOT
+    """The checkout whose code is submitted."""
 
     def submit(self) -> str:
-        """Submits all stages that are not done; returns what was printed."""
+        """Submits all stages that are not done; returns the output."""
         done = self.try_to_submit()
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def try_to_submit(self) -> subprocess.CompletedProcess[str]:
-        """Like `submit`, where a refusal is what is looked for."""
+        """Submits like `submit`, but returns a refusal instead of failing."""
         submission = ("submit", str(self.config), "--site", str(self.site), *self.overrides)
         return self.pipeline(*submission, checkout=self.checkout)
 
     def pipeline(self, *args: str, checkout: Path = ROOT) -> subprocess.CompletedProcess[str]:
-        """Runs the command line of a checkout, this one by default, in a shell of the cluster."""
+        """Runs the command line of a checkout, by default this one, with the environment of the cluster."""
         return subprocess.run(
             [sys.executable, "-m", "pipeline", *args],
             cwd=checkout, env={**self.cluster.env, "PYTHONPATH": str(checkout)},
@@ -71,11 +67,11 @@ class Training:
         )  # fmt: skip
 
     def job(self, stage: job_records.Stage) -> str:
-        """Id of the stage's newest job."""
+        """Returns the id of the newest job of a stage."""
         return [job.id for job in job_records.jobs(Run(self.run)) if job.stage == stage][-1]
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """The events of one kind."""
+        """Returns the events of one kind."""
         return experiment.events(self.run, kind)
 
     def wait_for_step(self, step: int, seconds: float = 240) -> None:
@@ -83,27 +79,27 @@ class Training:
         wait_until(lambda: experiment.last_step(self.run) >= step, seconds, lambda: f"no step {step}\n{self.words()}")
 
     def wait_for(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        """Waits until the condition holds; fails with everything that the jobs said."""
+        """Waits until the condition holds; fails with the logs of the jobs."""
         wait_until(condition, seconds, lambda: f"{what}\n{self.words()}")
 
     def wait_for_end(self, stage: job_records.Stage, seconds: float = 300) -> dict[str, str]:
-        """Waits until the stage's job has ended for good; returns what Slurm knows of it."""
+        """Waits until the job of a stage has ended for good; returns its fields in Slurm."""
         job = self.job(stage)
 
         def ended() -> bool:
             return self.cluster.show(job)["JobState"] in ENDED
 
-        # Asking Slurm costs processor time, which the job needs.
+        # Each query of Slurm takes processor time, which the job needs.
         wait_until(ended, seconds, lambda: f"the job of {stage} has not ended\n{self.words()}", every=0.5)
         return self.cluster.show(job)
 
     def new_step_after(self, moment: float) -> float:
-        """Unix time of the first step that a restart after `moment` took anew."""
+        """Returns the Unix time of the first step of the start that resumed after `moment`."""
         begun = min(e["time"] for e in self.events("resumed") if e["time"] > moment)
         return min(m["time"] for m in experiment.lines(self.run / "metrics.jsonl") if m["time"] > begun)
 
     def words(self) -> str:
-        """The ends of all logs, for the message of a failing test."""
+        """Returns the ends of all logs, for the message of a failing test."""
         files = sorted(
             [*self.run.glob("launch/*.err"), *self.run.glob("logs/*/*.log"), *self.run.glob("*events.jsonl")]
         )
@@ -112,20 +108,20 @@ class Training:
 
 
 def start(cluster: Cluster, name: str, *overrides: str, checkout: Path = ROOT, **site: Any) -> Training:
-    """Submits a run of the small experiment, as `describe` describes it."""
+    """Submits a run of the small experiment; takes the arguments of `describe`."""
     training = describe(cluster, name, *overrides, checkout=checkout, **site)
     training.submit()
     return training
 
 
 def describe(cluster: Cluster, name: str, *overrides: str, checkout: Path = ROOT, **site: Any) -> Training:
-    """The files of a run of the small experiment, which is not submitted yet.
+    """Writes the files of a run of the small experiment without submitting it.
 
     Args:
-        cluster: Where.
-        name: Of the run.
-        overrides: Dotted ones, after the experiment's own.
-        checkout: Whose code is submitted.
+        cluster: The cluster.
+        name: Name of the run.
+        overrides: Dotted overrides, added to those of the experiment.
+        checkout: The checkout whose code is submitted.
         site: Values that replace those of the site file; a mapping is merged.
     """
     config = experiment.write_experiment(cluster.work, cluster.work / "runs", name)
@@ -134,13 +130,13 @@ def describe(cluster: Cluster, name: str, *overrides: str, checkout: Path = ROOT
 
 
 def prepare(cluster: Cluster) -> None:
-    """Prepares the data of all runs in this working folder, here and now."""
+    """Prepares the data of all runs in this working folder, without a job."""
     config = experiment.write_experiment(cluster.work, cluster.work / "runs", "prepared")
     pipeline("prepare", str(config))
 
 
 def assert_same_training(run: Path, reference: Path) -> None:
-    """Every loss of every step, once, and every byte of the last weights and moments, are the reference's."""
+    """Asserts that every step was logged once with the loss of the reference and the last weights are identical."""
     assert experiment.curve(run) == experiment.curve(reference)
     assert experiment.validations(run) == experiment.validations(reference)
     last = [Manifest.load(r / "checkpoints" / step_name(STEPS)).files for r in (run, reference)]
@@ -148,13 +144,13 @@ def assert_same_training(run: Path, reference: Path) -> None:
 
 
 def assert_same_beginning(run: Path, reference: Path) -> None:
-    """Every loss that is there is the reference's."""
+    """Asserts that every logged loss is that of the reference."""
     found = experiment.curve(run)
     assert found == experiment.curve(reference)[: len(found)]
 
 
 def processes_of(cluster: Cluster, node: str, words: str) -> list[int]:
-    """Processes on a node whose command line holds these words, by the machine's own numbers."""
+    """Returns the processes on a node whose command line contains these words, by their ids on the machine."""
     from pipeline.devcluster.hosts import pid_of
 
     host = pid_of(cluster.settings, node)
@@ -172,7 +168,7 @@ def processes_of(cluster: Cluster, node: str, words: str) -> list[int]:
 
 
 def now() -> float:
-    """The clock that events carry."""
+    """Returns the time on the clock that events use."""
     return time.time()
 
 

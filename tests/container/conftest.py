@@ -1,4 +1,4 @@
-"""A working folder whose jobs run in the CPU image, outside /tmp, so that only what is bound is seen."""
+"""A working folder whose jobs run in the CPU image; it lies outside /tmp, so that jobs see only what is bound."""
 
 from __future__ import annotations
 

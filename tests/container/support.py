@@ -1,4 +1,4 @@
-"""The CPU image as the tests use it: built by the command a person would give, once for each state of its inputs."""
+"""The CPU image, built by the command line once per state of its inputs, and jobs that run in it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.config.load import load_config
 from pipeline.config.sections import Config
+from pipeline.image.wheels import PROJECT_PARTS
 from pipeline.launch.container.binds import create_folders
 from pipeline.launch.container.command import container_argv, container_environment
 from pipeline.launch.site import SiteContainer
@@ -23,14 +24,14 @@ from pipeline.run.folder import Run
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "build" / "images"
 SPLITS = ("train", "validation")
-_INPUTS = ("Apptainer.def", "containers/cpu.args", "containers/image.lock", "pyproject.toml", "pipeline", "slurm")
+_INPUTS = ("Apptainer.def", "containers/cpu.args", "containers/image.lock", *PROJECT_PARTS)
 
 
 def cpu_image() -> Path:
-    """`build/images/pipeline-cpu.sif`, built if it is missing or was built from anything else than what is here now."""
+    """Returns `build/images/pipeline-cpu.sif`; builds it if it is missing or its inputs have changed."""
     IMAGES.mkdir(parents=True, exist_ok=True)
     image, stamp = IMAGES / "pipeline-cpu.sif", IMAGES / "pipeline-cpu.inputs"
-    # Several test processes may want it at once.
+    # Several test processes may need it at the same time.
     with (IMAGES / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         wanted = _inputs()
@@ -42,7 +43,7 @@ def cpu_image() -> Path:
 
 
 def build(*options: str) -> str:
-    """Builds an image of this checkout; returns what was printed."""
+    """Builds an image of this checkout; returns the output of the command."""
     base, *more = options
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", "image", "build", "--base", base, *more],
@@ -65,20 +66,17 @@ def _inputs() -> str:
 
 @dataclass(frozen=True)
 class Jobs:
-    """Starts commands of `pipeline` on the demo experiment, in the image and on the host.
-
-    Attributes:
-        folder: The working folder; the runs, the token shards and mlflow.db are below it.
-        image: The SIF file.
-        text: The demo text.
-    """
+    """Runs commands of `pipeline` on the demo experiment, in the image and on the host."""
 
     folder: Path
+    """The working folder, which holds the runs, the token shards and mlflow.db."""
     image: Path
+    """The SIF file."""
     text: Path
+    """The demo text."""
 
     def settings(self, name: str) -> list[str]:
-        """Overrides of the demo: the same model and data, few steps, each of them logged."""
+        """Returns overrides of the demo: the same model and data, but few steps, each of them logged."""
         sources = [f"data.sources.{i}.paths=['{self.text}/{split}/*.txt']" for i, split in enumerate(SPLITS)]
         return [
             f"name={name}", f"container.image={self.image}", *sources, "train.device=cpu", "train.max_iters=8",
@@ -87,15 +85,15 @@ class Jobs:
         ]  # fmt: skip
 
     def config(self, name: str, *overrides: str) -> Config:
-        """The experiment under a name."""
+        """Loads the config of the experiment under a name."""
         return load_config(self.folder / "demo.yaml", [*self.settings(name), *overrides])
 
     def run(self, name: str) -> Run:
-        """The run folder of that name."""
+        """Returns the run of that name."""
         return Run(self.folder / "runs" / name)
 
     def argv(self, name: str, *command: str, code: Path | None = None, overrides: tuple[str, ...] = ()) -> list[str]:
-        """The container command of one rank, as the launcher works it out."""
+        """Returns the container command of one rank, as the launcher builds it."""
         config = self.config(name, *overrides)
         with contextlib.chdir(self.folder):
             create_folders(config, self.run(name))
@@ -104,7 +102,7 @@ class Jobs:
             )
 
     def command(self, name: str, verb: str, *overrides: str) -> list[str]:
-        """A command line of `pipeline` on the experiment."""
+        """Returns a command line of `pipeline` on the experiment."""
         return ["pipeline", verb, "demo.yaml", *self.settings(name), *overrides]
 
     def inside(
@@ -124,15 +122,15 @@ class Jobs:
         )  # fmt: skip
 
     def losses(self, name: str) -> dict[int, float]:
-        """The training loss of every step of a run."""
+        """Returns the training loss of every step of a run."""
         return {r["step"]: r["train/loss"] for r in records(self.run(name).metrics_file) if "train/loss" in r}
 
     def events(self, name: str, kind: str) -> list[dict[str, Any]]:
-        """The events of one kind of a run."""
+        """Returns the events of one kind of a run."""
         file = self.run(name).events_file
         return [r for r in records(file) if r["event"] == kind] if file.exists() else []
 
 
 def records(file: Path) -> list[dict[str, Any]]:
-    """The lines of a journal."""
+    """Returns the records of a journal."""
     return [json.loads(line) for line in file.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What is in the image, what its record says, and what is said about images that cannot be used."""
+"""The contents of the image, its record, and the messages about images that cannot be used."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pipeline.launch.site import SiteContainer
 from tests.cli.test_main import pipeline
 from tests.container.support import ROOT, Jobs
 
-# The image is built if no test before has done so.
+# The first test that needs the image builds it.
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 
 
 def test_the_image_tested_itself_when_it_was_built(image: Path):
     log = image.with_name(f"{image.name}.log").read_text()
-    assert "step 3/3" in log and "three steps: well" in log
+    assert "step 3/3" in log and "three steps: ok" in log
 
 
 def test_the_record_is_true_and_info_finds_a_changed_image(image: Path, tmp_path: Path):
@@ -41,8 +41,8 @@ def test_the_record_is_true_and_info_finds_a_changed_image(image: Path, tmp_path
 
     done = pipeline("image", "info", str(image))
     assert done.returncode == 0, done.stderr
-    assert record["sha256"] in done.stdout and "the image is what its record says" in done.stdout
-    assert ("commit of this checkout is another" in done.stdout) == (record["commit"] != commit_of(ROOT))
+    assert record["sha256"] in done.stdout and "matches its record" in done.stdout
+    assert ("checkout differs" in done.stdout) == (record["commit"] != commit_of(ROOT))
 
     changed = tmp_path / image.name
     shutil.copy(image, changed)
@@ -50,7 +50,7 @@ def test_the_record_is_true_and_info_finds_a_changed_image(image: Path, tmp_path
     with changed.open("ab") as file:
         file.write(b"\0")
     done = pipeline("image", "info", str(changed))
-    assert done.returncode == 1 and "it was changed, signed or damaged after it was built" in done.stderr
+    assert done.returncode == 1 and "changed, signed or damaged" in done.stderr
 
 
 def test_labels_name_version_commit_base_and_lock(image: Path):
@@ -75,7 +75,7 @@ def test_the_image_holds_no_daemon_no_users_no_secrets_and_no_caches(image: Path
 
 
 @pytest.mark.parametrize("kind", ["inherit", "clean"])
-def test_what_the_job_says_wins_over_the_defaults_of_the_image(jobs: Jobs, kind: str):
+def test_variables_of_the_job_override_the_defaults_of_the_image(jobs: Jobs, kind: str):
     show = ("sh", "-c", "echo $NCCL_DEBUG $OMP_NUM_THREADS $PYTHONNOUSERSITE $SLURM_JOB_NODELIST ${EDITOR-none}")
     argv = jobs.argv("variables", *show, overrides=(f"container.environment={kind}",))
     around = {k: v for k, v in os.environ.items() if not k.startswith("NCCL_")} | {"EDITOR": "vi"}
@@ -91,12 +91,12 @@ def test_what_the_job_says_wins_over_the_defaults_of_the_image(jobs: Jobs, kind:
 
 def test_the_image_runs_as_the_command_pipeline(image: Path):
     done = subprocess.run(["apptainer", "run", str(image), "train", "no.yaml"], capture_output=True, text=True)
-    assert done.returncode == 2 and "no.yaml: the config file cannot be read" in done.stderr
+    assert done.returncode == 2 and "no.yaml: " in done.stderr
     done = subprocess.run(["apptainer", "run-help", str(image)], capture_output=True, text=True)
     assert "pipeline submit" in done.stdout
 
 
-def test_only_what_the_config_names_is_seen_inside(jobs: Jobs):
+def test_a_job_sees_only_what_the_config_names(jobs: Jobs):
     probe = (
         f"ls {jobs.text}/train | wc -l; test -w . && test -w runs/seen && echo writable;"
         f"touch {jobs.text}/x 2>/dev/null || echo read-only text; test -e {ROOT}/Makefile || echo no checkout;"
@@ -108,22 +108,22 @@ def test_only_what_the_config_names_is_seen_inside(jobs: Jobs):
     assert done.stdout.splitlines() == expected, done.stderr
 
 
-def test_an_image_that_can_be_used_is_no_problem_and_one_without_the_package_is(jobs: Jobs, tmp_path: Path):
+def test_an_image_without_the_package_is_a_problem_and_the_built_one_is_not(jobs: Jobs, tmp_path: Path):
     assert check_image(jobs.config("checked"), SiteContainer()) == []
     bare = _bare_sandbox(tmp_path / "bare")
     [problem] = check_image(jobs.config("checked", f"container.image={bare}"), SiteContainer())
-    assert problem == f"container.image: {bare} holds no command `pipeline`; build an image with `pipeline image build`"
+    assert problem.startswith(f"container.image: {bare} ") and "no command `pipeline`" in problem
 
 
-def test_a_damaged_image_is_named_with_what_the_runtime_says(jobs: Jobs, tmp_path: Path):
+def test_a_damaged_image_is_named_with_the_message_of_the_runtime(jobs: Jobs, tmp_path: Path):
     torn = tmp_path / "torn.sif"
     with jobs.image.open("rb") as whole:
         torn.write_bytes(whole.read(100_000))
     [problem] = check_image(jobs.config("checked", f"container.image={torn}"), SiteContainer())
-    assert problem.startswith(f"container.image: {torn} cannot be started by apptainer: ")
+    assert problem.startswith(f"container.image: {torn} ") and "apptainer" in problem
 
 
-def test_preflight_looks_at_the_node_from_inside_the_image(jobs: Jobs, tmp_path: Path):
+def test_pipeline_check_runs_the_checks_of_the_node_inside_the_image(jobs: Jobs, tmp_path: Path):
     program = tmp_path / "apptainer"
     program.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\nexec {shutil.which("apptainer")} "$@"\n')
     program.chmod(0o755)
@@ -136,12 +136,12 @@ def test_preflight_looks_at_the_node_from_inside_the_image(jobs: Jobs, tmp_path:
     found = {check["name"]: check for check in json.loads(done.stdout)}
     inside = ("torch", "deepspeed", "devices", "writable runs", "clock", "/dev/shm", "open files", "locked memory")
     assert {name: found[name]["status"] == "failed" for name in inside} == dict.fromkeys(inside, False)
-    [look] = [call for call in (tmp_path / "calls").read_text().splitlines() if "check_node" in call]
-    assert f"{jobs.image} python3 -m pipeline.check.node runs" in look
+    [inner] = [call for call in (tmp_path / "calls").read_text().splitlines() if "check.node" in call]
+    assert f"{jobs.image} python3 -m pipeline.check.node runs" in inner
     assert not jobs.run("checked").path.exists()
 
 
-def test_a_signature_is_verified_and_one_of_a_changed_image_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_signature_of_an_image_is_valid_until_the_image_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("APPTAINER_KEYSDIR", str(tmp_path / "keys"))
     (tmp_path / "keys").mkdir(mode=0o700)
     image = tmp_path / "signed.sif"
@@ -189,13 +189,13 @@ def test_a_comparison_names_every_file_and_package_that_differs(tmp_path: Path, 
 
 
 def _with_tools(sandbox: Path) -> None:
-    """Adds the programs by which a comparison looks into an image."""
+    """Adds the programs that a comparison runs inside an image."""
     for name in ("find", "sha256sum"):
         _add_program(sandbox, Path(f"/usr/bin/{name}"), f"bin/{name}")
 
 
 def _bare_sandbox(folder: Path) -> Path:
-    """A sandbox that can be started and holds a shell and nothing else."""
+    """Creates a sandbox that can be started and holds only a shell."""
     for name in (".singularity.d", "bin", "etc", "tmp", "var/tmp", "proc", "sys", "dev", "root"):
         (folder / name).mkdir(parents=True)
     _add_program(folder, Path("/bin/dash"), "bin/sh")
@@ -216,7 +216,7 @@ def _inside(image: Path, *command: str) -> str:
 
 
 def _files(image: Path) -> list[str]:
-    """Every file and folder of the image itself, nothing of the host's."""
+    """Returns every file and folder of the image itself, none of the host."""
     command = ("find", "/", "-xdev", "-not", "-path", "/proc/*", "-print")
     return _inside(image, *command).splitlines()
 

@@ -1,4 +1,4 @@
-"""Training in the image: the same curve as on the host, clean stops, nothing left behind, provenance."""
+"""Training in the image: the same curve as on the host, clean stops, no leftover processes, provenance."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from pipeline.checkpoint.layout import published
 from pipeline.files import sha256_file
 from pipeline.launch.container.command import container_environment
 from pipeline.launch.site import SiteContainer
+from pipeline.run.folder import step_name
 from tests.container.support import ROOT, Jobs
 
-# The image is built if no test before has done so.
+# The first test that needs the image builds it.
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 
 
-def test_a_run_moves_between_image_and_host_without_a_trace_in_its_curve(jobs: Jobs):
+def test_a_run_that_moves_between_image_and_host_has_the_same_curve(jobs: Jobs):
     def here(name: str, steps: int) -> None:
         done = jobs.on_host(name, "train", f"train.max_iters={steps}")
         assert done.returncode == 0, done.stderr
@@ -40,7 +41,7 @@ def test_a_run_moves_between_image_and_host_without_a_trace_in_its_curve(jobs: J
         here("in", 4)
         inside("in", 8)
 
-    # A start keeps one core busy; the runs have nothing in common but the data.
+    # Each start keeps one core busy; the runs share only the data.
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(out), pool.submit(into), pool.submit(here, "whole", 8)]:
             done.result()
@@ -54,7 +55,7 @@ def test_a_run_moves_between_image_and_host_without_a_trace_in_its_curve(jobs: J
 
 @pytest.fixture(scope="module")
 def trainers(jobs: Jobs) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Training runs in the image that have taken their first step, by name; started together, which takes less time."""
+    """Training runs in the image that have taken their first step, by name; they start together to save time."""
     started = {name: _training(jobs, name) for name in ("SIGUSR2", "SIGTERM", "SIGKILL")}
     try:
         for name, process in started.items():
@@ -68,7 +69,7 @@ def trainers(jobs: Jobs) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
-def test_a_signal_to_the_containers_process_saves_once_and_ends_with_85(
+def test_a_signal_to_the_process_of_the_container_saves_once_and_ends_with_85(
     jobs: Jobs, trainers: dict[str, subprocess.Popen[bytes]], number: signal.Signals
 ):
     name, process = number.name, trainers[number.name]
@@ -78,7 +79,7 @@ def test_a_signal_to_the_containers_process_saves_once_and_ends_with_85(
     assert process.returncode == 85, err
     assert f"stopped on request ({number.name})" in err
     [saved] = jobs.events(name, "checkpointed")
-    assert [c.name for c in published(jobs.run(name).checkpoints)] == [f"step_{saved['step']:08d}"]
+    assert [c.name for c in published(jobs.run(name).checkpoints)] == [step_name(saved["step"])]
     [preempted] = jobs.events(name, "preempted")
     assert preempted["step"] == saved["step"] == max(jobs.losses(name))
 
@@ -86,7 +87,7 @@ def test_a_signal_to_the_containers_process_saves_once_and_ends_with_85(
 def test_kill_leaves_no_process_behind(jobs: Jobs, trainers: dict[str, subprocess.Popen[bytes]]):
     process = trainers["SIGKILL"]
     inside = _processes_of(jobs.run("SIGKILL").path)
-    assert len(inside) >= 2, "the trainer and the helper that feeds MLflow"
+    assert len(inside) >= 2, "expected the trainer and the helper that uploads to MLflow"
     process.kill()
     process.wait(60)
     _wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in inside), 10)
@@ -96,7 +97,7 @@ def test_another_image_is_refused_until_it_is_allowed_and_both_are_recorded(jobs
     assert jobs.inside("moved", "train", "train.max_iters=1").returncode == 0
     other = tmp_path / "other.sif"
     shutil.copy(jobs.image, other)
-    with other.open("ab") as file:  # the runtime does not read what is behind the last part
+    with other.open("ab") as file:  # the runtime ignores bytes behind the last part
         file.write(b"another image")
     moved = Jobs(jobs.folder, other, jobs.text)
     refused = moved.inside("moved", "train", "train.max_iters=2")
@@ -111,8 +112,8 @@ def test_another_image_is_refused_until_it_is_allowed_and_both_are_recorded(jobs
     assert recorded == [sha256_file(jobs.image), sha256_file(other)]
 
 
-def test_the_snapshot_of_the_run_is_what_runs_and_the_images_own_code_when_asked(jobs: Jobs, tmp_path: Path):
-    code = jobs.run("snapshot").path / "code"
+def test_a_job_runs_the_snapshot_unless_the_config_asks_for_the_code_of_the_image(jobs: Jobs, tmp_path: Path):
+    code = jobs.run("snapshot").code
     shutil.copytree(ROOT / "pipeline", code / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     where = ("python3", "-c", "import pipeline; print(pipeline.__file__)")
 
@@ -144,12 +145,12 @@ def _has_begun(jobs: Jobs, name: str) -> bool:
 
 
 def _processes_of(run: Path) -> list[int]:
-    """Processes whose command line or working folder tells that they belong to a run."""
+    """Returns the processes whose command line names a run."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().decode(errors="replace")
-        except OSError:  # it has ended meanwhile
+        except OSError:  # it has ended
             continue
         if f"name={run.name}\0" in words or str(run) in words or f"runs/{run.name}\0" in words:
             found.append(int(folder.name))
@@ -159,5 +160,5 @@ def _processes_of(run: Path) -> list[int]:
 def _wait(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not so within {seconds:g} s"
+        assert time.monotonic() < deadline, f"condition not met within {seconds:g} s"
         time.sleep(0.05)

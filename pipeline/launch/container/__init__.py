@@ -1,4 +1,4 @@
-"""The command line of a process inside the image, and the folders it sees there.
+"""The command line of a process inside the image, and the folders that it sees there.
 
-Building images is `pipeline/image`.
+How an image is built is `pipeline/image`.
 """

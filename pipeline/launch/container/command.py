@@ -1,4 +1,4 @@
-"""The command that starts one process of a job inside the image: everything Apptainer is told, in one place."""
+"""The command that starts one process of a job inside the image, with every option of Apptainer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipeline.launch.container.image import image_identity, image_path, start_op
 from pipeline.launch.site import SiteContainer
 from pipeline.run.folder import Run
 
-# What a job is told by its surroundings, in a clean environment too: Slurm's word, where the ranks meet,
-# which devices are theirs, and how tracking and communication are set up.
+# What a job needs from its surroundings even in a clean environment: Slurm's variables, where the ranks meet, which
+# devices each one has, and how tracking and communication are set up.
 _PASSED_PREFIXES = ("SLURM_", "SLURMD_", "MASTER_", "MLFLOW_", "NCCL_", "GLOO_", "PIPELINE_")
 _PASSED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
            "HIP_VISIBLE_DEVICES")  # fmt: skip
@@ -34,17 +34,17 @@ def container_argv(
     code: Path | None,
     scratch: Path | None = None,
 ) -> list[str]:
-    """The exact command of one process, on the machine that will run it.
+    """Returns the exact command of one process, on the machine that will run it.
 
     Args:
-        config: The experiment; relative paths in it mean the working folder of this process.
+        config: The experiment; paths in it are relative to the working folder of this process.
         site: How Apptainer is run here.
         run: The run folder.
-        inner: The command inside, `pipeline train CONFIG` say.
-        environment: Variables to set inside. They are seen by everyone who can list processes: secrets are
-            passed by the environment of the command instead (`container_environment`).
-        code: The snapshot of the submitted code; used with `container.code: snapshot`.
-        scratch: Where compilers may keep their caches; /tmp without it.
+        inner: The command inside, for example `pipeline train CONFIG`.
+        environment: Variables to set inside. Everyone who can list processes sees them: secrets go through the
+            environment of the command instead (`container_environment`).
+        code: The snapshot of the submitted code; used if `container.code` is `snapshot`.
+        scratch: Where compilers keep their caches; /tmp if None.
 
     Raises:
         UsageError: The config names no image.
@@ -55,11 +55,11 @@ def container_argv(
     found = binds(config, site, run, code, scratch)
     option = gpu_option(site.gpu)
     variables = {
-        # Of the host's Python and loader; none of it exists inside.
+        # Settings of the host's Python and loader point at files that do not exist inside.
         "LD_PRELOAD": "",
         "PYTHONHOME": "",
         "PYTHONPATH": str(absolute(code)) if code is not None else "",
-        # Without it `python -m` in a checkout would run the checkout's code, whatever container.code says.
+        # Otherwise `python -m` in a checkout would run the checkout's code, whatever container.code says.
         "PYTHONSAFEPATH": "1",
         **_caches(scratch or Path("/tmp")),
         **image_identity(image).variables(),
@@ -79,10 +79,10 @@ def container_argv(
 
 
 def container_environment(site: SiteContainer, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment to start the command with, made from that of the job.
+    """Returns the environment to start the command with, made from that of the job.
 
-    What a job is told by its surroundings is handed over by Apptainer's own prefix: a clean environment would cut it
-    off, and the defaults of the image would win over it.
+    Variables of Slurm, the ranks and tracking are passed with Apptainer's prefix: otherwise a clean environment would
+    drop them, and the defaults of the image would override them.
     """
     prefix = "SINGULARITYENV_" if Path(site.command).name == "singularity" else "APPTAINERENV_"
     passed = {f"{prefix}{k}": v for k, v in environment.items() if k.startswith(_PASSED_PREFIXES) or k in _PASSED}
@@ -90,14 +90,14 @@ def container_environment(site: SiteContainer, environment: Mapping[str, str]) -
 
 
 def gpu_option(kind: str) -> str | None:
-    """Apptainer's option for the GPUs of this machine, by a site's `container.gpu`; None for none."""
+    """Returns Apptainer's option for the GPUs of this machine, by a site's `container.gpu`; None without GPUs."""
     if kind == "auto":
         kind = "nv" if _NVIDIA_DRIVER.exists() else "rocm" if _AMD_DRIVER.exists() else "none"
     return None if kind == "none" else f"--{kind}"
 
 
 def _caches(folder: Path) -> dict[str, str]:
-    # The home is not there inside, and the image cannot be written.
+    # Inside there is no home, and the image is read-only.
     cache = folder / f"pipeline-cache-{os.getuid()}"
     return {
         "XDG_CACHE_HOME": str(cache),
@@ -108,7 +108,7 @@ def _caches(folder: Path) -> dict[str, str]:
 
 
 def _joined(variables: Mapping[str, str]) -> str:
-    """As one `--env` takes them: a line of CSV, which is the only form that a comma or a quote survives."""
+    """Returns the argument of `--env`: one line of CSV, the only form in which commas and quotes survive."""
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(f"{name}={value}" for name, value in variables.items())
     return line.getvalue()

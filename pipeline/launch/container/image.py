@@ -1,4 +1,4 @@
-"""Which image a job runs in: its checksum, computed once, and whether it can be used on this machine."""
+"""The image a job runs in: its checksum, computed once, and whether this machine can use it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.sections import Config
-from pipeline.errors import PipelineError, UsageError
-from pipeline.files import read_json, sha256_bytes, sha256_file, write_json
+from pipeline.errors import UsageError
+from pipeline.files import naming, read_json, sha256_bytes, sha256_file, write_json
 from pipeline.image.record import read_record
 from pipeline.launch.container.binds import absolute
 from pipeline.launch.site import SiteContainer
@@ -27,11 +27,11 @@ _ARCHITECTURES = {
 }  # fmt: skip
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386"}
 
-# A plain user without squashfuse waits for the whole image to be unpacked.
+# For a plain user without squashfuse, Apptainer unpacks the whole image first.
 _START_TIMEOUT_S = 180
-# 127: there is no such command; that of a shell, so that the runtime's own failures (255) are told from it.
+# 127, the shell's status for a missing command, is distinct from the runtime's own failures (255).
 _PROBE = ("sh", "-c", "command -v pipeline >/dev/null || exit 127")
-_NOT_OURS = "holds no command `pipeline`; build an image with `pipeline image build`"
+_NOT_OURS = "has no command `pipeline`; build an image with `pipeline image build`"
 _UNSQUASH = "set `container.unsquash: true` in the site file, or use a sandbox folder"
 _CURES = (
     ("squashfuse", _UNSQUASH),
@@ -42,45 +42,38 @@ _CURES = (
 
 @dataclass(frozen=True)
 class ImageIdentity:
-    """What tells one image from another.
-
-    Attributes:
-        path: The image, absolute.
-        sha256: Of the SIF file; of a sandbox the digest of its files, as its record gives it.
-    """
+    """What distinguishes one image from another."""
 
     path: Path
+    """Absolute path of the image."""
     sha256: str
+    """SHA-256 of a SIF file; of a sandbox, the digest of its files that its record holds."""
 
     def variables(self) -> dict[str, str]:
-        """By which the process inside knows what it runs in, and provenance records it."""
+        """Returns the variables that tell the process inside, and its provenance, which image it runs in."""
         return {IMAGE_VARIABLE: str(self.path), IMAGE_SHA256_VARIABLE: self.sha256}
 
 
 def image_path(config: Config) -> Path:
-    """The image, as an absolute path.
+    """Returns the absolute path of the image.
 
     Raises:
-        UsageError: The config names none.
+        UsageError: The config names no image.
     """
     if config.container.image is None:
-        raise UsageError("container.image: is not set; build one with `pipeline image build` and name it there")
+        raise UsageError("container.image: not set; build an image with `pipeline image build` and set its path")
     return absolute(Path(config.container.image).expanduser())
 
 
 def image_identity(path: Path) -> ImageIdentity:
-    """The identity of an image; a SIF file is read once, and again only when size, time or inode change.
+    """Returns the identity of an image; a SIF file is read again only when its size, time or inode changes.
 
     Raises:
-        PipelineError: It cannot be read, or is a sandbox without a record.
+        PipelineError: The image cannot be read, or is a sandbox without a record.
     """
-    try:
+    with naming("container.image", f"{path} cannot be read"):
         real = path.resolve(strict=True)
-        if real.is_dir():
-            return ImageIdentity(path, read_record(real)["sha256"])
-        return ImageIdentity(path, _cached_sha256(real))
-    except OSError as error:
-        raise PipelineError(f"container.image: {path} cannot be read ({error.strerror})") from error
+        return ImageIdentity(path, read_record(real)["sha256"] if real.is_dir() else _cached_sha256(real))
 
 
 def _cached_sha256(real: Path) -> str:
@@ -92,7 +85,7 @@ def _cached_sha256(real: Path) -> str:
         if known["stamp"] == stamp:
             return str(known["sha256"])
     digest = sha256_file(real)
-    # A full or read-only home costs the next start a second; it is no reason to fail this one.
+    # With a full or read-only home the next start computes it again, which takes a second; that must not fail this one.
     with contextlib.suppress(OSError):
         write_json(cache, {"image": str(real), "stamp": stamp, "sha256": digest})
     return digest
@@ -103,21 +96,21 @@ def _cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "hpc-pipeline" / "images"
 
 
-def check_image(config: Config, site: SiteContainer, *, brought: bool = False) -> list[str]:
-    """What keeps the config's image from being used on this machine, each with its cure; starts it once.
+def check_image(config: Config, site: SiteContainer, *, from_job: bool = False) -> list[str]:
+    """Returns what prevents the use of the config's image on this machine, with its cure; starts the image once.
 
     Args:
         config: Names the image.
         site: How Apptainer is run here.
-        brought: The job itself brings the runtime (a module, say): where it is not here, the image is judged by its
-            file alone.
+        from_job: The job itself provides the runtime, for example by a module: where the runtime is missing here, only
+            the image file is checked.
     """
     try:
         image = image_path(config)
     except UsageError as error:
         return [str(error)]
     missing = runtime_problem(site)
-    if missing and brought:
+    if missing and from_job:
         problem = _file_problem(image)
     else:
         problem = missing or _file_problem(image) or _start_problem(image, site)
@@ -125,40 +118,38 @@ def check_image(config: Config, site: SiteContainer, *, brought: bool = False) -
 
 
 def runtime_problem(site: SiteContainer) -> str | None:
-    """Says that the container runtime is not on this machine, with the cure; None where it is."""
+    """Returns a message, with the cure, if the container runtime is missing on this machine; None otherwise."""
     if shutil.which(site.command) is not None:
         return None
     return (
         f"container.command: {site.command!r} is not there on {socket.gethostname()}; install Apptainer, load its "
-        "module (`modules` of the site file), or give the program's path"
+        "module (`modules` in the site file), or give the path of the program"
     )
 
 
 def _file_problem(image: Path) -> str | None:
-    """What is wrong with an image as far as it can be told without starting it."""
+    """Returns what is wrong with an image, as far as its file shows; None if nothing is."""
     if not image.exists():
-        return f"container.image: {image} does not exist; build it with `pipeline image build`, or correct the path"
+        return f"container.image: {image} does not exist; build it with `pipeline image build` or correct the path"
     if not os.access(image, os.R_OK):
-        return f"container.image: {image} may not be read by you; ask its owner for `chmod a+r`"
+        return f"container.image: {image} is not readable for you; ask its owner for `chmod a+r`"
     if image.is_dir():
         if (image / ".singularity.d").is_dir():
             return None
-        return f"container.image: {image} is a folder, but no sandbox of Apptainer; name a SIF file or a sandbox"
+        return f"container.image: {image} is a folder, but not an Apptainer sandbox; name a SIF file or a sandbox"
     with image.open("rb") as file:
         header = file.read(48)
     if header[_SIF_MAGIC] != b"SIF_MAGIC\0":
-        return f"container.image: {image} is no SIF file, or a damaged one; build it anew with `pipeline image build`"
+        return f"container.image: {image} is not a SIF file, or is damaged; build it again with `pipeline image build`"
     built_for = _ARCHITECTURES.get(header[_SIF_ARCHITECTURE], "an unknown architecture")
     here = _MACHINES.get(platform.machine(), platform.machine())
     if built_for != here:
-        return (
-            f"container.image: {image} is built for {built_for}, and this machine is {here}; build it on a {here} one"
-        )
+        return f"container.image: {image} is built for {built_for}, this machine is {here}; build it on {here}"
     return None
 
 
 def start_options(image: Path, site: SiteContainer) -> list[str]:
-    """How an image is started here, by a job as by the look at it before: what the other is told could fail alone."""
+    """Returns the options that start an image here; the check uses those of the job, so that both fail or neither."""
     return [
         *("--no-eval", "--no-mount", "home,cwd"),
         *(["--pid"] if site.pid else []),
@@ -178,7 +169,7 @@ def _start_problem(image: Path, site: SiteContainer) -> str | None:
         return f"container.image: {image} {_NOT_OURS}"
     said = [line for line in done.stderr.splitlines() if line.startswith("FATAL")]
     reason = said[-1].removeprefix("FATAL:").strip() if said else f"exit status {done.returncode}"
-    cure = next((cure for mark, cure in _CURES if mark in done.stderr), "see docs/container.md, common errors")
+    cure = next((cure for mark, cure in _CURES if mark in done.stderr), "see Common errors in docs/container.md")
     if cure is _UNSQUASH and site.unsquash:
-        cure = "use a sandbox folder: `container.unsquash` is set already"
+        cure = "use a sandbox folder: `container.unsquash` is already set"
     return f"container.image: {image} cannot be started by {site.command}: {reason}; {cure}"

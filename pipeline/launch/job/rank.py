@@ -7,7 +7,6 @@ it is requeued (`attempt.py`).
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -17,7 +16,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from pipeline.config.sections import Config
 from pipeline.errors import EXIT_STOPPED, PipelineError, UsageError
@@ -28,6 +26,7 @@ from pipeline.launch.site import Site
 from pipeline.launch.slurm import client as slurm
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import RankEnded, RankFailed, RankStopped
+from pipeline.processes import end_with_parent
 from pipeline.run.events import Cancelled, EventLog, append
 from pipeline.run.folder import Run
 from pipeline.run.world import DEADLINE_VARIABLE, World, world_from_srun
@@ -35,7 +34,6 @@ from pipeline.run.world import DEADLINE_VARIABLE, World, world_from_srun
 _POLL_S = 0.1
 # A signal that arrives while Python starts is lost or fatal; a repeated one is neither.
 _REPEAT_S = 5.0
-_PR_SET_PDEATHSIG = 1
 
 
 class _Signals:
@@ -111,7 +109,7 @@ def _run(attempt: Attempt, world: World, command: Sequence[str], environment: di
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent,
+            preexec_fn=end_with_parent(signal.SIGKILL),  # whatever Slurm uses to track processes
         )
         _wait(child, attempt, world, signals)
     code = child.returncode
@@ -172,8 +170,3 @@ def record_cancelled(events: Path, job: str) -> None:
 def log_file(attempt: Attempt, rank: int) -> Path:
     """Returns the file for a rank's output; all commands of a task share it."""
     return attempt.run.logs / attempt.job / f"attempt_{attempt.number}_rank_{rank}.log"
-
-
-def _die_with_parent() -> Any:
-    """Runs in the child: it dies with its task, whatever Slurm uses to track processes."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

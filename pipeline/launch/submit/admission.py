@@ -82,10 +82,10 @@ def refuse_unfit_images(configs: list[Config], site: Site, allow_image_change: b
         UsageError: An image is missing, damaged, of another architecture, not ours, or not the run's.
         PipelineError: An image cannot be read.
     """
-    brought = bool(site.modules or site.setup)
+    from_job = bool(site.modules or site.setup)
     by_image: dict[Path, Config] = {image_path(config): config for config in _contained(configs)}
     problems = [
-        problem for config in by_image.values() for problem in check_image(config, site.container, brought=brought)
+        problem for config in by_image.values() for problem in check_image(config, site.container, from_job=from_job)
     ]
     if problems:
         raise UsageError("\n  ".join([*problems, "nothing was submitted"]))

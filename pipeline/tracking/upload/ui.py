@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from pipeline.config.sections import TrackingConfig
 from pipeline.errors import PipelineError, UsageError
+from pipeline.processes import end_with_parent
 from pipeline.run.folder import Run
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload.store import resolve_uri
@@ -27,8 +27,6 @@ from pipeline.tracking.upload.store import resolve_uri
 _START_S = 90.0
 _STOP_S = 10.0
 _TAIL_BYTES = 4096
-_PR_SET_PDEATHSIG = 1
-_PRCTL = ctypes.CDLL(None).prctl  # looked up here: little is safe between fork and exec
 # No proxy: these addresses are on this machine.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -78,7 +76,7 @@ def local_server(
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent(signal.SIGTERM),  # mlflow tells its own children
         )
         stack.callback(_stop, process)
         _wait_until_it_answers(url, process, output)
@@ -135,11 +133,6 @@ def _free_port(wanted: int | None) -> int:
         except OSError as error:
             raise UsageError(f"port {wanted} is taken ({error.strerror}); choose another with --port") from error
         return int(probe.getsockname()[1])
-
-
-def _end_with_parent() -> None:
-    """In the child: the kernel ends it when its parent is gone, after a kill -9 too; mlflow tells its own children."""
-    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes], output: int) -> None:

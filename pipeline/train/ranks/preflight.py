@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.checkpoint.layout import KEYS
 from pipeline.config.sections import Config
 from pipeline.errors import PipelineError
-from pipeline.files import clock_skew_s
+from pipeline.files import MAX_CLOCK_SKEW_S, clock_skew_s
 from pipeline.model.flops import num_parameters
 from pipeline.run.events import BadNode, append
 from pipeline.run.folder import Run
@@ -32,8 +32,6 @@ from pipeline.train.ranks import group
 
 # Ranks have met just before; one that needs longer than this hangs.
 MEET_LIMIT_S = 60.0
-# Deadlines and the times of events are compared between nodes.
-MOST_SKEW_S = 5.0
 
 _SIZE = 256
 _SLOWEST_S = 10.0
@@ -209,7 +207,7 @@ def _wrong_clocks(skews: list[float | None]) -> dict[int, float]:
         return {}
     right = statistics.median_low([0.0, *known])
     wrong = {rank: skew - right for rank, skew in enumerate(skews) if skew is not None}
-    return {rank: seconds for rank, seconds in wrong.items() if abs(seconds) > MOST_SKEW_S}
+    return {rank: seconds for rank, seconds in wrong.items() if abs(seconds) > MAX_CLOCK_SKEW_S}
 
 
 def _refuse_ranks(missing: list[int], what: str, world: World, run: Run) -> NoReturn:

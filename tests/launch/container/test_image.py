@@ -1,53 +1,29 @@
-"""Images: their identity, what is refused before one is started or built, and what resuming in another needs."""
+"""The image of a job: its identity, and images that are refused before one is started."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline.config.load import load_config
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import sha256_file
 from pipeline.image.record import digest, read_record, write_record
-from pipeline.launch.container.image import check_image, image_identity
+from pipeline.launch.container.image import check_image, image_identity, image_path
 from pipeline.launch.site import SiteContainer
-from pipeline.run.provenance import collect_provenance, current_image, refuse_other_image
-from tests.test_bad_input import experiment, run_here
-
-HERE = {"x86_64": b"02", "aarch64": b"04"}[platform.machine()]
+from tests.launch.container.support import OTHER_ARCHITECTURE, config, sandbox, sif
 
 
-def sif(path: Path, architecture: bytes = HERE, content: bytes = b"") -> Path:
-    """A file with the header of a SIF."""
-    header = b"#!/usr/bin/env run-singularity\n".ljust(32, b"\0") + b"SIF_MAGIC\0" + b"01\0" + architecture + b"\0"
-    path.write_bytes(header + content)
-    return path
-
-
-def sandbox(path: Path) -> Path:
-    (path / ".singularity.d").mkdir(parents=True)
-    (path / "file").write_text("content")
-    (path / "link").symlink_to("file")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def test_the_checksum_is_computed_once_and_again_only_when_the_file_is_another(tmp_path):
+def test_the_checksum_is_computed_once_and_again_only_when_the_file_changes(tmp_path: Path):
     image = sif(tmp_path / "image.sif", content=b"one")
     first, before = image_identity(image), image.stat()
     assert first.sha256 == sha256_file(image)
     assert first.variables() == {"PIPELINE_IMAGE": str(image), "PIPELINE_IMAGE_SHA256": first.sha256}
 
-    # The same size, time and inode: only somebody who reads the file again can see that it changed.
+    # With the same size, time and inode, only reading the file again can show that it changed.
     with image.open("r+b") as file:
         file.seek(-3, os.SEEK_END)
         file.write(b"two")
@@ -61,111 +37,84 @@ def test_the_checksum_is_computed_once_and_again_only_when_the_file_is_another(t
     assert image_identity(image).sha256 == sha256_file(image)
 
 
-def test_an_identity_needs_no_writable_cache(tmp_path, cache):
+def test_an_identity_needs_no_writable_cache(tmp_path: Path, cache: Path):
     cache.write_text("a file where the folder should be")
     image = sif(tmp_path / "image.sif")
     assert image_identity(image).sha256 == sha256_file(image)
 
 
-def test_a_sandbox_is_what_its_record_says(tmp_path):
+def test_the_identity_of_a_sandbox_is_the_digest_in_its_record(tmp_path: Path):
     image = sandbox(tmp_path / "image")
-    with pytest.raises(PipelineError, match=r"has no record \(image\.json beside it\)"):
+    with pytest.raises(PipelineError, match=r"image: .*image\.json"):
         image_identity(image)
     write_record(image, {"commit": "abc"})
     assert image_identity(image).sha256 == read_record(image)["sha256"] == digest(image)
-    for change in (
-        lambda: (image / "file").write_text("other"),
-        lambda: (image / "file").chmod(0o755),
-        lambda: (image / "more").touch(),
-        lambda: ((image / "link").unlink(), (image / "link").symlink_to("more")),
-    ):
-        before = digest(image)
-        change()
-        assert digest(image) != before
+
+
+def test_an_image_that_cannot_be_read_names_the_config_key(tmp_path: Path):
+    with pytest.raises(PipelineError, match=f"container.image: {tmp_path}/no.sif .*No such file"):
+        image_identity(tmp_path / "no.sif")
+
+
+def test_a_config_without_an_image_is_told_to_build_one(work: Path):
+    with pytest.raises(UsageError, match=r"container\.image: .*pipeline image build"):
+        image_path(config("container.image=null"))
+    assert "container.image" in check_image(config("container.image=null"), SiteContainer())[0]
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "word"),
     [
-        (lambda image: None, "does not exist; build it with `pipeline image build`"),
-        (lambda image: image.write_text("no image"), "is no SIF file, or a damaged one"),
-        (lambda image: image.touch(), "is no SIF file, or a damaged one"),
-        (lambda image: image.mkdir(), "is a folder, but no sandbox of Apptainer"),
-        (lambda image: sif(image, b"11"), f"is built for s390x, and this machine is {platform.machine()}".split()[0]),
-        (lambda image: sif(image, b"11"), "is built for s390x, and this machine is"),
+        (lambda image: None, "does not exist"),
+        (lambda image: image.write_text("no image"), "damaged"),
+        (lambda image: image.touch(), "damaged"),
+        (lambda image: image.mkdir(), "sandbox"),
+        (lambda image: sif(image, OTHER_ARCHITECTURE), "s390x"),
+        (lambda image: sif(image, b"99"), "unknown architecture"),
     ],
 )
-def test_what_is_no_usable_image_is_one_clear_problem(tmp_path, make, message):
-    make(tmp_path / "image.sif")
-    [problem] = check_image(_config(tmp_path), SiteContainer(command=sys.executable))
-    assert problem.startswith(f"container.image: {tmp_path}/image.sif ") and message in problem
+def test_a_file_that_is_no_usable_image_is_one_clear_problem(work: Path, make, word: str):
+    (work / "image.sif").unlink()
+    make(work / "image.sif")
+    [problem] = check_image(config(), SiteContainer(command=sys.executable))
+    assert problem.startswith(f"container.image: {work}/image.sif ") and word in problem
 
 
-def test_a_missing_apptainer_is_named_with_its_cure(tmp_path):
-    sif(tmp_path / "image.sif")
-    [problem] = check_image(_config(tmp_path), SiteContainer(command="apptainer-that-is-not-there"))
-    assert problem.startswith("container.command: 'apptainer-that-is-not-there' is not there on ")
-    assert "load its module" in problem
-
-
-def _config(folder: Path):
-    from pipeline.config.load import load_config
-
-    return load_config(experiment(folder, **{"container.image": str(folder / "image.sif")}))
-
-
-# ---- resuming ------------------------------------------------------------------------------
-
-
-def _start_in(monkeypatch: pytest.MonkeyPatch, sha256: str | None) -> dict:
-    for name, value in (("PIPELINE_IMAGE", "/images/a.sif"), ("PIPELINE_IMAGE_SHA256", sha256)):
-        monkeypatch.setenv(name, value) if sha256 else monkeypatch.delenv(name, raising=False)
-    return collect_provenance()
-
-
-def test_a_run_goes_on_in_its_image_and_outside_any_but_not_in_another(monkeypatch):
-    starts = [_start_in(monkeypatch, "a" * 64)]
-    refuse_other_image(starts, current_image())
-    starts.append(_start_in(monkeypatch, None))
-    assert starts[-1]["image"] is None
-    refuse_other_image(starts, current_image())
-    _start_in(monkeypatch, "b" * 64)
-    with pytest.raises(UsageError, match=f"sha256 {'a' * 64}.*sha256 {'b' * 64}.*`--allow-image-change`"):
-        refuse_other_image(starts, current_image())
-
-
-@pytest.mark.slow
-def test_train_refuses_another_image_before_it_touches_the_run(tmp_path, monkeypatch, capsys):
-    config = experiment(tmp_path)
-    assert run_here(monkeypatch, capsys, "prepare", config)[0] == 0
-    run = tmp_path / "runs" / "tiny"
-    run.mkdir(parents=True)
-    first = _start_in(monkeypatch, "a" * 64)
-    from pipeline.run.folder import Run
-
-    Run(run).add_provenance(first)
-    _start_in(monkeypatch, "b" * 64)
-    status, err = run_here(monkeypatch, capsys, "train", config)
-    assert status == 2 and err.count("error:") == 1 and "--allow-image-change" in err
-    assert sorted(p.name for p in run.iterdir()) == ["provenance.json"]
-
-    assert run_here(monkeypatch, capsys, "train", config, "--allow-image-change")[0] == 0
-    recorded = [start["image"]["sha256"] for start in Run(run).provenance()]
-    assert recorded == ["a" * 64, "b" * 64]
+def test_a_missing_apptainer_is_named_with_its_cure(work: Path):
+    [problem] = check_image(config(), SiteContainer(command="no-apptainer"))
+    assert problem.startswith("container.command: 'no-apptainer' ") and "load its module" in problem
+    assert check_image(config(), SiteContainer(command="no-apptainer"), from_job=True) == []
+    [problem] = check_image(config("container.image=no.sif"), SiteContainer(command="no-apptainer"), from_job=True)
+    assert "does not exist" in problem
 
 
 @pytest.mark.parametrize(
-    ("record", "lacks"),
-    [({}, "base.name, base.bootstrap, base.digest, accelerator"), ({"base": "bookworm"}, "base.name")],
+    ("script", "word"),
+    [
+        ("exit 0", None),
+        ("exit 127", "no command `pipeline`"),
+        ("echo 'FATAL:   executable file not found in $PATH' >&2; exit 255", "no command `pipeline`"),
+        ("echo 'FATAL:   cannot set up a user namespace' >&2; exit 255", "set-uid Apptainer"),
+        ("exit 3", "exit status 3"),
+    ],
 )
-def test_a_record_that_tells_too_little_is_named(tmp_path, monkeypatch, capsys, record, lacks):
-    image = sif(tmp_path / "img.sif")
-    (tmp_path / "img.sif.json").write_text(json.dumps({"sha256": "x", **record}))
-    status, err = run_here(monkeypatch, capsys, "image", "info", str(image))
-    assert status == 1 and err.count("\n") == 1
-    assert f"{tmp_path}/img.sif.json: the record of an image lacks {lacks}" in err
+def test_an_image_that_does_not_start_is_named_with_the_reason_and_the_cure(work: Path, script: str, word: str | None):
+    runtime = work / "apptainer"
+    runtime.write_text(f"#!/bin/sh\n{script}\n")
+    runtime.chmod(0o755)
+    found = check_image(config(), SiteContainer(command=str(runtime)))
+    assert len(found) == (word is not None)
+    assert all(problem.startswith(f"container.image: {work}/image.sif ") and str(word) in problem for problem in found)
 
 
-def test_info_names_an_image_that_is_not_there(tmp_path, monkeypatch, capsys):
-    status, err = run_here(monkeypatch, capsys, "image", "info", str(tmp_path / "no.sif"))
-    assert status == 2 and "does not exist; `pipeline image build` makes one" in err
+def test_a_sandbox_is_never_unpacked(work: Path):
+    runtime = work / "apptainer"
+    runtime.write_text(f'#!/bin/sh\necho "$*" >>{work}/calls\n')
+    runtime.chmod(0o755)
+    sandbox(work / "box")
+    for image in ("image.sif", "box"):
+        loaded = load_config("config.yaml", [f"container.image={image}"])
+        assert check_image(loaded, SiteContainer(command=str(runtime), unsquash=True, pid=False)) == []
+    packed, folder = (work / "calls").read_text().splitlines()
+    assert packed.startswith("exec --no-eval --no-mount home,cwd --unsquash ") and "--unsquash" not in folder
+    assert "--pid" not in packed + folder

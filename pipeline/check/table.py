@@ -1,4 +1,4 @@
-"""What a person sees of `pipeline check`."""
+"""The table that `pipeline check` prints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 def print_checks(checks: Sequence[Check], console: Console) -> None:
-    """A line a check, the cure below what needs one, and the sum."""
+    """Prints one line per check, the cure below it where there is one, and the totals."""
     table = Table.grid(padding=(0, 2))
     for check in checks:
         table.add_row(f"[{_COLOURS[check.status]}]{check.status}[/]", check.name, escape(check.found))

@@ -1,0 +1,42 @@
+"""The names, addresses and files of a devcluster; a real one is in tests/cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.devcluster.settings import Settings, exists, load, state_folder
+from pipeline.errors import PipelineError, UsageError
+
+
+def cluster(state: Path, nodes: int = 3) -> Settings:
+    return Settings(state, nodes, "n", True)
+
+
+def test_every_host_has_its_own_name_and_address(tmp_path: Path):
+    settings = cluster(tmp_path)
+    assert settings.hosts == ["login", "n1", "n2", "n3"]
+    assert [settings.address(host) for host in settings.hosts] == [f"10.66.0.{i}" for i in (1, 2, 3, 4)]
+
+
+def test_a_node_is_named_by_its_number_or_its_name(tmp_path: Path):
+    settings = cluster(tmp_path)
+    assert (settings.node("2"), settings.node("n3")) == ("n2", "n3")
+    for name in ("4", "0", "login", "m1"):
+        with pytest.raises(UsageError, match=f"{name}: .*n1, n2, n3"):
+            settings.node(name)
+
+
+def test_settings_are_read_back_from_the_state_folder(tmp_path: Path):
+    with pytest.raises(PipelineError, match=str(tmp_path)):
+        load(tmp_path)
+    cluster(tmp_path).save()
+    assert exists(tmp_path) and load(tmp_path) == cluster(tmp_path)
+
+
+def test_a_state_folder_whose_path_is_too_long_for_sockets_is_refused():
+    longest = "/" + "x" * 79
+    assert state_folder(longest) == Path(longest)
+    with pytest.raises(UsageError, match="80 .*--state"):
+        state_folder(longest + "x")
