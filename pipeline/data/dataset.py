@@ -129,7 +129,9 @@ def open_dataset(
     path = Path(path)
     manifest = Manifest.load(path)
     shards = manifest.splits[split].shards
-    _check_tokenizer(path, manifest, tokenizer_digest)
+    _check_tokenizer(path, manifest)
+    if tokenizer_digest is not None:
+        refuse_other_tokenizer(path, manifest, tokenizer_digest)
     check_sizes(path, shards, manifest.numpy_dtype)
     for shard in shards:
         if vocab_size is not None and shard.largest_id >= vocab_size:
@@ -148,13 +150,26 @@ def open_dataset(
     return TokenDataset(path, split, manifest)
 
 
-def _check_tokenizer(path: Path, manifest: Manifest, wanted: str | None) -> None:
+def _check_tokenizer(path: Path, manifest: Manifest) -> None:
     file = path / TOKENIZER
     if not file.is_file():
         raise DataError(f"{file}: is missing; the tokens cannot be understood without it: prepare the dataset again")
     if sha256_file(file) != manifest.tokenizer_digest:
         raise DataError(f"{file}: is not the tokenizer that made these tokens (its digest differs from the manifest's)")
-    if wanted is not None and wanted != manifest.tokenizer_digest:
+
+
+def refuse_other_tokenizer(path: Path, manifest: Manifest, wanted: str) -> None:
+    """Refuses a dataset that another tokenizer made.
+
+    Args:
+        path: The dataset folder, for the message.
+        manifest: Its manifest.
+        wanted: Digest of the run's tokenizer.
+
+    Raises:
+        DataError: The dataset's tokenizer has another digest.
+    """
+    if wanted != manifest.tokenizer_digest:
         raise DataError(
             f"{path}: was made with the tokenizer {manifest.tokenizer_digest[:12]}, the run uses {wanted[:12]}; "
             "point data.path at the dataset the run was started with"

@@ -15,7 +15,7 @@ from pipeline.config.load import load_config
 from pipeline.data.dataset import open_dataset, validation_windows
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
-from pipeline.train.evaluate import evaluate
+from pipeline.train.evaluate import Validation, evaluate
 from tests import processes
 from tests.train.conftest import Lab
 from tests.train.engine.reference import new_model
@@ -30,17 +30,9 @@ def evaluated(world: World, config_file: str, stage: int) -> dict[str, Any]:
     """The evaluation of the fresh model, as training does it."""
     config = load_config(config_file, [f"train.zero_stage={stage}"])
     dataset = open_dataset(config.data.path, "validation")
-    found = evaluate(
-        Engine(new_model(config), config, world, torch.device("cpu")),
-        dataset,
-        validation_windows(dataset, config.model.context_length),
-        step=0,
-        count=WINDOWS,
-        chunk=CHUNK,
-        context_length=config.model.context_length,
-        world=world,
-        device=torch.device("cpu"),
-    )
+    windows = validation_windows(dataset, config.model.context_length)
+    engine = Engine(new_model(config), config, world, torch.device("cpu"))
+    found = evaluate(engine, Validation(dataset, windows, WINDOWS, CHUNK, world, engine.device), step=0)
     return asdict(found)
 
 

@@ -37,7 +37,7 @@ def train_disturbed(arguments: list[str], asked_after: int, fails_after: int) ->
     def disturbed(self: Session, step: int, *rest: Any) -> None:
         log(self, step, *rest)
         if step == asked_after and os.environ["RANK"] == "1":
-            self.stop.ask("SIGUSR2")
+            self.stop.request("SIGUSR2")
         if step == fails_after:
             raise ZeroDivisionError("a bug")
 

@@ -19,7 +19,7 @@ from pipeline.config.load import load_config
 from pipeline.optim.adamw import AdamW
 from pipeline.run.world import World
 from pipeline.train.engine import engine as module
-from pipeline.train.engine.deepspeed_config import deepspeed_settings
+from pipeline.train.engine.deepspeed_config import deepspeed_config
 from pipeline.train.engine.engine import Engine
 
 
@@ -47,12 +47,12 @@ def test_clipping_and_the_step_read_nothing_from_the_device(pretended: None, mon
     weights = parameters("cuda")
     optimizer = AdamW(weights, lr=1e-2, weight_decay=0.1)
     engine = SimpleNamespace(
-        device=torch.device("cuda", 0), _world=World(), _stage=0, _offloads=False, _optimizer=optimizer,
-        _gradients=lambda: [p.grad for p in weights],
+        device=torch.device("cuda", 0), _world=World(), _offloads=False, _optimizer=optimizer,
+        _partitions=SimpleNamespace(replicated=True, gradients=lambda: [p.grad for p in weights]),
     )  # fmt: skip
-    monkeypatch.setattr(module, "Agreed", lambda numbers: numbers)
+    monkeypatch.setattr(module, "PendingNumbers", lambda numbers: numbers)
     for _ in range(2):
-        numbers = Engine.clip(engine, 1.0, [torch.empty((), device="cuda")], stop=True)  # type: ignore[arg-type]
+        numbers = Engine.reduce_and_clip(engine, 1.0, [torch.empty((), device="cuda")], stop=True)  # type: ignore[arg-type]
         optimizer.step()
     assert numbers.is_cuda and numbers.shape == (3,)  # type: ignore[attr-defined]
     assert isinstance(optimizer.counts, torch.Tensor)
@@ -111,7 +111,7 @@ def test_deepspeed_is_given_the_number_of_the_device_and_not_of_the_rank(monkeyp
 
 def test_deepspeeds_own_measuring_is_off_unless_it_is_asked_for() -> None:
     """Its throughput timer makes the host wait for the device twice a micro-batch."""
-    settings = deepspeed_settings(load_config("configs/demo.yaml"), World())
+    settings = deepspeed_config(load_config("configs/demo.yaml"), World())
     assert settings["timers"] == {"throughput": {"enabled": False}}
     asked = load_config("configs/demo.yaml", ["deepspeed={timers: {throughput: {enabled: true}}}"])
-    assert deepspeed_settings(asked, World())["timers"] == {"throughput": {"enabled": True}}
+    assert deepspeed_config(asked, World())["timers"] == {"throughput": {"enabled": True}}

@@ -28,7 +28,7 @@ def own_storages(world: World, config_file: str, stage: int, offload: bool) -> b
         kind, real = type(engine._engine.optimizer), engine._engine.optimizer.get_local_fp32_param
         kind.get_local_fp32_param = lambda self, *args, **kwargs: real(*args, **kwargs).clone()
     fragments = engine.fragments()
-    updated = engine._updated_tensors()
+    updated = engine._partitions.updated_tensors()
     state = [tensor for flat in updated for tensor in engine._optimizer.state[flat].values() if torch.is_tensor(tensor)]
     storages = {tensor.untyped_storage().data_ptr() for tensor in (*updated, *state)}
     return all(t.untyped_storage().data_ptr() in storages for f in fragments for t in f.tensors.values())
