@@ -1,0 +1,82 @@
+"""What ranks tell each other outside the steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from pipeline.config.sections import CheckpointConfig
+from pipeline.run.world import World
+from pipeline.train.ranks import group
+from tests import processes
+
+ALONE = World()
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[HashStore]:
+    """One store for ranks that are all in this process."""
+    store = HashStore()
+    monkeypatch.setattr(group, "store", lambda: store)
+    yield store
+
+
+def test_one_process_is_a_group_that_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with group.process_group(ALONE, torch.device("cpu")):
+        assert (dist.get_world_size(), dist.get_rank(), dist.get_backend()) == (1, 0, "gloo")
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("0", "1", "0")
+        group.store().set("key", "value")
+        assert group.store().get("key") == b"value"
+    assert not dist.is_initialized()
+    with group.process_group(ALONE, torch.device("cpu")):
+        assert not group.store().check(["key"]), "the next group starts afresh"
+
+
+def test_the_group_ends_with_an_error_too() -> None:
+    with pytest.raises(ZeroDivisionError), group.process_group(ALONE, torch.device("cpu")):
+        raise ZeroDivisionError
+    assert not dist.is_initialized()
+
+
+def test_alone_a_value_is_its_own_answer() -> None:
+    assert group.broadcast({"a": 1}, ALONE) == {"a": 1}
+    assert group.gather("x", ALONE) == ["x"]
+    group.barrier(ALONE)
+
+
+def test_broadcasts_reach_every_rank_in_order(shared: HashStore) -> None:
+    ranks = [World(rank=rank, size=3) for rank in range(3)]
+    first, second = ("value", None, Path("folder")), 2
+    assert (group.broadcast(first, ranks[0]), group.broadcast(second, ranks[0])) == (first, second)
+    for late in ranks[1:]:
+        assert group.broadcast("its own", late) == first
+        assert group.broadcast("its own", late) == second
+
+
+def test_a_rank_waits_for_rank_0_no_longer_than_its_limit(shared: HashStore) -> None:
+    with pytest.raises(RuntimeError, match="timeout|Timeout|timed out"):
+        group.broadcast(None, World(rank=1, size=2), timedelta(milliseconds=50))
+
+
+def test_a_rank_busy_with_a_checkpoint_is_given_its_time_limit_on_top() -> None:
+    assert group.save_timeout(CheckpointConfig(timeout_min=7)) == group.COLLECTIVE_TIMEOUT + timedelta(minutes=7)
+    assert timedelta(minutes=10) == group.COLLECTIVE_TIMEOUT
+
+
+def meet(world: World) -> list[Any]:
+    group.barrier(world)
+    return [group.gather(world.rank * 10, world), group.broadcast(f"from {world.rank}", world)]
+
+
+def test_real_ranks_gather_in_the_order_of_the_ranks(tmp_path: Path) -> None:
+    assert processes.on_ranks(meet, 2, tmp_path / "log") == [[[0, 10], "from 0"]] * 2
