@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pipeline.train.loop as loop
+from pipeline.config.sections import Config
+from pipeline.run.folder import Run, run_for
+from pipeline.train.session import TrainResult
 from tests import experiment, processes
+from tests.train.tiny import tiny
 
 
 class Lab:
@@ -41,3 +47,28 @@ class Lab:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("lab"))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of ten steps that this process trained."""
+
+    config: Config
+    config_file: Path
+    run: Run
+    result: TrainResult
+
+    def again(self, folder: Path) -> Config:
+        """The same experiment on the same data as a new run, below another folder."""
+        return self.config.model_copy(update={"runs_dir": str(folder / "runs")})
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Ten steps of two micro-batches, logged each; a validation after each third, a checkpoint after each fourth."""
+    folder = tmp_path_factory.mktemp("trained")
+    intervals = {"train.max_iters": 10, "train.val_interval": 3, "train.checkpoint_interval": 4}
+    sizes = {"train.batch_size": 8, "train.micro_batch_size": 4, "train.num_val_batches": 2}
+    config = tiny(folder, **intervals, **sizes, **{"checkpoint.keep_last": 9, "optimizer.gradient_clip_val": 0.6})
+    result = loop.train(config)
+    return Trained(config, folder / "config.yaml", run_for(config), result)
