@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     config = tiny(folder, **intervals, **sizes, **{"checkpoint.keep_last": 9, "optimizer.gradient_clip_val": 0.6})
     result = loop.train(config)
     return Trained(config, folder / "config.yaml", run_for(config), result)
+
+
+@pytest.fixture
+def resumable(trained: Trained, tmp_path: Path) -> Config:
+    """A copy of the trained run, to be resumed."""
+    config = trained.again(tmp_path)
+    shutil.copytree(trained.run.path, run_for(config).path)
+    return config

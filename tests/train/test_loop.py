@@ -58,11 +58,14 @@ def test_the_result_says_what_came_of_it(trained: Trained) -> None:
     assert 0 < result.seconds < 60
 
 
-def test_a_run_that_is_complete_is_complete_at_once(trained: Trained) -> None:
-    again = loop.train(trained.config)
+def test_a_run_that_is_complete_is_complete_at_once(
+    trained: Trained, resumable: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "cross_entropy", lambda *args: pytest.fail("a step was begun"))
+    again = loop.train(resumable)
     assert again.step == 10 and again.tokens_seen == trained.result.tokens_seen
     assert again.evaluation is None, "the validation of the last step is recorded"
-    assert len(curve(trained.run.path)) == 10
+    assert len(curve(run_for(resumable).path)) == 10
 
 
 def interrupting(calls: list[int], at: int) -> Any:
