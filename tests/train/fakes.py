@@ -10,6 +10,7 @@ import torch
 
 from pipeline.config.load import load_config
 from pipeline.config.sections import Config
+from pipeline.run.events import Event
 from pipeline.run.folder import Run
 from pipeline.run.world import World
 from pipeline.train.engine.step_numbers import PendingNumbers
@@ -26,15 +27,15 @@ class Tracker:
 
     def __init__(self) -> None:
         self.metrics: list[tuple[int, dict[str, float]]] = []
-        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.events: list[Event] = []
         self.closed: list[str] = []
         self.rewound: list[int] = []
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.metrics.append((step, metrics))
 
-    def event(self, event: Any, **fields: Any) -> None:
-        self.events.append((event, fields))
+    def event(self, event: Event) -> None:
+        self.events.append(event)
 
     def rewind(self, step: int) -> None:
         self.rewound.append(step)

@@ -17,11 +17,12 @@ import torch
 import pipeline.train.incidents as incidents
 import pipeline.train.loop as loop
 from pipeline.checkpoint.export import load_weights
-from pipeline.checkpoint.layout import Manifest, published, step_name
+from pipeline.checkpoint.layout import Manifest, published
 from pipeline.checkpoint.pending import Draft
 from pipeline.errors import PipelineError
 from pipeline.model.loss import cross_entropy
-from pipeline.run.folder import run_for
+from pipeline.run.events import BadStep, RolledBack
+from pipeline.run.folder import run_for, step_name
 from pipeline.run.world import World
 from pipeline.train.incidents import Rollback, Verdict, inspect, roll_back
 from pipeline.train.session import Session
@@ -94,7 +95,10 @@ def test_a_bad_step_is_recorded_and_said(tmp_path: Path, recorded: list[Any], nu
     assert recorded == [("bad_batches", "bad_step_00000010", 10, 4, 10)], "the tenth batch that is not skipped"
     (message,) = session.progress.messages  # type: ignore[attr-defined]
     assert "step 10" in message and "bad_step_00000010.json" in message
-    assert session.guard.bad_steps == 1 and len(session.tracker.events) == 1  # type: ignore[attr-defined]
+    assert session.guard.bad_steps == 1
+    (event,) = session.tracker.events  # type: ignore[attr-defined]
+    assert isinstance(event, BadStep) and event.error is None
+    assert (event.step, event.batch, event.path) == (10, 10, str(session.run.bad_batches / "bad_step_00000010.json"))
 
 
 def test_too_many_bad_steps_in_a_row_fail_the_run_with_all_recorded(tmp_path: Path, recorded: list[Any]) -> None:
@@ -124,6 +128,8 @@ def test_a_full_disk_costs_the_record_and_not_the_run(
     assert inspect(session, 10, pending(loss=math.nan)) == Verdict()
     (message,) = session.progress.messages  # type: ignore[attr-defined]
     assert "No space left on device" in message and "batch 9" in message
+    (event,) = session.tracker.events  # type: ignore[attr-defined]
+    assert event.path is None and event.error in message
 
 
 @pytest.mark.parametrize("on_spike", ["warn", "rollback"])
@@ -186,6 +192,8 @@ def test_a_rollback_restores_the_state_skips_the_suspects_and_quarantines_what_c
     assert {f.name for f in session.run.checkpoints.glob("*.rejected")} == {
         "step_00000035.rejected", "step_00000038.rejected",
     }  # fmt: skip
+    rolled_back = RolledBack(step=40, to=30, skipped=[3, 7, 40, 41])
+    assert session.tracker.events == [rolled_back]  # type: ignore[attr-defined]
     assert session.tracker.rewound == [30]  # type: ignore[attr-defined]
 
 

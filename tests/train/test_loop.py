@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import pipeline.train.loop as loop
-from pipeline.checkpoint.layout import Manifest, published, step_name, step_of
+from pipeline.checkpoint.layout import Manifest, published, step_of
 from pipeline.config.sections import Config
 from pipeline.errors import StopRequested
 from pipeline.model.loss import cross_entropy
 from pipeline.optim.schedule import get_lr_cosine_schedule
-from pipeline.run.folder import Run, run_for
+from pipeline.run.folder import Run, run_for, step_name
 from pipeline.train.session import TrainResult
 from tests.experiment import curve, events, lines, validations
 from tests.train.conftest import Trained

@@ -26,6 +26,8 @@ from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, CheckpointError, StopRequ
 from pipeline.files import read_json
 from pipeline.model.flops import flops_per_token
 from pipeline.model.loss import cross_entropy
+from pipeline.run.events import Checkpointed, CheckpointFailed, Failed
+from pipeline.run.folder import step_name
 from pipeline.run.world import World
 from pipeline.train.evaluate import Evaluation
 from pipeline.train.session import Session, every
@@ -203,7 +205,10 @@ def test_a_failed_save_is_said_and_a_durable_one_recorded(session: Session) -> N
     for saved in (Saved(10, Path("step_00000010"), None, 1.23456, "abc"), Saved(20, None, "no room", 2.0)):
         session.report_save(saved)
     assert [saved.step for saved in session.saves] == [10, 20]
-    assert len(session.tracker.events) == 2  # type: ignore[attr-defined]
+    assert session.tracker.events == [  # type: ignore[attr-defined]
+        Checkpointed(step=10, path="step_00000010", digest="abc", seconds=1.235),
+        CheckpointFailed(step=20, error="no room"),
+    ]
     (message,) = session.progress.messages  # type: ignore[attr-defined]
     assert "step 20" in message and "no room" in message
 
@@ -212,7 +217,7 @@ def test_a_start_ends_once_whoever_ends_it(session: Session) -> None:
     session.fail("rank 1 is gone")
     session.fail("a broken collective")
     assert session.tracker.closed == ["FAILED"]  # type: ignore[attr-defined]
-    assert len(session.tracker.events) == 1  # type: ignore[attr-defined]
+    assert session.tracker.events == [Failed(step=0, error="rank 1 is gone")]  # type: ignore[attr-defined]
     assert session.saver.waits == [sessions.FAILED_SAVE_S] * 2  # type: ignore[attr-defined]
 
 
@@ -340,7 +345,7 @@ def test_a_checkpoint_is_reported_without_reading_its_manifest_again(
     monkeypatch.undo()
     run = Path(config.runs_dir) / config.name
     (saved,) = events(run, "checkpointed")
-    assert saved["digest"] == read_json(run / "checkpoints" / layout.step_name(3) / layout.MANIFEST)["digest"]
+    assert saved["digest"] == read_json(run / "checkpoints" / step_name(3) / layout.MANIFEST)["digest"]
 
 
 # Bytes a file may grow to: metrics, not a rank's part of a checkpoint.
