@@ -74,7 +74,7 @@ def test_a_model_that_is_undecided_between_three_tokens_has_perplexity_three(cou
 def test_every_rank_calls_the_model_equally_often_and_each_chunk_counts_once(
     monkeypatch: pytest.MonkeyPatch, size: int, chunk: int, turns: int
 ) -> None:
-    """ZeRO-3 gathers weights in every call: a rank that leaves one out lets the others hang."""
+    """ZeRO-3 gathers weights in every call: the other ranks hang if one leaves a call out."""
     shares: list[torch.Tensor] = []
     monkeypatch.setattr(dist, "all_reduce", lambda sums: shares.append(sums.clone()))
     models = [Uniform() for _ in range(size)]

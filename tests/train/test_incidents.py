@@ -202,14 +202,14 @@ def test_a_rollback_restores_the_state_skips_the_suspects_and_quarantines_what_c
 
 @pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))])
 def test_a_bad_step_is_skipped_without_a_trace_in_weights_or_moments(stage, tmp_path, monkeypatch):
-    """The spoilt step must change nothing: the optimiser has taken one step less, and all is finite."""
+    """The spoilt step changes nothing: the optimizer has taken one step less, and everything is finite."""
     config = tiny(tmp_path, **{"train.zero_stage": stage, "train.max_iters": 6, "train.checkpoint_interval": 2})
     monkeypatch.setattr(loop, "cross_entropy", Sabotage({3}, float("nan")))
     loop.train(config)
     folders = run_for(config).checkpoints
     before, after = (load_weights(folders / step_name(s)) for s in (4, 6))
     assert all(torch.isfinite(w).all() for w in after.values())
-    assert any(not torch.equal(before[n], after[n]) for n in before), "training went on"
+    assert any(not torch.equal(before[n], after[n]) for n in before), "training continued"
     assert Manifest.load(folders / step_name(6)).state["optimizer_steps"] == 5
     (event,) = events(run_for(config).path, "bad_step")
     assert event["step"] == 3
@@ -239,7 +239,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_spike_is_reported_and_training_goes_on_by_default(tmp_path, monkeypatch):
+def test_by_default_a_spike_is_reported_and_training_continues(tmp_path, monkeypatch):
     config = tiny(tmp_path)
     monkeypatch.setattr(loop, "cross_entropy", Sabotage({30}, 50.0))
     loop.train(config)
@@ -249,8 +249,8 @@ def test_a_spike_is_reported_and_training_goes_on_by_default(tmp_path, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_spike", ["warn", "rollback"])
-def test_a_lasting_rise_is_reported_and_then_what_losses_are_compared_with(on_spike, tmp_path, monkeypatch):
-    """With nothing to go back to a rollback is no more than a warning."""
+def test_a_lasting_rise_is_reported_once_and_becomes_the_usual_loss(on_spike, tmp_path, monkeypatch):
+    """With nothing to roll back to, a rollback is only a warning."""
     config = tiny(tmp_path, **{"guard": {"on_spike": on_spike}, "train.checkpoint_interval": 1000})
     monkeypatch.setattr(loop, "cross_entropy", Sabotage(set(range(25, 41)), 3.0))
     loop.train(config)
@@ -275,7 +275,7 @@ def test_a_full_disk_costs_the_record_of_a_batch_and_not_the_run(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_rollback_leaves_the_batches_out_and_a_resumed_run_does_too(tmp_path, monkeypatch):
+def test_a_rollback_skips_the_batches_and_so_does_a_resumed_run(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     config = tiny(tmp_path / "a", guard={"on_spike": "rollback"})
     monkeypatch.setattr(loop, "cross_entropy", Sabotage({28}, 50.0))
@@ -309,7 +309,7 @@ def spoil_on_one_rank(config: str, calls: list[int], factor: float) -> None:
 
 
 def spoilt(lab: Lab, tmp_path: Path, name: str, calls: list[int], factor: float, **changes: Any) -> Path:
-    """The run folder after training on two ranks with one micro-batch a step each."""
+    """The run folder after training on two ranks with one micro-batch per step each."""
     config = lab.config(name, **{"train.micro_batch_size": 4, "train.max_iters": 40, **changes})
     ranks = processes.fork(spoil_on_one_rank, (str(config), calls, factor), 2, tmp_path / "log")
     assert ranks.wait(120) and set(ranks.codes.values()) == {0}, ranks.words()
@@ -319,7 +319,7 @@ def spoilt(lab: Lab, tmp_path: Path, name: str, calls: list[int], factor: float,
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_what_is_not_finite_on_one_rank_is_skipped_by_all(lab: Lab, tmp_path: Path, stage: int) -> None:
-    """Seen one step late (nothing is logged there), and yet without a trace: the next steps are finite."""
+    """The numbers are read one step late, and still no trace is left: the next steps are finite."""
     settings = {"train.zero_stage": stage, "train.log_interval": 5, "train.checkpoint_interval": 20}
     run = spoilt(lab, tmp_path, f"bad_{stage}", [7, 20, 33], math.inf, **settings)
     found = events(run, "bad_step")
@@ -333,7 +333,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all(lab: Lab, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_jump_on_one_rank_takes_all_ranks_back_to_the_same_checkpoint(lab: Lab, tmp_path: Path) -> None:
+def test_a_jump_on_one_rank_rolls_all_ranks_back_to_the_same_checkpoint(lab: Lab, tmp_path: Path) -> None:
     settings = {"guard": {"on_spike": "rollback"}, "train.log_interval": 7, "train.checkpoint_interval": 10}
     run = spoilt(lab, tmp_path, "jump", [32], 40.0, **settings)
     (rollback,) = events(run, "rollback")
@@ -343,7 +343,7 @@ def test_a_jump_on_one_rank_takes_all_ranks_back_to_the_same_checkpoint(lab: Lab
 
 
 def train_jumping(config: str, at: int, save_s: float) -> None:
-    """Trains with one micro-batch a step; the loss of step `at` jumps, and a save takes longer than many steps."""
+    """Trains with one micro-batch per step; the loss of step `at` jumps, and a save takes longer than many steps."""
     loop.cross_entropy = Sabotage({at}, 50.0)  # type: ignore[assignment]
     publish = Draft.publish
 
@@ -356,7 +356,7 @@ def train_jumping(config: str, at: int, save_s: float) -> None:
 
 
 def rollbacks(lab: Lab, tmp_path: Path, name: str, at: int, save_s: float, **changes: Any) -> list[tuple[int, int]]:
-    """From which step two ranks went back to which."""
+    """Returns from which step two ranks rolled back to which."""
     settings = {
         "train.micro_batch_size": 4, "train.max_iters": 40, "guard": {"on_spike": "rollback"}, **changes,
     }  # fmt: skip
@@ -370,13 +370,15 @@ def rollbacks(lab: Lab, tmp_path: Path, name: str, at: int, save_s: float, **cha
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save_s", [0.0, 1.5])
-def test_the_checkpoint_before_a_jump_outlives_the_save_under_way(lab: Lab, tmp_path: Path, save_s: float) -> None:
-    """The save of step 30 ends after the jump at 31 was seen; it must not take away the checkpoint of step 20."""
+def test_the_checkpoint_before_a_jump_outlives_the_save_in_progress(lab: Lab, tmp_path: Path, save_s: float) -> None:
+    """The save of step 30 ends after the jump at step 31 is seen; it must not delete the checkpoint of step 20."""
     keeping = {"train.checkpoint_interval": 10, "checkpoint": {"keep_last": 1, "keep_best": False}}
     assert rollbacks(lab, tmp_path, f"outlives_{save_s}", 31, save_s, **keeping) == [(31, 20)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save_s", [0.0, 1.5])
-def test_a_first_checkpoint_still_being_written_is_gone_back_to(lab: Lab, tmp_path: Path, save_s: float) -> None:
+def test_a_rollback_waits_for_a_first_checkpoint_that_is_still_being_written(
+    lab: Lab, tmp_path: Path, save_s: float
+) -> None:
     assert rollbacks(lab, tmp_path, f"first_{save_s}", 32, save_s, **{"train.checkpoint_interval": 30}) == [(32, 30)]

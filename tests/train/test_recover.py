@@ -70,7 +70,7 @@ def test_the_newest_whole_checkpoint_is_taken(checkpoints: Path) -> None:
 def test_a_damaged_checkpoint_is_quarantined_and_all_ranks_take_the_one_before(
     checkpoints: Path, damage: Callable[[Path], None], words: str
 ) -> None:
-    """Each file is checked by one rank only, and the others must hear of it."""
+    """Only one rank checks each file, and the other must hear of it."""
     damage(published(checkpoints)[0])
     first, second = processes.on_ranks(found, 2, checkpoints / "log", str(checkpoints))
     assert first == second

@@ -58,7 +58,7 @@ def test_every_counts_finished_steps() -> None:
 
 
 def test_the_ranks_share_the_rows_of_a_global_batch(tmp_path: Path) -> None:
-    """In order, each row once, in micro-batches; a skipped batch is replaced by the one behind it."""
+    """In order, each row once, in micro-batches; a skipped batch is replaced by the next one."""
     asked: list[tuple[int, int, int]] = []
 
     def batch(index: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +133,7 @@ def test_a_validation_is_due_at_its_interval_and_after_the_last_step(tmp_path: P
         (25, 4.0, 0.0, (2.0, 4.0, 20.0)),  # none was measured: ten batches take at most ten steps
     ],
 )
-def test_the_time_limit_reckons_with_steps_saves_and_validations(
+def test_the_time_limit_accounts_for_steps_saves_and_validations(
     tmp_path: Path, step: int, durable: float | None, pause: float, needed: tuple[float, float, float]
 ) -> None:
     session = fake_session(tmp_path, **{"train.num_val_batches": 10})
@@ -201,7 +201,7 @@ def test_a_run_whose_last_save_failed_is_not_finished(session: Session) -> None:
     assert session.saver.waits == [None, None]  # type: ignore[attr-defined]
 
 
-def test_a_failed_save_is_said_and_a_durable_one_recorded(session: Session) -> None:
+def test_failed_and_durable_saves_are_recorded_and_a_failure_is_shown(session: Session) -> None:
     for saved in (Saved(10, Path("step_00000010"), None, 1.23456, "abc"), Saved(20, None, "no room", 2.0)):
         session.report_save(saved)
     assert [saved.step for saved in session.saves] == [10, 20]
@@ -221,14 +221,16 @@ def test_a_start_ends_once_whoever_ends_it(session: Session) -> None:
     assert session.saver.waits == [sessions.FAILED_SAVE_S] * 2  # type: ignore[attr-defined]
 
 
-def test_a_thread_that_does_not_get_done_is_not_waited_for(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_hangs_in_its_last_records_is_not_waited_for(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sessions, "END_S", 0.01)
     session.ending.acquire()
     session.fail("rank 1 is gone")
     assert session.tracker.closed == []  # type: ignore[attr-defined]
 
 
-def test_who_stopped_a_run_is_told_why_and_that_nothing_is_lost(session: Session) -> None:
+def test_the_person_who_stopped_a_run_is_told_why_and_that_nothing_is_lost(session: Session) -> None:
     assert "another rank" in session.stop_message(7) and "step 7" in session.stop_message(7)
     session.stop.request("SIGUSR2")
     assert "SIGUSR2" in session.stop_message(7) and "everything is saved" in session.stop_message(7)
@@ -257,7 +259,7 @@ def train_disturbed(arguments: list[str], asked_after: int, fails_after: int) ->
 def test_a_validation_skipped_by_a_stop_is_run_once_by_the_next_start(
     lab: Lab, tmp_path: Path, stops_at: int, last: int
 ) -> None:
-    """Also that of the last step; and not again by a third start, from the same checkpoint."""
+    """This includes the last step's; a third start from the same checkpoint does not run it again."""
     name = f"missed_{stops_at}"
     arguments = ["train", str(lab.config(name)), "train.zero_stage=1", f"train.max_iters={last}"]
     run = lab.config(name).parent / "runs" / name
@@ -280,7 +282,7 @@ def test_a_validation_skipped_by_a_stop_is_run_once_by_the_next_start(
 
 
 class Clock:
-    """Stands in for the module `time`: it moves when it is told to."""
+    """Stands in for the module `time`: it moves only when told to."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -299,7 +301,7 @@ class Clock:
         pytest.param(1075.0, 20, id="the second"),
     ],
 )
-def test_a_wall_clock_limit_reckons_with_a_validation(
+def test_a_wall_clock_limit_accounts_for_a_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float, stops_at: int
 ) -> None:
     """From 1000 on: steps of 1 s, and after each tenth a validation of 30 s, until 1040 and 1080."""
@@ -338,7 +340,7 @@ def test_a_wall_clock_limit_reckons_with_a_validation(
 def test_a_checkpoint_is_reported_without_reading_its_manifest_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a thousand ranks it has tens of megabytes, which are parsed while training stands still."""
+    """With a thousand ranks it has tens of megabytes, and parsing it stalls training."""
     config = tiny(tmp_path, **{"train.max_iters": 3})
     monkeypatch.setattr(layout.Manifest, "load", lambda folder: pytest.fail(f"{folder} is read again"))
     loop.train(config)
@@ -348,18 +350,18 @@ def test_a_checkpoint_is_reported_without_reading_its_manifest_again(
     assert saved["digest"] == read_json(run / "checkpoints" / step_name(3) / layout.MANIFEST)["digest"]
 
 
-# Bytes a file may grow to: metrics, not a rank's part of a checkpoint.
+# Largest file in bytes: enough for metrics, too little for a rank's part of a checkpoint.
 LIMIT = 64 * 1024
 
 
 def short_of_room(arguments: list[str]) -> None:
-    """The command line, where no file of a checkpoint's size can be written."""
+    """Runs the command line where no file of a checkpoint's size can be written."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
     processes.command(arguments)
 
 
 @pytest.mark.slow
-def test_without_its_last_checkpoint_a_run_ends_with_1_and_the_next_start_takes_the_steps_anew(lab: Lab) -> None:
+def test_without_its_last_checkpoint_a_run_ends_with_1_and_the_next_start_repeats_the_steps(lab: Lab) -> None:
     world, stage, name = 2, 1, "short_of_room"
     run = lab.train(name, world, stage, "train.max_iters=4")
     good = [folder.name for folder in published(run / "checkpoints")]
@@ -370,7 +372,7 @@ def test_without_its_last_checkpoint_a_run_ends_with_1_and_the_next_start_takes_
     assert ranks.within(ranks.poll, 60)
     assert ranks.codes == {0: EXIT_FAILED, 1: EXIT_FAILED}
     assert "the last checkpoint could not be saved" in ranks.words() and "Traceback" not in ranks.words()
-    assert [e["step"] for e in events(run, "checkpoint_failed")] == [5, 10], "the first one ended nothing"
+    assert [e["step"] for e in events(run, "checkpoint_failed")] == [5, 10], "the first failure did not end the run"
     assert [e["step"] for e in events(run, "failed")] == [10]
     assert [folder.name for folder in published(run / "checkpoints")] == good
 

@@ -1,4 +1,4 @@
-"""Stopping: on request everything is saved once and the status is 85; a rank that dies takes the others along."""
+"""A request saves everything once and ends with status 85; a rank that dies ends the other ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def started(lab: Lab, tmp_path: Path, name: str, world: int, **changes: object) -> tuple[Ranks, Path]:
-    """A run that would take very long, some steps after its start."""
+    """Returns a run that would take very long, some steps after its start."""
     config = lab.config(name, **(LONG | changes))
     ranks = processes.start(["train", str(config)], world, tmp_path / "log")
     run = config.parent / "runs" / name
@@ -33,7 +33,7 @@ def started(lab: Lab, tmp_path: Path, name: str, world: int, **changes: object) 
 
 
 def saved_once(ranks: Ranks, run: Path, reason: str) -> None:
-    """All ranks ended alike, after one save of the last step."""
+    """Asserts that all ranks ended the same way, after one save of the last step."""
     assert ranks.wait(60), "the ranks still run"
     assert set(ranks.codes.values()) == {EXIT_STOPPED}, ranks.words()
     (checkpointed,) = events(run, "checkpointed")
@@ -70,8 +70,8 @@ def test_repeated_signals_are_one_request(lab: Lab, tmp_path: Path) -> None:
     saved_once(ranks, run, "SIGUSR2")
 
 
-def test_a_second_ctrl_c_leaves_at_once(lab: Lab, tmp_path: Path) -> None:
-    """Also where no step ends any more: the first one only asks."""
+def test_a_second_ctrl_c_exits_at_once(lab: Lab, tmp_path: Path) -> None:
+    """Also in a step that does not end: the first Ctrl-C is only a request."""
     config = lab.config("stop_twice", **LONG)
     ranks = processes.fork(train_with_slow_steps, (str(config),), 1, tmp_path / "log")
     assert wait_until(lambda: last_step(config.parent / "runs" / "stop_twice") >= 1 or ranks.poll(), 60)
@@ -101,7 +101,7 @@ def train_with_slow_steps(config: str) -> None:
 
 def test_a_wall_clock_limit_stops_in_time(lab: Lab, tmp_path: Path) -> None:
     config = lab.config("deadline", **LONG)
-    limit = time.time() + 27  # of which fifteen are kept for a save that was not measured yet
+    limit = time.time() + 27  # of which fifteen are reserved for a save, none of which has been measured yet
     environ = {"PIPELINE_DEADLINE": str(limit)}
     ranks = processes.start(["train", str(config)], 2, tmp_path / "log", environ)
     assert ranks.wait(60)
@@ -142,7 +142,7 @@ def train_failing(config: str, rank: int, how: str) -> None:
         (1, "killed", "rank 1 on * ended without a word (killed, out of memory, or its node is gone)"),
     ],
 )
-def test_a_rank_that_fails_ends_the_others_within_seconds_with_its_error_last(
+def test_a_rank_that_fails_ends_the_other_within_seconds_with_its_error_last(
     lab: Lab, tmp_path: Path, rank: int, how: str, words: str
 ) -> None:
     config = lab.config(f"fails_{rank}_{how}")
@@ -153,7 +153,7 @@ def test_a_rank_that_fails_ends_the_others_within_seconds_with_its_error_last(
     assert ranks.codes[1 - rank] == EXIT_FAILED
     before, _, after = words.partition("*")
     shown = [line for line in ranks.words().splitlines() if line.startswith("pipeline: error: ")]
-    # Both ranks write to one file; the last line of the one that did not fail is the other's error.
+    # Both ranks write to one file; the last line of the rank that did not fail is the error of the one that did.
     assert [line for line in shown[-2:] if line.startswith(f"pipeline: error: {before}") and line.endswith(after)], (
         shown
     )
@@ -165,7 +165,7 @@ def test_a_rank_that_fails_ends_the_others_within_seconds_with_its_error_last(
 
 
 def train_dying_in_a_save(config: str) -> None:
-    """Rank 1 is killed while it writes its part; the other one is slow to end its records."""
+    """Rank 1 is killed while it writes its part; rank 0 is slow to close its records."""
     import os
 
     from pipeline.checkpoint.pending import Draft
@@ -190,7 +190,7 @@ def train_dying_in_a_save(config: str) -> None:
     processes.command(["train", config])
 
 
-def test_a_rank_that_dies_while_a_save_is_under_way_is_recorded_once(lab: Lab, tmp_path: Path) -> None:
+def test_a_rank_that_dies_during_a_save_is_recorded_once(lab: Lab, tmp_path: Path) -> None:
     config = lab.config("dies_in_save", **{"train.checkpoint_interval": 3})
     ranks = processes.fork(train_dying_in_a_save, (str(config),), 2, tmp_path / "log")
     assert ranks.wait(90), "a rank hangs"
@@ -202,7 +202,7 @@ def test_a_rank_that_dies_while_a_save_is_under_way_is_recorded_once(lab: Lab, t
 
 
 def train_freezing(config: str) -> None:
-    """Rank 1 stands still in its fifth micro-batch, as on a node that hangs; its connections stay."""
+    """Rank 1 freezes in its fifth micro-batch, as on a node that hangs; its connections stay open."""
     import os
 
     import pipeline.train.loop as loop
@@ -221,7 +221,7 @@ def train_freezing(config: str) -> None:
     processes.command(["train", config])
 
 
-def test_a_rank_that_freezes_is_named_by_the_others_and_ends_them(lab: Lab, tmp_path: Path) -> None:
+def test_a_rank_that_freezes_is_named_by_the_other_which_ends(lab: Lab, tmp_path: Path) -> None:
     ranks = processes.fork(train_freezing, (str(lab.config("freezes")),), 2, tmp_path / "log")
     try:
         assert wait_until(lambda: ranks.poll() or 0 in ranks.codes, 90), "rank 0 hangs with it"

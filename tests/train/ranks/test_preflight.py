@@ -1,4 +1,4 @@
-"""Before the first step a bad node is named, on all ranks, and the job ends."""
+"""Before the first step all ranks name a bad node, and the job ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOST = socket.gethostname()
 
 
 def check(world: World, folder: str, injure: Callable[[], None] | None, dataset: str = "d") -> str:
-    """What preflight says on this rank; `injure` makes rank 1 a bad one."""
+    """Returns what preflight says on this rank; `injure` breaks rank 1."""
     module.MEET_LIMIT_S = 1.0
     if world.rank == 1 and injure is not None:
         injure()
@@ -38,7 +38,10 @@ def check(world: World, folder: str, injure: Callable[[], None] | None, dataset:
         config = load_config("configs/demo.yaml")
         own = dataset if world.rank == 1 else "d"
         module.preflight(config, world, torch.device("cpu"), Run(Path(folder)), own)
-    except (PipelineError, RuntimeError) as error:  # the latter: it comes late, and the others are gone
+    except (
+        PipelineError,
+        RuntimeError,
+    ) as error:  # the latter on a late rank
         return str(error)
     finally:
         assert torch.equal(torch.get_rng_state(), before)
@@ -129,9 +132,9 @@ def test_a_rank_that_hangs_is_named_within_the_time_limit(injure, words, tmp_pat
     assert event["nodes"] == [HOST]
 
 
-def test_a_sum_that_does_not_end_is_said_and_blames_nobody(tmp_path: Path):
+def test_a_sum_that_does_not_end_is_reported_without_blaming_a_node(tmp_path: Path):
     said = processes.on_ranks(check, 2, tmp_path / "log", str(tmp_path), add_up_for_ever)
-    # The first rank that gives up closes its connections, which is what the other may see instead of its own limit.
+    # The first rank to give up closes its connections; the other may notice that before its own limit.
     assert any("a sum over all ranks failed: it did not end in 1 s" in words for words in said)
     assert events(tmp_path) == []
 
@@ -142,12 +145,12 @@ def test_a_sum_that_does_not_end_is_said_and_blames_nobody(tmp_path: Path):
         ([0.1, 90.2], {1: 90.1}),
         ([90.0, 0.0, 0.0], {0: 90.0}),
         ([-30.0, None, 0.0], {0: -30.0}),
-        ([60.0, 60.1, 60.2], {}),  # the file system's clock is wrong
+        ([60.0, 60.1, 60.2], {}),  # the file system's clock is the wrong one
         ([60.0], {}),
         ([None, None], {}),
     ],
 )
-def test_a_clock_is_wrong_if_most_others_and_the_file_systems_say_so(skews, wrong):
+def test_a_clock_is_wrong_if_most_other_clocks_and_the_file_systems_differ(skews, wrong):
     assert module._wrong_clocks(skews) == pytest.approx(wrong, abs=0.2)
 
 
@@ -159,7 +162,7 @@ def test_a_clock_is_wrong_if_most_others_and_the_file_systems_say_so(skews, wron
         (None, "e" * 64, f"rank 1 on {HOST} has another dataset: eeeeeeeeeeee, not d"),
     ],
 )
-def test_what_another_node_would_not_cure_is_said_and_no_node_is_blamed(injure, dataset, words, tmp_path: Path):
+def test_what_no_other_node_would_cure_is_reported_without_blaming_a_node(injure, dataset, words, tmp_path: Path):
     said = processes.on_ranks(check, 3, tmp_path / "log", str(tmp_path), injure, dataset)
     assert len(set(said)) == 1 and words in said[0]
     assert events(tmp_path) == []
