@@ -59,7 +59,7 @@ class Engine:
         self.module = model
         self._engine = _initialize(model, self._optimizer, deepspeed_config(config, world), device)
         self._partitions = PARTITIONS[config.train.zero_stage](
-            self._engine.optimizer, model, self._optimizer, world=world, device=device, offloads=self._offloads
+            self._engine.optimizer, model, self._optimizer, world, device, self._offloads
         )
         if config.train.compile:
             self._engine.compile()

@@ -169,10 +169,8 @@ def test_at_stage_0_the_ranks_share_every_parameter(size: int, numel: int) -> No
     model.weight = torch.nn.Parameter(torch.arange(float(numel)))
     found: list[float] = []
     for rank in range(size):
-        partitions = PARTITIONS[0](
-            None, model, AdamW(model.parameters(), lr=1.0),  # type: ignore[arg-type]
-            world=World(rank=rank, size=size), device=CPU, offloads=False,
-        )  # fmt: skip
+        optimizer = AdamW(model.parameters(), lr=1.0)
+        partitions = PARTITIONS[0](None, model, optimizer, World(rank=rank, size=size), CPU, False)  # type: ignore[arg-type]
         for fragment in partitions.owned():
             assert fragment.start == len(found)
             found += fragment.tensors["weight"].tolist()
