@@ -1,4 +1,4 @@
-"""Experiments on real ranks, each trained once for all tests."""
+"""Runs that tests share: experiments on real ranks, and one that this process trains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Lab:
     """Trains one tiny experiment on any number of ranks at any ZeRO stage.
 
     Args:
-        folder: Of the text, the tokens and the runs.
+        folder: Holds the text, the tokens and the runs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,18 +29,18 @@ class Lab:
         processes.run(["prepare", str(self.config("data"))], 1, folder / "prepare.log")
 
     def config(self, name: str, **changes: Any) -> Path:
-        """The experiment's file, for a run of this name."""
+        """Returns the config file of the experiment, for a run of this name."""
         small = {"model.num_layers": 1, "optimizer.gradient_clip_val": 0.8, "train.checkpoint_interval": 50}
         return experiment.write_experiment(self._folder, self._folder / "runs", name, **(small | changes))
 
     def train(self, name: str, world: int, stage: int, *overrides: str, **changes: Any) -> Path:
-        """Starts or resumes a run; its folder."""
+        """Starts or resumes a run; returns its folder."""
         arguments = ["train", str(self.config(name, **changes)), f"train.zero_stage={stage}", *overrides]
         processes.run(arguments, world, self._folder / "logs" / f"{name}.log", timeout_s=250)
         return self._folder / "runs" / name
 
     def uninterrupted(self, world: int, stage: int) -> Path:
-        """The run of this layout that nobody disturbed."""
+        """Returns the uninterrupted run of this layout."""
         run = self._folder / "runs" / f"whole_{world}_{stage}"
         return run if run.exists() else self.train(run.name, world, stage)
 
@@ -60,7 +60,7 @@ class Trained:
     result: TrainResult
 
     def again(self, folder: Path) -> Config:
-        """The same experiment on the same data as a new run, below another folder."""
+        """Returns the same experiment on the same data as a new run, below another folder."""
         return self.config.model_copy(update={"runs_dir": str(folder / "runs")})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -74,9 +75,14 @@ def test_a_rank_busy_with_a_checkpoint_is_given_its_time_limit_on_top() -> None:
 
 
 def meet(world: World) -> list[Any]:
+    """Rank 1 is late; what it does before the barrier, rank 0 sees behind it."""
+    if not world.is_first:
+        time.sleep(0.3)
+        group.store().set("late", "")
     group.barrier(world)
-    return [group.gather(world.rank * 10, world), group.broadcast(f"from {world.rank}", world)]
+    seen = group.store().check(["late"])
+    return [seen, group.gather(world.rank * 10, world), group.broadcast(f"from {world.rank}", world)]
 
 
-def test_real_ranks_gather_in_the_order_of_the_ranks(tmp_path: Path) -> None:
-    assert processes.on_ranks(meet, 2, tmp_path / "log") == [[[0, 10], "from 0"]] * 2
+def test_real_ranks_wait_for_each_other_and_gather_in_the_order_of_the_ranks(tmp_path: Path) -> None:
+    assert processes.on_ranks(meet, 2, tmp_path / "log") == [[True, [0, 10], "from 0"]] * 2
