@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import pipeline.train.startup as startup
 from pipeline.checkpoint.layout import published
 from pipeline.config.sections import Config
+from pipeline.data.build.display import prepare_here
 from pipeline.errors import DataError, PipelineError, StopRequested
 from pipeline.run.folder import run_for
 from pipeline.run.provenance import IMAGE_SHA256_VARIABLE, IMAGE_VARIABLE
@@ -80,6 +82,20 @@ def test_a_run_is_not_resumed_with_data_of_another_tokenizer(resumable: Config) 
     run_for(resumable).tokenizer_file.write_text("{}")
     with pytest.raises(DataError, match="tokenizer"), open_session(resumable):
         pass
+
+
+def test_a_tokenizer_file_of_the_config_must_be_that_of_the_data(trained: Trained, tmp_path: Path) -> None:
+    own = tmp_path / "tokenizer.json"
+    shutil.copyfile(trained.run.tokenizer_file, own)
+    tokenizer = trained.config.tokenizer.model_copy(update={"kind": "file", "path": str(own)})
+    data = trained.config.data.model_copy(update={"path": str(tmp_path / "tokens")})
+    config = trained.config.model_copy(update={"tokenizer": tokenizer, "data": data})
+    prepare_here(config, None)
+    train, validation = startup._open_data(config)
+    assert (train.name, validation.name) == ("train", "validation")
+    own.write_text(own.read_text().replace("<|endoftext|>", "<|end|>"))
+    with pytest.raises(DataError, match=f"{data.path}: .*tokenizer"):
+        startup._open_data(config)
 
 
 def test_a_resumed_start_opens_each_split_once(resumable: Config, monkeypatch: pytest.MonkeyPatch) -> None:

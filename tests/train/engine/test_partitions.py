@@ -19,6 +19,7 @@ from pipeline.train.engine.engine import Engine
 from pipeline.train.engine.partitions import PARTITIONS
 from pipeline.train.model import build_model
 from pipeline.train.ranks import group
+from tests import processes
 from tests.test_bad_input import experiment
 
 CPU = torch.device("cpu")
@@ -177,3 +178,49 @@ def test_at_stage_0_the_ranks_share_every_parameter(size: int, numel: int) -> No
         (held,) = partitions.held()
         assert (held.start, held.length) == (0, numel)
     assert found == [float(i) for i in range(numel)]
+
+
+@pytest.mark.parametrize(("size", "part"), [(1, 10), (4, 3), (8, 2)])
+def test_at_stage_3_the_padding_of_the_last_partitions_belongs_to_nobody(size: int, part: int) -> None:
+    """Ten elements; every rank's flat tensor holds two of another parameter first."""
+    found: list[float] = []
+    for rank in range(size):
+        flat = torch.full((2 + part,), -1.0)
+        mine = range(rank * part, min((rank + 1) * part, 10))
+        flat[2 : 2 + len(mine)] = torch.tensor([float(i) for i in mine])
+        zero = SimpleNamespace(
+            grad_position={7: (0, 2, part)}, get_param_id=lambda parameter: 7, fp32_partitioned_groups_flat=[flat]
+        )
+        optimizer = SimpleNamespace(state={flat: {"exp_avg": flat, "exp_avg_sq": flat}})
+        partitions = PARTITIONS[3](zero, None, optimizer, World(rank=rank, size=size), CPU, False)  # type: ignore[arg-type]
+        fragment = partitions._fragment("w", SimpleNamespace(ds_numel=10, ds_shape=(2, 5)))  # type: ignore[arg-type]
+        if fragment is None:
+            assert not mine
+            continue
+        assert (fragment.start, fragment.shape) == (len(found), (2, 5))
+        found += fragment.tensors["weight"].tolist()
+    assert found == [float(i) for i in range(10)]
+
+
+def two_ranks(world: World, config_file: str, stage: int) -> tuple[float, float, bool]:
+    """The numbers of one step on the same micro-batch on both ranks, of which rank 1 was asked to stop."""
+    config = load_config(config_file, [f"train.zero_stage={stage}", "train.batch_size=8", "train.micro_batch_size=4"])
+    torch.manual_seed(0)
+    engine = Engine(build_model(config), config, world, CPU)
+    ids = torch.randint(257, (4, 17), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(2 // world.size):
+        loss = cross_entropy(engine(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        engine.backward(loss)
+        losses.append(loss.detach())
+    numbers = engine.reduce_and_clip(1.0, losses, stop=world.rank == 1).read()
+    return numbers.loss, numbers.norm, numbers.stop
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_ranks_agree_on_the_numbers_of_the_whole_batch(tmp_path: Path, stage: int) -> None:
+    config = experiment(tmp_path)
+    loss, norm, stop = two_ranks(World(), config, stage)
+    assert stop is False
+    first, second = processes.on_ranks(two_ranks, 2, tmp_path / "log", config, stage)
+    assert first == second == (pytest.approx(loss, rel=1e-6), pytest.approx(norm, rel=1e-5), True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +49,33 @@ def test_the_group_ends_with_an_error_too() -> None:
     with pytest.raises(ZeroDivisionError), group.process_group(ALONE, torch.device("cpu")):
         raise ZeroDivisionError
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_group_that_deepspeed_has_joined_is_destroyed_through_deepspeed(
+    monkeypatch: pytest.MonkeyPatch, joined: bool
+) -> None:
+    destroyed: list[str] = []
+    comm = SimpleNamespace(
+        cdb=object() if joined else None, destroy_process_group=lambda: destroyed.append("deepspeed")
+    )
+    monkeypatch.setitem(sys.modules, "deepspeed.comm.comm", comm)  # type: ignore[arg-type]
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: destroyed.append("torch"))
+    group._destroy_process_group()
+    assert destroyed == (["deepspeed"] if joined else ["torch"])
+    assert comm.cdb is None, "the next group is not mistaken for this one"
+
+
+@pytest.mark.parametrize(("backend", "devices"), [("nccl", [3]), ("gloo", None)])
+def test_only_nccl_is_told_the_device_of_a_barrier(
+    monkeypatch: pytest.MonkeyPatch, backend: str, devices: list[int] | None
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(dist, "barrier", lambda device_ids: told.append(device_ids))
+    group.barrier(World(size=2))
+    assert told == [devices]
 
 
 def test_alone_a_value_is_its_own_answer() -> None:
