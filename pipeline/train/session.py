@@ -76,13 +76,10 @@ class Session:
     validation: Validation
     engine: Engine
     saver: CheckpointSaver
-    """Writes checkpoints."""
     stop: StopRequest
     """Whether this process was asked to stop."""
     tracker: tracking.Tracker
-    """Records metrics and events."""
     progress: Progress
-    """What a person sees."""
     data_digest: str
     """Names the dataset in the checkpoints."""
     guard: Guard
