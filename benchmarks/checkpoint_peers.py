@@ -64,7 +64,7 @@ class Bench:
         logits = self.engine(self.tokens[:, :-1])
         loss = cross_entropy(logits.flatten(0, 1), self.tokens[:, 1:].flatten())
         self.engine.backward(loss)
-        self.engine.clip(1.0, [loss.detach()], False)
+        self.engine.reduce_and_clip(1.0, [loss.detach()], False)
         waited = time.perf_counter()
         before_step()
         waited = time.perf_counter() - waited

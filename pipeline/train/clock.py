@@ -8,39 +8,36 @@ from collections.abc import Iterable
 
 from pipeline.checkpoint.saver import Saved
 
-# What a save is taken to need before the first one was measured.
+# Assumed duration of a save until the first one has been measured.
 UNKNOWN_SAVE_S = 10.0
 
 
 class StepClock:
     """Adds up the host's seconds between laps, by name, over the steps of a log interval.
 
-    On a GPU the host runs ahead of the device: the step time is right over an interval, a lap is the time until
-    the work was launched, or waited for.
-
-    Attributes:
-        step_s: Seconds of a step, by the last reading.
-        longest_pause_s: Seconds of the longest pause.
+    On a GPU the host runs ahead of the device: the step time is right over an interval, but a lap is only the time
+    until its work was launched or waited for.
     """
 
     def __init__(self) -> None:
         self._last = self._began = time.perf_counter()
         self._laps: dict[str, float] = defaultdict(float)
         self._steps = 0
-        self.step_s = self.longest_pause_s = 0.0
+        self.step_s = 0.0  # seconds per step, by the last reading
+        self.longest_pause_s = 0.0
 
     def lap(self, name: str) -> None:
-        """Books the time since the last lap to `name`."""
+        """Adds the time since the last lap to `name`."""
         now = time.perf_counter()
         self._laps[name] += now - self._last
         self._last = now
 
     def step_done(self) -> None:
-        """Counts a step."""
+        """Counts a finished step."""
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Mean seconds per step by name, and the whole as `step`, since the last reading."""
+        """Returns mean seconds per step since the last reading, by name, and the total as `step`."""
         now = time.perf_counter()
         steps = max(1, self._steps)
         self.step_s = (now - self._began) / steps
@@ -51,7 +48,7 @@ class StepClock:
         return means
 
     def pause(self) -> None:
-        """Leaves out the time since the last lap: validation, say, is not part of a step."""
+        """Excludes the time since the last lap, for example a validation, from the time of a step."""
         now = time.perf_counter()
         self.longest_pause_s = max(self.longest_pause_s, now - self._last)
         self._began += now - self._last
@@ -59,5 +56,5 @@ class StepClock:
 
 
 def longest_save_s(saves: Iterable[Saved]) -> float:
-    """Seconds of the longest save that became durable: one that failed may have waited for its time limit."""
+    """Returns the seconds of the longest durable save; a failed one may have waited for its time limit."""
     return max((saved.seconds for saved in saves if saved.path is not None), default=UNKNOWN_SAVE_S)

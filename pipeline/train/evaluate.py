@@ -1,4 +1,4 @@
-"""Loss on fixed windows of the validation tokens: the same number at any world size."""
+"""The loss on fixed windows of the validation tokens: the same number at any world size."""
 
 from __future__ import annotations
 
@@ -22,65 +22,64 @@ from pipeline.train.model import load_model
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model predicts the validation tokens.
-
-    Attributes:
-        step: Of the model.
-        loss: Nats per token.
-        perplexity: exp(loss).
-        bits_per_byte: Bits per UTF-8 byte of the text, which tokenizers cannot flatter.
-        tokens: Tokens that were predicted.
-    """
+    """How well a model predicts the validation tokens."""
 
     step: int
+    """Finished steps of the model."""
     loss: float
+    """Nats per token."""
     perplexity: float
+    """exp(loss)."""
     bits_per_byte: float
+    """Bits per UTF-8 byte of the text: unlike the loss, comparable between tokenizers."""
     tokens: int
+    """Predicted tokens."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The first windows of a dataset's validation split, and how the ranks share them."""
+
+    dataset: TokenDataset
+    """The validation split."""
+    windows: ValidationWindows
+    """All its windows."""
+    count: int
+    """Number of windows to evaluate; fewer if there are fewer."""
+    chunk: int
+    """Windows per forward pass."""
+    world: World
+    """This process's place."""
+    device: torch.device
+    """Where the model is."""
 
 
 @torch.no_grad()
-def evaluate(
-    model: Callable[[Tensor], Tensor],
-    dataset: TokenDataset,
-    windows: ValidationWindows,
-    *,
-    step: int,
-    count: int,
-    chunk: int,
-    context_length: int,
-    world: World,
-    device: torch.device,
-) -> Evaluation:
-    """Evaluates on the first `count` windows, shared by the ranks in chunks.
+def evaluate(model: Callable[[Tensor], Tensor], validation: Validation, step: int) -> Evaluation:
+    """Returns the loss on the validation windows, the same number at any world size.
 
-    The chunks and the order in which their losses are added are the same at any world size, and so is the sum.
+    Neither the chunks nor the order in which their losses are added depends on the world size, and so the sum does not.
 
     Args:
         model: Token ids to logits; every rank calls it equally often, as ZeRO-3 demands.
-        dataset: The validation split.
-        windows: Its windows.
+        validation: The windows, and how the ranks share them.
         step: Finished steps of the model.
-        count: Windows, at most; all if there are fewer.
-        chunk: Windows a forward pass.
-        context_length: Tokens of a window.
-        world: This process's place.
-        device: Where the model is.
     """
-    count = min(count, windows.count)
+    windows, chunk, world = validation.windows, validation.chunk, validation.world
+    count = min(validation.count, windows.count)
     chunks = -(-count // chunk)
-    sums = torch.zeros(chunks, dtype=torch.float64, device=device)
+    sums = torch.zeros(chunks, dtype=torch.float64, device=validation.device)
     for turn in range(-(-chunks // world.size)):
         index = min(turn * world.size + world.rank, chunks - 1)
-        x, y = (t.to(device) for t in windows.batch(index * chunk, min((index + 1) * chunk, count)))
+        x, y = (t.to(validation.device) for t in windows.batch(index * chunk, min((index + 1) * chunk, count)))
         mean = cross_entropy(model(x).flatten(0, 1), y.flatten())
         if turn * world.size + world.rank < chunks:
             sums[index] = mean.double() * y.numel()
     if world.size > 1:
         dist.all_reduce(sums)
-    tokens = count * context_length
-    loss = math.fsum(sums.tolist()) / tokens  # read once, at the end: the device need not wait before
-    bits_per_byte = loss / math.log(2) * len(dataset) / dataset.bytes
+    tokens = count * y.shape[-1]
+    loss = math.fsum(sums.tolist()) / tokens  # the only wait for the device, once all chunks are launched
+    bits_per_byte = loss / math.log(2) * len(validation.dataset) / validation.dataset.bytes
     return Evaluation(step, loss, math.exp(min(loss, 700.0)), bits_per_byte, tokens)
 
 
@@ -94,18 +93,10 @@ def evaluate_run(run: Run) -> Evaluation:
     config = run.config()
     checkpoint = newest_checkpoint(run.checkpoints)
     dataset = open_dataset(config.data.path, "validation", vocab_size=config.model.vocab_size)
-    windows = validation_windows(dataset, config.model.context_length)
     model = load_model(config, checkpoint)
-    result = evaluate(
-        model,
-        dataset,
-        windows,
-        step=step_of(checkpoint) or 0,
-        count=windows.count,
-        chunk=config.train.micro_batch_size,
-        context_length=config.model.context_length,
-        world=World(),
-        device=model.lm_head.weight.device,
-    )
+    windows = validation_windows(dataset, config.model.context_length)
+    chunk, device = config.train.micro_batch_size, model.lm_head.weight.device
+    validation = Validation(dataset, windows, windows.count, chunk, World(), device)
+    result = evaluate(model, validation, step_of(checkpoint) or 0)
     write_json(run.evaluation_file, asdict(result))
     return result

@@ -1,7 +1,7 @@
 """Guards against what ruins a run: gradients that are not finite, and losses that jump.
 
-Losses and norms are agreed by all ranks, so that every rank comes to the same decision without asking the others. What
-the guards remember is part of the checkpoint: a resumed run decides like one that was never stopped.
+All ranks know the same losses and norms, so that each comes to the same decision on its own. The guard's memory is part
+of the checkpoint: a resumed run decides like one that was never stopped.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _LEAST_SPREAD = 0.01
 
 
 def data_index(step: int, skipped: Sequence[int]) -> int:
-    """The global batch that step `step` (from 0) trains on: the `step`-th index that is not skipped.
+    """Returns the global batch that step `step` (from 0) trains on: the `step`-th index that is not skipped.
 
     Args:
-        step: Steps before it.
-        skipped: Indices of batches left out, in any order.
+        step: Number of earlier steps.
+        skipped: Indices of skipped batches, in any order.
     """
     index = step
     for gap in sorted(skipped):
@@ -39,11 +39,11 @@ def data_index(step: int, skipped: Sequence[int]) -> int:
 
 
 class Guard:
-    """What one run watches for.
+    """Judges the losses and norms of one run.
 
     Args:
-        config: Its limits.
-        state: `state()` of the checkpoint the run goes on from; None for a fresh run.
+        config: The limits.
+        state: `state()` from the checkpoint that the run resumes from; None for a fresh run.
     """
 
     def __init__(self, config: GuardConfig, state: dict[str, Any] | None = None) -> None:
@@ -55,7 +55,7 @@ class Guard:
         self.bad_steps = int(state["bad_steps"])
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as plain values."""
+        """Returns what a checkpoint keeps, as plain values."""
         return {
             "losses": list(self._losses),
             "skipped": list(self.skipped),
@@ -64,7 +64,7 @@ class Guard:
         }
 
     def is_bad(self, loss: float, norm: float) -> bool:
-        """Whether a step must be skipped, which is counted."""
+        """Counts and returns whether a step must be skipped because it is not finite."""
         if math.isfinite(loss) and math.isfinite(norm):
             self._bad_in_a_row = 0
             return False
@@ -73,10 +73,10 @@ class Guard:
         return True
 
     def check_patience(self, where: Path) -> None:
-        """Ends the run after too many bad steps in a row.
+        """Fails the run after too many bad steps in a row.
 
         Raises:
-            PipelineError: There were `guard.max_bad_steps`; the message names the folder with the batches.
+            PipelineError: There were `guard.max_bad_steps`; the message names the folder that holds the batches.
         """
         if self._bad_in_a_row >= self._config.max_bad_steps:
             raise PipelineError(
@@ -87,13 +87,13 @@ class Guard:
     def is_spike(self, loss: float) -> bool:
         """Whether a finite loss lies more than `spike_sigma` standard deviations above the window's mean.
 
-        A loss that does not is added to the window; one that does is not, unless it is accepted.
+        A normal loss enters the window; a spike does not, unless it is accepted.
         """
         if self._config.on_spike == "off" or not math.isfinite(loss):
             return False
         if len(self._losses) >= min(_FEWEST, self._config.spike_window):
             mean = statistics.fmean(self._losses)
-            # A window that hardly varies must not make a spike of a loss that hardly rises.
+            # In a window that hardly varies, a small rise must not count as a spike.
             spread = max(statistics.pstdev(self._losses), _LEAST_SPREAD * abs(mean))
             if loss > mean + self._config.spike_sigma * spread:
                 return True
@@ -101,14 +101,14 @@ class Guard:
         return False
 
     def accept(self, loss: float) -> None:
-        """Adds a jump to the window because training goes on from it: a lasting rise would be one at every step."""
+        """Adds a spike to the window because training continues from it: a lasting rise is reported only once."""
         self._losses.append(loss)
 
-    def leave_out(self, indices: Iterable[int]) -> None:
-        """Never trains on these batches again.
+    def skip_batches(self, indices: Iterable[int]) -> None:
+        """Excludes these batches from training for good.
 
         Raises:
-            PipelineError: That has been done too often.
+            PipelineError: More than `guard.max_rollbacks` rollbacks have skipped batches.
         """
         self.skipped = tuple(sorted({*self.skipped, *indices}))
         allowed = self._config.max_rollbacks * self._config.rollback_skip
@@ -122,16 +122,16 @@ class Guard:
 def record_batch(
     folder: Path, name: str, reader: BatchReader, index: int, batch_size: int, tokenizer: Tokenizer, **about: Any
 ) -> Path:
-    """Writes down a batch that made trouble: where each sample comes from, and its text.
+    """Writes a batch that caused trouble to a file and returns its path: each sample's origin and text.
 
     Args:
-        folder: Of the run's bad batches.
-        name: Of the file, without suffix.
-        reader: Of the training data.
+        folder: The run's folder of bad batches.
+        name: File name without suffix.
+        reader: Reads the training data.
         index: The global batch.
-        batch_size: Its samples.
-        tokenizer: Decodes them.
-        about: What else is known: step, loss, norm.
+        batch_size: Samples in the batch.
+        tokenizer: Decodes the samples.
+        about: Further numbers: step, loss, norm.
     """
     x, _ = reader.batch(index, 0, batch_size)
     places = reader.describe(index, 0, batch_size)
@@ -140,7 +140,7 @@ def record_batch(
         for row, (place, ids) in enumerate(zip(places, x.tolist(), strict=True))
     ]
     path = folder / f"{name}.json"
-    # JSON knows no NaN; a reader in another language would stumble over it.
+    # JSON has no NaN: strict readers in other languages reject it.
     plain = {key: value if math.isfinite(value) else str(value) for key, value in about.items()}
     write_json(path, {**plain, "batch": index, "samples": samples})
     return path

@@ -1,152 +1,142 @@
-"""Watching finished steps: which were skipped, which jumped, and whether somebody asked to stop."""
+"""Acting on the numbers of finished steps: bad steps and spikes are recorded, a jump may roll the run back.
+
+The numbers of a step are read only when the next one has been launched, so that the device never waits for the host.
+"""
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from pipeline import tracking
-from pipeline.checkpoint import layout
-from pipeline.checkpoint.layout import published
-from pipeline.checkpoint.saver import CheckpointSaver
-from pipeline.config.sections import Config
-from pipeline.data.dataset import BatchReader
+from pipeline.checkpoint.layout import published, step_of
+from pipeline.checkpoint.read import CheckpointReader
 from pipeline.data.tokenize.tokenizer import Tokenizer
-from pipeline.run.events import BadBatch, BadStep, Spike
-from pipeline.run.folder import Run
-from pipeline.run.world import World
-from pipeline.train.engine.step_numbers import Agreed, Numbers
+from pipeline.run.events import BadBatch, BadStep, RolledBack, Spike
+from pipeline.train.engine.step_numbers import Numbers, PendingNumbers
 from pipeline.train.guard import Guard, data_index, record_batch
-from pipeline.train.progress import Progress
 from pipeline.train.ranks import group
+from pipeline.train.recover import quarantine
+from pipeline.train.session import Session, every
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """Going back before a loss that jumped.
-
-    Attributes:
-        step: The one whose loss jumped.
-        checkpoint: The folder to go on from.
-    """
+    """A way back to before a loss that jumped."""
 
     step: int
+    """The step whose loss jumped."""
     checkpoint: Path
+    """The folder to resume from."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the numbers that were read ask for, on all ranks alike.
-
-    Attributes:
-        rollback: How training has to go back; None if it need not.
-        stop: Whether any rank was asked to stop.
-    """
+class Verdict:
+    """What the numbers just read demand, the same on all ranks."""
 
     rollback: Rollback | None = None
+    """How far training must roll back; None if it need not."""
     stop: bool = False
+    """Whether any rank was asked to stop."""
 
 
-@dataclass
-class Watch:
-    """Reads the numbers of each step when the next one has been launched: so the device never waits for the host.
+def inspect(session: Session, step: int, pending: PendingNumbers) -> Verdict:
+    """Reads the previous step's numbers, and this step's when a log line, validation, save or stop is due.
 
-    Attributes:
-        saver: Writes the checkpoints that a rollback goes back to.
-        guard: Decides; replaced after a rollback.
+    Args:
+        session: The session that trains.
+        step: Finished steps.
+        pending: The numbers of the last one.
+
+    Raises:
+        PipelineError: Too many steps in a row were not finite.
     """
+    train, unread = session.config.train, session.unread
+    intervals = (train.log_interval, train.val_interval, train.checkpoint_interval)
+    due = step == train.max_iters or any(every(step, interval) for interval in intervals)
+    unread.append((step, pending))
+    stop = False
+    while len(unread) > 1 or (unread and (due or stop)):
+        finished, numbers = unread[0][0], unread.popleft()[1].read()
+        stop = stop or numbers.stop
+        rollback = _judge(session, finished, numbers)
+        if rollback is not None:
+            unread.clear()  # the rollback undoes the later steps
+            return Verdict(rollback)
+    return Verdict(stop=stop)
 
-    config: Config
-    world: World
-    run: Run
-    reader: BatchReader
-    tracker: tracking.Tracker
-    progress: Progress
-    saver: CheckpointSaver
-    guard: Guard
 
-    def __post_init__(self) -> None:
-        self._unread: deque[tuple[int, Agreed]] = deque()
+def roll_back(session: Session, rollback: Rollback) -> int:
+    """Returns to the checkpoint before a jump, skipping its batches from now on; the step to continue from."""
+    reader = CheckpointReader(rollback.checkpoint)
+    session.engine.load(reader)
+    state = reader.manifest.state
+    reader.close()
+    suspects = range(rollback.step - session.config.guard.rollback_skip, rollback.step)
+    skipped = session.guard.skipped
+    session.guard = Guard(session.config.guard, state["guard"])
+    session.guard.skip_batches([*skipped, *(data_index(s, skipped) for s in suspects)])
+    if session.world.is_first:
+        for newer in published(session.run.checkpoints):
+            if newer > rollback.checkpoint:
+                quarantine(newer)
+    group.barrier(session.world)
+    session.step, session.tokens_seen = reader.manifest.step, state["tokens_seen"]
+    session.tracker.event(RolledBack(step=rollback.step, to=session.step, skipped=list(session.guard.skipped)))
+    session.tracker.rewind(session.step)
+    return session.step
 
-    def look(self, step: int, agreed: Agreed, at_once: bool) -> Seen:
-        """Takes the numbers of a finished step and looks at those of the step before.
 
-        Args:
-            step: Finished steps.
-            agreed: The numbers of the last one.
-            at_once: Look at these too, because something is due that needs them. A stop is such a thing itself.
+def _judge(session: Session, step: int, numbers: Numbers) -> Rollback | None:
+    guard, settings = session.guard, session.config.guard
+    if guard.is_bad(numbers.loss, numbers.norm):
+        _report(session, BadStep, step, "loss or gradient is not finite; the step is skipped", numbers)
+        guard.check_patience(session.run.bad_batches)
+        return None
+    if not guard.is_spike(numbers.loss):
+        return None
+    checkpoint = _checkpoint_before(session, step) if settings.on_spike == "rollback" else None
+    _report(session, Spike, step, "the loss jumped" + ("; rolling back" if checkpoint else ""), numbers)
+    if checkpoint is None:
+        guard.accept(numbers.loss)
+        return None
+    return Rollback(step, checkpoint)
 
-        Raises:
-            PipelineError: Too many steps in a row were not finite.
-        """
-        self._unread.append((step, agreed))
-        stop = False
-        while len(self._unread) > 1 or (self._unread and (at_once or stop)):
-            finished, numbers = self._unread[0][0], self._unread.popleft()[1].read()
-            stop = stop or numbers.stop
-            rollback = self._judge(finished, numbers)
-            if rollback is not None:
-                self._unread.clear()  # what came after it is undone
-                return Seen(rollback)
-        return Seen(stop=stop)
 
-    def _judge(self, step: int, numbers: Numbers) -> Rollback | None:
-        if self.guard.is_bad(numbers.loss, numbers.norm):
-            self._report(BadStep, step, "loss or gradient is not finite; the step is skipped", numbers)
-            self.guard.check_patience(self.run.bad_batches)
-            return None
-        if not self.guard.is_spike(numbers.loss):
-            return None
-        checkpoint = self._checkpoint_before(step) if self.config.guard.on_spike == "rollback" else None
-        self._report(Spike, step, "the loss jumped" + ("; going back" if checkpoint else ""), numbers)
-        if checkpoint is None:
-            self.guard.accept(numbers.loss)
-            return None
-        return Rollback(step, checkpoint)
+def _checkpoint_before(session: Session, step: int) -> Path | None:
+    """Returns the newest checkpoint that no batch skipped by a rollback has touched; None if there is none."""
+    # A save in progress may publish this very checkpoint and delete an older one. Until it ends, what the folder
+    # shows depends on the speed of the disk, and what was found there may be gone when it is loaded.
+    session.saver.wait()
+    newest = step - session.config.guard.rollback_skip
+    found = published(session.run.checkpoints) if session.world.is_first else []
+    fit = next((folder for folder in found if (step_of(folder) or 0) <= newest), None)
+    return group.broadcast(fit, session.world, group.save_timeout(session.config.checkpoint))
 
-    def _checkpoint_before(self, step: int) -> Path | None:
-        """The newest checkpoint whose weights no batch that a rollback leaves out has touched, if there is one."""
-        # A save under way may publish this very checkpoint and delete an older one: looked at before it ends, the
-        # folder says what the disk's speed makes of it, and what was found may be gone when it is loaded.
-        self.saver.wait()
-        newest = step - self.config.guard.rollback_skip
-        found = published(self.run.checkpoints) if self.world.is_first else []
-        fit = [folder for folder in found if (layout.step_of(folder) or 0) <= newest]
-        return group.broadcast(fit[0] if fit else None, self.world, group.save_timeout(self.config.checkpoint))
 
-    def leave_out(self, step: int, state: dict[str, Any]) -> None:
-        """Goes back to the guard's state of a checkpoint, and leaves out the batches up to the jump at `step`."""
-        culprits = range(step - self.config.guard.rollback_skip, step)
-        bad = [data_index(s, self.guard.skipped) for s in culprits]
-        skipped = self.guard.skipped
-        self.guard = Guard(self.config.guard, state)
-        self.guard.leave_out([*skipped, *bad])
-
-    def _report(self, kind: type[BadBatch], step: int, what: str, numbers: Numbers) -> None:
-        """Records the batch of a step that made trouble."""
-        if not self.world.is_first:
-            return
-        index = data_index(step - 1, self.guard.skipped)
-        event = kind(step=step, loss=str(numbers.loss), norm=str(numbers.norm), batch=index)
-        try:
-            path = record_batch(
-                self.run.bad_batches,
-                f"{kind.kind}_{step:08d}",
-                self.reader,
-                index,
-                self.config.train.batch_size,
-                Tokenizer.load(self.run.tokenizer_file, self.config.tokenizer.end_of_text),
-                step=step,
-                loss=numbers.loss,
-                norm=numbers.norm,
-            )
-        except OSError as error:  # a full disk, say: training goes on without the record
-            where = f"batch {index} could not be written to {self.run.bad_batches}: {error.strerror or error}"
-            event = replace(event, error=where)
-        else:
-            where = f"the batch is in {path}"
-            event = replace(event, path=str(path))
-        self.tracker.event(event)
-        self.progress.message(f"step {step}: {what} (loss {numbers.loss:.4g}, norm {numbers.norm:.4g}); {where}")
+def _report(session: Session, kind: type[BadBatch], step: int, what: str, numbers: Numbers) -> None:
+    """Records the batch of a step that caused trouble; a full disk must not end the run."""
+    if not session.world.is_first:
+        return
+    run, config = session.run, session.config
+    index = data_index(step - 1, session.guard.skipped)
+    event = kind(step=step, loss=str(numbers.loss), norm=str(numbers.norm), batch=index)
+    try:
+        path = record_batch(
+            run.bad_batches,
+            f"{kind.kind}_{step:08d}",
+            session.reader,
+            index,
+            config.train.batch_size,
+            Tokenizer.load(run.tokenizer_file, config.tokenizer.end_of_text),
+            step=step,
+            loss=numbers.loss,
+            norm=numbers.norm,
+        )
+    except OSError as error:
+        where = f"batch {index} could not be written to {run.bad_batches}: {error.strerror or error}"
+        event = replace(event, error=where)
+    else:
+        where = f"the batch is in {path}"
+        event = replace(event, path=str(path))
+    session.tracker.event(event)
+    session.progress.message(f"step {step}: {what} (loss {numbers.loss:.4g}, norm {numbers.norm:.4g}); {where}")

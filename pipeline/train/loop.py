@@ -6,19 +6,20 @@ from pipeline.config.sections import Config
 from pipeline.errors import StopRequested
 from pipeline.model.loss import cross_entropy
 from pipeline.optim.schedule import get_lr_cosine_schedule
+from pipeline.train.incidents import inspect, roll_back
 from pipeline.train.session import Session, TrainResult, every
 from pipeline.train.startup import open_session
 
 
 def train(config: Config, allow_image_change: bool = False) -> TrainResult:
-    """Trains in this process, together with the other ranks; goes on where the run was left.
+    """Trains in this process, together with the other ranks; resumes the run where the last start left it.
 
     Args:
         config: The experiment.
-        allow_image_change: Go on in another image than the run was last trained in.
+        allow_image_change: Resume in another image than the one the run last trained in.
 
     Raises:
-        StopRequested: Somebody asked to stop; everything is saved.
+        StopRequested: A stop was requested; everything is saved.
         PipelineError: The data or the run folder cannot be used.
     """
     with open_session(config, allow_image_change) as session:
@@ -27,11 +28,11 @@ def train(config: Config, allow_image_change: bool = False) -> TrainResult:
 
 
 def run_loop(session: Session, config: Config) -> None:
-    """From the first step that is missing to the last."""
+    """Trains from the first missing step to the last."""
     train, optim, engine, clock = config.train, config.optimizer, session.engine, session.clock
     schedule = (optim.learning_rate, optim.min_learning_rate, optim.warmup_iters, optim.cosine_cycle_iters)
     step = session.step
-    session.make_up_validation()
+    session.run_missed_validation()
     while step < train.max_iters:
         lr = get_lr_cosine_schedule(step, *schedule)
         engine.set_learning_rate(lr)
@@ -46,23 +47,23 @@ def run_loop(session: Session, config: Config) -> None:
             losses.append(loss.detach())
             clock.lap("forward_backward")
 
-        agreed = engine.clip(optim.gradient_clip_val, losses, session.stop.requested)
+        numbers = engine.reduce_and_clip(optim.gradient_clip_val, losses, session.stop.requested)
         clock.lap("optimizer")
-        session.saver.wait_for_copy()  # an earlier save may still be copying what the step is about to change
+        session.saver.wait_for_copy()  # a save may still be copying what the step is about to change
         clock.lap("checkpoint_stall")
         engine.step()
         clock.lap("optimizer")
 
         step += 1
-        session.log(step, lr, agreed)
-        seen = session.look(step, agreed)
-        if seen.rollback is not None:
-            step = session.roll_back(seen.rollback)
+        session.log(step, lr, numbers)
+        verdict = inspect(session, step, numbers)
+        if verdict.rollback is not None:
+            step = roll_back(session, verdict.rollback)
             continue
-        if session.validation_due(step) and not seen.stop:  # a save on request waits for nothing long
+        if session.validation_due(step) and not verdict.stop:  # a stop saves first; the next start validates
             session.validate(step)
-        if every(step, train.checkpoint_interval) or step == train.max_iters or seen.stop:
+        if every(step, train.checkpoint_interval) or step == train.max_iters or verdict.stop:
             session.save(step)
-        if seen.stop:
+        if verdict.stop:
             session.wait_until_durable()
             raise StopRequested(session.stop_message(step))

@@ -1,4 +1,4 @@
-"""The model of an experiment, fresh or out of a checkpoint."""
+"""The model of an experiment: fresh, or loaded from a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pipeline.model.transformer import TransformerLM
 
 
 def build_model(config: Config) -> TransformerLM:
-    """A model of the config's shape with fresh weights, on the CPU."""
+    """Returns a model of the config's shape with fresh weights, on the CPU."""
     return TransformerLM(**config.model.model_dump())
 
 
 def load_model(config: Config, checkpoint: Path) -> TransformerLM:
-    """The model of a checkpoint for a single process that does not train it.
+    """Returns the model of a checkpoint for a single process that does not train it.
 
-    It is put on the GPU if there is one and `train.device` is not `cpu`: a run trained on GPUs needs none here.
+    It is on the GPU if there is one and `train.device` is not `cpu`; a run that trained on GPUs loads without one too.
 
     Args:
         config: The experiment.
-        checkpoint: The folder.
+        checkpoint: The checkpoint's folder.
 
     Raises:
-        CheckpointError: It is damaged.
+        CheckpointError: The checkpoint is damaged.
     """
     model = build_model(config)
     model.load_state_dict(load_weights(checkpoint))

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: a live bar on a terminal, one line a logged step elsewhere."""
+"""What a person sees while a model trains: a live bar on a terminal, otherwise one line per logged step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pipeline.text_format import duration, short
 
 
 class Progress:
-    """Shows steps as they finish; does nothing where `enabled` is False (every rank but the first).
+    """Shows steps as they finish.
 
     Args:
         name: Name of the run.
-        start_step: Steps that were finished before this start.
-        max_iters: Steps the run has in all.
-        enabled: Whether to show anything.
+        start_step: Steps finished before this start.
+        max_iters: Total steps of the run.
+        enabled: Whether to show anything: False on every rank but the first.
     """
 
     def __init__(self, name: str, start_step: int, max_iters: int, enabled: bool = True) -> None:
@@ -52,16 +52,16 @@ class Progress:
         self._bar.stop()
 
     def advance(self, step: int) -> None:
-        """Moves the bar to a finished step that has no figures; cheap enough for every step."""
+        """Moves the bar to a finished step; cheap enough for every step."""
         if self._live:
             self._bar.update(self._task, completed=step)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows a logged step: its loss, rate, gradient norm, throughput and the time left.
+        """Shows a logged step: loss, learning rate, gradient norm, throughput and the time left.
 
         Args:
             step: Finished steps.
-            metrics: Under the keys of `metrics.jsonl`; those that are missing are left out.
+            metrics: By the keys of `metrics.jsonl`; missing ones get no column.
         """
         if not self._enabled:
             return

@@ -1,4 +1,4 @@
-"""Which checkpoint a start goes on from: the newest that is whole, and the same on all ranks."""
+"""The checkpoint that a start resumes from: the newest whole one, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -15,21 +15,18 @@ from pipeline.train.ranks import group
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a start found.
-
-    Attributes:
-        checkpoint: The folder to load; None for a fresh start.
-        rejected: What was wrong with each newer one, which has been set aside.
-    """
+    """What a start found."""
 
     checkpoint: Path | None
+    """The folder to load; None for a fresh start."""
     rejected: tuple[str, ...]
+    """The problem of each newer checkpoint, all of which have been quarantined."""
 
 
 def find_checkpoint(checkpoints: Path, world: World) -> Recovery:
-    """Checks the checkpoints byte for byte, newest first, the ranks sharing the files.
+    """Returns the newest whole checkpoint, checked byte for byte, the ranks sharing the files.
 
-    A damaged one is renamed to `step_X.rejected` and kept for a person to look at.
+    Damaged ones are quarantined: renamed to `step_X.rejected` and kept for inspection.
     """
     rejected: list[str] = []
     for folder in group.broadcast(published(checkpoints) if world.is_first else [], world):
@@ -43,14 +40,14 @@ def find_checkpoint(checkpoints: Path, world: World) -> Recovery:
             return Recovery(folder, tuple(rejected))
         rejected.append(problems[0])
         if world.is_first:
-            set_aside(folder)
+            quarantine(folder)
         group.barrier(world)
     return Recovery(None, tuple(rejected))
 
 
-def set_aside(folder: Path) -> None:
-    """Renames a checkpoint that must not be used, so that a person can look at it."""
-    aside = folder.with_name(f"{folder.name}.rejected")
-    if aside.exists():
-        shutil.rmtree(aside)
-    folder.rename(aside)
+def quarantine(folder: Path) -> None:
+    """Renames a checkpoint that must not be used, and keeps it for inspection."""
+    kept = folder.with_name(f"{folder.name}.rejected")
+    if kept.exists():
+        shutil.rmtree(kept)
+    folder.rename(kept)

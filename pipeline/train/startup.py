@@ -1,10 +1,10 @@
-"""Opening a session on all ranks, and closing it whatever happens."""
+"""Opens a session on all ranks and closes it whatever happens."""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,12 +12,11 @@ import torch
 from pipeline import tracking
 from pipeline.checkpoint.pending import RankIdentity, take_over
 from pipeline.checkpoint.read import CheckpointReader
-from pipeline.checkpoint.saver import CheckpointSaver
+from pipeline.checkpoint.saver import CheckpointSaver, Saved
 from pipeline.config.sections import Config
 from pipeline.data.dataset import BatchReader, TokenDataset, open_splits, refuse_other_tokenizer, validation_windows
 from pipeline.data.fingerprint import refuse_other_settings
 from pipeline.data.layout import TOKENIZER
-from pipeline.data.manifest import SplitName
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import DataError, PipelineError, StopRequested
 from pipeline.files import sha256_file
@@ -27,8 +26,8 @@ from pipeline.run.provenance import collect_provenance, current_image, refuse_ot
 from pipeline.run.world import World, world_from_environment
 from pipeline.train.clock import StepClock
 from pipeline.train.engine.engine import Engine
+from pipeline.train.evaluate import Validation
 from pipeline.train.guard import Guard
-from pipeline.train.incidents import Watch
 from pipeline.train.model import build_model
 from pipeline.train.progress import Progress
 from pipeline.train.ranks import group
@@ -42,82 +41,69 @@ from pipeline.train.session import Session
 
 @contextlib.contextmanager
 def open_session(config: Config, allow_image_change: bool = False) -> Iterator[Session]:
-    """Everything ready for the next step: ranks joined, data open, the newest whole checkpoint loaded."""
+    """Yields a session ready for the next step: ranks joined, data open, the newest whole checkpoint loaded."""
     world = world_from_environment()
     device = pick_device(config, world)
     with StopRequest() as stop, group.process_group(world, device), _watched(world) as peers:
         session = _start(config, world, device, stop, allow_image_change)
         peers.at_exit = session.fail
         with session.progress, _ended(session, peers):
-            session.clock = StepClock()  # start-up is no part of the first step
+            session.clock = StepClock()  # start-up is not part of the first step
             yield session
 
 
 def _start(config: Config, world: World, device: torch.device, stop: StopRequest, allow_image_change: bool) -> Session:
-    data = _open_data(config)
-    windows = validation_windows(data["validation"], config.model.context_length)
-    train = config.train
-    reader = BatchReader(
-        data["train"], config.data, seed=train.seed, context_length=config.model.context_length,
-        batch_size=train.batch_size,
-    )  # fmt: skip
+    data, held_out = _open_data(config)
+    train, context_length = config.train, config.model.context_length
+    windows = validation_windows(held_out, context_length)
+    count, chunk = train.num_val_batches * train.batch_size, train.micro_batch_size
+    validation = Validation(held_out, windows, count, chunk, world, device)
+    reader = BatchReader(data, config.data, seed=train.seed, context_length=context_length, batch_size=train.batch_size)
     run = _shared_run(config, world, allow_image_change)
     if run.tokenizer_file.exists():
-        refuse_other_tokenizer(config.data.path, data["train"].manifest, sha256_file(run.tokenizer_file))
-    preflight(config, world, device, run, data["train"].manifest.digest)
+        refuse_other_tokenizer(data.path, data.manifest, sha256_file(run.tokenizer_file))
+    preflight(config, world, device, run, data.manifest.digest)
     torch.manual_seed(train.seed)
     engine = Engine(build_model(config), config, world, device)
     recovery = find_checkpoint(run.checkpoints, world)
-    state = _resume(engine, recovery, data["train"].manifest.digest)
+    state = _resume(engine, recovery, data.manifest.digest)
     step = state.get("step", 0)
-    start_id = group.broadcast(secrets.token_hex(4), world)
-    if world.is_first:
-        take_over(run.checkpoints, start_id)
-    group.barrier(world)
-    tracker = _start_tracking(config, run, world, data["train"], step)
+    saver = _take_over(config, run, world, lambda saved: session.report_save(saved))
+    tracker = _start_tracking(config, run, world, data, step)
     progress = Progress(config.name, step, train.max_iters, enabled=world.is_first)
-    identity = RankIdentity(world.rank, world.size, train.zero_stage, start_id, group.store())
-    saver = CheckpointSaver(
-        run.checkpoints,
-        identity,
-        config.checkpoint,
-        lambda saved: session.report_save(saved),
-        rollback_steps=config.guard.rollback_skip if config.guard.on_spike == "rollback" else 0,
-    )
     session = Session(
         config=config,
         world=world,
         run=run,
         reader=reader,
-        validation_data=data["validation"],
-        windows=windows,
+        validation=validation,
         engine=engine,
         saver=saver,
         stop=stop,
         tracker=tracker,
         progress=progress,
-        watch=Watch(config, world, run, reader, tracker, progress, saver, Guard(config.guard, state.get("guard"))),
+        data_digest=data.manifest.digest,
+        guard=Guard(config.guard, state.get("guard")),
         step=step,
         tokens_seen=state.get("tokens_seen", 0),
-        data_digest=data["train"].manifest.digest,
-        reached=step,
     )
     _announce(session, recovery)
     return session
 
 
-def _open_data(config: Config) -> dict[SplitName, TokenDataset]:
-    path = config.data.path
-    wanted = None
+def _open_data(config: Config) -> tuple[TokenDataset, TokenDataset]:
+    """Returns the training and the validation split."""
+    digest = None
     if config.tokenizer.kind == "file" and config.tokenizer.path is not None:
-        wanted = Tokenizer.load(config.tokenizer.path).digest
-    opened = open_splits(path, vocab_size=config.model.vocab_size, tokenizer_digest=wanted, verify=config.data.verify)
+        digest = Tokenizer.load(config.tokenizer.path).digest
+    path, vocab_size = config.data.path, config.model.vocab_size
+    opened = open_splits(path, vocab_size=vocab_size, tokenizer_digest=digest, verify=config.data.verify)
     refuse_other_settings(path, opened["train"].manifest.settings, config)
-    return opened
+    return opened["train"], opened["validation"]
 
 
 def _shared_run(config: Config, world: World, allow_image_change: bool) -> Run:
-    """The run folder, made by the first rank; its failure is everybody's."""
+    """Returns the run folder, which the first rank creates; if that fails, all ranks raise its error."""
     run, problem = None, None
     if world.is_first:
         try:
@@ -134,7 +120,7 @@ def _shared_run(config: Config, world: World, allow_image_change: bool) -> Run:
 
 
 def _resume(engine: Engine, recovery: Recovery, data_digest: str) -> dict[str, Any]:
-    """Loads the checkpoint, if there is one; its step and the rest of its state."""
+    """Loads the checkpoint, if there is one; returns its step and the rest of its state."""
     if recovery.checkpoint is None:
         return {}
     reader = CheckpointReader(recovery.checkpoint)
@@ -149,6 +135,17 @@ def _resume(engine: Engine, recovery: Recovery, data_digest: str) -> dict[str, A
     state = reader.manifest.state
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
     return {**state, "step": reader.manifest.step}
+
+
+def _take_over(config: Config, run: Run, world: World, report: Callable[[Saved], None]) -> CheckpointSaver:
+    """Takes the run over from any older start, which can publish no checkpoint from now on; returns our saver."""
+    start_id = group.broadcast(secrets.token_hex(4), world)
+    if world.is_first:
+        take_over(run.checkpoints, start_id)
+    group.barrier(world)
+    identity = RankIdentity(world.rank, world.size, config.train.zero_stage, start_id, group.store())
+    rollback_steps = config.guard.rollback_skip if config.guard.on_spike == "rollback" else 0
+    return CheckpointSaver(run.checkpoints, identity, config.checkpoint, report, rollback_steps)
 
 
 def _start_tracking(config: Config, run: Run, world: World, data: TokenDataset, step: int) -> tracking.Tracker:
@@ -176,16 +173,16 @@ def _start_tracking(config: Config, run: Run, world: World, data: TokenDataset, 
 def _announce(session: Session, recovery: Recovery) -> None:
     for problem in recovery.rejected:
         session.tracker.event(CheckpointRejected(problem=problem))
-        session.progress.message(f"a checkpoint was set aside: {problem}")
+        session.progress.message(f"a checkpoint was quarantined: {problem}")
     ready = Started if recovery.checkpoint is None else Resumed
     session.tracker.event(ready(step=session.step, world_size=session.world.size))
     if recovery.checkpoint is not None:
-        session.progress.message(f"going on from {recovery.checkpoint}")
+        session.progress.message(f"resuming from {recovery.checkpoint}")
 
 
 @contextlib.contextmanager
 def _watched(world: World) -> Iterator[Peers]:
-    """Watches the other ranks; the last words of the one that failed first become everybody's error."""
+    """Watches the other ranks; the error of the rank that failed first becomes the error of all."""
     peers = Peers(world)
     try:
         yield peers
@@ -204,13 +201,13 @@ def _watched(world: World) -> Iterator[Peers]:
 
 @contextlib.contextmanager
 def _ended(session: Session, peers: Peers) -> Iterator[None]:
-    """Ends tracking with the status that is true."""
+    """Records how training ended and closes tracking with the matching status."""
     try:
         yield
     except StopRequested:
-        session.end(Preempted(step=session.reached, reason=session.stop.reason), "STOPPED")
+        session.end(Preempted(step=session.step, reason=session.stop.reason), "STOPPED")
         raise
     except BaseException as error:
         session.fail(peers.cause_of(error) or f"{type(error).__name__}: {error}")
         raise
-    session.end(Finished(step=session.reached), "FINISHED")
+    session.end(Finished(step=session.step), "FINISHED")

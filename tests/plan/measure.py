@@ -83,7 +83,7 @@ def measure(world: World, config_file: str, overrides: list[str]) -> dict[str, i
                 peak, loss = peak_of(micro_batch)
                 losses.append(loss)
                 peaks.append(held + peak)
-            engine.clip(1.0, losses, stop=False)
+            engine.reduce_and_clip(1.0, losses, stop=False)
             held = live_bytes() - before
             peaks.append(held + peak_of(engine.step)[0])
     return {"peak": max(peaks), **sent}

@@ -1,20 +1,27 @@
-"""Experiments on real ranks, each trained once for all tests."""
+"""Runs that tests share: experiments on real ranks, and one that this process trains."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pipeline.train.loop as loop
+from pipeline.config.sections import Config
+from pipeline.run.folder import Run, run_for
+from pipeline.train.session import TrainResult
 from tests import experiment, processes
+from tests.train.tiny import tiny
 
 
 class Lab:
     """Trains one tiny experiment on any number of ranks at any ZeRO stage.
 
     Args:
-        folder: Of the text, the tokens and the runs.
+        folder: Holds the text, the tokens and the runs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -22,18 +29,18 @@ class Lab:
         processes.run(["prepare", str(self.config("data"))], 1, folder / "prepare.log")
 
     def config(self, name: str, **changes: Any) -> Path:
-        """The experiment's file, for a run of this name."""
+        """Returns the config file of the experiment, for a run of this name."""
         small = {"model.num_layers": 1, "optimizer.gradient_clip_val": 0.8, "train.checkpoint_interval": 50}
         return experiment.write_experiment(self._folder, self._folder / "runs", name, **(small | changes))
 
     def train(self, name: str, world: int, stage: int, *overrides: str, **changes: Any) -> Path:
-        """Starts or resumes a run; its folder."""
+        """Starts or resumes a run; returns its folder."""
         arguments = ["train", str(self.config(name, **changes)), f"train.zero_stage={stage}", *overrides]
         processes.run(arguments, world, self._folder / "logs" / f"{name}.log", timeout_s=250)
         return self._folder / "runs" / name
 
     def uninterrupted(self, world: int, stage: int) -> Path:
-        """The run of this layout that nobody disturbed."""
+        """Returns the uninterrupted run of this layout."""
         run = self._folder / "runs" / f"whole_{world}_{stage}"
         return run if run.exists() else self.train(run.name, world, stage)
 
@@ -41,3 +48,36 @@ class Lab:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("lab"))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of ten steps that this process trained."""
+
+    config: Config
+    config_file: Path
+    run: Run
+    result: TrainResult
+
+    def again(self, folder: Path) -> Config:
+        """Returns the same experiment on the same data as a new run, below another folder."""
+        return self.config.model_copy(update={"runs_dir": str(folder / "runs")})
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Ten steps of two micro-batches, logged each; a validation after each third, a checkpoint after each fourth."""
+    folder = tmp_path_factory.mktemp("trained")
+    intervals = {"train.max_iters": 10, "train.val_interval": 3, "train.checkpoint_interval": 4}
+    sizes = {"train.batch_size": 8, "train.micro_batch_size": 4, "train.num_val_batches": 2}
+    config = tiny(folder, **intervals, **sizes, **{"checkpoint.keep_last": 9, "optimizer.gradient_clip_val": 0.6})
+    result = loop.train(config)
+    return Trained(config, folder / "config.yaml", run_for(config), result)
+
+
+@pytest.fixture
+def resumable(trained: Trained, tmp_path: Path) -> Config:
+    """A copy of the trained run, to be resumed."""
+    config = trained.again(tmp_path)
+    shutil.copytree(trained.run.path, run_for(config).path)
+    return config

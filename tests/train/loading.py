@@ -1,4 +1,4 @@
-"""What a load costs a rank: called on real ranks by tests and by benchmarks/checkpoint.py."""
+"""The memory that a load costs a rank: called on real ranks by tests and by benchmarks/checkpoint.py."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from pipeline.train.ranks import group
 
 
 def private_bytes() -> int:
-    """Memory of this process that no file backs: what pages of mapped checkpoint files are not."""
+    """Returns the memory of this process that no file backs, so without the pages of mapped checkpoint files."""
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
 class Peak:
-    """The most private memory while it is entered, looked at every millisecond."""
+    """The peak of private memory inside the context, sampled every millisecond."""
 
     def __enter__(self) -> Peak:
         gc.collect()
         self.before = self.most = private_bytes()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look)
+        self._thread = threading.Thread(target=self._sample)
         self._thread.start()
         return self
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._over.is_set():
             self.most = max(self.most, private_bytes())
             time.sleep(0.001)
@@ -67,9 +67,9 @@ def save_state(world: World, config_file: str, folder: str, stage: int) -> None:
 
 
 def load_state(world: World, config_file: str, folder: str, stage: int) -> dict[str, Any]:
-    """Bytes: at most more than before the load, the rank's share, and the largest fragment of the file."""
+    """Returns bytes: the peak above the level before, the rank's share, and the largest fragment of the file."""
     engine = new_engine(config_file, stage, world)
-    # Allocations once made stay with the process: the pieces below must not come out of room that was left over.
+    # The allocator keeps freed memory: the allocations below must not come from what was left over.
     torch.empty(1)
     with Peak() as peak:
         reader = CheckpointReader(Path(folder) / "step_00000001")

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional
 
 from pipeline.config.load import load_config
 from pipeline.data.dataset import open_dataset, validation_windows
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
-from pipeline.train.evaluate import evaluate
+from pipeline.train.evaluate import Validation, evaluate
 from tests import processes
 from tests.train.conftest import Lab
 from tests.train.engine.reference import new_model
@@ -23,24 +24,86 @@ from tests.train.engine.reference import new_model
 # Seven chunks of three windows and one of a single window: no number of ranks above one shares them evenly.
 WINDOWS, CHUNK = 22, 3
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+class Uniform:
+    """Gives the first three tokens of the vocabulary the same logit and the rest none; counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        logits = torch.full((*ids.shape, 8), -1e9)
+        logits[..., :3] = 0.0
+        return logits
+
+
+class Windows:
+    """Seven windows of four tokens, which are all in 0 ... 2; the targets of window i are i % 3."""
+
+    count = 7
+
+    def batch(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.arange(start, stop).unsqueeze(1).expand(-1, 4) % 3
+        return rows, rows
+
+
+class Text:
+    """30 tokens of 60 bytes."""
+
+    bytes = 60
+
+    def __len__(self) -> int:
+        return 30
+
+
+def fake_validation(count: int, chunk: int, world: World) -> Validation:
+    return Validation(Text(), Windows(), count, chunk, world, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("count", "tokens"), [(7, 28), (100, 28), (5, 20), (1, 4)])
+def test_a_model_that_is_undecided_between_three_tokens_has_perplexity_three(count: int, tokens: int) -> None:
+    found = evaluate(Uniform(), fake_validation(count, 2, World()), step=9)
+    assert (found.step, found.tokens) == (9, tokens)
+    assert found.loss == pytest.approx(math.log(3))
+    assert found.perplexity == pytest.approx(3.0)
+    assert found.bits_per_byte == pytest.approx(math.log2(3) / 2), "two bytes per token"
+
+
+@pytest.mark.parametrize(("size", "chunk", "turns"), [(1, 2, 4), (2, 2, 2), (3, 2, 2), (4, 2, 1), (5, 2, 1), (2, 7, 1)])
+def test_every_rank_calls_the_model_equally_often_and_each_chunk_counts_once(
+    monkeypatch: pytest.MonkeyPatch, size: int, chunk: int, turns: int
+) -> None:
+    """ZeRO-3 gathers weights in every call: the other ranks hang if one leaves a call out."""
+    shares: list[torch.Tensor] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda sums: shares.append(sums.clone()))
+    models = [Uniform() for _ in range(size)]
+    for rank, model in enumerate(models):
+        evaluate(model, fake_validation(7, chunk, World(rank=rank, size=size)), step=0)
+    assert [model.calls for model in models] == [turns] * size
+    if size > 1:
+        assert ((torch.stack(shares) != 0).sum(0) == 1).all(), "no chunk is counted twice or left out"
+        assert float(torch.stack(shares).sum()) == pytest.approx(28 * math.log(3))
+
+
+def test_a_loss_too_large_for_a_perplexity_is_still_a_number() -> None:
+    def sure_and_wrong(ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.full_like(ids, 7), 8) * 1e4
+
+    found = evaluate(sure_and_wrong, fake_validation(7, 2, World()), step=0)
+    assert found.loss == pytest.approx(1e4) and found.perplexity == pytest.approx(math.exp(700))
+
+
+# ---- real ranks ------------------------------------------------------------------------------------
 
 
 def evaluated(world: World, config_file: str, stage: int) -> dict[str, Any]:
     """The evaluation of the fresh model, as training does it."""
     config = load_config(config_file, [f"train.zero_stage={stage}"])
     dataset = open_dataset(config.data.path, "validation")
-    found = evaluate(
-        Engine(new_model(config), config, world, torch.device("cpu")),
-        dataset,
-        validation_windows(dataset, config.model.context_length),
-        step=0,
-        count=WINDOWS,
-        chunk=CHUNK,
-        context_length=config.model.context_length,
-        world=world,
-        device=torch.device("cpu"),
-    )
+    windows = validation_windows(dataset, config.model.context_length)
+    engine = Engine(new_model(config), config, world, torch.device("cpu"))
+    found = evaluate(engine, Validation(dataset, windows, WINDOWS, CHUNK, world, engine.device), step=0)
     return asdict(found)
 
 
@@ -51,6 +114,8 @@ def alone(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return processes.on_ranks(evaluated, 1, log, str(lab.config("evaluated")), 0)[0]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("world", "stage"), [(1, 3), (2, 0), (2, 3), (4, 0), (4, 3)])
 def test_every_rank_finds_the_same_bits_at_any_number_of_ranks(
     lab: Lab, tmp_path: Path, alone: dict[str, Any], world: int, stage: int
@@ -59,6 +124,7 @@ def test_every_rank_finds_the_same_bits_at_any_number_of_ranks(
     assert found == [alone] * world
 
 
+@pytest.mark.slow
 def test_loss_perplexity_and_bits_are_those_of_the_text_read_at_once(lab: Lab, alone: dict[str, Any]) -> None:
     config = load_config(lab.config("evaluated"))
     text = Path(next(s for s in config.data.sources if s.split == "validation").paths[0]).read_bytes()

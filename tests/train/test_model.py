@@ -1,4 +1,4 @@
-"""The model out of a checkpoint goes where the config says."""
+"""The model of a checkpoint is put where the config says."""
 
 from __future__ import annotations
 

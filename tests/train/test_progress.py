@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.train.clock import StepClock
+from types import SimpleNamespace
+
+import pipeline.train.progress as module
 from pipeline.train.progress import Progress
 
 METRICS = {
@@ -30,12 +32,31 @@ def test_only_the_first_rank_speaks(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_laps_of_a_step_add_up_to_its_time():
-    clock = StepClock()
-    for _ in range(3):
-        clock.lap("data")
-        clock.lap("forward_backward")
-        clock.step_done()
-    seconds = clock.read()
-    assert 0 <= seconds["data"] + seconds["forward_backward"] <= seconds["step"]
-    assert clock.read().keys() == {"step"}
+def test_the_time_left_follows_from_the_steps_of_this_start(capsys, monkeypatch):
+    """Steps of earlier starts took no time of this one."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    with Progress("demo", 40, 100) as progress:
+        now.seconds = 20.0
+        progress.step(40, {})
+        progress.step(50, {})
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "step  40/100 | eta 20:00"
+    assert second == "step  50/100 | eta 1:40"
+
+
+def test_a_validation_has_a_column_of_its_own(capsys):
+    with Progress("demo", 0, 100) as progress:
+        progress.step(10, {"val/loss": 2.5})
+    assert "| val loss 2.5000 | eta" in capsys.readouterr().err
+
+
+def test_on_a_terminal_the_bar_shows_the_figures_of_the_last_logged_step(monkeypatch):
+    monkeypatch.setattr(module.Console, "is_terminal", property(lambda self: True))
+    progress = Progress("demo", 5, 100)
+    progress.advance(9)
+    task = progress._bar.tasks[0]
+    assert (task.completed, task.total, task.fields["figures"]) == (9, 100, "starting")
+    progress.step(10, METRICS)
+    assert task.completed == 10
+    assert task.fields["figures"].startswith("loss 3.2500 · lr 1.00e-03 · norm 0.50")

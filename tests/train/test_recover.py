@@ -1,4 +1,4 @@
-"""A start goes on from the newest checkpoint that is whole, the same on all ranks, and says what it set aside."""
+"""A start resumes from the newest whole checkpoint, the same on all ranks, and says what it quarantined."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.checkpoint.layout import published
 from pipeline.checkpoint.pending import take_over
 from pipeline.checkpoint.saver import Saved
 from pipeline.run.world import World
-from pipeline.train.recover import find_checkpoint
+from pipeline.train.recover import Recovery, find_checkpoint, quarantine
 from tests import processes
 from tests.checkpoint.support import fragments, saver
 
@@ -54,7 +54,7 @@ def checkpoints(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_newest_that_is_whole_is_taken(checkpoints: Path) -> None:
+def test_the_newest_whole_checkpoint_is_taken(checkpoints: Path) -> None:
     answers = processes.on_ranks(found, 2, checkpoints / "log", str(checkpoints))
     assert answers == [("step_00000002", ())] * 2
 
@@ -67,10 +67,10 @@ def test_the_newest_that_is_whole_is_taken(checkpoints: Path) -> None:
         (tear_manifest, "manifest.json: is damaged"),
     ],
 )
-def test_a_damaged_one_is_set_aside_and_all_ranks_take_the_one_before(
+def test_a_damaged_checkpoint_is_quarantined_and_all_ranks_take_the_one_before(
     checkpoints: Path, damage: Callable[[Path], None], words: str
 ) -> None:
-    """Each file is checked by one rank only, and the others must hear of it."""
+    """Only one rank checks each file, and the other must hear of it."""
     damage(published(checkpoints)[0])
     first, second = processes.on_ranks(found, 2, checkpoints / "log", str(checkpoints))
     assert first == second
@@ -79,9 +79,34 @@ def test_a_damaged_one_is_set_aside_and_all_ranks_take_the_one_before(
     assert (checkpoints / "step_00000002.rejected").is_dir()
 
 
-def test_with_all_damaged_training_begins_anew_and_each_is_named(checkpoints: Path) -> None:
+def test_with_all_damaged_training_starts_afresh_and_each_is_named(checkpoints: Path) -> None:
     for folder in published(checkpoints):
         truncate(folder)
     checkpoint, rejected = processes.on_ranks(found, 1, checkpoints / "log", str(checkpoints))[0]
     assert checkpoint is None
     assert ["step_00000002" in rejected[0], "step_00000001" in rejected[1]] == [True, True]
+
+
+# ---- alone, in this process ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [flip_bit, truncate, tear_manifest])
+def test_alone_a_rank_checks_the_files_of_all_ranks(checkpoints: Path, damage: Callable[[Path], None]) -> None:
+    newest, older = published(checkpoints)
+    damage(newest)
+    recovery = find_checkpoint(checkpoints, World())
+    assert recovery.checkpoint == older
+    assert [newest.name in problem for problem in recovery.rejected] == [True]
+
+
+def test_a_run_without_checkpoints_starts_afresh(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path, World()) == Recovery(None, ())
+
+
+def test_a_step_that_is_quarantined_twice_keeps_the_newer_folder(checkpoints: Path) -> None:
+    older = checkpoints / "step_00000002.rejected"
+    older.mkdir()
+    (older / "note").touch()
+    quarantine(checkpoints / "step_00000002")
+    assert not (older / "note").exists() and (older / "manifest.json").exists()
+    assert [f.name for f in published(checkpoints)] == ["step_00000001"]

@@ -1,4 +1,4 @@
-"""A run that is stopped and goes on is the run that was not stopped."""
+"""A run that is stopped and resumed equals the run that was not stopped."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def same_weights(run: Path, other: Path, step: int) -> bool:
 def test_stopped_and_resumed_on_the_same_layout_every_bit_is_the_same(
     lab: Lab, number: int, layout: tuple[int, int]
 ) -> None:
-    """Each layout is stopped at another step; that it gives these bits twice at all is part of the claim."""
+    """Each layout is stopped at another step; the claim includes that it computes the same bits twice."""
     name, stopped_at = f"resumed_{layout[0]}_{layout[1]}", 3 + 4 * number
     lab.train(name, *layout, f"train.max_iters={stopped_at}")
     run = lab.train(name, *layout, f"train.max_iters={HALF}")
@@ -44,7 +44,7 @@ def test_stopped_and_resumed_on_the_same_layout_every_bit_is_the_same(
     assert same_weights(run, whole, HALF)
 
 
-def test_other_numbers_of_ranks_and_stages_go_on_along_one_curve(lab: Lab) -> None:
+def test_other_numbers_of_ranks_and_stages_continue_along_one_curve(lab: Lab) -> None:
     """Four ranks at ZeRO-3, then one at ZeRO-0, then two at ZeRO-1, then four at ZeRO-2."""
     for world, stage, until in ((4, 3, 30), (1, 0, 55), (2, 1, 80), (4, 2, STEPS)):
         run = lab.train("moved", world, stage, f"train.max_iters={until}")
@@ -53,8 +53,8 @@ def test_other_numbers_of_ranks_and_stages_go_on_along_one_curve(lab: Lab) -> No
     assert losses(run) == pytest.approx(losses(lab.uninterrupted(1, 0)), rel=TOLERANCE)
 
 
-def test_weights_that_every_layer_fetches_anew_are_resumed_bit_for_bit_too(lab: Lab) -> None:
-    """DeepSpeed keeps parameters below a size whole on all ranks at stage 3; without this setting it keeps all here."""
+def test_weights_that_every_layer_fetches_are_resumed_bit_for_bit_too(lab: Lab) -> None:
+    """At stage 3 DeepSpeed keeps small parameters whole on all ranks; here that would be all of them."""
     settings = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
     lab.train("fetched", 2, 3, "train.max_iters=37", **settings)
     run = lab.train("fetched", 2, 3, f"train.max_iters={HALF}", **settings)
@@ -63,7 +63,7 @@ def test_weights_that_every_layer_fetches_anew_are_resumed_bit_for_bit_too(lab: 
     assert same_weights(run, lab.uninterrupted(2, 3), HALF)
 
 
-def test_plain_pytorch_goes_on_from_a_checkpoint_of_four_ranks_at_zero_3(lab: Lab) -> None:
+def test_plain_pytorch_resumes_from_a_checkpoint_of_four_ranks_at_zero_3(lab: Lab) -> None:
     """A single process without DeepSpeed reads weights and moments of all ranks."""
     run, config_file = lab.uninterrupted(4, 3), lab.config("plain")
     reader, config = CheckpointReader(run / "checkpoints" / step_name(50)), load_config(config_file)

@@ -1,4 +1,4 @@
-"""The DeepSpeed config that our own settings make."""
+"""Our settings translated into a DeepSpeed config."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pipeline.config.sections import Config
 from pipeline.run.world import World
 
 
-def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
-    """The DeepSpeed config; what the user passes through is merged in, section by section."""
+def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
+    """Returns the DeepSpeed config; the user's `deepspeed` section is merged in, and our own settings win."""
     train = config.train
     own: dict[str, Any] = {
         "train_batch_size": train.batch_size,
@@ -22,7 +22,7 @@ def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_settings(config),
     }
-    # Its own measuring would make the host wait for the device twice a micro-batch.
+    # Its throughput timer would make the host wait for the device twice per micro-batch.
     quiet = {"steps_per_print": 1 << 62, "timers": {"throughput": {"enabled": False}}}
     merged = {**quiet, **config.deepspeed, **own}
     merged["zero_optimization"] = {**config.deepspeed.get("zero_optimization", {}), **own["zero_optimization"]}
@@ -32,9 +32,8 @@ def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
 def _zero_settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {"stage": config.train.zero_stage, "overlap_comm": config.train.overlap_comm}
     if config.train.zero_stage in (1, 2) and not config.train.offload_optimizer:
-        settings["compute_grad_norm"] = (
-            False  # ours is known already, and DeepSpeed would make the host wait for its own
-        )
+        # We know the norm already, and DeepSpeed would make the host wait for its own.
+        settings["compute_grad_norm"] = False
     if config.train.offload_optimizer:
         settings["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return settings

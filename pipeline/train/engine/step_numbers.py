@@ -10,20 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Numbers:
-    """What all ranks know about a step, by one all-reduce.
-
-    Attributes:
-        loss: Mean loss of the global batch.
-        norm: Global L2 norm of the gradients before clipping.
-        stop: Whether any rank was asked to stop.
-    """
+    """What all ranks know about a step, by one all-reduce."""
 
     loss: float
+    """Mean loss of the global batch."""
     norm: float
+    """Global L2 norm of the gradients before clipping."""
     stop: bool
+    """Whether any rank was asked to stop."""
 
 
-class Agreed:
+class PendingNumbers:
     """The numbers of a step on their way to the host.
 
     Args:
@@ -33,13 +30,13 @@ class Agreed:
     def __init__(self, numbers: Tensor) -> None:
         self._numbers, self._arrived = numbers, None
         if numbers.is_cuda:
-            # Into pinned memory: a copy into any other holds the host up until the device has come this far.
+            # Into pinned memory: a copy into pageable memory blocks the host until the device gets there.
             self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     def read(self) -> Numbers:
-        """The numbers; the host waits until the device has come to this step's clipping."""
+        """Returns the numbers; the host waits until the device has clipped this step's gradients."""
         if self._arrived is not None:
             self._arrived.synchronize()
         loss, norm, stop = self._numbers.tolist()

@@ -1,4 +1,4 @@
-"""The device a process trains on, and what it could do at best."""
+"""The device that a process trains on, and its peak throughput."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.run.world import World
 
 
 def peak_flops_per_s(device: torch.device) -> float | None:
-    """Peak of one device; None where it is not known, as on a CPU: then FLOP/s are shown instead of MFU."""
+    """Returns the peak of one device; None where it is unknown, as on a CPU: then FLOP/s are shown instead of MFU."""
     if device.type != "cuda":
         return None
     known = device_reported(torch.cuda.get_device_name(device))
@@ -19,10 +19,10 @@ def peak_flops_per_s(device: torch.device) -> float | None:
 
 
 def pick_device(config: Config, world: World) -> torch.device:
-    """The device this process trains on.
+    """Selects and returns the device that this process trains on.
 
     Raises:
-        UsageError: cuda is asked for and there is none.
+        UsageError: The config demands cuda and there is none.
     """
     wanted = config.train.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):

@@ -1,4 +1,4 @@
-"""The group of all ranks, and what they tell each other outside the steps: small values, seldom."""
+"""The group of all ranks, and the small values that they exchange outside the steps."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipeline.run.world import World
 
 T = TypeVar("T")
 
-# A rank that dies closes its connections and the others notice at once; this is for one that hangs.
+# For a rank that hangs; when one dies, its connections close and the other ranks notice at once.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 @contextlib.contextmanager
 def process_group(world: World, device: torch.device) -> Iterator[None]:
-    """The process group of all ranks, destroyed at the end; one process makes a group of its own."""
+    """Joins the process group of all ranks and destroys it at the end; a single process forms a group of its own."""
     if world.size > 1:
         world.export(os.environ)  # type: ignore[arg-type]
         store: dict[str, Any] = {"init_method": "env://"}
@@ -41,7 +41,7 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
 
 
 def _destroy_process_group() -> None:
-    """Through DeepSpeed, where it has joined the group: it keeps references that break the next one."""
+    """Destroys the group through DeepSpeed if that has joined it: its references would break the next group."""
     comm = sys.modules.get("deepspeed.comm.comm")
     if comm is None or comm.cdb is None:
         dist.destroy_process_group()
@@ -51,14 +51,14 @@ def _destroy_process_group() -> None:
 
 
 def store() -> Store:
-    """What all ranks write to and read from without a collective, in any thread, as long as the group is there."""
+    """Returns the store that all ranks share without a collective, in any thread, while the group exists."""
     return dist.distributed_c10d._get_default_store()
 
 
 def broadcast(value: T, world: World, timeout: timedelta = COLLECTIVE_TIMEOUT) -> T:
-    """Rank 0's value, on every rank; plain values only.
+    """Returns rank 0's value on every rank; plain values only.
 
-    It goes by the store and needs no device: what start-up says before `preflight` arrives also where a device hangs.
+    The value travels through the store and needs no device: before `preflight` a device may hang.
     """
     if world.size == 1:
         return value
@@ -68,17 +68,17 @@ def broadcast(value: T, world: World, timeout: timedelta = COLLECTIVE_TIMEOUT) -
         store().set(key, pickle.dumps(value).hex())
         return value
     store().wait([key], timeout)
-    # As PyTorch passes objects between ranks: from a process of this job, never out of a file.
+    # As PyTorch passes objects between ranks: from a process of this job, never from a file.
     return pickle.loads(bytes.fromhex(store().get(key).decode()))  # noqa: S301
 
 
 def save_timeout(config: CheckpointConfig) -> timedelta:
-    """How long a rank may be waited for that is still busy with a checkpoint."""
+    """Returns how long to wait for a rank that may still be busy with a checkpoint."""
     return COLLECTIVE_TIMEOUT + timedelta(minutes=config.timeout_min)
 
 
 def gather(value: T, world: World) -> list[T]:
-    """Every rank's value, in the order of the ranks, on every rank; plain values only."""
+    """Returns the values of all ranks, in the order of the ranks, on every rank; plain values only."""
     if world.size == 1:
         return [value]
     values: list[T | None] = [None] * world.size
@@ -89,5 +89,5 @@ def gather(value: T, world: World) -> list[T]:
 def barrier(world: World) -> None:
     """Waits for all ranks."""
     if world.size > 1:
-        # NCCL is told the device; otherwise PyTorch warns that it has to guess it.
+        # Without the device, PyTorch warns that it has to guess NCCL's.
         dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)

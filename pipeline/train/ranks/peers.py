@@ -1,8 +1,8 @@
-"""Noticing a rank that dies, within seconds, whatever the backend does.
+"""Notices within seconds that a rank has died, whatever the backend does.
 
-gloo fails as soon as a connection breaks; NCCL waits for a collective that never ends. So every rank keeps one TCP
-connection to rank 0, and the kernel closes it with the process, however that ends. Rank 0 tells the others who it was
-and what its last words were.
+gloo fails as soon as a connection breaks; NCCL waits for a collective that never ends. Every rank therefore keeps one
+TCP connection to rank 0, which the kernel closes with the process, however that ends. Rank 0 tells the other ranks
+which rank ended and what its last error was.
 """
 
 from __future__ import annotations
@@ -36,15 +36,12 @@ class Peers:
 
     Args:
         world: This process's place.
-
-    Attributes:
-        at_exit: Called with the reason before the process is ended because its main thread hangs in a collective.
-        lost: Which rank ended before its time and why, once that is known.
     """
 
     def __init__(self, world: World) -> None:
+        # Called with the reason before this process is ended because its main thread hangs in a collective.
         self.at_exit: Callable[[str], None] = lambda lost: None
-        self.lost: str | None = None
+        self.lost: str | None = None  # which rank ended too early and why, once known
         self._world = world
         self._lock = threading.Lock()
         self._sending = threading.Lock()
@@ -60,9 +57,9 @@ class Peers:
         self._start(self._beat)
 
     def cause_of(self, error: BaseException) -> str | None:
-        """The rank whose end made this error, waiting a moment for the news; None if the error is our own.
+        """Returns which rank's end caused this error, waiting a moment for the news; None if the error is our own.
 
-        A collective that breaks raises a RuntimeError; the cause is what another rank has to say.
+        A broken collective raises a RuntimeError, whose cause is the error of another rank.
         """
         deadline = time.monotonic() + (LAST_WORDS_S if isinstance(error, RuntimeError) else 0.0)
         while self._world.size > 1 and self.lost is None and time.monotonic() < deadline:
@@ -70,7 +67,7 @@ class Peers:
         return self.lost
 
     def close(self, error: str | None = None) -> None:
-        """Says good-bye: with an error, the others end too and show it."""
+        """Says goodbye; with an error, the other ranks end too and show it."""
         self._closing.set()
         self._send_all({"bye": True, "error": error})
         for connection in self._sockets:
@@ -90,8 +87,8 @@ class Peers:
                 except TimeoutError:
                     raise PipelineError(
                         f"{len(self._sockets)} of {self._world.size - 1} ranks connected to rank 0 at {address[0]}, "
-                        f"port {address[1]}, within {SILENCE_S:.0f} seconds: if the output of the others names no "
-                        "error, a firewall between the nodes must let their processes reach each other at any port"
+                        f"port {address[1]}, within {SILENCE_S:.0f} seconds: if the output of the missing ranks shows "
+                        "no error, a firewall between the nodes must let their processes reach each other at any port"
                     ) from None
                 stream = connection.makefile("r", encoding="utf-8")
                 hello = _hello(connection, stream, token)
@@ -104,7 +101,7 @@ class Peers:
     def _tell_all(self, lost: str) -> None:
         self._send_all({"lost": lost})
 
-    # ---- the others --------------------------------------------------------------------------
+    # ---- every other rank ------------------------------------------------------------------
 
     def _connect(self, address: tuple[str, int], token: str) -> None:
         connection = socket.create_connection(address, timeout=SILENCE_S)
@@ -112,14 +109,14 @@ class Peers:
         self._sockets.append(connection)
         self._start(self._hear, connection.makefile("r", encoding="utf-8"), "rank 0", lambda lost: None)
 
-    # ---- all ---------------------------------------------------------------------------------
+    # ---- every rank ------------------------------------------------------------------------
 
     def _beat(self) -> None:
         while not self._closing.wait(HEARTBEAT_S):
             self._send_all({})
 
     def _send_all(self, message: dict[str, Any]) -> None:
-        with self._sending:  # two threads must not mix their lines
+        with self._sending:  # lines of two threads must not mix
             for connection in self._sockets:
                 with contextlib.suppress(OSError):
                     _send(connection, message)
@@ -145,7 +142,7 @@ class Peers:
             self._end(lost, tell)
 
     def _end(self, lost: str, tell: Callable[[str], None]) -> None:
-        """The main thread has a few seconds to fail by itself; then the process is ended under it."""
+        """Gives the main thread a few seconds to fail by itself, then ends the process."""
         with self._lock:
             if self.lost is not None:
                 return
@@ -154,7 +151,7 @@ class Peers:
         if self._closing.wait(GRACE_S):
             return
         self.at_exit(lost)
-        # A main thread that was still at its own last records has been waited for, and leaves by itself.
+        # `at_exit` has waited for a main thread that was still writing its last records, which exits by itself.
         if not self._closing.wait(GOODBYE_S):
             print(f"pipeline: error: {lost}", file=sys.stderr, flush=True)
             os._exit(EXIT_FAILED)
@@ -164,7 +161,7 @@ class Peers:
 
 
 def _hello(connection: socket.socket, stream: TextIO, token: str) -> dict[str, Any] | None:
-    """How a rank introduces itself; None if it is something else, which scans ports and may say anything or nothing."""
+    """Returns how a rank introduced itself; None for anything else, for example a port scanner."""
     connection.settimeout(HELLO_S)
     try:
         hello = json.loads(stream.readline(_LONGEST_HELLO))

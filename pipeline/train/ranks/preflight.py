@@ -1,7 +1,7 @@
-"""What the ranks check before the first step, in a fraction of a second: a bad node is named, and the job ends at once.
+"""Checks all ranks before the first step, in a fraction of a second: a bad node is named and the job ends at once.
 
-Without it a broken device, a node that cannot reach the others or a wrong clock shows after minutes, as a timeout of
-some collective that names nobody.
+Without it, a broken device, an unreachable node or a wrong clock shows only after minutes, as the timeout of some
+collective that names no rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.layout import KEYS
 from pipeline.config.sections import Config
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listing
 from pipeline.files import MAX_CLOCK_SKEW_S, clock_skew_s
 from pipeline.model.flops import num_parameters
 from pipeline.run.events import BadNode, append
@@ -30,68 +30,64 @@ from pipeline.run.provenance import IMAGE_SHA256_VARIABLE
 from pipeline.run.world import World
 from pipeline.train.ranks import group
 
-# Ranks have met just before; one that needs longer than this hangs.
+# The ranks have only just met: one that takes longer than this hangs.
 MEET_LIMIT_S = 60.0
 
 _SIZE = 256
 _SLOWEST_S = 10.0
 _POLL_S = 0.01
-_ELEMENTS = 1 << 18  # a megabyte: more than fits a message that needs no real transfer
+_ELEMENTS = 1 << 18  # a megabyte: too large to bypass a real transfer
 
 
 @dataclass(frozen=True)
-class Report:
-    """What one rank found and knows.
-
-    Attributes:
-        host: Its node, by Slurm's name for it where there is one.
-        faults: What is wrong with its node.
-        problems: What is wrong, but would be the same on another node.
-        skew: Seconds by which its clock is ahead of the file system's; None where that cannot be told.
-        image: SHA-256 of the image it runs in; empty outside.
-        dataset: Digest of the data it opened.
-    """
+class Findings:
+    """The findings of one rank."""
 
     host: str
+    """Its node, by Slurm's name if there is one."""
     faults: list[str] = field(default_factory=list)
+    """Problems of its node."""
     problems: list[str] = field(default_factory=list)
+    """Problems that any other node would have too."""
     skew: float | None = None
+    """Seconds by which its clock is ahead of the file system's; None if unknown."""
     image: str = ""
+    """SHA-256 of the image it runs in; empty outside an image."""
     dataset: str = ""
+    """Digest of the data it opened."""
 
 
 def preflight(config: Config, world: World, device: torch.device, run: Run, dataset: str) -> None:
-    """Checks this rank's device, the network, disk, clocks and digests, together with all ranks.
+    """Checks device, network, disk, clocks and digests, together with all ranks.
 
     Args:
         config: The experiment.
         world: This process's place.
         device: Where it trains.
         run: The run; its folder exists.
-        dataset: Digest of the manifest this rank has read.
+        dataset: Digest of the manifest that this rank has read.
 
     Raises:
-        PipelineError: Something is wrong; the message is the same on all ranks and names node and rank. A fault of a
-            node is also recorded as the event `bad_node`, so that a retry can keep away from it.
+        PipelineError: Something is wrong; the message is the same on all ranks and names node and rank. A faulty node
+            is also recorded as the event `bad_node`, so that a retry can avoid it.
     """
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     store = group.store()
-    store.set(f"preflight/{world.rank}", host)  # known to the others even if the device never answers
+    store.set(f"preflight/{world.rank}", host)  # the other ranks know it even if the device never answers
     faults = _device_faults(device)
     problems = _disk_problems(config, run)
     missing = _meet(world)
     if missing:
         _refuse_ranks(missing, "did not get through its checks", world, run)
     faults += _network_faults(world, device, run)
-    report = Report(host, faults, problems, _skew_s(run), os.environ.get(IMAGE_SHA256_VARIABLE, ""), dataset)
-    _judge(group.gather(report, world), world, run)
+    own = Findings(host, faults, problems, _skew_s(run), os.environ.get(IMAGE_SHA256_VARIABLE, ""), dataset)
+    _judge(group.gather(own, world), world, run)
 
 
 def _device_faults(device: torch.device) -> list[str]:
-    """Multiplies small matrices of whole numbers, whose product is exact in any order of summation."""
+    """Multiplies small integer matrices, whose product is exact in any order of summation."""
     began = time.monotonic()
-    rows = torch.arange(_SIZE).unsqueeze(1)
-    a, b = (rows * 7 + rows.T * 3) % 5 - 2, (rows * 5 + rows.T * 11) % 7 - 3
+    a, b = torch.randint(-3, 4, (2, _SIZE, _SIZE), generator=torch.Generator())
     try:
         found = (a.float().to(device) @ b.float().to(device)).cpu()
     except RuntimeError as error:
@@ -118,12 +114,12 @@ def _disk_problems(config: Config, run: Run) -> list[str]:
 def _skew_s(run: Run) -> float | None:
     try:
         return clock_skew_s(run.path)
-    except OSError:  # a disk that takes nothing shows elsewhere
+    except OSError:  # another check findings a disk that cannot be written
         return None
 
 
 def _meet(world: World) -> list[int]:
-    """Waits until all ranks have come through their own checks; those that have not in time."""
+    """Waits until all ranks have passed their own checks; returns those that did not in time."""
     store = group.store()
     _arrive("ready", world)
     store.add("preflight/ready", 1)
@@ -146,7 +142,7 @@ def _missing(where: str, world: World) -> list[int]:
 def _network_faults(world: World, device: torch.device, run: Run) -> list[str]:
     """Sums a megabyte over all ranks, with a time limit.
 
-    In a thread, for NCCL makes its connections inside the first call, where no limit of its own ends it.
+    The sum runs in a thread, because NCCL connects inside the first call and has no time limit of its own there.
     """
     if world.size == 1:
         return []
@@ -169,29 +165,33 @@ def _network_faults(world: World, device: torch.device, run: Run) -> list[str]:
     if sums:
         wrong = int((sums[0] != world.size).sum())
         return [f"a sum over all ranks is wrong in {wrong} of {_ELEMENTS} elements"] if wrong else []
-    # A sum may fail because another rank gave up just before; who never came is told apart from who is late.
+    # A sum may also fail because another rank gave up just before: only a rank that never comes is to blame.
     while (late := _missing("adding", world)) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     if late:
-        _refuse_ranks(late, "did not come to add up numbers with the others", world, run)
-    why = str(failed[0]).splitlines()[0] if failed else f"it did not end in {MEET_LIMIT_S:.0f} s, though all had begun"
+        _refuse_ranks(late, "did not join the sum over all ranks", world, run)
+    why = (
+        str(failed[0]).splitlines()[0]
+        if failed
+        else f"it did not end in {MEET_LIMIT_S:.0f} s, though all ranks had begun"
+    )
     raise PipelineError(
         f"rank {world.rank} on {socket.gethostname()}: a sum over all ranks failed: {why}; "
-        "look at the network between the nodes (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+        "check the network between the nodes (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
     )
 
 
-def _judge(reports: list[Report], world: World, run: Run) -> None:
-    bad = {rank: (r.host, "; ".join(r.faults)) for rank, r in enumerate(reports) if r.faults}
-    for rank, skew in _wrong_clocks([r.skew for r in reports]).items():
+def _judge(findings: list[Findings], world: World, run: Run) -> None:
+    bad = {rank: (f.host, "; ".join(f.faults)) for rank, f in enumerate(findings) if f.faults}
+    for rank, skew in _wrong_clocks([f.skew for f in findings]).items():
         bad.setdefault(
-            rank, (reports[rank].host, f"its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}")
+            rank, (findings[rank].host, f"its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}")
         )
-    problems = list(dict.fromkeys(p for r in reports for p in r.problems))
-    for what, values in (("image", [r.image for r in reports]), ("dataset", [r.dataset for r in reports])):
+    problems = list(dict.fromkeys(p for f in findings for p in f.problems))
+    for what, values in (("image", [f.image for f in findings]), ("dataset", [f.dataset for f in findings])):
         usual = statistics.mode(values)
         problems += [
-            f"rank {rank} on {reports[rank].host} has another {what}: {value[:12] or 'none'}, "
+            f"rank {rank} on {findings[rank].host} has another {what}: {value[:12] or 'none'}, "
             f"not {usual[:12] or 'none'}"
             for rank, value in enumerate(values)
             if value != usual
@@ -201,7 +201,7 @@ def _judge(reports: list[Report], world: World, run: Run) -> None:
 
 
 def _wrong_clocks(skews: list[float | None]) -> dict[int, float]:
-    """Seconds by which the clocks of some ranks differ from what most say, the file system's having a voice too."""
+    """Returns by how many seconds wrong clocks differ from the majority, in which the file system's clock votes too."""
     known = [skew for skew in skews if skew is not None]
     if len(skews) == 1 or not known:
         return {}
@@ -211,7 +211,7 @@ def _wrong_clocks(skews: list[float | None]) -> dict[int, float]:
 
 
 def _refuse_ranks(missing: list[int], what: str, world: World, run: Run) -> NoReturn:
-    """Ends this rank because of those that hang; the first of the others records their nodes."""
+    """Fails this rank because other ranks hang; the first rank that does not hang records their nodes."""
     hosts = {rank: group.store().get(f"preflight/{rank}").decode() for rank in missing}
     why = f"{what} in {MEET_LIMIT_S:.0f} s (its device or its network hangs)"
     records = world.rank == min(set(range(world.size)) - set(missing), default=0)
@@ -219,9 +219,9 @@ def _refuse_ranks(missing: list[int], what: str, world: World, run: Run) -> NoRe
 
 
 def _refuse(records: bool, run: Run, bad: dict[int, tuple[str, str]], problems: list[str]) -> NoReturn:
-    """Ends this rank with the message that all show; one of them records the nodes."""
+    """Fails this rank with the message that all ranks show; one rank records the bad nodes."""
     if bad and records:
         nodes = sorted({host for host, _ in bad.values()})
         append(run.events_file, BadNode(nodes=nodes, problems=[what for _, what in bad.values()]))
     lines = [*(f"rank {rank} on {host}: {what}" for rank, (host, what) in bad.items()), *problems]
-    raise PipelineError("\n  ".join(["preflight: training was not started:", *lines]))
+    raise PipelineError(listing("preflight: training was not started:", lines))

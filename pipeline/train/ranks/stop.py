@@ -1,4 +1,4 @@
-"""Stopping on request: a signal sets a flag, and the ranks agree on it at a step boundary."""
+"""Stopping on request: a signal only sets a flag, on which the ranks agree at a step boundary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from pipeline.run.world import DEADLINE_VARIABLE
 
-# torchrun and some Slurm process trackers deliver one Ctrl-C twice; a second one by hand comes later.
+# torchrun and some Slurm process trackers deliver one Ctrl-C twice; a second press by hand comes later than this.
 _SAME_PRESS_S = 0.5
 
 _SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -18,17 +18,14 @@ _EXIT_INTERRUPTED = 130
 
 
 class StopRequest:
-    """Whether this process was asked to stop; while it is entered, signals ask and do nothing else.
+    """Whether this process was asked to stop; inside the context, signals request a stop and do nothing else.
 
-    SIGUSR2, SIGTERM and SIGINT ask; a second Ctrl-C leaves at once. The launcher may give a wall-clock limit
-    in PIPELINE_DEADLINE (Unix seconds): the request is made while there is time for the last steps and a save.
-
-    Attributes:
-        reason: The signal's name or `time limit`; None as long as nobody asked.
+    SIGUSR2, SIGTERM and SIGINT request it; a second Ctrl-C exits at once. The launcher may set a wall-clock limit in
+    PIPELINE_DEADLINE (Unix seconds): the stop is requested while there is still time for the last steps and a save.
     """
 
     def __init__(self) -> None:
-        self.reason: str | None = None
+        self.reason: str | None = None  # the signal's name or `time limit`; None until a stop is requested
         self._first_interrupt = 0.0
         self._previous: dict[int, Any] = {}
         deadline = os.environ.get(DEADLINE_VARIABLE)
@@ -39,22 +36,22 @@ class StopRequest:
         """Whether to stop at the end of this step."""
         return self.reason is not None
 
-    def ask(self, reason: str) -> None:
-        """Asks; the first reason stays."""
+    def request(self, reason: str) -> None:
+        """Requests a stop; the first reason wins."""
         self.reason = self.reason or reason
 
     def check_time(self, step_s: float, save_s: float, between_s: float) -> None:
-        """Asks if the time left is less than what three steps and a save take, by the measured seconds.
+        """Requests a stop if the time left does not suffice for three more steps and a save.
 
-        The ranks agree in the next step and may learn of it in the one after; the third is for one that takes longer.
+        The ranks agree in the next step and may learn of it in the one after; the third allows for a slow step.
 
         Args:
-            step_s: Seconds of a step.
+            step_s: Measured seconds per step.
             save_s: Seconds until a checkpoint is durable.
-            between_s: Seconds of what else comes before the save.
+            between_s: Seconds of whatever else comes before the save.
         """
         if self._deadline is not None and time.time() + 3 * step_s + 1.5 * save_s + between_s > self._deadline:
-            self.ask("time limit")
+            self.request("time limit")
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
@@ -72,4 +69,4 @@ class StopRequest:
             os._exit(_EXIT_INTERRUPTED)
         if number == signal.SIGINT and not self._first_interrupt:
             self._first_interrupt = now
-        self.ask(signal.Signals(number).name)
+        self.request(signal.Signals(number).name)

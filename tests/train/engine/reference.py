@@ -1,4 +1,4 @@
-"""The judge of the engine: the same experiment as a plain PyTorch loop, one process, torch's own AdamW and clipping."""
+"""The reference for the engine: the same experiment in plain PyTorch, one process, torch's own AdamW and clipping."""
 
 from __future__ import annotations
 
@@ -18,27 +18,24 @@ from pipeline.model.transformer import TransformerLM
 
 @dataclass
 class Plain:
-    """What came of plain training.
-
-    Attributes:
-        losses: Of each step.
-        norms: Of each step's gradient before clipping.
-        weights: After the last step.
-    """
+    """The outcome of plain training."""
 
     losses: list[float] = field(default_factory=list)
+    """One per step."""
     norms: list[float] = field(default_factory=list)
+    """The gradient's norm before clipping, one per step."""
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    """After the last step."""
 
 
 def new_model(config: Config) -> TransformerLM:
-    """The weights a run of this config begins with."""
+    """Returns the model with which a run of this config starts."""
     torch.manual_seed(config.train.seed)
     return TransformerLM(**config.model.model_dump())
 
 
 def plain_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
-    """Torch's own, with matrices decayed and gains not."""
+    """Returns torch's own AdamW, which decays matrices and not gains."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -62,7 +59,7 @@ def train_plainly(
     model: torch.nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Plain:
-    """Takes these steps, each on its whole global batch at once."""
+    """Trains these steps, each on its whole global batch at once."""
     config = load_config(config_file)
     model = model or new_model(config)
     optimizer = optimizer or plain_optimizer(model, config.optimizer)

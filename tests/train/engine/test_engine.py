@@ -1,4 +1,4 @@
-"""What the engine hands to a checkpoint is what the optimiser really updates, wherever it lies."""
+"""What the engine hands to a checkpoint is what the optimizer really updates, wherever it is stored."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tests.train.engine.test_numerics import TOLERANCE, losses
 
 
 def own_storages(world: World, config_file: str, stage: int, offload: bool) -> bool:
-    """Whether every fragment is a view of the optimiser's tensors."""
+    """Whether every fragment is a view of the optimizer's tensors."""
     config = load_config(config_file, [f"train.zero_stage={stage}", f"train.offload_optimizer={json.dumps(offload)}"])
     torch.manual_seed(0)
     engine = Engine(TransformerLM(**config.model.model_dump()), config, world, torch.device("cpu"))
     if stage == 3:
-        # On a GPU whose optimiser state is in host memory, DeepSpeed's accessors move it there first.
+        # On a GPU whose optimizer state is in host memory, DeepSpeed's accessors move it there first.
         kind, real = type(engine._engine.optimizer), engine._engine.optimizer.get_local_fp32_param
         kind.get_local_fp32_param = lambda self, *args, **kwargs: real(*args, **kwargs).clone()
     fragments = engine.fragments()
-    updated = engine._updated_tensors()
+    updated = engine._partitions.updated_tensors()
     state = [tensor for flat in updated for tensor in engine._optimizer.state[flat].values() if torch.is_tensor(tensor)]
     storages = {tensor.untyped_storage().data_ptr() for tensor in (*updated, *state)}
     return all(t.untyped_storage().data_ptr() in storages for f in fragments for t in f.tensors.values())
@@ -45,7 +45,7 @@ def test_what_is_loaded_into_fragments_reaches_the_optimizer(
 
 @pytest.mark.slow
 def test_weights_that_a_node_keeps_a_copy_of_are_resumed_too(lab: Lab) -> None:
-    """DeepSpeed's hierarchical partitions: the copy is of before the load, and must not be used after it."""
+    """DeepSpeed's hierarchical partitions: the node's copy is older than the load and must not be used after it."""
     settings = {"deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
     lab.train("hierarchical", 2, 3, "train.max_iters=5", **settings)
     run = lab.train("hierarchical", 2, 3, "train.max_iters=10", **settings)

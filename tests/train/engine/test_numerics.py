@@ -35,7 +35,7 @@ def losses(run: Path) -> list[float]:
 
 
 def follows(run: Path, plain: Plain, tolerance: float = TOLERANCE) -> None:
-    """As far as the run goes."""
+    """Compares the losses up to the run's last step."""
     assert [step for step, _ in curve(run)] == list(range(1, load_config(run / "config.yaml").train.max_iters + 1))
     assert losses(run) == pytest.approx(plain.losses[: len(losses(run))], rel=tolerance)
 
@@ -69,7 +69,7 @@ def test_recomputing_activations_changes_no_bit(lab: Lab, stage: int) -> None:
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 1), (2, 2), (1, 3)])
 def test_an_optimizer_in_host_memory_takes_the_same_steps(lab: Lab, plain: Plain, world: int, stage: int) -> None:
-    """Also after a stop in between: what a checkpoint takes and gives back is in host memory too."""
+    """Also across a resume: a checkpoint reads and writes host memory too."""
     settings = {"train.offload_optimizer": True, **SHORT}
     lab.train(f"offload_{world}_{stage}", world, stage, "train.max_iters=17", **settings)
     follows(lab.train(f"offload_{world}_{stage}", world, stage, **settings), plain)
@@ -85,7 +85,7 @@ def test_bf16_follows_plain_autocast_and_keeps_float32_weights(lab: Lab, world: 
     settings = {"train.precision": "bf16", "train.micro_batch_size": 8 // world, **SHORT}
     run = lab.train(f"bf16_{world}_{stage}", world, stage, **settings)
     plain = train_plainly(lab.config("plain_bf16", **settings), range(40))
-    # Seven bits of mantissa: a float32 that differs in its last bit becomes another bfloat16.
+    # Seven bits of mantissa: float32 values that differ in the last bit may round to different bfloat16 values.
     follows(run, plain, 4e-3)
     weights = load_weights(run / "checkpoints" / step_name(40))
     assert any(not torch.equal(w, w.bfloat16().float()) for w in weights.values())

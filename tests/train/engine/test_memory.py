@@ -1,4 +1,4 @@
-"""What a load takes: a rank's own share of weights and moments and one fragment, whatever the size of the model."""
+"""The memory of a load: a rank's own share of weights and moments and one fragment, whatever the size of the model."""
 
 from __future__ import annotations
 
