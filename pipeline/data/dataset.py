@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.config.sections import DataConfig
+from pipeline.config.data_sections import DataConfig
 from pipeline.data.manifest import TOKENIZER, Manifest, Shard, check_sizes
 from pipeline.data.order import Order, sample_numbers
 from pipeline.errors import DataError

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.sections import Config, SourceConfig
+from pipeline.config.data_sections import SourceConfig
+from pipeline.config.sections import Config
 from pipeline.data.fingerprint import settings_of
 from pipeline.data.read.parquet import row_group_sizes
 from pipeline.data.read.record_blocks import can_overlap

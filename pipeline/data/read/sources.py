@@ -8,7 +8,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.sections import SourceConfig
+from pipeline.config.data_sections import SourceConfig
 from pipeline.errors import DataError
 
 FORMATS = ("txt", "jsonl", "parquet")

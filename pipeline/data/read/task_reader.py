@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from pipeline.config.sections import DataConfig, SourceConfig
+from pipeline.config.data_sections import DataConfig, SourceConfig
 from pipeline.data.read import bad_records
 from pipeline.data.read.bad_records import BadInput
 from pipeline.data.read.chunks import CHUNK_BYTES, Chunk, Gatherer, Piece

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.sections import SourceConfig
+from pipeline.config.data_sections import SourceConfig
 from pipeline.data.build import make_tokenizer, tasks
 from pipeline.data.build.build import Progress, prepare
 from pipeline.data.build.resume import agree
