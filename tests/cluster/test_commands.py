@@ -115,7 +115,7 @@ def test_cancel_saves_ends_all_and_says_so(cluster: Cluster, training: Training)
     found = _status(training)
     assert (found["state"], found["step"], found["checkpoint"]) == ("cancelled", last, last)
     again = training.pipeline("cancel", str(training.run))
-    assert again.stdout == f"{training.run}: nothing of it is in the queue\n"
+    assert again.stdout == f"{training.run}: no job in the queue\n"
 
 
 def test_editing_the_checkout_while_a_job_waits_changes_nothing(cluster: Cluster) -> None:
