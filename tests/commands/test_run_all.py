@@ -104,7 +104,7 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path):
     assert pipeline("train", config).returncode == 0
     done = pipeline("train", config, "optimizer.learning_rate=0.5")
     assert done.returncode == 2
-    assert "optimizer.learning_rate: 0.01 in the run, 0.5 asked for" in done.stderr
+    assert "optimizer.learning_rate: 0.01" in done.stderr
     assert pipeline("train", config, "train.max_iters=3").returncode == 0, "a longer run is the same experiment"
 
 

@@ -93,7 +93,7 @@ def test_damage_in_a_run_hides_nothing_of_the_rest(run: Run, save: Callable[...,
 
 def test_a_checkpoint_of_another_dataset_is_named(run: Run, save: Callable[..., None], tmp_path: Path) -> None:
     save(1, dataset="0" * 64), save(2)
-    with pytest.raises(PipelineError, match="step_00000001: was trained on the dataset 000000000000") as caught:
+    with pytest.raises(PipelineError, match="step_00000001: .* 000000000000") as caught:
         verify_path(str(run.path))
     assert "step_00000002: was" not in str(caught.value)
     (tmp_path / "tokens" / "manifest.json").unlink()
