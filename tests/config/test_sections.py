@@ -45,8 +45,8 @@ def test_a_wrong_value_is_reported_with_what_is_allowed(changes, path, words):
             ["given 258", "at least 259"],
         ),
         ({"model.vocab_size": 65537, "data.dtype": "uint16"}, "data.dtype", ["65536", "uint32"]),
-        ({"train.offload_optimizer": True}, "train.offload_optimizer", ["zero_stage 1, 2 or 3"]),
-        ({"train.overlap_comm": True}, "train.overlap_comm", ["zero_stage 1, 2 or 3"]),
+        ({"train.offload_optimizer": True}, "train.offload_optimizer", ["zero_stage 1"]),
+        ({"train.overlap_comm": True}, "train.overlap_comm", ["zero_stage 1"]),
         ({"tokenizer.kind": "file"}, "tokenizer.path", ["missing"]),
         ({"tokenizer.path": "t.json"}, "tokenizer.path", ["'t.json'", "kind: file"]),
         (
