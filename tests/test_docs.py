@@ -1,4 +1,4 @@
-"""What the pages say is there: links lead somewhere, commands and config keys exist."""
+"""Documentation matches the project: links resolve, and the commands and config keys it shows exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
 def commands() -> set[str]:
-    """Every command as it is typed: `train`, `image build` ..."""
+    """Every command as a user types it: `train`, `image build` ..."""
     found = set()
     for name, command in typer.main.get_command(app).commands.items():
         found.add(name)

@@ -49,7 +49,7 @@ class DataConfig(Section):
     max_document_mb: Positive = 32.0
     """Longest document in megabytes; a longer one is a bad record. This bounds the memory of a build."""
     slice_size_mb: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = 64.0
-    """Megabytes of input that are read, encoded and published as one unit."""
+    """Size of the input that is read, encoded and published as one unit, in megabytes."""
     order: Literal["shuffle", "random"] = "shuffle"
     """`shuffle` draws without replacement, epoch by epoch; `random` draws windows at any offset, with replacement."""
     mixing: Literal["proportional", "weighted"] = "proportional"
@@ -82,7 +82,7 @@ class TokenizerConfig(Section):
     special_tokens: tuple[str, ...] = ()
     """Further special tokens, reserved in the vocabulary; not with `kind: file`, whose tokenizer.json has its own."""
     train_sample_mb: Positive = 256.0
-    """Most megabytes of text that a BPE is trained on."""
+    """Maximum size of the text that a BPE is trained on, in megabytes."""
 
     @rule
     def _path_goes_with_kind_file(self) -> Iterator[Problem]:

@@ -56,7 +56,7 @@ class OptimizerConfig(Section):
     learning_rate: Positive
     """Highest learning rate, reached after warm-up."""
     min_learning_rate: NonNegative
-    """Learning rate at the end of the cosine and from then on."""
+    """Learning rate at the end of the cosine and afterwards."""
     warmup_iters: NonNegativeInt
     """Steps of linear warm-up from zero."""
     cosine_cycle_iters: Count
@@ -64,7 +64,7 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay."""
     decay_norms: bool = False
-    """Decay the gains of the norms too."""
+    """Also decay the gains of the norms."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """Decay rates of AdamW's first and second moments."""
     eps: Positive = 1e-8
@@ -99,7 +99,7 @@ class TrainConfig(Section):
     val_interval: Count = 500
     """Steps between validations."""
     num_val_batches: Count = 50
-    """Most global batches per validation."""
+    """Maximum number of global batches per validation."""
     checkpoint_interval: Count = 500
     """Steps between checkpoints."""
     seed: NonNegativeInt = 1337
@@ -153,15 +153,15 @@ class GuardConfig(Section):
     max_bad_steps: Count = 5
     """Consecutive steps skipped for a loss or gradient that is not finite, before training ends."""
     on_spike: Literal["off", "warn", "rollback"] = "warn"
-    """`warn` reports a loss far above those before it; `rollback` rolls training back and skips the batches."""
+    """`warn` reports a loss far above those before it; `rollback` rolls back and skips the batches around it."""
     spike_window: Count = 100
-    """Number of preceding steps whose losses a loss is compared with."""
+    """Number of preceding steps that a loss is compared with."""
     spike_sigma: Positive = 6.0
     """Standard deviations above the mean of the window that make a spike."""
     rollback_skip: Count = 2
     """Batches that a rollback skips: the one whose loss spiked and those right before it."""
     max_rollbacks: Count = 5
-    """Most rollbacks in one run before training ends."""
+    """Rollbacks allowed in one run before training ends."""
 
 
 class TrackingConfig(Section):
@@ -214,7 +214,7 @@ class ContainerConfig(Section):
     environment: Literal["inherit", "clean"] = "inherit"
     """Variables seen inside: all, or only the site's, SLURM_*, MASTER_*, MLFLOW_*, NCCL_*, ranks and device lists."""
     binds: tuple[str, ...] = ()
-    """Further folders visible inside, `HOST[:INSIDE[:ro]]`; the paths of the config are bound anyway."""
+    """Further folders visible inside, `HOST[:INSIDE[:ro]]`; the paths in the config are always bound."""
 
 
 class SampleConfig(Section):
@@ -223,7 +223,7 @@ class SampleConfig(Section):
     prompt: str = Field(default="The", min_length=1)
     """Beginning of the text."""
     max_new_tokens: Count = 100
-    """Most tokens to generate."""
+    """Maximum number of tokens to generate."""
     temperature: NonNegative = 0.8
     """Sampling temperature; 0 always takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -248,7 +248,7 @@ class Config(Section):
     container: ContainerConfig = ContainerConfig()
     sample: SampleConfig = SampleConfig()
     deepspeed: dict[str, Any] = Field(default={})
-    """Further DeepSpeed settings, passed through; those that contradict the sections above are refused."""
+    """Further DeepSpeed settings, passed through; those that contradict other sections are refused."""
 
     @rule
     def _dtype_holds_the_vocabulary(self) -> Iterator[Problem]:

@@ -53,7 +53,7 @@ class PrepareResources(Resources):
     slices: Count = 4
     """Number of tasks in the array."""
     max_parallel: Count = 64
-    """Most tasks that run at the same time."""
+    """Maximum number of tasks that run at the same time."""
 
 
 class SiteContainer(Section):
@@ -77,7 +77,7 @@ class RequeuePolicy(Section):
     """What happens when a job ends before its work is done."""
 
     max_restarts: Count = 100
-    """Most restarts of one job, for whatever reason."""
+    """Maximum number of restarts of one job, for whatever reason."""
     same_step_failures: Count = 3
     """Consecutive failures without a new checkpoint (or slice) before the run is `failed`."""
     exclude_lost_nodes: bool = True
