@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.section_base import Fraction, Name, Positive, Section, rule
+from pipeline.config.section_base import Fraction, Name, Positive, Section, rule, wrong_value
 from pipeline.errors import Problem
 from pipeline.text_format import byte_characters
 
@@ -89,7 +89,7 @@ class TokenizerConfig(Section):
         if self.kind == "file" and self.path is None:
             yield Problem("path", "is missing; kind: file needs the tokenizer.json to use")
         if self.kind != "file" and self.path is not None:
-            yield Problem("path", f"given {self.path!r}, allowed: only with kind: file")
+            yield wrong_value("path", self.path, "only with kind: file")
 
     @rule
     def _special_tokens_differ(self) -> Iterator[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.config.section_base import shown
+from pipeline.config.section_base import wrong_value
 from pipeline.errors import Problem
 
 # A second value under `deepspeed` would contradict what the project decides itself.
@@ -49,9 +49,9 @@ def forbidden_keys(given: Mapping[str, Any]) -> Iterator[Problem]:
     """Yields one problem per DeepSpeed setting that the project decides; paths are relative to `deepspeed`."""
     zero = given.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        yield Problem("zero_optimization", f"given {shown(zero)}, allowed: a mapping")
+        yield wrong_value("zero_optimization", zero, "a mapping")
         zero = {}
     values = {**given, **{f"zero_optimization.{key}": value for key, value in zero.items()}}
     for key, owner in _DECIDED_BY.items():
         if key in values:
-            yield Problem(key, f"given {shown(values[key])}, allowed: nothing; it is decided by {owner}")
+            yield wrong_value(key, values[key], f"nothing; it is decided by {owner}")

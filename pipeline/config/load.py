@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pipeline.config.section_base import wrong_value
 from pipeline.config.sections import Config
 from pipeline.config.yaml_tree import Vocabulary, dump
 from pipeline.errors import Problem
@@ -32,10 +33,9 @@ def parse_config(text: str, overrides: Sequence[str] = (), source: str = "config
 
     def batch_is_shared_evenly(config: Config) -> Iterator[Problem]:
         batch, micro_batch = config.train.batch_size, config.train.micro_batch_size
-        per_pass = micro_batch * world_size
-        if batch % per_pass:
-            product = f"micro_batch_size x world size = {micro_batch} x {world_size} = {per_pass}"
-            yield Problem("train.batch_size", f"given {batch}, allowed: a multiple of {product}")
+        if batch % (micro_batch * world_size):
+            product = f"{micro_batch} x {world_size} = {micro_batch * world_size}"
+            yield wrong_value("train.batch_size", batch, f"a multiple of micro_batch_size x world size = {product}")
 
     return CONFIG.parse(text, source, overrides, [batch_is_shared_evenly])
 

@@ -72,7 +72,7 @@ def _rules_of(model: type[Section]) -> list[Callable[..., Iterator[Problem]]]:
 
 
 class _UnusableError(Exception):
-    """A value is wrong, or a part of it without which the rest says nothing."""
+    """A value is wrong, or holds a wrong part without which the rest means nothing."""
 
 
 def usable_part(model: type[S], tree: dict[str, Any], flawed: Sequence[Location]) -> S:
@@ -120,7 +120,7 @@ def section_of(info: FieldInfo) -> type[Section] | None:
     return None
 
 
-def shown(value: Any) -> str:
-    """Returns a given value as a message shows it, in at most 60 characters."""
+def wrong_value(path: str, value: Any, allowed: str) -> Problem:
+    """Returns the problem of a given value, of which at most 60 characters are shown."""
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return Problem(path, f"given {text if len(text) <= 60 else text[:57] + '...'}, allowed: {allowed}")

@@ -15,7 +15,17 @@ from pydantic import Field
 
 from pipeline.config.data_sections import DataConfig, TokenizerConfig
 from pipeline.config.deepspeed_keys import forbidden_keys
-from pipeline.config.section_base import Count, Fraction, Name, NonNegative, NonNegativeInt, Positive, Section, rule
+from pipeline.config.section_base import (
+    Count,
+    Fraction,
+    Name,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    Section,
+    rule,
+    wrong_value,
+)  # fmt: skip
 from pipeline.errors import Problem
 
 
@@ -41,13 +51,10 @@ class ModelConfig(Section):
     def _heads_divide_the_width_evenly(self) -> Iterator[Problem]:
         head_dim, rest = divmod(self.d_model, self.num_heads)
         if rest:
-            yield Problem("d_model", f"given {self.d_model}, allowed: a multiple of num_heads = {self.num_heads}")
+            yield wrong_value("d_model", self.d_model, f"a multiple of num_heads = {self.num_heads}")
         elif head_dim % 2:
-            yield Problem(
-                "num_heads",
-                f"given {self.num_heads}, which makes heads of {head_dim}; "
-                "allowed: an even head size (d_model / num_heads), because RoPE rotates pairs",
-            )
+            even = f"an even head size (d_model / num_heads), not {head_dim}, because RoPE rotates pairs"
+            yield wrong_value("num_heads", self.num_heads, even)
 
 
 class OptimizerConfig(Section):
@@ -75,14 +82,14 @@ class OptimizerConfig(Section):
     @rule
     def _warmup_ends_before_the_cosine(self) -> Iterator[Problem]:
         if self.warmup_iters > self.cosine_cycle_iters:
-            allowed = f"allowed: at most cosine_cycle_iters = {self.cosine_cycle_iters}"
-            yield Problem("warmup_iters", f"given {self.warmup_iters}, {allowed}")
+            most = f"at most cosine_cycle_iters = {self.cosine_cycle_iters}"
+            yield wrong_value("warmup_iters", self.warmup_iters, most)
 
     @rule
     def _the_learning_rate_falls(self) -> Iterator[Problem]:
         if self.min_learning_rate > self.learning_rate:
-            allowed = f"allowed: at most learning_rate = {self.learning_rate}"
-            yield Problem("min_learning_rate", f"given {self.min_learning_rate}, {allowed}")
+            most = f"at most learning_rate = {self.learning_rate}"
+            yield wrong_value("min_learning_rate", self.min_learning_rate, most)
 
 
 class TrainConfig(Section):
@@ -122,12 +129,12 @@ class TrainConfig(Section):
     @rule
     def _offload_needs_zero(self) -> Iterator[Problem]:
         if self.offload_optimizer and self.zero_stage == 0:
-            yield Problem("offload_optimizer", "given true, allowed: only with zero_stage 1, 2 or 3")
+            yield wrong_value("offload_optimizer", True, "only with zero_stage 1, 2 or 3")
 
     @rule
     def _overlap_needs_zero(self) -> Iterator[Problem]:
         if self.overlap_comm and self.zero_stage == 0:
-            yield Problem("overlap_comm", "given true, allowed: only with zero_stage 1, 2 or 3")
+            yield wrong_value("overlap_comm", True, "only with zero_stage 1, 2 or 3")
 
 
 class CheckpointConfig(Section):
@@ -253,15 +260,15 @@ class Config(Section):
     @rule
     def _dtype_holds_the_vocabulary(self) -> Iterator[Problem]:
         if self.data.dtype == "uint16" and self.model.vocab_size > 1 << 16:
-            needed = f"vocab_size = {self.model.vocab_size} needs uint32 (or auto)"
-            yield Problem("data.dtype", f"given uint16, which holds 65536 token ids; {needed}")
+            needed = f"uint32 or auto; uint16 holds 65536 token ids, and vocab_size = {self.model.vocab_size}"
+            yield wrong_value("data.dtype", "uint16", needed)
 
     @rule
     def _the_vocabulary_holds_bytes_and_special_tokens(self) -> Iterator[Problem]:
         least = 257 + len(self.tokenizer.special_tokens)
         if self.tokenizer.kind != "file" and self.model.vocab_size < least:
-            allowed = f"allowed: at least {least} (256 bytes and the special tokens)"
-            yield Problem("model.vocab_size", f"given {self.model.vocab_size}, {allowed}")
+            enough = f"at least {least} (256 bytes and the special tokens)"
+            yield wrong_value("model.vocab_size", self.model.vocab_size, enough)
 
     @rule
     def _deepspeed_contradicts_no_section(self) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ from typing import Any, Generic
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.section_base import S, Section, broken_rules, section_of, shown, usable_part
+from pipeline.config.section_base import S, Section, broken_rules, section_of, usable_part, wrong_value
 from pipeline.errors import ConfigError, Problem, UsageError
 from pipeline.files import naming
 
@@ -130,7 +130,7 @@ class Vocabulary(Generic[S]):
             return Problem(path, "is missing and has no default")
         allowed = re.sub(r"^(Input|Value|String|Tuple|Dictionary) should (be |have |match )?", "", error["msg"])
         allowed = re.sub(r" after validation, not \d+$", "", allowed)
-        return Problem(path, f"given {shown(error['input'])}, allowed: {allowed}")
+        return wrong_value(path, error["input"], allowed)
 
     def _unknown_key_message(self, path: str) -> str:
         section, _, key = path.rpartition(".")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.section_base import Count, Name, NonNegativeInt, Positive, Section, rule, shown
+from pipeline.config.section_base import Count, Name, NonNegativeInt, Positive, Section, rule, wrong_value
 from pipeline.config.yaml_tree import Vocabulary
 from pipeline.errors import Problem
 
@@ -43,8 +43,8 @@ class TrainResources(Resources):
     @rule
     def _one_process_per_gpu(self) -> Iterator[Problem]:
         if self.gpus_per_node and self.tasks_per_node != self.gpus_per_node:
-            allowed = f"allowed: one process per GPU, gpus_per_node = {self.gpus_per_node}"
-            yield Problem("tasks_per_node", f"given {self.tasks_per_node}, {allowed}")
+            one_each = f"one process per GPU, gpus_per_node = {self.gpus_per_node}"
+            yield wrong_value("tasks_per_node", self.tasks_per_node, one_each)
 
 
 class PrepareResources(Resources):
@@ -136,11 +136,9 @@ class Site(Section):
         for name, value in self.extra_sbatch.items():
             owner = _DECIDED_BY.get(name.replace("_", "-"))  # submitit writes `cpus_per_task` as `--cpus-per-task`
             if owner is not None:
-                given = f"given {shown(value)}, allowed: nothing; it is decided by {owner}"
-                yield Problem(f"extra_sbatch.{name}", given)
+                yield wrong_value(f"extra_sbatch.{name}", value, f"nothing; it is decided by {owner}")
             elif value is False or name.startswith("-"):
-                allowed = "a name without leading dashes, and a value or true"
-                yield Problem(f"extra_sbatch.{name}", f"given {shown(value)}, allowed: {allowed}")
+                yield wrong_value(f"extra_sbatch.{name}", value, "a name without leading dashes, and a value or true")
 
 
 SITE = Vocabulary(Site, "site", "slurm/sites/cpu.yaml")
