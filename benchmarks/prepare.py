@@ -164,8 +164,8 @@ def random_words_of(folder: Path) -> dict[str, list[Path]]:
 
 def compare_reading(dataset: Path) -> dict[str, Any]:
     """Compares shuffled batches with a copy of the same bytes and with a demo step, in CPU time of one thread."""
+    from pipeline.config.data_sections import DataConfig
     from pipeline.config.load import load_config
-    from pipeline.config.sections import DataConfig
     from pipeline.data.dataset import BatchReader, open_dataset
 
     demo = load_config(DEMO, ())

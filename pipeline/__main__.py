@@ -1,4 +1,4 @@
-"""`python -m pipeline`: the same door as the `pipeline` command."""
+"""`python -m pipeline`: the same as the command `pipeline`."""
 
 from pipeline.cli.main import main
 

@@ -64,7 +64,7 @@ def visible(folder: Path) -> set[str]:
 BAD_CONFIGS = {
     "unknown key": ({"train.max_itres": 3}, "did you mean `max_iters`"),
     "wrong type": ({"train.max_iters": "soon"}, 'given "soon"'),
-    "vocabulary too large for the dtype": ({"model.vocab_size": 70_000, "data.dtype": "uint16"}, "needs uint32"),
+    "vocabulary too large for the dtype": ({"model.vocab_size": 70_000, "data.dtype": "uint16"}, "uint32 or auto"),
     "heads that do not divide the width": ({"model.num_heads": 3}, "multiple of num_heads"),
 }
 

@@ -1,12 +1,14 @@
-"""The commands of a cluster: submit, status, logs, cancel, check, plan; thin, like `cli.py`."""
+"""The commands of a cluster: submit, status, logs, cancel, check, plan."""
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli.arguments import AllowImageChange, AsJson, ConfigFile, Overrides, RunFolder, RunFolders
 from pipeline.errors import EXIT_FAILED, UsageError
 
 if TYPE_CHECKING:
@@ -14,11 +16,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="The experiment's YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, `train.max_iters=100` say.")
-]
-RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="The run folder, `runs/demo` say.")]
 SiteFile = Annotated[str, typer.Option("--site", metavar="SITE", help="The cluster's YAML file; see slurm/sites.")]
 
 
@@ -27,14 +24,12 @@ def submit(
     config_file: ConfigFile,
     site_file: SiteFile,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts; submit nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts without submitting.")] = False,
     sweep: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=V1,V2", help="A run for every value, as an array; several options are combined."),
+        typer.Option(metavar="KEY=V1,V2", help="One run per value, as an array; several sweeps are combined."),
     ] = None,
-    allow_image_change: Annotated[
-        bool, typer.Option("--allow-image-change", help="Resume in another image than the run was trained in.")
-    ] = False,
+    allow_image_change: AllowImageChange = False,
 ) -> None:
     """Submit the whole pipeline to Slurm: prepare, then train, then evaluate and report."""
     from pipeline.launch.submit import submit as launch
@@ -50,42 +45,37 @@ def submit(
 @app.command()
 def status(
     paths: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Run folders, or a folder of them; runs otherwise.")
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Run folders, or a folder of them; runs by default.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, for programs.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every five seconds, until Ctrl-C.")] = False,
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every five seconds, until Ctrl-C.")] = False,
 ) -> None:
-    """Show how runs are: state, step, loss, speed, time left, restarts, goodput, last checkpoint."""
-    import json
-    import sys
-
+    """Show the state of runs: step, loss, speed, time left, restarts, goodput, last checkpoint."""
     from rich.console import Console
 
     from pipeline.launch.watch import status_view
     from pipeline.launch.watch.status import find_runs, statuses
 
-    def look() -> list[RunStatus]:
+    def refresh() -> list[RunStatus]:
         return statuses(find_runs(paths or ["runs"]))
 
-    # Into a pipe nothing is cut off to fit a screen that is not there.
+    # A pipe has no screen width that lines would have to be cut to.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     if as_json:
-        print(json.dumps([found.to_json() for found in look()], indent=2))
+        print(json.dumps([found.to_json() for found in refresh()], indent=2))
     elif watch:
-        status_view.watch(look, console)
+        status_view.watch(refresh, console)
     else:
-        console.print(status_view.view(look()))
+        console.print(status_view.view(refresh()))
 
 
 @app.command()
 def logs(
     run_folder: RunFolder,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Whose output.")] = 0,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Keep printing until the run has ended.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Rank whose output is printed.")] = 0,
 ) -> None:
-    """Print what the jobs of a run have printed: all attempts, in order."""
-    import sys
-
+    """Print the output of the jobs of a run: all attempts, in order."""
     from pipeline.launch.watch import logs as job_logs
     from pipeline.launch.watch.status import statuses
     from pipeline.run.folder import open_run
@@ -101,14 +91,14 @@ def logs(
 
 
 @app.command()
-def cancel(run_folders: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders.")]) -> None:
-    """Take the jobs of runs out of the queue; training saves first, and nothing is requeued."""
+def cancel(run_folders: RunFolders) -> None:
+    """Cancel the jobs of runs; training saves first, and nothing is requeued."""
     from pipeline.launch.watch.cancel import cancel as cancel_run
     from pipeline.run.folder import open_run
 
     for run in [open_run(folder) for folder in run_folders]:
         ids = cancel_run(run)
-        print(f"{run.path}: " + (f"cancelled job {', '.join(ids)}" if ids else "nothing of it is in the queue"))
+        print(f"{run.path}: " + (f"cancelled job {', '.join(ids)}" if ids else "no job in the queue"))
 
 
 @app.command()
@@ -116,11 +106,11 @@ def check(
     config_file: ConfigFile,
     overrides: Overrides = None,
     site_file: Annotated[
-        str | None, typer.Option("--site", metavar="SITE", help="The cluster's YAML file; this machine without it.")
+        str | None, typer.Option("--site", metavar="SITE", help="The cluster's YAML file; this machine by default.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, for programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Say whether a config will work: memory, disk, data, devices, Slurm, image; exit status 1 if not."""
+    """Check whether a config will work: memory, disk, data, devices, Slurm, image; exit status 1 if not."""
     from rich.console import Console
 
     from pipeline.check.check import run_checks
@@ -140,18 +130,18 @@ def plan(
     config_file: ConfigFile,
     overrides: Overrides = None,
     nodes: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of nodes.")] = "1,8,64,512",
-    device: Annotated[str, typer.Option(help="From the table of devices: h100, a100, mi300x, cpu ...")] = "h100",
-    per_node: Annotated[int | None, typer.Option(min=1, help="Devices a node; the device's usual node's.")] = None,
-    intra_gb_per_s: Annotated[float | None, typer.Option(min=0.001, help="Between devices of a node.")] = None,
-    inter_gb_per_s: Annotated[float | None, typer.Option(min=0.001, help="From a node to others, in all.")] = None,
-    storage_gb_per_s: Annotated[float, typer.Option(min=0.001, help="Of the shared file system, in all.")] = 20.0,
+    device: Annotated[str, typer.Option(help="Name in the table of devices: h100, a100, mi300x, cpu ...")] = "h100",
+    per_node: Annotated[int | None, typer.Option(min=1, help="Devices per node; the usual number by default.")] = None,
+    intra_gb_per_s: Annotated[float | None, typer.Option(min=0.001, help="Bandwidth inside a node.")] = None,
+    inter_gb_per_s: Annotated[float | None, typer.Option(min=0.001, help="Total bandwidth out of a node.")] = None,
+    storage_gb_per_s: Annotated[float, typer.Option(min=0.001, help="Total bandwidth of shared storage.")] = 20.0,
     mtbf_node_hours: Annotated[
-        float | None, typer.Option(min=0.001, help="Hours until a node fails; 6,334 as published for Llama 3.")
+        float | None, typer.Option(min=0.001, help="Mean hours between failures of a node; 6,334 by default.")
     ] = None,
     restart_s: Annotated[float, typer.Option(min=0, help="Seconds from a failure to the first new step.")] = 300.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Print what a config needs and reaches on many nodes: memory, step time, efficiency, goodput."""
+    """Estimate a config on many nodes: memory, step time, efficiency, goodput."""
     from rich.console import Console
 
     from pipeline.config.load import load_config
@@ -180,5 +170,5 @@ def plan(
 def _counts(text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"--nodes {text}: numbers from 1 on, separated by commas, `1,8,64` say")
+        raise UsageError(f"--nodes {text}: allowed are numbers from 1, separated by commas, for example 1,8,64")
     return [int(part) for part in parts]

@@ -1,4 +1,4 @@
-"""`pipeline image`: the Apptainer image; thin, like `cli.py`."""
+"""The commands of the Apptainer image: image build, image info."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Build the Apptainer image and look at what is recorded about it.", no_args_is_help=True)
+app = typer.Typer(help="Build the Apptainer image and show what is recorded about it.", no_args_is_help=True)
 
 
 @app.command()
 def build(
     base: Annotated[
         str,
-        typer.Option(metavar="cpu|cuda|rocm|FILE", help="What it is built on: one of containers/*.args, or a file."),
+        typer.Option(metavar="cpu|cuda|rocm|FILE", help="Base of the image: one of containers/*.args, or a file."),
     ] = "cpu",
-    sandbox: Annotated[bool, typer.Option("--sandbox", help="A folder in place of a SIF file.")] = False,
+    sandbox: Annotated[bool, typer.Option("--sandbox", help="Build a folder instead of a SIF file.")] = False,
 ) -> None:
     """Build an image of this checkout into build/images and test it."""
     from pipeline.image.build import build_image
@@ -28,9 +28,9 @@ def info(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A SIF file or a sandbox folder.")],
     other: Annotated[str | None, typer.Argument(metavar="OTHER", help="An image to compare with.")] = None,
 ) -> None:
-    """Print what an image was built from; status 1 if it is not what its record says.
+    """Print what an image was built from; exit status 1 if it differs from its record.
 
-    With OTHER, print how their packages and files differ; status 1 if they do, the bytes of files aside.
+    With OTHER, print how their packages and files differ; exit status 1 if they differ in more than bytes of files.
     """
     from pathlib import Path
 

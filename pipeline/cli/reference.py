@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pipeline.config.load import CONFIG
+from pipeline.config.section_base import Section, section_of
 from pipeline.config.sections import Config
 from pipeline.config.yaml_tree import Vocabulary
 from pipeline.launch.site import SITE, Site
@@ -24,25 +24,25 @@ SITE_REFERENCE_FILE = Path("docs/sites.md")
 
 _INTRODUCTION = """# The config
 
-One experiment is one YAML file. This page is generated from `pipeline/config/sections.py` (`make schema`), and so is
+One experiment is one YAML file. `make schema` generates this page from `pipeline/config/`, together with
 `configs/schema.json`, which lets an editor complete and check the YAML (`configs/demo.yaml` names it).
 
-Any value can be overridden on the command line: `pipeline run configs/demo.yaml train.max_iters=100`; entries of
-lists go by their index: `data.sources.0.weight=2`. Unknown keys, wrong types and values that do not fit together
-are all reported at once, and nothing is started (exit status 2).
+Any value can be overridden on the command line: `pipeline run configs/demo.yaml train.max_iters=100`; an entry of a
+list is named by its index: `data.sources.0.weight=2`. Unknown keys, wrong types and values that contradict each other
+are all reported in one message, and nothing starts (exit status 2).
 """
 
 _SITE_INTRODUCTION = """# The site file
 
-One cluster is one YAML file: `pipeline submit CONFIG --site SITE`. This page is generated from
-`pipeline/launch/site.py` (`make schema`), and so is `slurm/sites/schema.json`, by which editors complete and check the
-YAML. Start from a copy of `slurm/sites/gpu.yaml` or `slurm/sites/cpu.yaml`, where every field is commented;
-[slurm.md](slurm.md) shows what becomes of it.
+One cluster is one YAML file: `pipeline submit CONFIG --site SITE`. `make schema` generates this page from
+`pipeline/launch/site.py`, together with `slurm/sites/schema.json`, which lets an editor complete and check the YAML.
+Start from a copy of `slurm/sites/gpu.yaml` or `slurm/sites/cpu.yaml`, in which every field has a comment;
+[slurm.md](slurm.md) shows how the fields become batch scripts.
 """
 
 
 def generated() -> dict[Path, str]:
-    """Every generated file with its text."""
+    """Returns the text of every generated file."""
     return {
         SCHEMA_FILE: _schema_text(CONFIG),
         REFERENCE_FILE: _reference_text(_INTRODUCTION, Config),
@@ -55,31 +55,24 @@ def _schema_text(vocabulary: Vocabulary[Any]) -> str:
     return json.dumps(vocabulary.json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
-def _reference_text(introduction: str, model: type[BaseModel]) -> str:
+def _reference_text(introduction: str, model: type[Section]) -> str:
     return introduction + "".join(_section_text(path, section) for path, section in _sections(model, ""))
 
 
-def _sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
+def _sections(model: type[Section], path: str) -> Iterator[tuple[str, type[Section]]]:
     yield path, model
     for name, info in model.model_fields.items():
-        inner = _section_of(info)
+        inner = section_of(info)
         if inner is not None:
             item = f"{name}[]" if get_origin(info.annotation) is tuple else name
             yield from _sections(inner, f"{path}.{item}".lstrip("."))
 
 
-def _section_of(info: FieldInfo) -> type[BaseModel] | None:
-    for part in (info.annotation, *get_args(info.annotation)):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            return part
-    return None
-
-
-def _section_text(path: str, model: type[BaseModel]) -> str:
+def _section_text(path: str, model: type[Section]) -> str:
     rows = [
         f"| `{name}` | {_type_text(info.annotation)} | {_default_text(info)} | {_limits(info)}{info.description} |\n"
         for name, info in model.model_fields.items()
-        if _section_of(info) is None
+        if section_of(info) is None
     ]
     summary = (model.__doc__ or "").strip().splitlines()[0]
     title = f"`{path}`" if path else "Top level"

@@ -1,4 +1,4 @@
-"""Commands that need several rooms: a whole run on this machine, sampling, verifying.
+"""Commands that need several rooms: a whole run on this machine, preparing in a job, sampling, verifying.
 
-What belongs to one room lives in that room.
+A command that needs one room calls a function of that room; parsing and printing is `cli/`.
 """

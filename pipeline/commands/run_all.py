@@ -1,7 +1,8 @@
-"""The main job on this machine: prepare, train, evaluate, sample; and the table at its end."""
+"""`pipeline run`: prepare, train, evaluate and sample on this machine, and the table at the end."""
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from typing import TYPE_CHECKING
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def run_all(config: Config) -> None:
-    """Takes raw text to a trained model and prints what came of it; every stage goes on from where it was left.
+    """Turns raw text into a trained model and prints the results; every stage resumes where it was interrupted.
 
     Raises:
-        UsageError: Several processes were started; they would all prepare the same data.
+        UsageError: Several processes were started; all of them would prepare the same data.
     """
     if world_from_environment().size > 1:
         raise UsageError("`pipeline run` is one process; run `pipeline prepare`, then `pipeline train` on every rank")
@@ -35,7 +36,7 @@ def run_all(config: Config) -> None:
     from pipeline.train.loop import train
 
     began = time.monotonic()
-    prepare_here(config, None)
+    prepare_here(config)
     train(config)
     run = run_for(config)
     evaluation = evaluate_run(run)
@@ -47,28 +48,28 @@ def run_all(config: Config) -> None:
     console.print("[bold]A sample:[/bold]")
     console.print(texts[0], soft_wrap=True, markup=False)
     console.print(_next_commands(run, config), soft_wrap=True, markup=False)
-    sync_quietly(run)  # tracking closed with the training: the evaluation and the sample came after
+    sync_quietly(run)  # tracking ended with training, before the evaluation and the sample were written
 
 
 def _results(run: Run, evaluation: Evaluation, bigram: float, seconds: float) -> Table:
     table = Table("on the validation tokens", "loss (nats/token)", "perplexity", "bits/byte", title=f"run {run.name}")
     for column in table.columns[1:]:
         column.justify = "right"
-    bits = evaluation.bits_per_byte / evaluation.loss
+    bits_per_byte_per_nat = evaluation.bits_per_byte / evaluation.loss
     for name, loss in ((f"model, step {evaluation.step}", evaluation.loss), ("bigram counts", bigram)):
-        table.add_row(name, f"{loss:.4f}", f"{2.718281828459045**loss:.1f}", f"{loss * bits:.3f}")
+        table.add_row(name, f"{loss:.4f}", f"{math.exp(loss):.1f}", f"{loss * bits_per_byte_per_nat:.3f}")
     table.caption = f"{evaluation.tokens:,} tokens; {seconds:.0f} s in all"
     return table
 
 
 def _next_commands(run: Run, config: Config) -> str:
-    lines = [
-        f"checkpoints, metrics, config:  {run.path}",
-        f"more text:                     pipeline sample {shlex.quote(str(run.path))} --prompt 'The economy'",
-        f"the report:                    pipeline report {shlex.quote(str(run.path))}",
-    ]
-    if config.tracking.uri.startswith("sqlite:"):
-        lines.append(f"the MLflow page:               pipeline ui {shlex.quote(str(run.path))}")
-    elif config.tracking.uri != "none":
-        lines.append(f"the MLflow page:               {config.tracking.uri}")
-    return "\n".join(lines)
+    folder = shlex.quote(str(run.path))
+    lines = {
+        "checkpoints, metrics, config": str(run.path),
+        "more text": f"pipeline sample {folder} --prompt 'The economy'",
+        "the report": f"pipeline report {folder}",
+    }
+    if config.tracking.uri != "none":
+        local = config.tracking.uri.startswith("sqlite:")
+        lines["the MLflow page"] = f"pipeline ui {folder}" if local else config.tracking.uri
+    return "\n".join(f"{what + ':':<30} {how}" for what, how in lines.items())

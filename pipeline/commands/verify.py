@@ -1,17 +1,19 @@
-"""The checksums of a dataset, a checkpoint or a whole run: `pipeline verify`."""
+"""`pipeline verify`: compares a dataset, a checkpoint or a whole run with its checksums."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.checkpoint import layout
 from pipeline.data.layout import MANIFEST, PLAN
-from pipeline.errors import CheckpointError, PipelineError, UsageError
+from pipeline.data.manifest import DatasetManifest
+from pipeline.errors import CheckpointError, PipelineError, UsageError, listing
 from pipeline.files import read_json
 from pipeline.run.folder import CHECKPOINT_MANIFEST, Run, open_run
 
 
 def verify_path(path: str) -> str:
-    """Reads every byte of a dataset, a checkpoint or a run, compares it with the manifest, and says what was compared.
+    """Reads every byte of a dataset, a checkpoint or a run and returns a report of what matches its manifest.
 
     Raises:
         UsageError: The folder is none of them.
@@ -22,62 +24,60 @@ def verify_path(path: str) -> str:
         return _verify_dataset(folder)
     if (folder / CHECKPOINT_MANIFEST).exists():
         return _verify_checkpoint(folder)
-    if (folder / "config.yaml").exists():
+    if Run(folder).config_file.exists():
         return _verify_run(open_run(folder))
     raise UsageError(
-        f"{path}: is neither a dataset nor a checkpoint (it has no manifest.json), nor a run (it has no config.yaml)"
+        f"{path}: is neither a dataset nor a checkpoint (it has no {CHECKPOINT_MANIFEST}), "
+        f"nor a run (it has no {Run(folder).config_file.name})"
     )
 
 
 def _is_dataset(folder: Path) -> bool:
-    """By what the manifest says, as the other files of a dataset are not needed to read it; unfinished, by its plan."""
+    """Whether there is a plan (of a dataset that may be unfinished) or a manifest with the keys of a dataset's."""
+    if (folder / PLAN).exists():
+        return True
     manifest = folder / MANIFEST
-    if (folder / PLAN).exists() or not manifest.exists():
-        return (folder / PLAN).exists()
-    tree = read_json(manifest)
+    tree = read_json(manifest) if manifest.exists() else None
     return isinstance(tree, dict) and "tokenizer_digest" in tree
 
 
 def _verify_run(run: Run) -> str:
-    """Every checkpoint and the dataset; one that is damaged does not keep the others from being looked at."""
-    from pipeline.checkpoint.layout import Manifest, published
-
-    lines, problems = [], []
+    """Verifies the dataset and every checkpoint, also after one is found damaged."""
+    intact, damaged = [], []
     dataset = Path(run.config().data.path)
-    checkpoints = list(reversed(published(run.checkpoints)))
+    checkpoints = list(reversed(layout.published(run.checkpoints)))
     for folder in checkpoints:
         try:
-            lines.append(_verify_checkpoint(folder))
-            trained_on = Manifest.load(folder).state.get("dataset")
-            if trained_on is not None and (dataset / MANIFEST).exists():
-                _same_dataset(folder, trained_on, dataset)
+            intact.append(_verify_checkpoint(folder))
+            _check_dataset_of(folder, dataset)
         except PipelineError as error:
-            problems.append(str(error))
+            damaged.append(error)
     if not checkpoints:
-        lines.append(f"{run.checkpoints}: holds no checkpoint yet")
+        intact.append(f"{run.checkpoints}: holds no checkpoint yet")
     try:
-        lines.append(_verify_dataset(dataset))
+        intact.append(_verify_dataset(dataset))
     except PipelineError as error:
-        problems.append(str(error))
-    if problems:
-        raise PipelineError("\n  ".join([f"{run.path}: {len(problems)} damaged:", *problems, *lines]))
-    return "\n".join(lines)
+        damaged.append(error)
+    if damaged:
+        raise PipelineError(listing(f"{run.path}: {len(damaged)} damaged:", [*damaged, *intact]))
+    return "\n".join(intact)
 
 
-def _same_dataset(checkpoint: Path, trained_on: str, dataset: Path) -> None:
-    from pipeline.data.manifest import DatasetManifest
-
+def _check_dataset_of(checkpoint: Path, dataset: Path) -> None:
+    trained_on = layout.Manifest.load(checkpoint).state.get("dataset")
+    if trained_on is None or not (dataset / MANIFEST).exists():
+        return
     digest = DatasetManifest.load(dataset).digest
     if digest != trained_on:
         raise CheckpointError(
-            f"{checkpoint}: was trained on the dataset {trained_on[:12]}, and {dataset} is {digest[:12]} now"
+            f"{checkpoint}: was trained on the dataset {trained_on[:12]}, but {dataset} is now {digest[:12]}"
         )
 
 
 def _verify_checkpoint(folder: Path) -> str:
-    from pipeline.checkpoint.read import verify
+    from pipeline.checkpoint.read import verify  # imports torch, which a dataset does not need
 
-    return f"{folder}: all {len(verify(folder).files):,} files of the checkpoint are what its manifest says"
+    return f"{folder}: all {len(verify(folder).files):,} files of the checkpoint match its manifest"
 
 
 def _verify_dataset(folder: Path) -> str:
@@ -86,7 +86,5 @@ def _verify_dataset(folder: Path) -> str:
 
     with Display("verify") as display:
         done = verify_dataset(folder, display.bytes)
-    return (
-        f"{folder}: all {done.files:,} files ({done.bytes / 1e6:,.1f} MB) of the dataset {done.digest[:12]} "
-        "are what its manifest says"
-    )
+    contents = f"all {done.files:,} files ({done.bytes / 1e6:,.1f} MB) of the dataset {done.digest[:12]}"
+    return f"{folder}: {contents} match its manifest"

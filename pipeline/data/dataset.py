@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.config.sections import DataConfig
+from pipeline.config.data_sections import DataConfig
 from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import SPLITS, DatasetManifest, Shard, SplitName, check_sizes
 from pipeline.data.order import Order, sample_numbers

@@ -1,87 +1,94 @@
 """The vocabulary of a site: one YAML file under slurm/sites says how a cluster wants its jobs.
 
-Reading and checking the YAML is `site_load.py`; what becomes of it is `job.py` (Slurm) and `container.py` (Apptainer).
+`launch/job/batch_script.py` turns it into sbatch options, `launch/container/command.py` into Apptainer's.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.sections import Count, Name, NonNegativeInt, Positive, Section
-from pipeline.config.yaml_tree import Vocabulary, shown
+from pipeline.config.section_base import Count, Name, NonNegativeInt, Positive, Section, rule, wrong_value
+from pipeline.config.yaml_tree import Vocabulary
 from pipeline.errors import Problem
 
 
 class Resources(Section):
-    """What a stage of one process asks Slurm for."""
+    """Resources that a stage of one process requests from Slurm."""
 
     partition: str | None = None
-    """Partition; the cluster's default without it."""
+    """Partition; without it, the cluster's default."""
     cpus_per_task: Count = 1
     """CPU cores of each process."""
     gpus_per_node: NonNegativeInt = 0
-    """GPUs a node; 0 computes on the CPU."""
+    """GPUs per node; 0 computes on the CPU."""
     mem_gb: Positive | None = None
-    """Memory a node, in GiB; the partition's default without it."""
+    """Memory per node in GiB; without it, the partition's default."""
     time_limit_min: Count = 60
-    """Wall-clock limit of one attempt, in minutes; a stage that meets it is requeued and goes on."""
+    """Wall-clock limit of one attempt, in minutes; a stage that reaches it is requeued and resumes."""
 
 
 class TrainResources(Resources):
-    """What training asks for: nodes x tasks_per_node processes."""
+    """Resources that training requests: nodes x tasks_per_node processes."""
 
     nodes: Count = 1
-    """Nodes."""
+    """Number of nodes."""
     tasks_per_node: Count = 1
-    """Processes a node: one a GPU."""
+    """Processes per node: one per GPU."""
+
+    @rule
+    def _one_process_per_gpu(self) -> Iterator[Problem]:
+        if self.gpus_per_node and self.tasks_per_node != self.gpus_per_node:
+            one_each = f"one process per GPU, gpus_per_node = {self.gpus_per_node}"
+            yield wrong_value("tasks_per_node", self.tasks_per_node, one_each)
 
 
 class PrepareResources(Resources):
-    """What the prepare array asks for; one task is one slice of the work."""
+    """Resources that the prepare array requests; one task is one slice of the work."""
 
     slices: Count = 4
-    """Tasks of the array."""
+    """Number of tasks in the array."""
     max_parallel: Count = 64
-    """Tasks that may run at the same time."""
+    """Maximum number of tasks that run at the same time."""
 
 
 class SiteContainer(Section):
-    """How Apptainer is run here."""
+    """How Apptainer runs on this cluster."""
 
     command: str = "apptainer"
-    """The program: `apptainer`, `singularity`, or a path."""
+    """Program: `apptainer`, `singularity`, or a path."""
     unsquash: bool = False
-    """Unpack the image at every start: for nodes where squashfuse is there and /dev/fuse is closed."""
+    """Unpack the image at every start: for nodes that have squashfuse but no access to /dev/fuse."""
     pid: bool = True
-    """A process namespace of its own, so that nothing outlives the job."""
+    """Use a separate process namespace, so that no process outlives the job."""
     gpu: Literal["auto", "nv", "rocm", "none"] = "auto"
-    """`auto` looks at the node; `nv` and `rocm` insist; `none` for CPU clusters."""
+    """`auto` looks for a GPU on the node; `nv` and `rocm` require one; `none` is for CPU clusters."""
     binds: tuple[str, ...] = ()
-    """Further folders every job sees, `HOST[:INSIDE[:ro]]`: drivers, a shared cache."""
+    """Further folders visible in every job, `HOST[:INSIDE[:ro]]`: drivers, a shared cache."""
     options: tuple[str, ...] = ()
-    """Further options of `apptainer exec`, as they are."""
+    """Further options of `apptainer exec`, passed unchanged."""
 
 
 class RequeuePolicy(Section):
     """What happens when a job ends before its work is done."""
 
     max_restarts: Count = 100
-    """Restarts of one job, for whatever reason, before it is left alone."""
+    """Maximum number of restarts of one job, for whatever reason."""
     same_step_failures: Count = 3
-    """Failures without a new checkpoint (or slice) between them before the run is `failed`."""
+    """Consecutive failures without a new checkpoint (or slice) before the run is `failed`."""
     exclude_lost_nodes: bool = True
-    """A retry does not go to a node that was lost, or that preflight found bad."""
+    """A retry avoids nodes that were lost or that failed preflight."""
 
 
 class Site(Section):
     """One cluster, as its users see it."""
 
     name: Name
-    """Name of the site, in messages and in provenance."""
+    """Name of the site in messages and provenance."""
     account: str | None = None
     """Account to charge."""
     qos: str | None = None
@@ -89,36 +96,55 @@ class Site(Section):
     constraint: str | None = None
     """Node features, as sbatch takes them."""
     gpu_request: Literal["gpus_per_node", "gres"] = "gpus_per_node"
-    """How GPUs are asked for: `--gpus-per-node=N` or `--gres=gpu:N`."""
+    """How GPUs are requested: `--gpus-per-node=N` or `--gres=gpu:N`."""
     gpu_type: str | None = None
-    """Type in the GPU request, `a100` say."""
+    """GPU type in the request, for example `a100`."""
     prepare: PrepareResources = PrepareResources()
     train: TrainResources
     evaluate: Resources = Resources()
     signal_before_end_s: Annotated[int, Field(ge=10)] | None = None
-    """Seconds before the time limit at which Slurm sends the signal to stop; derived from measured times without it."""
+    """Seconds before the time limit at which Slurm sends the stop signal; without it, derived from measured times."""
     environment: dict[str, str] = Field(default={})
-    """Variables every job gets."""
+    """Environment variables of every job."""
     modules: tuple[str, ...] = ()
-    """`module load` lines."""
+    """Modules that every job loads, for example `apptainer/1.3`."""
     setup: tuple[str, ...] = ()
-    """Shell lines before the job's own work, in the batch script on the first node."""
+    """Shell lines that the batch script runs on the first node before the job's own work."""
     scratch: str | None = None
-    """Node-local or parallel scratch folder for caches, visible in the job."""
+    """Scratch folder for caches, node-local or shared, visible in the job."""
     extra_sbatch: dict[str, str | bool] = Field(default={})
-    """Further sbatch options by name, without dashes: `licenses: scratch`; true for one without a value."""
+    """Further sbatch options by name, without dashes: `licenses: scratch`; true for an option without a value."""
     container: SiteContainer = SiteContainer()
     requeue: RequeuePolicy = RequeuePolicy()
     accounting: bool = True
-    """Whether sacct answers here; without it squeue, scontrol and the run folder are enough."""
+    """Whether sacct works here; if not, squeue, scontrol and the run folder suffice."""
     python: str | None = None
-    """Python of the host that runs the job's outer part; the one that submits without it."""
+    """Python of the host that runs the job outside the image; without it, the one that submits."""
+
+    @rule
+    def _environment_names_are_free(self) -> Iterator[Problem]:
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                yield Problem(f"environment.{name}", "is not a valid name of a variable")
+            if name in _OWN_VARIABLES:
+                reason = "the launcher sets it, so that jobs run the code that was submitted"
+                cure = "install further packages into the jobs' Python or into the image"
+                yield Problem(f"environment.{name}", f"allowed: other names; {reason} ({cure})")
+
+    @rule
+    def _extra_sbatch_contradicts_no_field(self) -> Iterator[Problem]:
+        for name, value in self.extra_sbatch.items():
+            owner = _DECIDED_BY.get(name.replace("_", "-"))  # submitit writes `cpus_per_task` as `--cpus-per-task`
+            if owner is not None:
+                yield wrong_value(f"extra_sbatch.{name}", value, f"nothing; it is decided by {owner}")
+            elif value is False or name.startswith("-"):
+                yield wrong_value(f"extra_sbatch.{name}", value, "a name without leading dashes, and a value or true")
 
 
 SITE = Vocabulary(Site, "site", "slurm/sites/cpu.yaml")
 
-# What the launcher decides itself: a second value under `extra_sbatch` would contradict it.
-_OWN_OPTIONS = {
+# A second value under `extra_sbatch` would contradict what the launcher decides itself.
+_DECIDED_BY = {
     "account": "account",
     "array": "prepare.slices and prepare.max_parallel",
     "chdir": "the launcher: jobs run where they were submitted",
@@ -155,7 +181,7 @@ _OWN_OPTIONS = {
     "wait": "the launcher",
     "wrap": "the launcher",
 }
-# By which a job finds the code that was submitted, and not another.
+# With these a job finds the code that was submitted.
 _OWN_VARIABLES = ("PYTHONPATH", "PYTHONSAFEPATH")
 
 
@@ -164,49 +190,11 @@ def load_site(path: str | Path) -> Site:
 
     Raises:
         UsageError: The file cannot be read.
-        ConfigError: Everything that is wrong with it.
+        ConfigError: Everything that is wrong with the file.
     """
     return parse_site(SITE.read(path), source=str(path))
 
 
 def parse_site(text: str, source: str = "site") -> Site:
-    """Like `load_site`, from the text of the file; `source` names it in messages."""
-    site, problems = SITE.parse(text, (), source)
-    if site is not None:
-        flawed = {p.path for p in problems}
-        problems += [p for p in _cross_checks(site) if p.path not in flawed]
-    if problems:
-        raise SITE.refusal(source, problems)
-    assert site is not None
-    return site
-
-
-def _cross_checks(site: Site) -> list[Problem]:
-    problems = []
-    train = site.train
-    if train.gpus_per_node and train.tasks_per_node != train.gpus_per_node:
-        problems.append(
-            Problem(
-                "train.tasks_per_node",
-                f"given {train.tasks_per_node}, allowed: one process a GPU, gpus_per_node = {train.gpus_per_node}",
-            )
-        )
-    for name in site.environment:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            problems.append(Problem(f"environment.{name}", "is no name of a variable"))
-        if name in _OWN_VARIABLES:
-            given = (
-                "allowed: other names; the launcher sets it, so that jobs run the code that was submitted "
-                "(install further packages for the jobs' Python, or into the image)"
-            )
-            problems.append(Problem(f"environment.{name}", given))
-    for name, value in site.extra_sbatch.items():
-        option = name.replace("_", "-")  # submitit writes `cpus_per_task` as `--cpus-per-task`
-        if option in _OWN_OPTIONS:
-            given = f"given {shown(value)}, allowed: nothing; it is decided by {_OWN_OPTIONS[option]}"
-            problems.append(Problem(f"extra_sbatch.{name}", given))
-        elif value is False or name.startswith("-"):
-            problems.append(
-                Problem(f"extra_sbatch.{name}", "allowed: a name without dashes before it, and a value or true")
-            )
-    return problems
+    """Does what `load_site` does with the text of a file; `source` names it in messages."""
+    return SITE.parse(text, source)

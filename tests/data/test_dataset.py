@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.sections import Config, DataConfig
+from pipeline.config.data_sections import DataConfig
+from pipeline.config.sections import Config
 from pipeline.data import dataset as module
 from pipeline.data.build.build import prepare
 from pipeline.data.dataset import (

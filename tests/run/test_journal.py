@@ -7,9 +7,8 @@ import time
 
 import pytest
 
-from pipeline.commands.prepare import prepare_events
 from pipeline.run import journal
-from pipeline.run.events import Resumed, Submitted, append
+from pipeline.run.events import Resumed, append
 
 
 def records(path):
@@ -74,29 +73,6 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     writer.write(journal.encode({"step": 3}))
     writer.close()
     assert records(file) == [{"step": 1}, {"step": 3}]
-
-
-def test_a_job_that_prepares_is_noted_in_the_events_of_a_submitted_run_only(tmp_path, monkeypatch):
-    file = tmp_path / "events.jsonl"
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with prepare_events(file, None):
-        assert not file.exists()
-    append(file, Submitted())
-    with prepare_events(file, "1/2"):
-        pass
-    with pytest.raises(ValueError), prepare_events(file, "2/2"):
-        raise ValueError
-    monkeypatch.delenv("SLURM_JOB_ID")
-    with prepare_events(file, None):
-        pass
-    found = [(r["event"], r.get("slice"), r.get("done")) for r in records(file)]
-    assert found == [
-        ("submitted", None, None),
-        ("prepare_began", "1/2", None),
-        ("prepare_ended", "1/2", True),
-        ("prepare_began", "2/2", None),
-        ("prepare_ended", "2/2", False),
-    ]
 
 
 def test_journal_and_goodput_need_neither_torch_nor_mlflow():

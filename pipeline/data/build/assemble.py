@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.sections import DataConfig
+from pipeline.config.data_sections import DataConfig
 from pipeline.data.build.slice_store import Record
 from pipeline.data.build.tasks import Plan
 from pipeline.data.manifest import DatasetManifest, Shard, divide

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.sections import SourceConfig
+from pipeline.config.data_sections import SourceConfig
 from pipeline.data.build.slice_store import Record
 from pipeline.data.layout import SLICE_RECORD, SLICES, slice_name
 from pipeline.data.manifest import SPLITS, Shard

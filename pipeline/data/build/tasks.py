@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.sections import Config, SourceConfig
+from pipeline.config.data_sections import SourceConfig
+from pipeline.config.sections import Config
 from pipeline.data.fingerprint import settings_of
 from pipeline.data.read.formats.table import FORMATS
 from pipeline.data.read.sources import SourceFile, find_files

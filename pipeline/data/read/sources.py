@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from pipeline.config.sections import SourceConfig
+from pipeline.config.data_sections import SourceConfig
 from pipeline.errors import DataError
 from pipeline.files import naming
 

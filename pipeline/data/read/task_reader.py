@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.config.sections import DataConfig, SourceConfig
+from pipeline.config.data_sections import DataConfig, SourceConfig
 from pipeline.data.read.bad_records import BadRecordPolicy
 from pipeline.data.read.chunks import ChunkBuilder, ReadItems
 from pipeline.data.read.formats.table import FORMATS

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.sections import SourceConfig
+from pipeline.config.data_sections import SourceConfig
 from pipeline.data.build import tasks
 from pipeline.data.build.build import BuildProgress, prepare
 from pipeline.data.read.sources import SourceFile

@@ -145,15 +145,6 @@ def test_a_run_that_was_there_before_survives_a_refusal(tmp_path: Path, slurm: F
     ("changes", "words"),
     [
         ({"acount": "me"}, "did you mean `account` at the top level?"),
-        ({"train": {"node": 2}}, "did you mean `nodes` in the section `train`?"),
-        ({"train": {"gpus_per_node": 4}}, "one process a GPU, gpus_per_node = 4"),
-        ({"extra_sbatch": {"time": "60"}}, "decided by time_limit_min"),
-        ({"extra_sbatch": {"--exclusive": True}}, "a name without dashes"),
-        ({"extra_sbatch": {"cpus_per_task": "99"}}, "decided by cpus_per_task"),
-        ({"extra_sbatch": {"open_mode": "truncate"}}, "decided by the launcher"),
-        ({"environment": {"A B": "1"}}, "no name of a variable"),
-        ({"environment": {"PYTHONPATH": "/mine"}}, "environment.PYTHONPATH: allowed: other names"),
-        ({"environment": {"PYTHONSAFEPATH": ""}}, "environment.PYTHONSAFEPATH: allowed: other names"),
         ({"train": {"time_limit_min": 1}, "signal_before_end_s": 90}, "leaves no time to train"),
     ],
 )
@@ -164,17 +155,6 @@ def test_a_wrong_site_file_is_refused_before_anything_is_written(tmp_path: Path,
     assert words in done.err
     assert not (tmp_path / "runs").exists()
     assert slurm.calls("sbatch") == []
-
-
-def test_no_further_option_of_sbatch_may_contradict_the_launcher(tmp_path: Path, slurm: FakeSlurm):
-    names = (
-        "ntasks", "gpus", "gpus_per_task", "mem-per-cpu", "mem-per-gpu", "kill-on-invalid-dep", "parsable", "quiet",
-    )  # fmt: skip
-    write_files(tmp_path, site={**SITE, "extra_sbatch": dict.fromkeys(names, "1")})
-    done = submit(tmp_path, slurm, "--dry-run")
-    assert done.status == 2
-    for name in names:
-        assert f'extra_sbatch.{name}: given "1", allowed: nothing; it is decided by' in done.err
 
 
 def test_the_global_batch_is_checked_against_the_processes_of_the_site(tmp_path: Path, slurm: FakeSlurm):

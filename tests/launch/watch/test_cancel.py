@@ -39,7 +39,7 @@ def test_a_job_of_another_name_under_an_old_id_is_left_alone(tmp_path: Path, slu
     }  # fmt: skip
     # The cluster was made anew, and its ids begin again.
     slurm.says("squeue", "102|RUNNING|None|||new-train\n")
-    assert cancelled(tmp_path, slurm, "runs/old") == "runs/old: nothing of it is in the queue\n"
+    assert cancelled(tmp_path, slurm, "runs/old") == "runs/old: no job in the queue\n"
     assert slurm.calls("scancel") == []
     done = submit(tmp_path, slurm, "name=old")
     assert done.status == 0, done.err

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.sections import SourceConfig
+from pipeline.config.data_sections import SourceConfig
 from pipeline.data.read import bad_records
 from pipeline.data.read.chunks import ChunkBuilder, Place
 from pipeline.data.read.documents import Documents

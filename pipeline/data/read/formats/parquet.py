@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.sections import SourceConfig
+from pipeline.config.data_sections import SourceConfig
 from pipeline.data.read import bad_records
 from pipeline.data.read.chunks import CHUNK_BYTES, ChunkBuilder, ReadItems
 from pipeline.data.read.decompress import DamagedArchiveError, open_stream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from pipeline.config.sections import SourceConfig
+from pipeline.config.data_sections import SourceConfig
 from pipeline.data.read.chunks import ChunkBuilder, ReadItems
 from pipeline.data.read.formats.jsonl import JsonLines
 from pipeline.data.read.formats.parquet import Parquet

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.config.sections import SourceConfig
+from pipeline.config.data_sections import SourceConfig
 from pipeline.data.read import bad_records
 from pipeline.data.read.chunks import ChunkBuilder, Place, ReadItems
 from pipeline.data.read.decompress import DamagedArchiveError, open_stream

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from pipeline.config.sections import SourceConfig
+from pipeline.config.data_sections import SourceConfig
 from pipeline.data.read.formats.table import FORMATS
 from pipeline.data.read.sources import SourceFile
 from pipeline.data.read.task import Part

@@ -1,0 +1,30 @@
+"""Commands refuse options that contradict each other before they open anything."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.data.helpers import command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["export", "nowhere", "--format", "safetensors", "--register", "name"], "--register name"),
+        (["export", "nowhere", "--register", "name"], "nowhere: "),
+        (["plan", "configs/demo.yaml", "--nodes", "1,-2"], "--nodes 1,-2"),
+        (["cancel", "nowhere"], "nowhere: "),
+        (["prepare", "configs/demo.yaml", "data.sources.0.paths=[]"], "data.sources.0.paths"),
+    ],
+)
+def test_a_mistake_in_an_option_is_a_usage_error(arguments, words, capsys):
+    assert command(*arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_plan_prints_one_row_per_number_of_nodes(capsys):
+    assert command("plan", "configs/demo.yaml", "--nodes", "1,2", "--device", "cpu", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["nodes"] for row in rows] == [1, 2]

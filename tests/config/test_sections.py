@@ -1,0 +1,122 @@
+"""Values and rules of the sections: a problem has a path, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from pipeline.config.load import parse_config
+from pipeline.config.sections import tracking_uri_problem
+from tests.config.support import problems, tree
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "words"),
+    [
+        ({"train.max_iters": 1.5}, "train.max_iters", ["given 1.5", "integer"]),
+        ({"train.max_iters": True}, "train.max_iters", ["given true", "integer"]),
+        ({"train.max_iters": "3"}, "train.max_iters", ['given "3"', "integer"]),
+        ({"train.max_iters": 0}, "train.max_iters", ["given 0", "greater than or equal"]),
+        ({"train.precision": "fp16"}, "train.precision", ['given "fp16"', "'fp32' or 'bf16'"]),
+        ({"data.sources.0.paths": []}, "data.sources.0.paths", ["given []", "at least 1 item"]),
+        ({"data.slice_size_mb": 1e-7}, "data.slice_size_mb", ["0.000001"]),
+        ({"model": 3}, "model", ["given 3", "object"]),
+        ({"model": None}, "model", ["missing"]),
+        ({"name": "a/b"}, "name", ['given "a/b"', "pattern"]),
+    ],
+)
+def test_a_wrong_value_is_reported_with_what_is_allowed(changes, path, words):
+    message = problems(**changes)[path]
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "words"),
+    [
+        ({"model.d_model": 102}, "model.d_model", ["given 102", "num_heads = 4"]),
+        ({"model.d_model": 12}, "model.num_heads", ["even", "not 3"]),
+        ({"optimizer.warmup_iters": 1001}, "optimizer.warmup_iters", ["cosine_cycle_iters = 1000"]),
+        ({"optimizer.min_learning_rate": 1.0}, "optimizer.min_learning_rate", ["learning_rate = 0.006"]),
+        ({"model.vocab_size": 256}, "model.vocab_size", ["given 256", "at least 257"]),
+        (
+            {"model.vocab_size": 258, "tokenizer.special_tokens": ["<|a|>", "<|b|>"]},
+            "model.vocab_size",
+            ["given 258", "at least 259"],
+        ),
+        ({"model.vocab_size": 65537, "data.dtype": "uint16"}, "data.dtype", ["65536", "uint32"]),
+        ({"train.offload_optimizer": True}, "train.offload_optimizer", ["zero_stage 1"]),
+        ({"train.overlap_comm": True}, "train.overlap_comm", ["zero_stage 1"]),
+        ({"tokenizer.kind": "file"}, "tokenizer.path", ["missing"]),
+        ({"tokenizer.path": "t.json"}, "tokenizer.path", ['"t.json"', "kind: file"]),
+        (
+            {"tokenizer": {"kind": "file", "path": "t.json", "special_tokens": ["<|pad|>"]}},
+            "tokenizer.special_tokens",
+            ["kind: file", "tokenizer.json"],
+        ),
+        ({"tokenizer.special_tokens": ["<|endoftext|>"]}, "tokenizer.special_tokens", ["twice"]),
+        ({"tokenizer.special_tokens": ["<|a|>", "<|a|>"]}, "tokenizer.special_tokens", ["twice"]),
+        ({"tokenizer.end_of_text": "a"}, "tokenizer.end_of_text", ["'a'", "<|endoftext|>"]),
+        (
+            {"tokenizer": {"kind": "bytes", "special_tokens": ["é"]}},
+            "tokenizer.end_of_text",
+            ["'é'", "special_tokens"],
+        ),
+        ({"data.sources.1.name": "speeches"}, "data.sources", ["same name"]),
+        ({"data.sources.0.split": "validation"}, "data.sources", ["split: validation"]),
+    ],
+)
+def test_a_broken_rule_is_reported_at_one_field_and_names_the_other(changes, path, words):
+    found = problems(**changes)
+    assert set(found) == {path}
+    for word in words:
+        assert word in found[path]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.d_model": 8},
+        {"optimizer.warmup_iters": 1000},
+        {"optimizer.min_learning_rate": 6.0e-3},
+        {"model.vocab_size": 257},
+        {"model.vocab_size": 258, "tokenizer.special_tokens": ["<|a|>"]},
+        {"model.vocab_size": 65536, "data.dtype": "uint16"},
+        {"model.vocab_size": 65537, "data.dtype": "uint32"},
+        {"model.vocab_size": 65537},
+        {"train.offload_optimizer": True, "train.overlap_comm": True, "train.zero_stage": 1},
+        {"tokenizer": {"kind": "file", "path": "t.json", "end_of_text": "a"}, "model.vocab_size": 3},
+        {"data.sources.0.split": "auto", "data.sources.1.split": "auto"},
+    ],
+)
+def test_values_at_the_edge_of_a_rule_are_allowed(changes):
+    assert parse_config(yaml.safe_dump(tree(**changes)))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["none", "sqlite:///mlflow.db", "sqlite:////tmp/a.db", "http://host", "https://host:5000", "http://[::1]:80/path"],
+)
+def test_the_address_of_a_store_is_accepted(uri):
+    assert tracking_uri_problem(uri) is None
+
+
+@pytest.mark.parametrize(
+    ("uri", "word"),
+    [
+        ("sqlite:///", "sqlite:///FILE"),
+        ("sqlite:///a.db?mode=ro", "?"),
+        ("ftp://host", "'ftp://host'"),
+        ("http://", "http(s)://HOST:PORT"),
+        ("http://host:0", "'http://host:0'"),
+        ("http://me:secret@host", "MLFLOW_TRACKING_PASSWORD"),
+        ("http://host?token=secret", "MLFLOW_TRACKING_TOKEN"),
+        ("http://host#secret", "MLFLOW_TRACKING_TOKEN"),
+        ("http://host:secret", "port"),
+        ("http://[secret", "host"),
+    ],
+)
+def test_the_address_of_a_store_is_refused_without_repeating_a_secret(uri, word):
+    message = tracking_uri_problem(uri)
+    assert message is not None
+    assert word in message and "secret" not in message
