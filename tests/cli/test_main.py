@@ -31,6 +31,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
         assert f" {command} " in done.stdout
 
 
+@pytest.mark.timing
 def test_help_answers_in_under_half_a_second():
     seconds = []
     for _ in range(5):
