@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 LOCK   := containers/requirements.lock
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(LOCK)
 
+WORKERS ?= 2
+
 export MLFLOW_DISABLE_TELEMETRY = true
 
 .PHONY: demo test test-all lint faults lock schema clean help
@@ -14,7 +16,7 @@ demo: $(VENV)/.train data/demo/text  ## train a small model from raw text, on th
 	$(BIN)/pipeline run configs/demo.yaml
 
 test: $(VENV)/.dev data/demo/text  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not browser and not container and not cluster"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not browser and not container and not cluster and not timing"
 
 test-all: $(VENV)/.dev data/demo/text  ## every test; needs Debian's chromium and chromium-driver
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""Hooks for every test."""
+"""Settings and hooks for every test."""
 
 from __future__ import annotations
 
@@ -6,6 +6,24 @@ import os
 from collections.abc import Generator
 
 import pytest
+from hypothesis import settings
+
+# Before any test imports torch: the workers of a test run share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("pipeline", deadline=None, derandomize=True)
+settings.load_profile("pipeline")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests with the largest time limits first, so that no worker is left with a long one at the end."""
+
+    def allowed_s(item: pytest.Item) -> float:
+        limit = item.get_closest_marker("timeout")
+        return float(limit.args[0] if limit else item.config.getini("timeout"))
+
+    items.sort(key=allowed_s, reverse=True)
 
 
 @pytest.hookimpl(wrapper=True)

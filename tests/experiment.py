@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from pipeline.files import write_text
+
 STEPS = 100
 CHECKPOINT_INTERVAL = 5
 
@@ -59,7 +61,7 @@ def write_experiment(folder: Path, runs_dir: Path, name: str, **changes: Any) ->
             node = node.setdefault(section, {})
         node[key] = value
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    write_text(path, yaml.safe_dump(tree))  # at once: another worker may be reading the file of this name
     return path
 
 

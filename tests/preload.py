@@ -18,5 +18,7 @@ import pipeline.train.loop  # noqa: E402, F401
 from pipeline.train.engine.engine import _import_deepspeed  # noqa: E402
 
 _import_deepspeed()
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402 - it imports all of inductor, which takes two seconds
+import deepspeed.runtime.zero.stage3  # noqa: E402, F401
 
 torch.set_num_threads(1)

@@ -103,6 +103,11 @@ def start(arguments: Sequence[str], world_size: int, log: Path, environ: Mapping
     return fork(command, (list(arguments),), world_size, log, environ)
 
 
+def start_alone(arguments: Sequence[str], log: Path) -> Ranks:
+    """Starts `pipeline ARGUMENTS` as a user does: one process, without the variables of a launcher."""
+    return _forked(command, (list(arguments),), [{}], log)
+
+
 def run(arguments: Sequence[str], world_size: int, log: Path, timeout_s: float = 120) -> None:
     """Runs `pipeline ARGUMENTS` on every rank; fails unless all exit with 0."""
     ranks = start(arguments, world_size, log)
@@ -153,12 +158,16 @@ def fork(
         log: Receives what they print.
         environ: Additional variables.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
     meeting = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    return _forked(target, args, [{**(environ or {}), **meeting, **rank} for rank in ranks], log)
+
+
+def _forked(target: Callable[..., None], args: tuple[Any, ...], environs: list[dict[str, str]], log: Path) -> Ranks:
+    log.parent.mkdir(parents=True, exist_ok=True)
     processes: list[BaseProcess] = []
-    for rank in range(world_size):
-        mine = {**(environ or {}), **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(_FORKS.Process(target=_rank, args=(target, args, log, mine)))
+    for environ in environs:
+        processes.append(_FORKS.Process(target=_rank, args=(target, args, log, environ)))
         processes[-1].start()
     return Ranks(processes, log)
 

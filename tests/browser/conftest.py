@@ -1,4 +1,4 @@
-"""A real Chromium without a screen. Where it is missing these tests fail: a page nobody looked at is no evidence."""
+"""A real headless Chromium. Without it these tests fail: a page that no browser has drawn is no evidence."""
 
 import json
 import os
@@ -24,7 +24,7 @@ FLAGS = (
 
 
 class Browser:
-    """One window; `shot` keeps what it shows."""
+    """One window; `shot` saves a picture of it."""
 
     def __init__(self, driver, output):
         self.driver = driver
@@ -52,7 +52,7 @@ class Browser:
         return [e for e in self.driver.get_log("browser") if e["level"] == "SEVERE"]
 
     def requests(self):
-        """Addresses the page has asked for, by Chromium's own record."""
+        """Returns the addresses that the page has requested, from Chromium's own log."""
         asked = []
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
@@ -88,7 +88,7 @@ def browser(tmp_path):
     window = Browser(driver, output)
     try:
         window.open("about:blank")
-        window.requests()  # what Chromium's own first page has asked for
+        window.requests()  # drops what Chromium's own first page has requested
         yield window
     finally:
         driver.quit()

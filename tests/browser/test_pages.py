@@ -1,4 +1,4 @@
-"""What a person sees: MLflow's page and the report, of a run that was killed once and resumed."""
+"""What a user sees: MLflow's page and the report, of a run that was killed once and resumed."""
 
 import hashlib
 import math

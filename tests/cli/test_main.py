@@ -75,6 +75,7 @@ def test_nothing_that_is_started_reports_usage_to_mlflow_unless_the_user_asks_fo
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
 
 
+@pytest.mark.timing
 def test_help_answers_in_under_half_a_second():
     seconds = []
     for _ in range(5):

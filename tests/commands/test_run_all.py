@@ -5,11 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +16,9 @@ from pipeline.config.load import load_config
 from pipeline.errors import UsageError
 from pipeline.run.folder import Run
 from pipeline.train.evaluate import Evaluation
-from tests.cli.test_main import ROOT, pipeline
+from tests import processes
+from tests.cli.test_main import pipeline
+from tests.experiment import curve, last_step
 from tests.test_bad_input import experiment
 
 SETTINGS = {
@@ -71,36 +69,36 @@ def test_one_command_makes_a_model_and_running_it_again_repeats_nothing(tmp_path
 def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_loss(tmp_path):
     settings = {**SETTINGS, "train.max_iters": 400, "optimizer.cosine_cycle_iters": 400, "tracking": {"uri": "none"}}
     (tmp_path / "stopped").mkdir(), (tmp_path / "whole").mkdir()
-    config = experiment(tmp_path / "stopped", **settings)
-    assert pipeline("prepare", config).returncode == 0
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pipeline", "train", config]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    metrics = tmp_path / "stopped" / "runs" / "tiny" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and '"step":20' in metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 85, err
-    assert "saved" in err and "Traceback" not in err
+    config, log = experiment(tmp_path / "stopped", **settings), tmp_path / "log"
+    _ends_well("prepare", config, log=log)
+    training, run = processes.start_alone(["train", config], log), tmp_path / "stopped" / "runs" / "tiny"
+    assert processes.wait_until(lambda: last_step(run) >= 20 or training.poll(), 120)
+    training.kill(signal.SIGINT)
+    assert training.wait(120) and training.codes == {0: 85}, training.words()
+    assert "everything is saved" in training.words() and "Traceback" not in training.words()
 
-    assert pipeline("train", config).returncode == 0
+    _ends_well("train", config, log=log)
     other = experiment(tmp_path / "whole", **settings)
-    assert pipeline("prepare", other).returncode == 0
-    assert pipeline("train", other).returncode == 0
-    assert _losses(tmp_path / "stopped") == _losses(tmp_path / "whole")
+    _ends_well("prepare", other, log=log)
+    _ends_well("train", other, log=log)
+    assert curve(run) == curve(tmp_path / "whole" / "runs" / "tiny")
 
 
 @pytest.mark.slow
 def test_a_run_with_other_settings_is_not_resumed(tmp_path):
-    config = experiment(tmp_path, **{"train.max_iters": 2})
-    assert pipeline("prepare", config).returncode == 0
-    assert pipeline("train", config).returncode == 0
-    done = pipeline("train", config, "optimizer.learning_rate=0.5")
-    assert done.returncode == 2
-    assert "optimizer.learning_rate: 0.01" in done.stderr
-    assert pipeline("train", config, "train.max_iters=3").returncode == 0, "a longer run is the same experiment"
+    config, log = experiment(tmp_path, **{"train.max_iters": 2}), tmp_path / "log"
+    _ends_well("prepare", config, log=log)
+    _ends_well("train", config, log=log)
+    refused = processes.start_alone(["train", config, "optimizer.learning_rate=0.5"], tmp_path / "refused")
+    assert refused.wait(120) and refused.codes == {0: 2}
+    assert "optimizer.learning_rate: 0.01" in refused.words()
+    _ends_well("train", config, "train.max_iters=3", log=log)  # a longer run is the same experiment
+
+
+def _ends_well(*arguments: str, log: Path) -> None:
+    """Runs a command as a user does, in a fork that has no imports to make."""
+    started = processes.start_alone(arguments, log)
+    assert started.wait(120) and started.codes == {0: 0}, started.words()
 
 
 def test_several_processes_are_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -150,8 +148,3 @@ def _in_mlflow(folder: Path, run: Path) -> dict[str, object]:
     if (artifacts / "report.html").exists():
         found["report"] = (artifacts / "report.html").read_text()
     return found
-
-
-def _losses(folder: Path) -> list[float]:
-    lines = (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
-    return [record["train/loss"] for record in map(json.loads, lines) if "train/loss" in record]

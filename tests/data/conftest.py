@@ -1,4 +1,4 @@
-"""Datasets that several tests share; hypothesis repeats its examples and has no deadline."""
+"""Datasets that several tests share."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
 from pipeline.data.build.build import prepare
 from tests.data.helpers import SPEECHES, config, documents, jsonl, write
-
-settings.register_profile("data", deadline=None, derandomize=True)
-settings.load_profile("data")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A small disk for a run: it can be filled and made read-only. Needs a mount namespace of its own (`unshare -m`)."""
+"""A small disk for a run, which can be filled or made read-only; needs its own mount namespace (`unshare -m`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROOM_FOR_LINES = 96 * 1024
 
 @contextlib.contextmanager
 def small_disk(path: Path, megabytes: int) -> Iterator[Path]:
-    """A tmpfs of this size, gone at the end."""
+    """Mounts a tmpfs of this size while the block runs."""
     path.mkdir(parents=True, exist_ok=True)
     _mount("-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(path))
     try:
@@ -26,7 +26,7 @@ def small_disk(path: Path, megabytes: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def full(path: Path) -> Iterator[None]:
-    """Nothing of a checkpoint's size fits any more."""
+    """Fills the disk so that no checkpoint fits while the block runs."""
     filler = path / "filler"
     while not _filled(filler):
         pass
@@ -38,7 +38,7 @@ def full(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def read_only(path: Path) -> Iterator[None]:
-    """Nothing below the folder can be made or changed, by root neither."""
+    """Makes everything below the folder unchangeable, for root too, while the block runs."""
     _mount("--bind", str(path), str(path))
     _mount("-o", "remount,bind,ro", str(path))
     try:
@@ -48,7 +48,7 @@ def read_only(path: Path) -> Iterator[None]:
 
 
 def _filled(filler: Path) -> bool:
-    """Whether a file took the free space; a checkpoint that grew at this moment may have been quicker."""
+    """Says whether a file took the free space; a checkpoint that is being written may have been quicker."""
     state = os.statvfs(filler.parent)
     free = state.f_bavail * state.f_frsize
     with filler.open("wb") as out:

@@ -1,12 +1,12 @@
-"""Strikes real multi-process training at random moments until a number of faults is survived, and judges the curves.
+"""Strikes real multi-process training at random moments until it has survived a number of faults; judges the curves.
 
     .venv/bin/python -m tests.faults.harness --faults 50 --seed 1 --out faults.json
 
 A run of 100 steps is one episode: it is struck and restarted until it is finished, then its loss curve is compared with
-the uninterrupted one. Every other episode keeps its layout (world size and ZeRO stage): its curve must be equal bit for
-bit to that layout's; the others draw a layout for each start: theirs must be within 1e-5 of one rank's.
-Seconds in which the ranks stood in the queue for a processor do not count as a hang: the machine may be another's.
-It moves itself into a mount namespace of its own (`unshare`), so that the small disks are gone with it.
+the uninterrupted one. Every other episode keeps its layout (world size and ZeRO stage), and its curve must equal that
+layout's bit for bit; the rest draw a layout for each start, and their curves must be within 1e-5 of one rank's.
+Seconds that the ranks spend queueing for a processor do not count as a hang: the machine may be busy.
+The harness moves itself into its own mount namespace (`unshare`), so that the small disks vanish with it.
 Exit status: 0 if all faults were survived, 1 if not.
 """
 
@@ -48,28 +48,24 @@ LAYOUTS: tuple[Layout, ...] = tuple((world, stage) for world in (1, 2, 4) for st
 
 @dataclass
 class Fault:
-    """One fault and what came of it.
-
-    Attributes:
-        kind: What was done.
-        layout: World size and ZeRO stage of the ranks it met.
-        at_step: Last step in the metrics at that moment.
-        to_end_s: From the fault until the last rank had ended.
-        lost_steps: Steps in the metrics that the next start took anew.
-        to_step_s: From the next start, its processes forked, to its first step.
-    """
+    """One fault and its consequences."""
 
     kind: str
     layout: Layout
+    """World size and ZeRO stage of the ranks that it struck."""
     at_step: int
+    """Last step in the metrics at that moment."""
     to_end_s: float
+    """From the fault until the last rank had ended."""
     lost_steps: int = 0
+    """Steps in the metrics that the next start repeated."""
     to_step_s: float = 0.0
+    """From the fork of the next start to its first step."""
 
 
 @dataclass
 class Outcome:
-    """What the whole harness found; `problems` is empty if everything was survived."""
+    """What the whole harness found; without `problems`, training survived everything."""
 
     faults: list[Fault] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -79,7 +75,7 @@ class Outcome:
 
 
 class Episode:
-    """One run, from its first step to its last, struck in between."""
+    """One run from its first step to its last, struck in between."""
 
     def __init__(
         self, folder: Path, disk: Path, name: str, deck: Deck, rng: random.Random, fixed: Layout | None
@@ -91,7 +87,7 @@ class Episode:
         self.problems: list[str] = []
 
     def go(self, most: int) -> None:
-        """Starts and strikes until the run is finished; after `most` faults it is left alone."""
+        """Starts and strikes the run until it is finished, with at most this many faults."""
         before: Fault | None = None
         for attempt in range(1000):
             layout = self._fixed or self._rng.choice(LAYOUTS)
@@ -117,7 +113,7 @@ class Episode:
             fault = None
             at_start = strike is kill_all and self._rng.random() < AT_START
             if at_start:
-                time.sleep(self._rng.uniform(0, 2))
+                time.sleep(self._rng.uniform(0, 1))
             else:
                 first = self._wait_for_first_step(ranks, began, good, resumes)
                 if before is not None and first is not None:
@@ -127,18 +123,18 @@ class Episode:
             elif strike is not None and not self.problems:
                 fault = self._strike(ranks, strike, layout)
             elif not ranks.within(ranks.poll, 120):
-                self._problem(ranks, "a start that nobody disturbed did not end in 120 s")
+                self._problem(ranks, "an undisturbed start did not end in 120 s")
             if fault is not None:
                 self.faults.append(fault)
             elif not self.problems and set(ranks.codes.values()) != {0}:
-                self._problem(ranks, f"a start that nobody disturbed ended with {ranks.codes}")
+                self._problem(ranks, f"an undisturbed start ended with {ranks.codes}")
         finally:
             ranks.end()
         return fault, 0 if set(ranks.codes.values()) == {0} else 1
 
     def _check_promises(self, before: Fault | None, good: int, reached: int) -> None:
-        """A checkpoint that was reported durable is there, and a stop on request loses no step."""
-        # A start that was killed before its first step has not set aside what an earlier fault damaged.
+        """Checks that a checkpoint reported as durable is there, and that a stop on request lost no step."""
+        # A start that was killed before its first step has not quarantined what an earlier fault damaged.
         unseen = itertools.takewhile(lambda fault: not fault.to_step_s, reversed(self.faults))
         if before is None or any(fault.kind in DAMAGES for fault in unseen):
             return
@@ -151,7 +147,7 @@ class Episode:
             self.problems.append(f"{self._name}: stopped on request at step {reached}, but only step {good} is whole")
 
     def _wait_for_first_step(self, ranks: processes.Ranks, began: float, good: int, resumes: int) -> float | None:
-        """Seconds to the first step; None if the run had nothing left to do."""
+        """Returns the seconds to the first step; None if the run had nothing left to do."""
 
         def stepping() -> bool:
             steps = experiment.last_step(self.run)
@@ -163,15 +159,15 @@ class Episode:
             return None
         resumed = experiment.events(self.run, "resumed")[resumes:]
         if good and resumed and resumed[-1]["step"] != good:
-            self._problem(ranks, f"went on from step {resumed[-1]['step']}, though step {good} was whole")
+            self._problem(ranks, f"resumed from step {resumed[-1]['step']}, though step {good} was whole")
         return time.monotonic() - began if stepping() else None
 
     def _strike(self, ranks: processes.Ranks, strike: Strike, layout: Layout) -> Fault | None:
-        """Waits for the moment, strikes, and waits for the end; None if the run was over before."""
+        """Waits for the moment, strikes and waits for the end; None if the run ended first."""
         target = experiment.last_step(self.run) + self._rng.randint(1, 25)
         delay = self._rng.uniform(0, 0.2)
         if not ranks.within(lambda: experiment.last_step(self.run) >= target or ranks.poll(), 60):
-            self._problem(ranks, f"no step for long while waiting for step {target}")
+            self._problem(ranks, f"no step for a long time while waiting for step {target}")
             return None
         time.sleep(delay)
         return self._land(ranks, strike, layout)
@@ -185,7 +181,7 @@ class Episode:
         if not ranks.within(ranks.poll, LONGEST_S):
             self._problem(ranks, f"ranks still ran {LONGEST_S:g} s after {blow.kind}")
         if set(ranks.codes.values()) == {0}:
-            return None  # it was finished before the blow fell
+            return None  # the run finished before the blow fell
         finished = newest_good(self.run) == experiment.STEPS
         if blow.problem or not blow.allowed(ranks.codes, finished):
             self._problem(ranks, blow.problem or f"after {blow.kind} the ranks ended with {ranks.codes}")
@@ -198,7 +194,7 @@ class Episode:
 
 
 def newest_good(run: Path) -> int:
-    """Step of the newest checkpoint that is whole; 0 if there is none."""
+    """Returns the step of the newest whole checkpoint; 0 if there is none."""
     from pipeline.checkpoint.layout import published
     from pipeline.checkpoint.read import verify
     from pipeline.errors import CheckpointError
@@ -212,7 +208,7 @@ def newest_good(run: Path) -> int:
 
 
 def judge(run: Path, reference: Path, bitwise: bool) -> tuple[list[str], float]:
-    """What is wrong with a finished run's metrics, and its largest relative difference from the reference."""
+    """Returns what is wrong with a finished run's metrics, and their largest relative difference from the reference."""
     problems, worst = [], 0.0
     for name, read in (("training", experiment.curve), ("validation", experiment.validations)):
         found, expected = read(run), read(reference)
@@ -229,13 +225,13 @@ def judge(run: Path, reference: Path, bitwise: bool) -> tuple[list[str], float]:
 
 
 class References:
-    """Uninterrupted runs, one a layout, made when they are asked for."""
+    """Uninterrupted runs, one for each layout, made on first use."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def of(self, layout: Layout) -> Path:
-        """The run folder of this layout's."""
+        """Returns the run folder of this layout."""
         name = f"reference_{layout[0]}_{layout[1]}"
         run = self._folder / "references" / name
         if not run.exists():
@@ -246,7 +242,7 @@ class References:
 
 
 def strike_until(count: int, seed: int, folder: Path, report: Callable[[Outcome], None]) -> Outcome:
-    """Runs episodes until there were `count` faults, or something was not survived; reports after each."""
+    """Runs episodes until `count` faults, or until training does not survive one; reports after each episode."""
     rng = random.Random(seed)
     outcome, deck, references = Outcome(), Deck(rng), References(folder)
     config = experiment.write_experiment(folder, folder, "data")
@@ -310,10 +306,10 @@ def main() -> None:
     options = parser.parse_args()
     if os.environ.get(_APART) is None:
         os.environ[_APART] = "1"
-        # Root may mount in a namespace of its own; anybody else becomes root of one.
-        whoever = [] if os.geteuid() == 0 else ["--map-root-user"]
+        # Root may mount in a new namespace; other users become root of one.
+        as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
         os.execvp(
-            "unshare", ["unshare", *whoever, "--mount", sys.executable, "-m", "tests.faults.harness", *sys.argv[1:]]
+            "unshare", ["unshare", *as_root, "--mount", sys.executable, "-m", "tests.faults.harness", *sys.argv[1:]]
         )
     folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     began = time.monotonic()

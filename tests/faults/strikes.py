@@ -1,4 +1,4 @@
-"""The faults: each strikes running ranks and says with which exit statuses they may end."""
+"""The faults: each strikes running ranks and says which exit statuses they may end with."""
 
 from __future__ import annotations
 
@@ -18,22 +18,18 @@ KILLED = -signal.SIGKILL
 
 @dataclass
 class Blow:
-    """What was done.
-
-    Attributes:
-        kind: Its name.
-        statuses: Exit statuses that ranks may end with, if the run was not finished meanwhile.
-        afterwards: Done when all ranks have ended.
-        problem: What went wrong already; None if nothing.
-    """
+    """A fault that was inflicted."""
 
     kind: str
     statuses: frozenset[int]
+    """Exit statuses that ranks may end with, unless the run finished meanwhile."""
     afterwards: Callable[[], None] = lambda: None
+    """Called when all ranks have ended."""
     problem: str | None = None
+    """What has already gone wrong."""
 
     def allowed(self, codes: dict[int, int], finished: bool) -> bool:
-        """Whether the ranks ended as they should; with 0 only if the last checkpoint of the run is whole."""
+        """Says whether the ranks ended as they should; with 0 only if the last checkpoint of the run is whole."""
         return set(codes.values()) <= self.statuses | ({0} if finished else set())
 
 
@@ -41,37 +37,37 @@ Strike = Callable[[Ranks, Path, random.Random], Blow]
 
 
 def kill_one(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
-    """SIGKILL to one rank; the others must end by themselves."""
+    """SIGKILL to one rank; the remaining ranks must end by themselves."""
     ranks.kill(signal.SIGKILL, [rng.randrange(len(ranks.processes))])
     return Blow("kill one rank", frozenset({KILLED, EXIT_FAILED}))
 
 
 def kill_all(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
-    """SIGKILL to all at once, as at a power failure."""
+    """SIGKILL to all at once, as in a power failure."""
     ranks.kill(signal.SIGKILL)
     return Blow("kill all ranks", frozenset({KILLED}))
 
 
 def ask_to_stop(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
-    """SIGUSR2 to one rank or to all: everything is saved, exit 85."""
+    """SIGUSR2 to one rank or to all: they save everything and end with 85."""
     ranks.kill(signal.SIGUSR2, None if rng.random() < 0.5 else [rng.randrange(len(ranks.processes))])
     return Blow("SIGUSR2", frozenset({EXIT_STOPPED}))
 
 
 def fill_disk(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
-    """No room for a checkpoint: saves fail, training goes on; then the machine dies."""
+    """No room for a checkpoint: saves fail and training continues; then the machine dies."""
     with full(run.parent):
         return _saves_fail(ranks, run, "disk full")
 
 
 def make_read_only(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
-    """The folder of the checkpoints is read-only for a while: saves fail, training goes on; then the machine dies."""
+    """The checkpoint folder is read-only for a while: saves fail and training continues; then the machine dies."""
     with read_only(run / "checkpoints"):
         return _saves_fail(ranks, run, "folder read-only")
 
 
 def flip_bit(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
-    """All die, and one bit of the newest checkpoint turns over."""
+    """All die, and one bit of the newest checkpoint flips."""
 
     def flip() -> None:
         file = _any_file(run, rng)
@@ -85,7 +81,7 @@ def flip_bit(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
 
 
 def truncate(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
-    """All die, and a file of the newest checkpoint is cut off."""
+    """All die, and a file of the newest checkpoint is truncated."""
 
     def cut() -> None:
         file = _any_file(run, rng)
@@ -111,26 +107,26 @@ DAMAGES = frozenset({"bit flipped", "file truncated"})
 
 
 class Deck:
-    """Deals the strikes in random order, each once before any comes again."""
+    """Deals the strikes in random order, each once before any is repeated."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self._cards: list[Strike] = []
 
     def draw(self) -> Strike:
-        """The next one."""
+        """Returns the next strike."""
         if not self._cards:
             self._cards = list(STRIKES.values())
             self._rng.shuffle(self._cards)
         return self._cards.pop()
 
     def put_back(self, strike: Strike) -> None:
-        """The run was over before it fell; it comes next."""
+        """Returns a strike that came too late to the deck; it is the next one."""
         self._cards.append(strike)
 
 
 def _saves_fail(ranks: Ranks, run: Path, kind: str) -> Blow:
-    """Waits for a failed save and two steps after it, then kills all; a problem if they do not come."""
+    """Waits for a failed save and two steps after it, then kills all; it is a problem if they do not come."""
     problem = None
     failed = len(experiment.events(run, "checkpoint_failed"))
     if not ranks.within(lambda: len(experiment.events(run, "checkpoint_failed")) > failed or ranks.poll(), 30):
@@ -139,10 +135,10 @@ def _saves_fail(ranks: Ranks, run: Path, kind: str) -> Blow:
         goal = min(experiment.last_step(run) + 2, experiment.STEPS)
         ranks.within(lambda: experiment.last_step(run) >= goal or ranks.poll(), 15)
         if experiment.last_step(run) < goal:
-            problem = "training did not go on after a failed save"
+            problem = "training stopped after a failed save"
     ranks.kill(signal.SIGKILL)
     ranks.wait(10)
-    # Ranks that took the last step may have ended by themselves: no run is finished whose last checkpoint failed.
+    # Ranks that took the last step may have ended by themselves: a run whose last checkpoint failed is not finished.
     at_the_end = experiment.last_step(run) == experiment.STEPS
     return Blow(kind, frozenset({KILLED, EXIT_FAILED} if at_the_end else {KILLED}), problem=problem)
 

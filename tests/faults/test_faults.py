@@ -1,4 +1,4 @@
-"""Training survives what happens to it: fifty faults at random moments, judged against runs that nobody disturbed."""
+"""Training survives fifty faults at random moments, judged against undisturbed runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_fifty_faults_cost_only_the_steps_since_the_last_durable_checkpoint(tmp_
 
 
 class Clock:
-    """Passes when somebody sleeps."""
+    """Moves on when the code under test sleeps."""
 
     now = 0.0
 
@@ -48,7 +48,7 @@ class Clock:
 
 
 @pytest.mark.parametrize(("share_of_time_queued", "given_up_after"), [(0.0, 30), (0.5, 60), (1.0, 120)])
-def test_what_waits_for_a_processor_does_not_hang_but_not_for_ever(
+def test_waiting_for_a_processor_is_no_hang_up_to_a_limit(
     monkeypatch: pytest.MonkeyPatch, share_of_time_queued: float, given_up_after: float
 ) -> None:
     clock = Clock()

@@ -14,6 +14,7 @@ from pipeline.config.sections import Config
 from pipeline.run.folder import Run, run_for
 from pipeline.train.session import TrainResult
 from tests import experiment, processes
+from tests.once import made_once, shared_folder
 from tests.train.tiny import tiny
 
 
@@ -26,7 +27,10 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        processes.run(["prepare", str(self.config("data"))], 1, folder / "prepare.log")
+
+    def prepare(self) -> None:
+        """Writes the text and the tokens that all runs share."""
+        processes.run(["prepare", str(self.config("data"))], 1, self._folder / "prepare.log")
 
     def config(self, name: str, **changes: Any) -> Path:
         """Returns the config file of the experiment, for a run of this name."""
@@ -41,13 +45,17 @@ class Lab:
 
     def uninterrupted(self, world: int, stage: int) -> Path:
         """Returns the uninterrupted run of this layout."""
-        run = self._folder / "runs" / f"whole_{world}_{stage}"
-        return run if run.exists() else self.train(run.name, world, stage)
+        name = f"whole_{world}_{stage}"
+        return made_once(self._folder / "runs" / name, lambda: self.train(name, world, stage))
 
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("lab"))
+    """One lab for all workers of a test run."""
+    folder = shared_folder(tmp_path_factory) / "lab"
+    lab = Lab(folder)
+    made_once(folder / "tokens", lab.prepare)
+    return lab
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def _write_megabytes(path: Path, megabytes: int) -> None:
     if kind == ".parquet":
         table = pyarrow.table({"text": texts})
         with pyarrow.parquet.ParquetWriter(path, table.schema) as writer:
-            while path.stat().st_size < 1_000_000 * megabytes:
+            for _ in range(1_000_000 * megabytes // table.nbytes):
                 writer.write_table(table)
         return
     once = jsonl(texts) if kind == ".jsonl" else "\x1e".join([*texts, ""]).encode()

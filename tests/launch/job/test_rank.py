@@ -77,6 +77,7 @@ def test_a_command_that_dies_of_the_signal_before_it_listens_has_stopped_and_not
     assert notes(run) == [("rank_stopped", EXIT_STOPPED)]
 
 
+@pytest.mark.timing
 def test_the_signal_does_not_wait_for_accounting(run: Run, slurm: FakeSlurm):
     (slurm.folder / "sacct").write_text("#!/bin/sh\nsleep 5\necho '7|CANCELLED by 0|n1|tiny-train'\n")
     rank = start(run, "trap 'date +%s.%N; exit 85' TERM; echo ready; while :; do sleep 0.05; done")

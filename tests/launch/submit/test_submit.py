@@ -185,11 +185,16 @@ def test_without_slurm_a_dry_run_works_and_a_submission_says_what_to_do(tmp_path
     assert "sbatch: not found" in done.err
 
 
-def test_submitting_takes_less_than_its_time_and_no_torch(tmp_path: Path, slurm: FakeSlurm):
+@pytest.mark.timing
+def test_submitting_takes_less_than_its_time(tmp_path: Path, slurm: FakeSlurm):
     write_files(tmp_path)
     # CPU seconds, and the least of them: how long other programs keep the processor is not the question.
     assert min(submit(tmp_path, slurm, "--dry-run").cpu_s for _ in range(3)) < 1.0
     assert submit(tmp_path, slurm).cpu_s < 3.0
+
+
+def test_submitting_imports_no_torch(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
     probe = (
         "import sys\nfrom pipeline.cli.main import main\n"
         "sys.argv = ['pipeline', 'submit', 'config.yaml', '--site', 'site.yaml', 'name=other']\n"

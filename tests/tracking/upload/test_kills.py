@@ -1,6 +1,7 @@
 """The real training, killed; two runs at once; a real server that goes away."""
 
 import random
+import socket
 import sys
 import time
 
@@ -158,7 +159,19 @@ def test_a_server_that_goes_away_for_a_while_is_caught_up_with_by_itself(server,
     assert told.count("Training goes on") == 1 and told.count("answers again") == 1
 
 
-def test_a_server_that_answers_after_seconds_delays_nothing_and_gets_every_point(server, tmp_path):
+@pytest.mark.timing
+def test_a_server_that_accepts_and_never_answers_delays_no_step(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(120)
+        run, config = make_run(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        tracker = begin(run, config)
+        connection, _ = silent.accept()
+        with connection:
+            assert feed(tracker, 1, 200, 0.02) < 1.0
+            tracker.close("STOPPED")
+
+
+def test_a_server_that_answers_after_seconds_gets_every_point(server, tmp_path):
     with gate(port_of(server)) as door:
         run, config = make_run(tmp_path, door.url, "name=slow")
         door.delay_s = 3.0

@@ -104,6 +104,7 @@ def test_a_main_thread_that_fails_by_itself_is_left_alone(pair: Pair) -> None:
     assert pair.exits == []
 
 
+@pytest.mark.timing
 def test_only_a_broken_collective_is_waited_for(pair: Pair) -> None:
     """Any other error is the rank's own."""
     began = time.monotonic()
@@ -144,7 +145,7 @@ def connected_among_scanners(world: World) -> tuple[str | None, float]:
     return watching.lost, took
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_what_scans_ports_does_not_end_start_up(tmp_path: Path) -> None:
     answers = processes.on_ranks(connected_among_scanners, 2, tmp_path / "log")
     assert [lost for lost, _ in answers] == [None, None]
