@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,13 +57,15 @@ def ended_in_preflight(run: Run, **requeue: int) -> Attempt:
 
 
 @pytest.fixture
-def run(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    handler = signal.getsignal(signal.SIGTERM)
     made, _ = make_run(tmp_path, monkeypatch)
     monkeypatch.setattr(attempt, "_KILLED_WITHIN_S", 0.0)  # no Slurm ends this process
     slurm.says("scontrol", "JobId=7 JobState=PENDING Partition=main NumNodes=2-2 ExcNodeList=(null)\n")
     slurm.says("scontrol", "gpu1\ngpu2\n", call=1)  # the names in the host list
     slurm.says("sinfo", nodes(gpu1="idle", gpu2="idle", gpu3="idle"))
-    return made
+    yield made
+    signal.signal(signal.SIGTERM, handler)  # a requeue ignores it, which children of this process would inherit
 
 
 def test_the_retry_keeps_away_from_a_bad_node(run: Run, slurm: FakeSlurm):
