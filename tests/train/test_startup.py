@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,10 @@ import torch
 import pipeline.train.startup as startup
 from pipeline.checkpoint.layout import published
 from pipeline.config.sections import Config
+from pipeline.data import dataset
 from pipeline.data.build.display import prepare_here
+from pipeline.data.layout import TOKENIZER
+from pipeline.data.manifest import DatasetManifest
 from pipeline.errors import DataError, PipelineError, StopRequested
 from pipeline.run.folder import run_for
 from pipeline.run.provenance import IMAGE_SHA256_VARIABLE, IMAGE_VARIABLE
@@ -81,6 +85,21 @@ def test_a_run_is_not_resumed_with_data_of_another_tokenizer(resumable: Config) 
     run_for(resumable).tokenizer_file.write_text("{}")
     with pytest.raises(DataError, match="tokenizer"), open_session(resumable):
         pass
+
+
+def test_a_resumed_start_opens_the_dataset_once(resumable: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(resumable.data.path)
+    manifest = DatasetManifest.load(folder)
+    looked_at, hashed, loaded = Counter[Path](), [], []
+    stat, sha256_file, load = Path.stat, dataset.sha256_file, DatasetManifest.load
+    monkeypatch.setattr(Path, "stat", lambda self, **options: (looked_at.update([self]), stat(self, **options))[1])
+    monkeypatch.setattr(dataset, "sha256_file", lambda file: (hashed.append(file), sha256_file(file))[1])
+    monkeypatch.setattr(DatasetManifest, "load", lambda path: (loaded.append(path), load(path))[1])
+    with open_session(resumable):
+        assert run_for(resumable).tokenizer_file.exists()
+    shards = [folder / name for shard in manifest.shards for name in shard.sizes(manifest.numpy_dtype)]
+    assert {file: looked_at[file] for file in shards} == dict.fromkeys(shards, 1)
+    assert loaded == [folder] and hashed == [folder / TOKENIZER]
 
 
 def test_a_tokenizer_file_of_the_config_must_be_that_of_the_data(trained: Trained, tmp_path: Path) -> None:

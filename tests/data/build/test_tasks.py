@@ -78,3 +78,12 @@ def test_the_progress_of_row_groups_ends_at_the_size_of_their_file(tmp_path: Pat
     (whole,) = total
     assert file.stat().st_size - 12 < whole <= file.stat().st_size
     assert max(p.done for p in seen) == whole
+
+
+def test_a_parquet_file_whose_row_groups_are_unknown_counts_whole(tmp_path: Path) -> None:
+    """Such a file is one task, and reading it reports the damage."""
+    file = write(tmp_path / "a.parquet", b"x" * 5000)
+    made = config(tmp_path / "out", [one_source(file)], slice_size_mb=0.001)
+    assert tasks.task_bytes(tasks.make_plan(made)) == [5000]
+    with pytest.raises(DataError, match=f"^{file}"):
+        prepare(made)
