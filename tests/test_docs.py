@@ -87,5 +87,6 @@ def test_the_page_of_the_run_folder_lists_every_kind_of_event():
 
 
 def kinds(event: type[Event]) -> set[str]:
-    """The kinds of this event and of all its subclasses."""
-    return {event.kind}.union(*map(kinds, event.__subclasses__())) - {""}
+    """The kinds of this event and of its subclasses in the same module; those of another module go to another file."""
+    own = [made for made in event.__subclasses__() if made.__module__ == event.__module__]
+    return {event.kind}.union(*map(kinds, own)) - {""}
