@@ -1,4 +1,4 @@
-"""Publishing files so that nobody ever sees half of one: temp + fsync + rename, and digests."""
+"""Publishing files so that half of one is never visible: temp + fsync + rename, and digests."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ class PendingCheckpoint:
         if identity.world_size > 1 and not isinstance(error, RankFailed):
             problem = f"rank {identity.rank} on {socket.gethostname()}: {problem}"
         late = False
-        with contextlib.suppress(RuntimeError):  # the store ended with rank 0, and nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the store ended with rank 0, and no rank waits any longer
             # Announced before the folder is deleted: a rank that has not heard it when its file is complete had written
             # that file before the deletion, which removes it.
             identity.store.set(self._given_up if identity.rank == 0 else self._failed, problem)

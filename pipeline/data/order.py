@@ -3,7 +3,7 @@
 Sample `n` is row `n % batch_size` of global batch `n // batch_size`. A stream of `T` tokens holds
 `W = (T - 1) // context_length` windows that do not overlap (a window needs one more token, for the last
 target). An epoch draws every window of a stream once, in the order of a keyed permutation that is computed,
-never stored. The `(T - 1) % context_length` tokens that fill no window are left out of that epoch: less than
+never stored. The `(T - 1) % context_length` tokens that fill no window are skipped in that epoch: less than
 one window per stream. Each epoch shifts the first window by a keyed random part of them, so that the
 unseen tokens differ from epoch to epoch.
 """

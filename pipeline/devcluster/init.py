@@ -18,7 +18,7 @@ def mount(*args: str) -> None:
 
 
 def main(host: str, hosts_file: str, private: list[str], ready: int) -> None:
-    """Sets up the host, writes its process id on the machine to the descriptor `ready`, and reaps orphans for ever."""
+    """Sets up the host, writes its process id on the machine to the descriptor `ready`, and reaps orphans."""
     # /proc is still the machine's own here.
     outer_pid = Path("/proc/self").readlink()
     socket.sethostname(host)

@@ -53,7 +53,7 @@ def build(
     log: Path,
     *,
     sandbox: bool,
-    say: Callable[[str], None],
+    show: Callable[[str], None],
 ) -> None:
     """Builds an image; writes Apptainer's output to the log and reports each stage.
 
@@ -64,7 +64,7 @@ def build(
         bind: The folder of the host that `%post` sees, as `APPTAINER_BIND` takes it.
         log: Overwritten.
         sandbox: Build a folder instead of a SIF file.
-        say: Called with each stage.
+        show: Called with each stage.
 
     Raises:
         PipelineError: The build or the image's own test failed.
@@ -79,7 +79,7 @@ def build(
     ):
         assert process.stdout is not None
         try:
-            _follow(process.stdout, out, say)
+            _follow(process.stdout, out, show)
         except BaseException:
             process.send_signal(signal.SIGINT)  # the only signal on which it removes its own folder
             process.wait()
@@ -91,13 +91,13 @@ def build(
         raise PipelineError(listing(f"apptainer could not build the image; the end of {log}:", [*tail, *cures]))
 
 
-def _follow(said: IO[bytes], log: IO[bytes], say: Callable[[str], None]) -> None:
+def _follow(said: IO[bytes], log: IO[bytes], show: Callable[[str], None]) -> None:
     for line in said:
         log.write(line)
         log.flush()
         for mark, step in _STEPS:
             if line.startswith(b"INFO:") and mark.encode() in line:
-                say(step)
+                show(step)
 
 
 def read_inside(image: Path, file: Path) -> str:

@@ -72,17 +72,17 @@ def build_image(base_name: str, sandbox: bool) -> Path:
     version = apptainer_version()
     with _Steps() as steps:
         image = _build(root, base, sandbox, version, steps)
-        steps.say("done")
+        steps.show("done")
     return image
 
 
 def _build(root: Path, base: Base, sandbox: bool, apptainer: str, steps: _Steps) -> Path:
     commit = commit_of(root)
     if commit.endswith(_DIRTY):
-        steps.say(f"files differ from the commit, so the image is recorded as {commit}; commit them for one to keep")
+        steps.show(f"files differ from the commit, so the image is recorded as {commit}; commit them for one to keep")
     images = _folder(root / "build" / "images")
     locks = locks_of(base.accelerator, root / CONTAINERS)
-    wheels = wheelhouse(base.accelerator, locks, root / "build" / "wheels", steps.say)
+    wheels = wheelhouse(base.accelerator, locks, root / "build" / "wheels", steps.show)
     _check_free_space(wheels, images if sandbox else _temporary_folder())
     image = images / f"pipeline-{base.name}{'' if sandbox else '.sif'}"
     temp = images / f".{image.name}.{secrets.token_hex(4)}"
@@ -95,10 +95,10 @@ def _build(root: Path, base: Base, sandbox: bool, apptainer: str, steps: _Steps)
     }
     try:
         with _context(root, wheels, locks, steps) as context:
-            steps.say(f"apptainer builds {image.name}; its output is in {log}")
+            steps.show(f"apptainer builds {image.name}; its output is in {log}")
             bind = f"{context}:/mnt:ro"
-            build(root / "Apptainer.def", temp, arguments, bind, log, sandbox=sandbox, say=steps.say)
-        steps.say("computing the checksum")
+            build(root / "Apptainer.def", temp, arguments, bind, log, sandbox=sandbox, show=steps.show)
+        steps.show("computing the checksum")
         _publish(temp, image, {**_record(base, temp, arguments), "apptainer": apptainer})
     finally:
         _remove(temp)
@@ -157,7 +157,7 @@ class _Steps:
     def __exit__(self, *error: object) -> None:
         self._clock.stop()
 
-    def say(self, what: str) -> None:
+    def show(self, what: str) -> None:
         self._console.print(f"[{time.monotonic() - self._began:4.0f} s] {what}", markup=False)
 
 
@@ -169,7 +169,7 @@ def _context(root: Path, wheels: Path, locks: list[Path], steps: _Steps) -> Iter
         (context / "wheels").mkdir()
         for wheel in wheels.iterdir():
             (context / "wheels" / wheel.name).hardlink_to(wheel)
-        steps.say("making the project's wheel")
+        steps.show("making the project's wheel")
         project_wheel(root, context / "project", wheels)
         for lock in locks:
             shutil.copy(lock, context)

@@ -37,14 +37,14 @@ def lock_digest(locks: Sequence[Path]) -> str:
     return sha256_bytes(b"".join(lock.read_bytes() for lock in locks))
 
 
-def wheelhouse(accelerator: str, locks: Sequence[Path], store: Path, say: Callable[[str], None]) -> Path:
+def wheelhouse(accelerator: str, locks: Sequence[Path], store: Path, show: Callable[[str], None]) -> Path:
     """Returns a folder with a wheel of every package in the locks; wheels are fetched once per locks and accelerator.
 
     Args:
         accelerator: `cpu`, `cuda` or `rocm`: the build of torch.
         locks: Files with one `name==version` per line.
         store: Folder of the wheelhouses.
-        say: Called with each step.
+        show: Called with each step.
 
     Raises:
         PipelineError: pip cannot fetch a wheel.
@@ -55,17 +55,17 @@ def wheelhouse(accelerator: str, locks: Sequence[Path], store: Path, say: Callab
     if house.is_dir():
         return house
     with staged_dir(house) as folder:
-        say("fetching wheels")
+        show("fetching wheels")
         pins = [part for lock in locks for part in ("--requirement", str(lock))]
         _pip("download", "--no-deps", *_target(), "--dest", str(folder), *pins)
         torch = next(folder.glob("torch-*.whl"))
         _check_torch(torch, accelerator)
         if accelerator != "cpu" and len(locks) == 1:
-            say("fetching what torch needs on this accelerator")
+            show("fetching what torch needs on this accelerator")
             only = ("--only-binary=:all:", "--find-links", str(folder), "--constraint", str(locks[0]))
             _pip("download", *only, *_target(), "--dest", str(folder), str(torch))
         for source in sorted(folder.glob("*.tar.gz")):
-            say(f"building a wheel of {source.name}")
+            show(f"building a wheel of {source.name}")
             _build_wheel(source, folder)
             source.unlink()
     return house

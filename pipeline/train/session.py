@@ -89,7 +89,7 @@ class Session:
     tokens_seen: int
     """Tokens trained on since the first start."""
     unread: deque[tuple[int, PendingNumbers]] = field(default_factory=deque)
-    """Steps whose numbers nobody has read yet, oldest first."""
+    """Steps whose numbers have not been read yet, oldest first."""
     evaluation: Evaluation | None = None
     """The last validation of this start."""
     saves: list[Saved] = field(default_factory=list)

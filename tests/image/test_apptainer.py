@@ -31,7 +31,7 @@ def apptainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
         told: list[str] = []
         arguments = {"BOOTSTRAP": "docker", "FROM": "debian@sha256:0"}
-        build(Path("a.def"), Path("a.sif"), arguments, "/w:/mnt:ro", tmp_path / "log", sandbox=False, say=told.append)
+        build(Path("a.def"), Path("a.sif"), arguments, "/w:/mnt:ro", tmp_path / "log", sandbox=False, show=told.append)
         return told
 
     return run
@@ -69,7 +69,7 @@ def test_a_failed_build_ends_with_the_last_lines_of_its_output_and_the_cure(
 def test_a_sandbox_needs_no_options_of_a_sif(tmp_path: Path, apptainer: Callable[..., list[str]]):
     apptainer()
     reported: list[str] = []
-    build(Path("a.def"), Path("box"), {}, "/w:/mnt", tmp_path / "log", sandbox=True, say=reported.append)
+    build(Path("a.def"), Path("box"), {}, "/w:/mnt", tmp_path / "log", sandbox=True, show=reported.append)
     assert (tmp_path / "log").read_text().splitlines()[0] == "/w:/mnt build --sandbox box a.def"
 
 

@@ -1,4 +1,4 @@
-"""What readers hand on: documents in chunks, with bad and blank ones left out, and the spans between them."""
+"""The output of readers: documents in chunks, without bad and blank ones, and the spans between them."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def _unpacked(raw: BinaryIO, codec: _Codec) -> Iterator[bytes]:
     """Yields the content of all members, with each one's checksum checked at its end.
 
     Libraries that read several members themselves hide damage in different ways: Arrow's reader returns what it had
-    before an error again, for ever; Python's takes a damaged second stream of xz for bytes behind the archive.
+    before an error again, forever; Python's takes a damaged second stream of xz for bytes behind the archive.
     """
     size = os.fstat(raw.fileno()).st_size
     rest = raw.read(codec.feed)

@@ -22,6 +22,7 @@ from typing import Literal
 from pipeline.checkpoint.layout import published, step_of
 from pipeline.data.layout import published_slices
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, PipelineError
+from pipeline.launch.job.requeue import requeue
 from pipeline.launch.job.spec import Attempt, this_attempt
 from pipeline.launch.slurm import client as slurm
 from pipeline.launch.slurm import job_records
@@ -40,9 +41,6 @@ from pipeline.run.events import (
 )
 from pipeline.run.world import DEADLINE_VARIABLE
 
-# Slurm kills the batch script after requeueing the job; a script that ends earlier looks like the end of the job.
-_KILLED_WITHIN_S = 120.0
-_REQUEUE_TRIES, _REQUEUE_WAIT_S = 30, 5.0
 # The signal comes at most a quarter of a short time limit before its end.
 _LIMIT_IS_NEAR = 0.25
 # srun returns these after killing ranks that had no signal handler yet.
@@ -108,7 +106,8 @@ def end(attempt: Attempt, code: int) -> int:
     if lost:
         _event(attempt, NodeLost(job=attempt.job, nodes=lost))
     _event(attempt, Requeued(job=attempt.job, reason=verdict.reason))
-    _requeue(attempt, nodes, sorted({*lost, *_lost_before(attempt), *_named_by_preflight(attempt)}))
+    if not requeue(attempt, nodes, sorted({*lost, *_lost_before(attempt), *_named_by_preflight(attempt)})):
+        _give_up(attempt, "the job could not be requeued; submit it again: it resumes from its last checkpoint")
     return verdict.status
 
 
@@ -207,47 +206,6 @@ def _lost_before(attempt: Attempt) -> list[str]:
 
 def _named_by_preflight(attempt: Attempt) -> list[str]:
     return [node for event in _events(attempt).of(BadNode) for node in event.nodes]
-
-
-def _requeue(attempt: Attempt, nodes: list[str], exclude: list[str]) -> None:
-    """Requeues the job and waits to be killed; retries while the controller does not answer."""
-    # Slurm sends TERM to the batch script as soon as the job is requeued; the rest takes less than KillWait.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for _ in range(_REQUEUE_TRIES):
-        try:
-            slurm.call("scontrol", "requeue", attempt.raw_job)
-            break
-        except slurm.SlurmError as error:
-            print(f"pipeline: {error}; trying again", file=sys.stderr, flush=True)
-            time.sleep(_REQUEUE_WAIT_S)
-    else:
-        _give_up(attempt, "the job could not be requeued; submit it again: it resumes from its last checkpoint")
-        return
-    if exclude and attempt.site.requeue.exclude_lost_nodes:
-        _exclude(attempt, nodes, exclude)
-    time.sleep(_KILLED_WITHIN_S)
-
-
-def _exclude(attempt: Attempt, nodes: list[str], bad: list[str]) -> None:
-    """Excludes bad nodes from the waiting job if enough nodes of its kind are left.
-
-    Slurm accepts this change for waiting jobs only.
-    """
-    job = slurm.show(attempt.raw_job) or {}
-    before = job.get("ExcNodeList", "(null)")
-    excluded = {*bad, *(slurm.hostnames(before) if before != "(null)" else [])}
-    left = slurm.usable_nodes(job.get("Partition", ""), like=nodes) - excluded
-    needed = int(job.get("NumNodes", "1").partition("-")[0])
-    if len(left) < needed:
-        print(
-            f"pipeline: {', '.join(bad)} not excluded: only {len(left)} other nodes of this kind are left",
-            file=sys.stderr,
-        )
-        return
-    try:
-        slurm.call("scontrol", "update", f"JobId={attempt.raw_job}", f"ExcNodeList={','.join(sorted(excluded))}")
-    except slurm.SlurmError as error:
-        print(f"pipeline: {', '.join(bad)} could not be excluded: {error}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import EXIT_STOPPED, EXIT_USAGE
-from pipeline.launch.job import attempt
+from pipeline.launch.job import attempt, requeue
 from pipeline.launch.job.spec import Attempt, Task
 from pipeline.launch.site import Site
 from pipeline.launch.slurm import job_records
@@ -60,7 +60,7 @@ def ended_in_preflight(run: Run, **requeue: int) -> Attempt:
 def run(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     handler = signal.getsignal(signal.SIGTERM)
     made, _ = make_run(tmp_path, monkeypatch)
-    monkeypatch.setattr(attempt, "_KILLED_WITHIN_S", 0.0)  # no Slurm ends this process
+    monkeypatch.setattr(requeue, "_KILLED_WITHIN_S", 0.0)  # no Slurm ends this process
     slurm.says("scontrol", "JobId=7 JobState=PENDING Partition=main NumNodes=2-2 ExcNodeList=(null)\n")
     slurm.says("scontrol", "gpu1\ngpu2\n", call=1)  # the names in the host list
     slurm.says("sinfo", nodes(gpu1="idle", gpu2="idle", gpu3="idle"))
@@ -215,7 +215,7 @@ def test_a_job_is_restarted_as_often_as_the_site_allows(run: Run, slurm: FakeSlu
 
 
 def test_a_requeue_waits_for_a_controller_that_is_away(run: Run, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attempt, "_REQUEUE_WAIT_S", 0.01)
+    monkeypatch.setattr(requeue, "_REQUEUE_WAIT_S", 0.01)
     for call in (2, 3):
         slurm.says("scontrol", err="scontrol: error: Unable to contact slurm controller\n", status=1, call=call)
     attempt.end(began(run), EXIT_STOPPED)
