@@ -12,7 +12,7 @@ from tests.cli.test_main import ROOT
 PARENT = """
 import signal, subprocess, sys, time
 from pipeline.processes import end_with_parent
-child = subprocess.Popen(["sleep", "60"], preexec_fn=end_with_parent(signal.SIGTERM))
+child = subprocess.Popen(["sleep", "60"], preexec_fn=end_with_parent(signal.SIGKILL))
 print(child.pid, flush=True)
 time.sleep(60)
 """

@@ -112,6 +112,13 @@ def test_a_checkpoint_that_already_exists_needs_no_space(tmp_path: Path, monkeyp
     assert disk_check(config).found.startswith("2 more ")
 
 
+def test_a_short_run_needs_space_for_its_own_checkpoints_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _, config = make_run(tmp_path, monkeypatch)
+    for interval, expected in ((100, "2 more "), (60, "3 more "), (10, "5 more ")):
+        train = config.train.model_copy(update={"checkpoint_interval": interval})
+        assert disk_check(config.model_copy(update={"train": train})).found.startswith(expected)
+
+
 def test_missing_sources_a_cut_shard_and_a_missing_image_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_files(
         tmp_path, {**CONFIG, "data": {**CONFIG["data"], "sources": [{"name": "t", "paths": ["nothing/*.txt"]}]}}

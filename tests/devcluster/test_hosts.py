@@ -47,6 +47,19 @@ def test_the_environment_puts_the_clients_first_once(settings: Settings, monkeyp
     assert found["PATH"] == f"{settings.bin}:/usr/bin" and found["SLURM_CONF"] == str(settings.conf)
 
 
+def test_a_network_command_that_fails_is_an_error_with_its_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    program = tmp_path / "nsenter"
+    program.write_text(
+        f"#!/bin/sh\ncat >{tmp_path}/lines\ngrep -q up {tmp_path}/lines && exit\necho no link >&2; exit 1\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    hosts._ip(1, ["link set lo up", "link set eth0 up"])
+    assert (tmp_path / "lines").read_text() == "link set lo up\nlink set eth0 up\n"
+    with pytest.raises(PipelineError, match=r"ip: no link$"):
+        hosts._ip(1, ["link delete n1"])
+
+
 def test_a_wait_that_fails_ends_with_the_last_lines_of_the_log(tmp_path: Path):
     log = tmp_path / "log"
     log.write_text("".join(f"line {n}\n" for n in range(20)))

@@ -15,7 +15,9 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.image.build import _check_free_space, _publish, commit_of
+from pipeline.files import sha256_bytes
+from pipeline.image.base import Base
+from pipeline.image.build import _check_free_space, _publish, _record, commit_of
 from pipeline.image.record import digest, read_record, record_file, write_record
 from tests.cli.test_main import ROOT
 
@@ -72,6 +74,17 @@ def test_too_little_space_is_refused_before_the_build(tmp_path: Path, monkeypatc
         monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
         with pytest.raises(UsageError, match=f"{tmp_path}: 0.9 GB .*APPTAINER_TMPDIR") if refused else nullcontext():
             _check_free_space(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("digest", ["sha256:0", None])
+def test_a_base_without_a_digest_is_recorded_by_its_list_of_packages(monkeypatch: pytest.MonkeyPatch, digest):
+    monkeypatch.setattr("pipeline.image.build.read_inside", lambda image, file: f"{file.stem}=1\nother=2\n")
+    base = Base("cpu", {"BOOTSTRAP": "debootstrap", "FROM": "debian", "ACCELERATOR": "cpu"}, digest)
+    record = _record(base, Path("a.sif"), {"VERSION": "1", "COMMIT": "abc", "LOCK": "def"})
+    by_packages = f"sha256:{sha256_bytes(b'system-packages=1' + bytes([10]) + b'other=2' + bytes([10]))}"
+    assert record["base"] == {"bootstrap": "debootstrap", "name": "debian", "digest": digest or by_packages}
+    assert record["python_packages"] == ["python-packages=1", "other=2"]
+    assert record["system_packages"] == ["system-packages=1", "other=2"]
 
 
 def test_a_record_never_stands_beside_another_image(tmp_path: Path):
