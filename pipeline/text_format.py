@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def short(value: float) -> str:
-    """A rate in three or four characters: 12.3k."""
+    """Returns a rate in a few characters, for example `12.3k`."""
     for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.1f}{unit}"
@@ -20,7 +20,7 @@ def figure(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03."""
+    """Returns hours, minutes and seconds, for example `1:02:03`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -36,8 +36,15 @@ def gigabytes(size: float, digits: int = 1) -> str:
     return f"{size / 1e9:.{digits}f} GB"
 
 
+def rounded_duration(seconds: float) -> str:
+    """Returns a duration in its largest useful unit, for example `90 s`, `45 min` or `3.2 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def byte_characters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    """Returns the printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]

@@ -1,4 +1,4 @@
-"""What happens to a run: every kind of event with its fields, the one writer and the one reader of events.jsonl.
+"""Every kind of event with its fields, and the only writer and reader of events.jsonl.
 
 The kinds of launch/attempts.jsonl, which only the launcher reads, are in launch/slurm/job_records.py.
 """
@@ -25,10 +25,7 @@ def _optional() -> Any:
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened; subclasses are frozen dataclasses.
-
-    Every field has a default, so that events of older versions can be read.
-    """
+    """Something that happened, as a frozen dataclass; every field has a default, so that older events can be read."""
 
     kind: ClassVar[str] = ""
     time: float = 0.0

@@ -9,8 +9,8 @@ from typing import Any
 
 from pipeline.config.load import dump_config, parse_config
 from pipeline.config.sections import Config
-from pipeline.errors import PipelineError, UsageError
-from pipeline.files import read_json, write_json, write_text
+from pipeline.errors import UsageError, listing
+from pipeline.files import naming, read_json, write_json, write_text
 
 # What the weights after step t are a function of. Everything else (intervals, ZeRO stage, micro-batch,
 # device, tracking ...) may change between two starts of one run.
@@ -40,6 +40,16 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+class _Below:
+    """A path of the run folder, relative to it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: Run, owner: type[Run]) -> Path:
+        return run.path / self._name
+
+
 @dataclass(frozen=True)
 class Run:
     """Paths of one run, all below its folder."""
@@ -51,102 +61,61 @@ class Run:
         """Name of the run."""
         return Path(os.path.abspath(self.path)).name  # noqa: PTH100  # `.` has no name; a link keeps its own
 
-    @property
-    def config_file(self) -> Path:
-        """The resolved config."""
-        return self.path / "config.yaml"
-
-    @property
-    def provenance_file(self) -> Path:
-        """Commit, package versions, hosts, dataset digest: one entry a start."""
-        return self.path / "provenance.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        """A line a logged step; the source of truth."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def events_file(self) -> Path:
-        """Started, resumed, checkpointed, stopped, finished ..."""
-        return self.path / "events.jsonl"
-
-    @property
-    def mlflow_file(self) -> Path:
-        """Id of the MLflow run and how far it has been fed."""
-        return self.path / "mlflow.json"
-
-    @property
-    def tracking(self) -> Path:
-        """What tracking needs between two starts: locks, repeated lines, system metrics of each node."""
-        return self.path / "tracking"
-
-    @property
-    def tokenizer_file(self) -> Path:
-        """The tokenizer.json the run was trained with."""
-        return self.path / "tokenizer.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """One folder a checkpoint, visible only when whole."""
-        return self.path / "checkpoints"
-
-    @property
-    def bad_batches(self) -> Path:
-        """What the guards set aside: one JSON file a batch."""
-        return self.path / "bad_batches"
-
-    @property
-    def samples(self) -> Path:
-        """Generated text."""
-        return self.path / "samples"
-
-    @property
-    def code(self) -> Path:
-        """The code that was submitted, so that editing the checkout cannot change a queued job."""
-        return self.path / "code"
-
-    @property
-    def exports(self) -> Path:
-        """Models in the formats of other programs."""
-        return self.path / "export"
-
-    @property
-    def evaluation_file(self) -> Path:
-        """The result of the last `pipeline evaluate`."""
-        return self.path / "evaluation.json"
-
-    @property
-    def launch(self) -> Path:
-        """What jobs are made of: batch scripts, what submitit keeps, and the two files below."""
-        return self.path / "launch"
-
-    @property
-    def jobs_file(self) -> Path:
-        """The Slurm jobs that were submitted for the run."""
-        return self.launch / "jobs.json"
-
-    @property
-    def attempts_file(self) -> Path:
-        """What became of every attempt of a job; a line each time."""
-        return self.launch / "attempts.jsonl"
-
-    @property
-    def logs(self) -> Path:
-        """What jobs printed: a folder a Slurm job, a file an attempt and rank."""
-        return self.path / "logs"
-
-    @property
-    def report_file(self) -> Path:
-        """The self-contained report page."""
-        return self.path / "report.html"
+    config_file = _Below("config.yaml")
+    """The resolved config."""
+    provenance_file = _Below("provenance.json")
+    """Commit, package versions, hosts, dataset digest: one entry per start."""
+    metrics_file = _Below("metrics.jsonl")
+    """One line per logged step; the source of truth."""
+    events_file = _Below("events.jsonl")
+    """Started, resumed, checkpointed, stopped, finished ..."""
+    mlflow_file = _Below("mlflow.json")
+    """Id of the MLflow run and how far it has been fed."""
+    tracking = _Below("tracking")
+    """State of tracking between two starts: locks, repeated lines, system metrics of each node."""
+    system_metrics = _Below("tracking/system")
+    """One journal of system metrics per node."""
+    repeated_file = _Below("tracking/repeated.jsonl")
+    """Published lines that training is about to repeat."""
+    environment_file = _Below("tracking/environment.txt")
+    """The installed packages."""
+    checkpoint_list = _Below("tracking/checkpoints.json")
+    """The published checkpoints, as an artifact for MLflow."""
+    state_lock = _Below("tracking/state.lock")
+    """Held while mlflow.json changes."""
+    upload_lock = _Below("tracking/upload.lock")
+    """Held while a process feeds MLflow."""
+    tokenizer_file = _Below("tokenizer.json")
+    """The tokenizer.json the run was trained with."""
+    checkpoints = _Below("checkpoints")
+    """One folder per checkpoint, visible only when complete."""
+    bad_batches = _Below("bad_batches")
+    """The batches that the guards reported: one JSON file per batch."""
+    samples = _Below("samples")
+    """Generated text."""
+    code = _Below("code")
+    """A copy of the submitted code, so that editing the checkout cannot change a queued job."""
+    exports = _Below("export")
+    """Models in the formats of other programs."""
+    evaluation_file = _Below("evaluation.json")
+    """The result of the last `pipeline evaluate`."""
+    launch = _Below("launch")
+    """Batch scripts, submitit's files and the two files below."""
+    jobs_file = _Below("launch/jobs.json")
+    """The Slurm jobs that were submitted for the run."""
+    attempts_file = _Below("launch/attempts.jsonl")
+    """The outcome of every attempt of a job: one line per record."""
+    logs = _Below("logs")
+    """Output of jobs: one folder per Slurm job, one file per attempt and rank."""
+    report_file = _Below("report.html")
+    """The self-contained report page."""
 
     def config(self) -> Config:
-        """The config the run was made with."""
+        """Returns the config that the run was created with."""
         return parse_config(self.config_file.read_text(encoding="utf-8"), source=str(self.config_file))
 
     def provenance(self) -> list[dict[str, Any]]:
-        """One entry a start of the run, oldest first."""
+        """Returns one entry per start of the run, oldest first."""
         return read_json(self.provenance_file)["starts"] if self.provenance_file.exists() else []
 
     def add_provenance(self, start: dict[str, Any]) -> None:
@@ -155,12 +124,12 @@ class Run:
 
 
 def run_for(config: Config) -> Run:
-    """The run a config names, whether it exists or not."""
+    """Returns the run that a config names, whether it exists or not."""
     return Run(Path(config.runs_dir) / config.name)
 
 
 def open_run(path: str | Path) -> Run:
-    """An existing run, by its folder.
+    """Returns the existing run in a folder.
 
     Raises:
         UsageError: There is no run at this place.
@@ -175,14 +144,14 @@ def open_run(path: str | Path) -> Run:
 
 
 def create_run(config: Config) -> Run:
-    """Makes the run folder, or opens it where the run exists already.
+    """Creates the run folder, or opens it if the run exists.
 
     Raises:
         UsageError: The run exists with settings that would change what is trained.
         PipelineError: The folder cannot be written.
     """
     run = run_for(config)
-    try:
+    with naming(run.path, "the run folder cannot be written", "choose another `runs_dir`"):
         run.path.mkdir(parents=True, exist_ok=True)
         if not os.access(run.path, os.W_OK):
             raise PermissionError(13, "Permission denied")
@@ -191,29 +160,18 @@ def create_run(config: Config) -> Run:
         if not run.config_file.exists() or run.config() != config:
             write_text(run.config_file, dump_config(config))
         run.checkpoints.mkdir(exist_ok=True)
-    except OSError as error:
-        raise PipelineError(
-            f"{run.path}: the run folder cannot be written ({error.strerror}); choose another `runs_dir`"
-        ) from error
     return run
 
 
 def _refuse_other_experiment(run: Run, config: Config) -> None:
     old, new = run.config(), config
     changed = [
-        f"  {section}.{field}: {getattr(before, field)!r} in the run, {getattr(after, field)!r} asked for"
+        f"{section}.{field}: {getattr(before, field)!r} in the run, {getattr(after, field)!r} asked for"
         for section in (*_FIXED_SECTIONS, *_FIXED_FIELDS)
         for before, after in [(getattr(old, section), getattr(new, section))]
         for field in _FIXED_FIELDS.get(section, type(before).model_fields)
         if getattr(before, field) != getattr(after, field)
     ]
     if changed:
-        raise UsageError(
-            "\n".join(
-                [
-                    f"{run.path}: this run exists with other settings; going on with these would train something else:",
-                    *changed,
-                    "Give the new experiment another `name`, or remove the folder.",
-                ]
-            )
-        )
+        title = f"{run.path}: this run exists with other settings; resuming with these would train a different model:"
+        raise UsageError(listing(title, changed, "Give the new experiment another `name`, or remove the folder."))

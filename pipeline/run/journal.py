@@ -21,17 +21,14 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Line:
-    """One whole line of a journal.
-
-    Attributes:
-        record: The parsed object.
-        raw: The bytes of the line, its newline included.
-        end: Offset of the byte after the line.
-    """
+    """One whole line of a journal."""
 
     record: dict[str, Any]
+    """The parsed object."""
     raw: bytes
+    """The bytes of the line, its newline included."""
     end: int
+    """Offset of the byte after the line."""
 
 
 def encode(record: Mapping[str, Any]) -> bytes:

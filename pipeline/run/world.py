@@ -17,21 +17,18 @@ DEADLINE_VARIABLE = "PIPELINE_DEADLINE"
 
 @dataclass(frozen=True)
 class World:
-    """One process among those that train together.
-
-    Attributes:
-        rank: Number of this process.
-        local_rank: Its number on its node: the GPU it takes.
-        size: Number of processes.
-        master_addr: Where rank 0 listens.
-        master_port: Its port.
-    """
+    """One process among those that train together."""
 
     rank: int = 0
+    """Number of this process."""
     local_rank: int = 0
+    """Its number on its node: the GPU it takes."""
     size: int = 1
+    """Number of processes."""
     master_addr: str = "127.0.0.1"
+    """Where rank 0 listens."""
     master_port: int = 0
+    """Its port."""
 
     @property
     def is_first(self) -> bool:

@@ -33,7 +33,7 @@ class History:
 
     def __init__(self, run: Run, step: int) -> None:
         self._run = run
-        self._pending_file = run.tracking / "repeated.jsonl"
+        self._pending_file = run.repeated_file
         self.reached = 0
         self.last_time: float | None = None
         self._step = step

@@ -35,7 +35,7 @@ class NodeSampler:
 
     def __init__(self, run: Run, node: str, interval_s: float = _INTERVAL_S) -> None:
         self._node = re.sub(r"[^A-Za-z0-9_.-]", "_", node)
-        self._file = run.tracking / "system" / f"{self._node}.jsonl"
+        self._file = run.system_metrics / f"{self._node}.jsonl"
         self._interval_s = interval_s
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)

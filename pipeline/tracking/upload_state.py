@@ -33,50 +33,43 @@ class Retry(BaseModel):
 
 
 class StoreState(BaseModel):
-    """How far one store has been fed.
-
-    Attributes:
-        run_id: Id of the MLflow run; None before it was made.
-        sent: Bytes of metrics.jsonl the store has acknowledged.
-        sending: Bytes of metrics.jsonl that may have arrived: never less than `sent`.
-        system: The same for the file of each node's system metrics.
-        files: SHA-256 of every artifact the store has, by its name.
-        status: Status the store was told last.
-    """
+    """How far one store has been fed."""
 
     run_id: str | None = None
+    """Id of the MLflow run; None before it was made."""
     sent: int = 0
+    """Bytes of metrics.jsonl the store has acknowledged."""
     sending: int = 0
+    """Bytes of metrics.jsonl that may have arrived: never less than `sent`."""
     system: dict[str, int] = {}
+    """The same for the file of each node's system metrics."""
     files: dict[str, str] = {}
+    """SHA-256 of every artifact the store has, by its name."""
     status: str | None = None
+    """Status the store was told last."""
 
 
 class State(BaseModel):
-    """All that has to survive a kill.
-
-    Attributes:
-        identity: Given to the MLflow run as a tag before anything else, so that a run whose id was lost is found again.
-        generation: Raised whenever metrics.jsonl is cut or a retry begins: a batch that was read before does not move
-            the position, and is not sent if it has not left yet.
-        attempt: How often the run was started.
-        status: How the last process ended, RUNNING until then; STOPPED where a scheduler will start the next one.
-        ended: When it closed, in Unix seconds.
-        retries: See `Retry`.
-        dataset: What the first start said about the data.
-        store: Address of the store that is fed by default.
-        stores: How far each store has been fed, by its address (which never holds a password).
-    """
+    """All that has to survive a kill."""
 
     identity: str
+    """Given to the MLflow run as a tag before anything else, so that a run whose id was lost is found again."""
     generation: int = 0
+    """Raised whenever metrics.jsonl is cut or a retry begins: a batch read before that is no longer valid."""
     attempt: int = 0
+    """How often the run was started."""
     status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED", "STOPPED"] = "RUNNING"
+    """How the last process ended, RUNNING until then; STOPPED where a scheduler will start the next one."""
     ended: float | None = None
+    """When it closed, in Unix seconds."""
     retries: list[Retry] = []
+    """See `Retry`."""
     dataset: dict[str, Any] = {}
+    """What the first start said about the data."""
     store: str | None = None
+    """Address of the store that is fed by default."""
     stores: dict[str, StoreState] = {}
+    """How far each store has been fed, by its address (which never holds a password)."""
 
     def of(self, uri: str) -> StoreState:
         """The state of one store, begun where there is none."""
@@ -115,7 +108,7 @@ def _first(error: ValidationError) -> str:
 
 def settled(run: Run) -> State:
     """The state while nobody is changing it: metrics.jsonl, as it is read afterwards, is at least as new."""
-    with file_lock(run.tracking / "state.lock"):
+    with file_lock(run.state_lock):
         return load(run)
 
 
@@ -127,7 +120,7 @@ def update(run: Run, change: Callable[[State], None], then: Callable[[], None] |
         change: Changes the state it is given.
         then: What must follow the publishing before anybody else goes on.
     """
-    with file_lock(run.tracking / "state.lock"):
+    with file_lock(run.state_lock):
         state = load(run)
         change(state)
         write_json(run.mlflow_file, state.model_dump(mode="json"))

@@ -88,7 +88,7 @@ def find_runs(paths: Sequence[str]) -> list[Run]:
     found: list[Run] = []
     for path in paths:
         inside = sorted(Path(path).glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
-        if (Path(path) / "config.yaml").is_file() or not inside:
+        if Run(Path(path)).config_file.is_file() or not inside:
             found.append(open_run(path))
         else:
             found += [Run(p.parent) for p in inside]

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError, UsageError
-from pipeline.files import read_json, write_text
+from pipeline.errors import UsageError
+from pipeline.files import naming, read_json, write_text
 from pipeline.run import journal
 from pipeline.run.events import Checkpointed, EventLog, Ready, Repeating, StartBegan, UnknownEvent
 from pipeline.run.folder import Run
-from pipeline.text_format import short
+from pipeline.text_format import rounded_duration, short
 from pipeline.tracking.goodput import goodput
 from pipeline.tracking.report import page
 from pipeline.tracking.report.charts import Curve, Series, goodput_chart, line_chart, time_chart, to_html
@@ -61,10 +61,8 @@ def write_report(runs: Sequence[Run], output: Path | None = None) -> Path:
         sections = [_comparison(series), _differences(runs, series), *sections]
     parts = [*([_tiles(runs[0], series[0])] if alone else []), page.grid(sections)]
     target = output or runs[0].report_file
-    try:
+    with naming(target, "cannot be written", "choose another --output"):
         write_text(target, page.page(title, f"made {made} by pipeline report", get_plotlyjs(), parts))
-    except OSError as error:
-        raise PipelineError(f"{target}: cannot be written ({error.strerror}); choose another --output") from error
     return target
 
 
@@ -125,7 +123,7 @@ def _tiles(run: Run, series: Series) -> str:
         figures.append(("tokens seen", short(series.curves["train/tokens_seen"].values[-1])))
     if series.goodput is not None:
         figures.append(("goodput", f"{100 * series.goodput.fraction:.1f}%"))
-        figures.append(("wall time", _duration(series.goodput.wall_s)))
+        figures.append(("wall time", rounded_duration(series.goodput.wall_s)))
     figures.append(("restarts and rollbacks", str(len(series.restarts))))
     return page.tiles(figures)
 
@@ -137,7 +135,7 @@ def _comparison(series: Sequence[Series]) -> str:
         speed = s.curves.get("train/tokens_per_s")
         middle = f"{sorted(speed.values)[len(speed.values) // 2]:,.0f}" if speed else ""
         last = max((c.steps[-1] for c in s.curves.values()), default=0)
-        good = f"{100 * s.goodput.fraction:.1f}% of {_duration(s.goodput.wall_s)}" if s.goodput else ""
+        good = f"{100 * s.goodput.fraction:.1f}% of {rounded_duration(s.goodput.wall_s)}" if s.goodput else ""
         rows.append([s.name, f"{last:,}", *losses, middle, good, str(len(s.restarts))])
     head = ["run", "step", "training loss", "validation loss", "tokens/s (median)", "goodput", "restarts"]
     return page.section("Runs", page.table(head, rows), wide=True)
@@ -166,7 +164,7 @@ def _details(runs: Sequence[Run], series: Sequence[Series]) -> list[str]:
         made.append(page.section(f"Starts, stops and incidents{of}", _incidents(run)))
         made.append(page.section(f"Provenance{of}", _provenance(run)))
         config = run.config_file.read_text(encoding="utf-8")
-        made.append(page.section(f"Config{of}", page.folded("config.yaml", config), wide=True))
+        made.append(page.section(f"Config{of}", page.folded(run.config_file.name, config), wide=True))
         saved = [[f"{c['step']:,}", c["path"], (c["digest"] or "")[:16]] for c in checkpoints(run)]
         if saved:
             table = page.table(["step", "path", "SHA-256 of its manifest"], saved[-20:])
@@ -217,9 +215,3 @@ def _provenance(run: Run) -> str:
     values = dict(flatten(starts[-1]))
     rows = [[k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)] for k, v in values.items()]
     return page.table([f"start {len(starts)} of {len(starts)}", ""], rows)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -110,8 +110,8 @@ def files(run: Run) -> Iterator[tuple[Path, str | None]]:
         run.config_file,
         run.provenance_file,
         run.tokenizer_file,
-        run.tracking / "environment.txt",
-        run.tracking / "checkpoints.json",
+        run.environment_file,
+        run.checkpoint_list,
         run.evaluation_file,
         run.events_file,
         run.report_file,
@@ -140,4 +140,4 @@ def dataset(run: Run, config: Config, given: Mapping[str, Any]) -> tuple[str, st
 def write_environment(run: Run) -> None:
     """Lists the installed packages; environment variables are left out, they may hold secrets."""
     lines = sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions() if d.metadata["Name"]})
-    write_text(run.tracking / "environment.txt", "\n".join(lines) + "\n")
+    write_text(run.environment_file, "\n".join(lines) + "\n")

@@ -135,7 +135,7 @@ class Feed:
 
     def _send_system(self, store: Store, run_id: str, pause: Callable[[float], bool]) -> int:
         sent = 0
-        for file in sorted((self._run.tracking / "system").glob("*.jsonl")):
+        for file in sorted(self._run.system_metrics.glob("*.jsonl")):
             offset = upload_state.load(self._run).of(self._uri).system.get(file.stem, 0)
             if offset > journal.size(file):  # it was lost or began anew; what is sent twice is stored once
                 offset = 0
@@ -220,7 +220,7 @@ class Feed:
 
     def _send_files(self, store: Store, run_id: str) -> None:
         made = describe.checkpoints(self._run)
-        listing = self._run.tracking / "checkpoints.json"
+        listing = self._run.checkpoint_list
         if made and (not listing.exists() or read_json(listing) != made):
             write_json(listing, made)
         there = upload_state.load(self._run).of(self._uri).files
@@ -278,7 +278,7 @@ class UploadLock:
 
     def __init__(self, run: Run) -> None:
         run.tracking.mkdir(parents=True, exist_ok=True)
-        self._path: Path = run.tracking / "upload.lock"
+        self._path = run.upload_lock
 
     def acquire(self) -> int | None:
         """An open file that holds the lock (close it to let go), or None where another process has it."""

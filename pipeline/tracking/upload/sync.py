@@ -28,21 +28,18 @@ _LOCK_WAIT_S = 120.0
 
 @dataclass(frozen=True)
 class Synced:
-    """What `sync` did.
-
-    Attributes:
-        uri: The store, None where the run has `tracking.uri: none`.
-        run_id: Id of the MLflow run.
-        points: Points sent now.
-        status: Status the MLflow run has.
-        alive: Whether a process is still training, and so will send more.
-    """
+    """What `sync` did."""
 
     uri: str | None
+    """The store, None where the run has `tracking.uri: none`."""
     run_id: str | None
+    """Id of the MLflow run."""
     points: int
+    """Points sent now."""
     status: str
+    """Status the MLflow run has."""
     alive: bool
+    """Whether a process is still training, and so will send more."""
 
     def message(self) -> str:
         """One line for a person."""
@@ -163,7 +160,7 @@ def note_killed(run: Run, attempt: int) -> None:
 
 def _last_sign(run: Run) -> float:
     """When the run's files last changed."""
-    files = [run.metrics_file, run.events_file, *(run.tracking / "system").glob("*.jsonl")]
+    files = [run.metrics_file, run.events_file, *run.system_metrics.glob("*.jsonl")]
     return max((f.stat().st_mtime for f in files if f.exists()), default=0.0)
 
 

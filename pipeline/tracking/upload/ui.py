@@ -33,15 +33,12 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers.
-
-    Attributes:
-        url: Its address.
-        process: Its first process, the leader of a process group of its own.
-    """
+    """A server that answers."""
 
     url: str
+    """Its address."""
     process: subprocess.Popen[bytes]
+    """Its first process, the leader of a process group of its own."""
 
 
 @contextlib.contextmanager
