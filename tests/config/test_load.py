@@ -62,6 +62,12 @@ def test_the_resolved_config_reads_back_equal():
     assert parse_config(dump_config(config)) == config
 
 
+def test_the_resolved_config_keeps_the_order_of_the_sections_and_stays_readable():
+    text = dump_config(load_config(DEMO, ["sample.prompt=é"]))
+    assert [line.partition(":")[0] for line in text.splitlines() if line[0].isalpha()] == list(Config.model_fields)
+    assert "prompt: é" in text
+
+
 def test_one_mistake_in_every_section_is_reported_in_one_message():
     sections = {name for name in Config.model_fields if hasattr(Config.model_fields[name].annotation, "model_fields")}
     assert sections <= set(MISTAKES), "a new section needs a mistake here"

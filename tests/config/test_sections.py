@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from pipeline.config.data_sections import SourceConfig
 from pipeline.config.load import parse_config
-from pipeline.config.sections import tracking_uri_problem
+from pipeline.config.section_base import section_of
+from pipeline.config.sections import Config, tracking_uri_problem
 from tests.config.support import problems, tree
 
 
@@ -29,6 +31,17 @@ def test_a_wrong_value_is_reported_with_what_is_allowed(changes, path, words):
     message = problems(**changes)[path]
     for word in words:
         assert word in message
+
+
+def test_the_only_source_of_a_list_is_reported_without_calling_the_list_too_short():
+    assert set(problems(**{"data.sources": [{"name": "text", "paths": []}]})) == {"data.sources.0.paths"}
+    assert set(problems(**{"data.sources": []})) == {"data.sources"}
+
+
+@pytest.mark.parametrize("section", [SourceConfig, *map(section_of, Config.model_fields.values())])
+def test_every_field_is_described_where_it_is_defined(section):
+    for name, info in (section or Config).model_fields.items():
+        assert info.description or section_of(info), name
 
 
 @pytest.mark.parametrize(
