@@ -79,7 +79,7 @@ class Ranks:
         for rank in range(len(self.processes)) if ranks is None else ranks:
             pid = self.processes[rank].pid
             if rank not in self.codes and pid is not None:
-                with contextlib.suppress(ProcessLookupError):  # it ended meanwhile; its code tells how
+                with contextlib.suppress(ProcessLookupError):  # it has just ended, and its status is still on the way
                     os.kill(pid, number)
 
     def end(self) -> None:

@@ -27,7 +27,7 @@ from pipeline.files import read_json
 from pipeline.model.flops import flops_per_token
 from pipeline.model.loss import cross_entropy
 from pipeline.run.events import Checkpointed, CheckpointFailed, Failed
-from pipeline.run.folder import step_name
+from pipeline.run.folder import CHECKPOINT_MANIFEST, step_name
 from pipeline.run.world import World
 from pipeline.train.evaluate import Evaluation
 from pipeline.train.session import Session, every
@@ -347,7 +347,7 @@ def test_a_checkpoint_is_reported_without_reading_its_manifest_again(
     monkeypatch.undo()
     run = Path(config.runs_dir) / config.name
     (saved,) = events(run, "checkpointed")
-    assert saved["digest"] == read_json(run / "checkpoints" / step_name(3) / layout.MANIFEST)["digest"]
+    assert saved["digest"] == read_json(run / "checkpoints" / step_name(3) / CHECKPOINT_MANIFEST)["digest"]
 
 
 # Largest file in bytes: enough for metrics, too little for a rank's part of a checkpoint.
