@@ -1,4 +1,4 @@
-"""What the workers of a test run share: made by the first that needs it, while the others wait."""
+"""What the workers of a test run share: made by the first worker that needs it, while the rest wait."""
 
 from __future__ import annotations
 

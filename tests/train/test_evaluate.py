@@ -82,7 +82,7 @@ def test_every_rank_calls_the_model_equally_often_and_each_chunk_counts_once(
         evaluate(model, fake_validation(7, chunk, World(rank=rank, size=size)), step=0)
     assert [model.calls for model in models] == [turns] * size
     if size > 1:
-        assert ((torch.stack(shares) != 0).sum(0) == 1).all(), "no chunk is counted twice or left out"
+        assert ((torch.stack(shares) != 0).sum(0) == 1).all(), "each chunk is counted once"
         assert float(torch.stack(shares).sum()) == pytest.approx(28 * math.log(3))
 
 

@@ -297,7 +297,7 @@ class Clock:
 @pytest.mark.parametrize(
     ("limit", "stops_at"),
     [
-        pytest.param(1045.0, 10, id="the first, which nobody has measured"),
+        pytest.param(1045.0, 10, id="the first, not measured yet"),
         pytest.param(1075.0, 20, id="the second"),
     ],
 )

@@ -140,7 +140,7 @@ def train_failing(config: str, rank: int, how: str) -> None:
         (1, "error", "rank 1 on * failed: shard 7 is gone"),
         (0, "error", "rank 0 failed: shard 7 is gone"),
         (1, "bug", "rank 1 on * failed: a bug"),
-        (1, "killed", "rank 1 on * ended without a word (killed, out of memory, or its node is gone)"),
+        (1, "killed", "rank 1 on * ended without an error message (killed, out of memory, or its node is gone)"),
     ],
 )
 def test_a_rank_that_fails_ends_the_other_within_seconds_with_its_error_last(
@@ -196,7 +196,7 @@ def test_a_rank_that_dies_during_a_save_is_recorded_once(lab: Lab, tmp_path: Pat
     assert ranks.wait(90), "a rank hangs"
     assert ranks.codes == {0: EXIT_FAILED, 1: -signal.SIGKILL}, ranks.words()
     (failed,) = events(config.parent / "runs" / config.stem, "failed")
-    assert "ended without a word" in failed["error"]
+    assert "ended without" in failed["error"]
     assert ranks.words().count("tracking is closed") == 1, "closed once, and not cut off"
     assert ranks.words().count("pipeline: error: ") == 1
 

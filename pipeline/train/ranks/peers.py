@@ -122,7 +122,7 @@ class Peers:
                     _send(connection, message)
 
     def _hear(self, stream: TextIO, who: str, tell: Callable[[str], None]) -> None:
-        lost = f"{who} ended without a word (killed, out of memory, or its node is gone)"
+        lost = f"{who} ended without an error message (killed, out of memory, or its node is gone)"
         try:
             for line in stream:
                 message = json.loads(line)

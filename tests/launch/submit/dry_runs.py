@@ -1,4 +1,4 @@
-"""The dry runs that are compared with golden files; `python -m tests.launch.submit.dry_runs` writes the files anew."""
+"""The dry runs that are compared with golden files; `python -m tests.launch.submit.dry_runs` rewrites the files."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_a_refused_sweep_leaves_nothing(tmp_path: Path, slurm: FakeSlurm):
 
 def test_an_evaluation_after_slices_waits_for_all_of_them(tmp_path: Path, slurm: FakeSlurm):
     write_files(tmp_path)
-    for seed in (1, 2):  # trained, and somebody has removed the tokens since
+    for seed in (1, 2):  # trained; the tokens were removed since
         checkpoint = tmp_path / f"runs/tiny-seed-{seed}/checkpoints/step_00000100"
         checkpoint.mkdir(parents=True)
         (checkpoint / "manifest.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""`pipeline cancel`: the jobs of a run and no others, and those of a sweep that nobody waits for any more."""
+"""`pipeline cancel`: only the jobs of the run, and those of its sweep that no other run waits for."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_job_of_another_name_under_an_old_id_is_left_alone(tmp_path: Path, slu
     assert {job["name"] for job in json.loads((tmp_path / "runs/old/launch/jobs.json").read_text())["jobs"]} == {
         "old-prepare", "old-train", "old-evaluate",
     }  # fmt: skip
-    # The cluster was made anew, and its ids begin again.
+    # A new cluster starts counting ids again.
     slurm.says("squeue", "102|RUNNING|None|||new-train\n")
     assert cancelled(tmp_path, slurm, "runs/old") == "runs/old: no job in the queue\n"
     assert slurm.calls("scancel") == []
