@@ -49,7 +49,7 @@ def test_sending_a_run_that_one_may_only_read_names_the_folder_and_the_cure(fold
         sync(run)
     sync_quietly(run)
     for message in (str(refused.value), capsys.readouterr().err):
-        assert f"{run.path}: cannot be written (Read-only file system)" in message and "that may write to it" in message
+        assert f"{run.path}: cannot be written (Read-only file system)" in message and "write access" in message
 
 
 def test_what_a_command_has_made_stands_where_mlflow_cannot_be_reached(tmp_path, capsys):

@@ -70,7 +70,7 @@ def test_without_credentials_training_ends_well_and_sync_names_what_to_set_and_t
     run, config = recorded(tmp_path, server)
     with pytest.raises(PipelineError) as refused:
         sync(run)
-    (told,) = [r.getMessage() for r in caplog.records if "Training goes on" in r.getMessage()]
+    (told,) = [r.getMessage() for r in caplog.records if "Training continues" in r.getMessage()]
     for message in (told, str(refused.value)):
         assert "asks for credentials (401)" in message and "\n" not in message
         assert server.url in message and all(name in message for name in NAMES)
@@ -88,7 +88,7 @@ def test_a_wrong_password_is_told_so_without_being_repeated(server, tmp_path, be
 
     def warned():
         heard.append("".join(capfd.readouterr()))
-        return "Training goes on" in "".join(heard)
+        return "Training continues" in "".join(heard)
 
     wait_for(warned, 120)
     feed(tracker, 1, 20, 0.01)
@@ -96,7 +96,7 @@ def test_a_wrong_password_is_told_so_without_being_repeated(server, tmp_path, be
     with pytest.raises(PipelineError) as refused:
         sync(run)
     warned()
-    (told,) = [line for line in "".join(heard).splitlines() if "Training goes on" in line]
+    (told,) = [line for line in "".join(heard).splitlines() if "Training continues" in line]
     for message in (told, str(refused.value)):
         assert "does not accept these credentials (401)" in message and all(name in message for name in NAMES)
     assert_nowhere([ADMIN, "analytical-engine"], tmp_path, *heard, str(refused.value))
