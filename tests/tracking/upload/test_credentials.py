@@ -1,4 +1,4 @@
-"""A real server that asks for a password: who may write is told apart, and no secret is written anywhere."""
+"""A real server with passwords: it tells users apart, and no secret is written anywhere."""
 
 import base64
 
@@ -36,7 +36,7 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def nobody(monkeypatch):
+def no_credentials(monkeypatch):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
 
@@ -80,7 +80,7 @@ def test_without_credentials_training_ends_well_and_sync_names_what_to_set_and_t
     assert_nowhere([PASSWORD, base64.b64encode(f"{ADMIN}:{PASSWORD}".encode()).decode()], tmp_path)
 
 
-def test_a_wrong_password_is_told_so_without_being_repeated(server, tmp_path, become, real_helper, capfd):
+def test_a_wrong_password_is_reported_without_being_repeated(server, tmp_path, become, real_helper, capfd):
     become(ADMIN, "analytical-engine")
     run, config = make_run(tmp_path, server.url)
     tracker = begin(run, config)
@@ -102,7 +102,7 @@ def test_a_wrong_password_is_told_so_without_being_repeated(server, tmp_path, be
     assert_nowhere([ADMIN, "analytical-engine"], tmp_path, *heard, str(refused.value))
 
 
-def test_a_user_who_may_not_write_is_told_so(server, tmp_path, become):
+def test_a_user_without_write_access_is_told(server, tmp_path, become):
     from mlflow import MlflowClient
     from mlflow.server import get_app_client
 
