@@ -258,7 +258,7 @@ def append(path: Path, event: E) -> E:
 
 
 def parse(record: Mapping[str, Any]) -> Event:
-    """Returns the event of one line; fields that its kind does not have are left out."""
+    """Returns the event of one line; ignores fields that its kind does not have."""
     values = {name: value for name, value in record.items() if name not in ("time", "event")}
     at = float(record.get("time") or 0.0)
     kind = _KINDS.get(str(record.get("event")))

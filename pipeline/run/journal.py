@@ -1,7 +1,7 @@
-"""Append-only JSON lines that stay readable after kill -9 at any moment.
+"""Reads and appends JSON lines that stay readable after kill -9 at any moment.
 
-A record is one line, written by one `write`. What a dying writer leaves of its last line has no newline
-at its end: readers ignore it, and the next writer cuts it off.
+One `write` writes one record as one line. A killed writer may leave a last line without a newline: readers ignore
+it, and the next writer cuts it off.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Line:
-    """One whole line of a journal."""
+    """One complete line of a journal."""
 
     record: dict[str, Any]
     """The parsed object."""
     raw: bytes
-    """The bytes of the line, its newline included."""
+    """The bytes of the line, including its newline."""
     end: int
     """Offset of the byte after the line."""
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """One record as the bytes of a line; NaN and Infinity are written as Python's json does."""
+    """Returns a record as the bytes of a line; NaN and Infinity are written as Python's json writes them."""
     return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 def read(path: Path, offset: int = 0) -> Iterator[Line]:
-    """The whole lines of a journal from a byte offset on; nothing where there is no file.
+    """Yields the complete lines of a journal from a byte offset; none where there is no file.
 
-    A last line without newline is left out, and so is a line that is no JSON object (two torn writes).
+    It skips a last line without a newline and any line that is not a JSON object (two torn writes).
     """
     try:
         source = path.open("rb")
@@ -66,7 +66,7 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
 
 
 def last(path: Path) -> dict[str, Any] | None:
-    """The last whole record, found from the end of the file."""
+    """Returns the last complete record, searching from the end of the file; None without one."""
     try:
         source = path.open("rb")
     except FileNotFoundError:
@@ -79,7 +79,7 @@ def last(path: Path) -> dict[str, Any] | None:
             source.seek(start)
             tail = source.read(end - start) + tail
             end = start
-            # The first piece may be cut by the block's border: it counts only at the start of the file.
+            # The block's edge may cut its first piece, which therefore counts only at the start of the file.
             pieces = tail.split(b"\n")[:-1]
             for raw in reversed(pieces if start == 0 else pieces[1:]):
                 record = _parse(raw)
@@ -89,7 +89,7 @@ def last(path: Path) -> dict[str, Any] | None:
 
 
 def size(path: Path) -> int:
-    """Bytes of a journal; 0 where there is no file."""
+    """Returns the size of a journal in bytes; 0 where there is no file."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -97,7 +97,7 @@ def size(path: Path) -> int:
 
 
 def repair(path: Path) -> None:
-    """Cuts off what a killed writer left of its last line."""
+    """Cuts off the incomplete last line of a killed writer."""
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -115,28 +115,28 @@ def repair(path: Path) -> None:
 
 
 def make_durable(path: Path) -> None:
-    """Waits until what is in the file now would survive a power failure."""
+    """Waits until the current contents of the file would survive a power failure."""
     if path.exists():
         fsync_file(path)
 
 
 def replace(path: Path, lines: Iterable[bytes]) -> None:
-    """Publishes a journal anew; a writer that still has the old file open can no longer be seen."""
+    """Publishes a new journal; readers no longer see what a writer adds to the old file."""
     write_bytes(path, b"".join(lines))
 
 
 class Writer:
-    """Appends records to one file that no other process writes to."""
+    """Appends records to a file that no other process writes to."""
 
     def __init__(self, path: Path) -> None:
         repair(path)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, raw: bytes) -> None:
-        """Appends whole lines by one write.
+        """Appends complete lines with one write.
 
         Raises:
-            OSError: The disk is full or failing; nothing of the lines stays in the file.
+            OSError: The disk is full or failing; no part of the lines stays in the file.
         """
         before = os.fstat(self._fd).st_size
         written = os.write(self._fd, raw)
@@ -164,12 +164,12 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     """Appends one record to a file that several processes write to.
 
     Raises:
-        OSError: It cannot be written whole; readers ignore what is there of it.
+        OSError: It cannot be written completely; readers ignore the part that was written.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         before = os.fstat(fd).st_size
-        # The file has several writers, so a torn end is not cut off but closed by a newline: readers skip it.
+        # With several writers a torn end cannot be cut off: a newline closes it, and readers skip it.
         torn = before > 0 and os.pread(fd, 1, before - 1) != b"\n"
         raw = (b"\n" if torn else b"") + encode(record)
         if os.write(fd, raw) != len(raw):

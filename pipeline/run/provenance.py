@@ -1,4 +1,4 @@
-"""What made a run: commit, package versions, host, job."""
+"""Collects what made a run: commit, package versions, host, job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pipeline
 from pipeline.errors import UsageError
 from pipeline.files import read_json
 
-# By which the launcher tells the process inside a container what it runs in.
+# The launcher sets these for the process inside a container.
 IMAGE_VARIABLE = "PIPELINE_IMAGE"
 IMAGE_SHA256_VARIABLE = "PIPELINE_IMAGE_SHA256"
 
@@ -26,7 +26,7 @@ _PACKAGES = ("torch", "numpy", "deepspeed", "mlflow", "tokenizers", "gigatoken",
 
 
 def collect_provenance() -> dict[str, Any]:
-    """What is known about this start of a run, as plain JSON values."""
+    """Returns what is known about this start of a run, as plain JSON values."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -42,8 +42,8 @@ def collect_provenance() -> dict[str, Any]:
 
 
 def current_image() -> dict[str, str | None] | None:
-    """The image this process runs in, and whether its code is the image's; None outside a container."""
-    # Apptainer's own variable: somebody may have started the image by hand.
+    """Returns the image this process runs in and where its code comes from; None outside a container."""
+    # Apptainer's own variable, for an image started by hand.
     path = os.environ.get(IMAGE_VARIABLE) or os.environ.get("APPTAINER_CONTAINER")
     if path is None:
         return None
@@ -52,31 +52,31 @@ def current_image() -> dict[str, str | None] | None:
 
 
 def refuse_other_image(starts: list[dict[str, Any]], image: Mapping[str, str | None] | None) -> None:
-    """Refuses to go on with a run in another image than it was last trained in.
+    """Refuses to resume a run in a different image than the last one it trained in.
 
-    A start outside any image is no other image: whoever goes on by hand sees what is installed there.
+    A start outside any image is allowed: its user sees what is installed there.
 
     Args:
         starts: The provenance of the run so far.
-        image: Path and sha256 of the image that it is to go on in; None outside any.
+        image: Path and sha256 of the image to resume in; None outside any.
 
     Raises:
-        UsageError: This image is another.
+        UsageError: The image differs.
     """
     before = [s["image"] for s in starts if s.get("image") and s["image"]["sha256"] is not None]
     if image is None or not before or image["sha256"] == before[-1]["sha256"]:
         return
     raise UsageError(
-        f"this run was trained in the image {before[-1]['path']} (sha256 {before[-1]['sha256']}), and this is "
-        f"{image['path']} (sha256 {image['sha256'] or 'unknown'}); go on in that one, or accept the other with "
+        f"this run was trained in the image {before[-1]['path']} (sha256 {before[-1]['sha256']}), but this image is "
+        f"{image['path']} (sha256 {image['sha256'] or 'unknown'}); resume in the former, or accept the change with "
         "`--allow-image-change`: both are recorded"
     )
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Commit and dirty flag of the checkout that holds the code; both None where there is none.
+    """Returns commit and dirty flag of the checkout that holds the code; both None without one.
 
-    Code that was submitted says itself what it was copied from: the checkout around a run folder moves on.
+    Submitted code has a record of its source instead, because the checkout around a run folder changes.
     """
     record = folder.parent / SNAPSHOT_RECORD
     if record.is_file():
@@ -89,10 +89,10 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 
 def untracked(folder: Path, parts: Sequence[str]) -> list[str]:
-    """Files below these parts of a checkout that git neither has nor ignores.
+    """Returns the files below these parts of a checkout that git neither tracks nor ignores.
 
     Raises:
-        subprocess.CalledProcessError: The folder is no checkout.
+        subprocess.CalledProcessError: The folder is not a checkout.
     """
     return _git(folder, "ls-files", "--others", "--exclude-standard", "--", *parts).splitlines()
 

@@ -1,4 +1,4 @@
-"""Which of how many processes this is: from torchrun's variables or from srun's; no launcher of our own, no ssh."""
+"""Reads this process's rank and the world size from the variables of torchrun or srun."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pipeline.errors import UsageError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
-# Unix seconds at which the job ends; the launcher sets it, training stops in time before it.
+# Unix seconds at which the job ends; the launcher sets it, and training stops in time.
 DEADLINE_VARIABLE = "PIPELINE_DEADLINE"
 
 
 @dataclass(frozen=True)
 class World:
-    """One process among those that train together."""
+    """The place of one process among those that train together."""
 
     rank: int = 0
-    """Number of this process."""
+    """Rank of this process."""
     local_rank: int = 0
-    """Its number on its node: the GPU it takes."""
+    """Its rank on its node: the GPU it uses."""
     size: int = 1
     """Number of processes."""
     master_addr: str = "127.0.0.1"
@@ -32,7 +32,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that speaks for all."""
+        """Whether this process is rank 0."""
         return self.rank == 0
 
     def export(self, environ: dict[str, str]) -> None:
@@ -47,10 +47,10 @@ class World:
 
 
 def world_from_environment(environ: Mapping[str, str] = os.environ) -> World:
-    """The process's place, from RANK, WORLD_SIZE and LOCAL_RANK, else from an srun step's variables, else alone.
+    """Returns the place from RANK, WORLD_SIZE and LOCAL_RANK, else from an srun step, else of a lone process.
 
     Raises:
-        UsageError: The variables are incomplete or no numbers.
+        UsageError: The variables are incomplete or not numbers.
     """
     if any(name in environ for name in _TORCHRUN):
         return _from_torchrun(environ)
@@ -62,28 +62,28 @@ def world_from_environment(environ: Mapping[str, str] = os.environ) -> World:
 def _from_torchrun(environ: Mapping[str, str]) -> World:
     missing = [name for name in _TORCHRUN if name not in environ]
     if missing:
-        raise UsageError(f"of {', '.join(_TORCHRUN)} the environment lacks {', '.join(missing)}; set all or none")
+        raise UsageError(f"the environment lacks {', '.join(missing)}; set all of {', '.join(_TORCHRUN)} or none")
     rank, size, local_rank = (_number(environ, name) for name in _TORCHRUN)
     if not 0 <= rank < size:
         raise UsageError(f"RANK={rank} is not below WORLD_SIZE={size}")
     if size > 1 and ("MASTER_ADDR" not in environ or "MASTER_PORT" not in environ):
-        raise UsageError("several processes need MASTER_ADDR and MASTER_PORT in the environment")
+        raise UsageError("WORLD_SIZE above 1 needs MASTER_ADDR and MASTER_PORT in the environment")
     port = _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else 0
     return World(rank, local_rank, size, environ.get("MASTER_ADDR", "127.0.0.1"), port)
 
 
 def world_from_srun(environ: Mapping[str, str]) -> World:
-    """The task's place in an srun step, whatever RANK and its like say.
+    """Returns the place of a task in an srun step, whatever RANK and the like say.
 
     Raises:
-        UsageError: The variables are incomplete or no numbers.
+        UsageError: The variables are incomplete or not numbers.
     """
     rank, size, local_rank = (
         _number(environ, name) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     )
     nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-    # Derived from the job, so that all ranks agree without talking and two jobs on a node do not meet; and from
-    # the restart, for ranks of the attempt before may still be alive on a node that Slurm gave up too early.
+    # Derived from the job, so that all ranks agree without a message and two jobs on a node do not collide; and from
+    # the restart, as ranks of the previous attempt may still live on a node that Slurm gave up too early.
     attempt = int(environ.get("SLURM_RESTART_COUNT", 0))
     port = 20000 + (_number(environ, "SLURM_JOB_ID") * 7 + _number(environ, "SLURM_STEP_ID") + attempt) % 20000
     return World(
@@ -92,10 +92,10 @@ def world_from_srun(environ: Mapping[str, str]) -> World:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a Slurm host list: `gpu[003-007,012],login` -> `gpu003`."""
+    """Returns the first name of a Slurm host list: `gpu[003-007,012],login` -> `gpu003`."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
     if match is None:
-        raise UsageError(f"the host list {nodes!r} of the Slurm job cannot be understood; set MASTER_ADDR")
+        raise UsageError(f"the host list {nodes!r} of the Slurm job cannot be parsed; set MASTER_ADDR")
     return match[1] + (match[2] or "") + match[3]
 
 

@@ -1,4 +1,4 @@
-"""Recording a run: metrics.jsonl and events.jsonl first, MLflow from them.
+"""Records a run in metrics.jsonl and events.jsonl, and feeds MLflow from them.
 
 `tracker.py` is what the training loop holds; `upload/` feeds MLflow in a process of its own; `report/` makes the page.
 """

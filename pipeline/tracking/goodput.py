@@ -1,12 +1,12 @@
-"""Goodput: where the wall time of a run went since it was submitted, from events.jsonl alone.
+"""Splits the wall time of a run since its submission into parts, from events.jsonl alone.
 
 Every second belongs to exactly one part:
 
-queue       waiting for the scheduler: from `submitted`, `requeued` or the end of a prepare stage until a process began
-startup     preparing data in a job of its own, and from the beginning of the process to its first step
-training    steps done for the first time, validation included
-checkpoint  the loop stood still for a checkpoint (`stall_s` of `checkpointed` and of the last event)
-repeated    steps done again after a kill or a rollback, until `caught_up`
+queue       waiting for the scheduler, from `submitted`, `requeued` or the end of a prepare stage to the next process
+startup     preparing data in a job of its own, and from the start of a process to its first step
+training    steps done for the first time, including validation
+checkpoint  the loop waited for a checkpoint (`stall_s` of `checkpointed` and of the last event)
+repeated    steps repeated after a kill or a rollback, until `caught_up`
 idle        nothing ran and nothing was queued
 """
 
@@ -39,7 +39,7 @@ from pipeline.run.events import (
 from pipeline.run.folder import Run
 from pipeline.text_format import duration
 
-# Written by a launcher or by the prepare stage: no sign of life of a training process.
+# A launcher or the prepare stage writes these: they do not show that a training process is alive.
 _OUTSIDE = (Submitted, Requeued, NodeLost, Cancelled, GaveUp, PrepareBegan, PrepareEnded)
 
 Part = Literal["queue", "startup", "training", "checkpoint", "repeated", "idle"]
@@ -58,44 +58,44 @@ class Goodput:
 
     @property
     def wall_s(self) -> float:
-        """Everything since submission."""
+        """All seconds since submission."""
         return sum(self.parts().values())
 
     @property
     def fraction(self) -> float:
-        """The part of the wall time in which training got further; 0 where no time has passed."""
+        """The share of the wall time that advanced training; 0 where no time has passed."""
         return self.training_s / self.wall_s if self.wall_s > 0 else 0.0
 
     def parts(self) -> dict[str, float]:
-        """Seconds by the name of the part."""
+        """Returns the seconds of each part by its name."""
         return {f.name.removesuffix("_s"): getattr(self, f.name) for f in fields(self)}
 
     def metrics(self) -> dict[str, float]:
-        """The same as MLflow metrics (whose page sorts by name: losses stay at its top)."""
+        """Returns the parts as MLflow metrics; its page sorts by name, so `wall/` keeps the losses at the top."""
         seconds = {f"wall/{name}_s": value for name, value in self.parts().items()}
         return {"wall/goodput": self.fraction, "wall/total_s": self.wall_s, **seconds}
 
     def summary(self) -> str:
-        """One line for a person: `60.3% of 2:55 (queue 1:00, startup 0:15, training 1:37)`."""
+        """Returns one line for a reader: `60.3% of 2:55 (queue 1:00, startup 0:15, training 1:37)`."""
         shares = ", ".join(f"{name} {duration(value)}" for name, value in self.parts().items() if value >= 1)
         return f"{self.fraction:.1%} of {duration(self.wall_s)}" + (f" ({shares})" if shares else "")
 
 
 def goodput(run: Run, events: EventLog, now: float | None = None) -> Goodput | None:
-    """Splits the time of a run; None where nothing has happened yet.
+    """Splits the time of a run; returns None where nothing has happened yet.
 
     Args:
         run: The run.
         events: Its events.
-        now: End of the account of a run that is training or waiting in a queue, Unix seconds; without it, its
-            last sign of life (the last event or the last line of metrics.jsonl).
+        now: Unix seconds up to which a training or queued run is counted; None for its last sign of life (its
+            last event or the last line of metrics.jsonl).
     """
     last = journal.last(run.metrics_file)
     return split(events, last_line=float(last["time"]) if last else None, now=now)
 
 
 def split(events: EventLog, last_line: float | None = None, now: float | None = None) -> Goodput | None:
-    """Like `goodput`, with the time of the last line of metrics.jsonl."""
+    """Splits the time like `goodput`, given the time of the last line of metrics.jsonl."""
     starts = _starts(events, last_line, now)
     waits = list(_waits(events))
     if not starts and not waits:
@@ -107,7 +107,7 @@ def split(events: EventLog, last_line: float | None = None, now: float | None = 
         since = at if earlier is None else earlier.began
         before = [w for w in waits if since <= w.at <= start.began]
         if start.requeued and not any(w.part == "queue" for w in before):
-            before.append(_Wait(at, "queue"))  # Slurm put the job back into the queue by itself
+            before.append(_Wait(at, "queue"))  # Slurm requeued the job by itself
         _account_of_wait(before, at, start.began, totals)
         at = _account(start, max(start.began, at), totals)
         earlier = start
@@ -123,7 +123,7 @@ def split(events: EventLog, last_line: float | None = None, now: float | None = 
 
 @dataclass(frozen=True)
 class _Wait:
-    """From this moment on, while no process trains, the time belongs to `part`."""
+    """The moment from which time without a training process belongs to `part`."""
 
     at: float
     part: Part
@@ -138,7 +138,7 @@ def _waits(events: EventLog) -> Iterator[_Wait]:
         if isinstance(event, StartBegan):
             queued = False
         elif isinstance(event, Finished) or finished:
-            finished = True  # what happens to an evaluation afterwards is no time of the training
+            finished = True  # a later evaluation does not count as training time
         elif isinstance(event, Submitted | Requeued):
             queued = True
             yield _Wait(event.time, "startup" if preparing else "queue")
@@ -161,7 +161,7 @@ def _account_of_wait(waits: list[_Wait], began: float, end: float, totals: dict[
         if wait.at > at:
             totals[part] += min(wait.at, end) - at
             at = min(wait.at, end)
-        # The second of two submissions changes nothing: the first has been waiting since.
+        # A second submission changes nothing: the first one is already waiting.
         part = wait.part
     totals[part] += max(0.0, end - at)
 
@@ -171,7 +171,7 @@ def _account_of_wait(waits: list[_Wait], began: float, end: float, totals: dict[
 
 @dataclass
 class _Start:
-    """One process, from its beginning to its last sign of life; `gone` is when a launcher said that it is no more."""
+    """One process, from its start to its last sign of life; `gone` is when a launcher reported its end."""
 
     began: float
     repeats: bool
@@ -189,7 +189,7 @@ def _starts(events: EventLog, last_line: float | None, now: float | None) -> lis
     for event in events:
         if isinstance(event, StartBegan):
             if starts and starts[-1].end is None:
-                # Killed without a word: it lived until its last event or its last line.
+                # Killed before it could report: it lived until its last event or its last line.
                 starts[-1].end = max(starts[-1].last_sign, event.last_seen or 0.0)
             began = event.time if event.began is None else event.began
             starts.append(_Start(began, event.reached > event.step, event.requeued, event.time))
@@ -204,7 +204,7 @@ def _starts(events: EventLog, last_line: float | None, now: float | None) -> lis
 
 
 def _note(start: _Start, event: Event) -> None:
-    """Notes what an event of a process's life says about its time."""
+    """Records in `start` what an event says about the time of the process."""
     at = event.time
     if isinstance(event, _OUTSIDE):
         start.gone = at if isinstance(event, Requeued | NodeLost) else start.gone
@@ -215,7 +215,7 @@ def _note(start: _Start, event: Event) -> None:
         start.ready = at
         if start.repeats and not repeating:
             start.repeated.append([at, None])
-    elif isinstance(event, Repeating) and not repeating:  # rolling back again before it has caught up: the same repeat
+    elif isinstance(event, Repeating) and not repeating:  # a rollback before it has caught up continues the repeat
         start.repeated.append([at, None])
     elif isinstance(event, CaughtUp) and repeating:
         start.repeated[-1][1] = at
@@ -226,7 +226,7 @@ def _note(start: _Start, event: Event) -> None:
 
 
 def _account(start: _Start, began: float, totals: dict[Part, float]) -> float:
-    """Adds one process's time to the totals; returns when it ended."""
+    """Adds the time of one process to the totals; returns when it ended."""
     end = max(began, start.end if start.end is not None else start.last_sign)
     ready = end if start.ready is None else min(max(start.ready, began), end)
     totals["startup"] += ready - began
@@ -237,7 +237,7 @@ def _account(start: _Start, began: float, totals: dict[Part, float]) -> float:
         if upper > lower:
             spans.append((lower, upper))
             repeated += upper - lower
-    # A stall among repeated steps is repeated time.
+    # A stall during repeated steps counts as repeated.
     stalled = sum(s for at, s in start.stalls if ready <= at <= end and not any(a <= at <= b for a, b in spans))
     stalled = min(stalled, max(0.0, end - ready - repeated))
     totals["repeated"] += repeated

@@ -1,9 +1,8 @@
-"""One small process beside the training on each node: it samples the node and, beside the first rank, feeds MLflow.
+"""Starts one helper process per node, which samples the node and, beside rank 0, feeds MLflow.
 
-A thread would do the same work under the interpreter's lock: importing mlflow alone holds the lock for more than
-a second, making a store's tables for several, and every batch stops the training's Python for as long as it takes.
-The process (`helper_process.py`) has a low priority, and it ends with the training, however that ends: its
-standard input closes.
+A thread would hold the interpreter's lock: more than a second to import mlflow, several to make the tables of a
+store, and the training's Python would stop for each batch. The process (`helper_process.py`) has a low priority and
+ends however the training ends: its standard input closes.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from pipeline.tracking.upload.store import quiet_environment
 _log = logging.getLogger("pipeline.tracking")
 
 _CLOSE = b"close\n"
-# The scheduler signals every process of a job; the helper learns the end from its standard input instead.
+# The scheduler signals every process of a job; the helper learns of the end from its standard input.
 _NOT_FOR_HELPERS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 EVERYTHING_SENT = 0
 POINTS_LEFT = 3
 
 
 class Helper:
-    """The training's side of it.
+    """The training's handle on its helper process.
 
     Args:
         run: The run.
         uri: Resolved address of the store to feed; None to sample this node only.
-        attempt: Which start of the run this is; while the process begins, the next start may.
+        attempt: Number of this start of the run; the next one may begin before the process does.
     """
 
     def __init__(self, run: Run, uri: str | None, attempt: int) -> None:
@@ -42,7 +41,7 @@ class Helper:
         paths = [str(Path(pipeline.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
         quiet_environment()
         self._process: subprocess.Popen[bytes] | None = None
-        # A child keeps its parent's mask: from its first moment on these signals do not reach it.
+        # A child inherits the mask, so these signals never reach it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_HELPERS)
         try:
             self._process = subprocess.Popen(
@@ -50,15 +49,15 @@ class Helper:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-                start_new_session=True,  # a Ctrl-C is meant for the training
+                start_new_session=True,  # Ctrl-C is meant for the training
             )
         except OSError as error:
-            _log.warning("no process for MLflow could be started (%s); `pipeline sync` does its work later", error)
+            _log.warning("cannot start the helper process for MLflow (%s); run `pipeline sync` later", error)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self, timeout_s: float) -> bool:
-        """Tells it that nothing more will come; False where it did not get everything sent in time."""
+        """Asks the process to finish; returns whether it sent everything within `timeout_s`."""
         if self._process is None:
             return False
         assert self._process.stdin is not None

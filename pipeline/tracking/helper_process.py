@@ -1,4 +1,4 @@
-"""The helper process itself (see `helper.py`): `python -m pipeline.tracking.helper_process RUN URI ATTEMPT`."""
+"""The helper process (see `helper.py`): `python -m pipeline.tracking.helper_process RUN URI ATTEMPT`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,11 @@ from pipeline.tracking.upload.sync import note_killed
 from pipeline.tracking.upload.uploader import Uploader
 
 _NICE = 10
-_LAST_ROUND_S = 20.0  # for the rest of the points of a training that was killed
+_LAST_ROUND_S = 20.0  # for the remaining points of a killed training
 
 
 def main(folder: str, uri: str, attempt: int) -> int:
-    """Samples this node and feeds the store at `uri`, if there is one, until that start of the run has ended.
-
-    Returns:
-        The exit status.
-    """
+    """Samples this node and feeds the store at `uri`, if any, until this start ends; returns the exit status."""
     _step_back()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     run = Run(Path(folder))
@@ -32,7 +28,7 @@ def main(folder: str, uri: str, attempt: int) -> int:
     told: list[bytes] = []
 
     def listen() -> None:
-        told.append(sys.stdin.buffer.read())  # returns when the training says so or is gone
+        told.append(sys.stdin.buffer.read())  # returns when the training closes or dies
         if not told[0]:
             note_killed(run, attempt)
             threading.Timer(_LAST_ROUND_S, os._exit, [POINTS_LEFT]).start()
@@ -49,14 +45,14 @@ def main(folder: str, uri: str, attempt: int) -> int:
 
 
 def _step_back() -> None:
-    """Leaves the processor to whoever trains."""
+    """Gives the training priority on the processor."""
     os.nice(_NICE)
-    # A kernel that shares time out among sessions heeds niceness only within one, and this process has its own.
+    # Where the kernel shares time between sessions, niceness counts only within one, and this process has its own.
     with contextlib.suppress(FileNotFoundError, PermissionError):  # other kernels; a container's read-only /proc
         Path("/proc/self/autogroup").write_text(str(_NICE))
 
 
 if __name__ == "__main__":
     status = main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
-    # Without the interpreter's own end, which would wait for a timer or a request that nobody needs any more.
+    # A normal exit would wait for a timer or a request that no longer matters.
     os._exit(status)

@@ -1,11 +1,10 @@
-"""metrics.jsonl: one final history, however often training went back to a checkpoint.
+"""Keeps metrics.jsonl one final history, however often training goes back to a checkpoint.
 
-MLflow keeps every point it was ever given: the same (key, step, time, value) is stored once, but a repeated
-step with another time is a second point, and nothing can be taken back. So the lines that a store may have
-(`published`) and that training is about to repeat are kept aside. When a step is logged again, its published
-line, word for word, becomes part of the history once more; the newly measured times of a repeated step are
-dropped. Only where the repeated loss is another one (a rollback skipped a batch) does the new line count; its
-steps are marked as a retry, whose points go to MLflow under keys of their own.
+MLflow never removes a point. It stores the same (key, step, time, value) once, but a repeated step with another
+time becomes a second point. So `History` sets aside the lines that a store may have (the published ones) and that
+training is about to repeat. When a step is logged again, its published line returns to the history unchanged, and
+the newly measured times are dropped. The new line counts only where the repeated loss differs (a rollback skipped
+a batch): its steps are marked as a retry, and their points get keys of their own in MLflow.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from pipeline.run import journal
 from pipeline.run.folder import Run
 from pipeline.tracking import upload_state
 
-# A restart on another number of ranks repeats a step with another rounding; that is not another result.
+# A restart on a different number of ranks rounds differently; that is not a different result.
 _ROUNDING = 1e-2
 
 
 class History:
-    """Writes metrics.jsonl; one object a run, in one process.
+    """Writes metrics.jsonl: one object per run, in one process.
 
     Args:
         run: The run.
-        step: Finished steps that training starts with; lines of later steps are about to be repeated.
+        step: Finished steps that training starts with; it is about to repeat the lines of later steps.
     """
 
     def __init__(self, run: Run, step: int) -> None:
@@ -46,12 +45,12 @@ class History:
         self._go_back(step)
 
     def rewind(self, step: int) -> None:
-        """Training went back to `step` to do otherwise: repeated losses must now agree bit for bit."""
+        """Rewinds to `step` for a rollback: from here on, repeated losses must agree bit for bit."""
         self._tolerance = 0.0
         self._go_back(step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends what was measured for a step, or the published line of this step if it says the same.
+        """Appends the metrics of a step, or the published line of that step if it agrees.
 
         Raises:
             OSError: The line cannot be written.
@@ -82,16 +81,15 @@ class History:
             self._writer = None
 
     def _go_back(self, step: int) -> None:
-        """Cuts the lines after `step`, keeping aside those that a store may have.
+        """Cuts the lines after `step` and sets aside those that a store may have.
 
-        The order makes a kill between two writes harmless: first the lines are kept aside, then the
-        position is lowered, then the file is cut.
+        The order makes a kill between two writes harmless: set the lines aside, lower the position, cut the file.
         """
         if self._writer is not None:
             self._writer.close()
         kept: list[tuple[int, bytes]] = []
         cut: list[journal.Line] = []
-        whole = 0  # bytes of the file that stay as they are
+        whole = 0  # bytes at the start of the file that do not change
         for line in journal.read(self._run.metrics_file):
             at = int(line.record["step"])
             self.reached = max(self.reached, at)
@@ -109,12 +107,12 @@ class History:
                 [line.record for line in journal.read(self._pending_file)],
                 [line.record for line in cut if line.end <= s.possibly_published()],
             )
-            # A published line at or before `step` whose turn had not come when the process was killed.
+            # Published lines up to `step` that the killed process had not yet put back.
             there = set(kept)
             missing = [(r["step"], journal.encode(r)) for r in self._pending if r["step"] <= step]
             missing = [line for line in missing if line not in there]
             if missing:
-                # The store is told again everything from the first line that was put back.
+                # Everything from the first line put back is sent to the store again.
                 whole = sum(len(raw) for at, raw in kept if at < missing[0][0])
                 kept[:] = sorted([*kept, *missing], key=lambda line: line[0])
             self._pending = [r for r in self._pending if r["step"] > step]
@@ -124,7 +122,7 @@ class History:
                 store.sent, store.sending = min(store.sent, whole), min(store.sending, whole)
             s.generation += 1
 
-        # Cut under the lock: an uploader must not read the old lines for the new position.
+        # Cut under the lock: an uploader must not read old lines at the new position.
         upload_state.update(self._run, lower, lambda: journal.replace(self._run.metrics_file, [raw for _, raw in kept]))
         self._writer = journal.Writer(self._run.metrics_file)
         self._step, self._keys = step, set()
@@ -139,11 +137,11 @@ class History:
 
         upload_state.update(self._run, mark)
         journal.replace(self._pending_file, map(journal.encode, earlier))
-        self._pending = earlier  # last: on a full disk this line is logged again, and must be found to differ again
+        self._pending = earlier  # last: after a full disk this line is logged again, and must differ again
 
 
 def _agrees(published: Mapping[str, Any], metrics: Mapping[str, float], tolerance: float) -> bool:
-    """Whether the losses of a repeated step are the published ones; times and rates always differ."""
+    """Returns whether a repeated step has the published losses; times and rates always differ."""
     return all(
         math.isclose(published[key], value, rel_tol=tolerance, abs_tol=0.0)
         or (math.isnan(published[key]) and math.isnan(value))
@@ -153,7 +151,7 @@ def _agrees(published: Mapping[str, Any], metrics: Mapping[str, float], toleranc
 
 
 def _merge(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Both lists in the order of their steps, equal lines once."""
+    """Merges both lists in the order of their steps, with equal lines once."""
     seen: set[bytes] = set()
     merged = []
     for record in sorted([*first, *second], key=lambda r: r["step"]):

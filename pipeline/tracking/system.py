@@ -1,7 +1,7 @@
-"""System metrics of every node: the helper process of each samples it into a file of its own in the run folder.
+"""Samples the system metrics of a node into its own file in the run folder; each node's helper process runs it.
 
-The sampling is MLflow's own (psutil, NVML, ROCm), so that its page for system metrics finds the names it
-knows; the sending is ours, because MLflow's blocks on a dead server and loses what it could not send.
+MLflow's monitors (psutil, NVML, ROCm) take the samples, so its page for system metrics finds the names it knows.
+We send them ourselves: MLflow's sender blocks on a dead server and loses what it could not send.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pipeline.tracking.upload.store import quiet_environment
 _log = logging.getLogger("pipeline.tracking")
 
 _INTERVAL_S = 10.0
-_FIRST_S = 10.0  # a run of seconds does without; opening the monitors costs two seconds of a processor
+_FIRST_S = 10.0  # opening the monitors costs two CPU seconds, too much for a run of a few seconds
 
 
 class NodeSampler:
-    """Samples this node in a thread until it is closed.
+    """Samples this node in a thread until `close`.
 
     Args:
         run: The run.
-        node: Name of the node, part of every metric's name.
+        node: Name of the node; part of every metric's name.
         interval_s: Seconds between samples.
     """
 
@@ -42,7 +42,7 @@ class NodeSampler:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the sampling; does not wait long."""
+        """Stops the sampling and waits at most a second."""
         self._closing.set()
         self._thread.join(1.0)
 
@@ -61,11 +61,11 @@ class NodeSampler:
                     step += 1
                     self._closing.wait(self._interval_s)
         except OSError as error:
-            _log.warning("system metrics of %s end here: %s", self._node, error)
+            _log.warning("the system metrics of %s stop here: %s", self._node, error)
 
 
 def open_monitors() -> list[Any]:
-    """MLflow's monitors for this machine: CPU and memory, disk, network, and the GPUs that are there."""
+    """Returns MLflow's monitors for this machine: CPU and memory, disk, network, and any GPUs."""
     quiet_environment()
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
@@ -77,7 +77,7 @@ def open_monitors() -> list[Any]:
     for kind in (GPUMonitor, ROCMMonitor):
         try:
             monitors.append(kind())
-        except Exception as error:  # both raise what they please where there is no such GPU
+        except Exception as error:  # without such a GPU each raises an error of its own kind
             _log.debug("no %s: %s", kind.__name__, error)
         else:
             break
@@ -85,7 +85,7 @@ def open_monitors() -> list[Any]:
 
 
 def read_monitors(monitors: list[Any]) -> dict[str, float]:
-    """One sample of every monitor."""
+    """Returns one sample of every monitor."""
     sample: dict[str, float] = {}
     for monitor in monitors:
         monitor.clear_metrics()
@@ -95,5 +95,5 @@ def read_monitors(monitors: list[Any]) -> dict[str, float]:
 
 
 def node_name() -> str:
-    """The name by which this node's metrics go: Slurm's, or the host's."""
+    """Returns the name of this node: Slurm's, or else the host's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -1,4 +1,4 @@
-"""What the training loop holds: `log`, `event`, `rewind`, `close`; each writes a line to disk and returns."""
+"""The training loop's tracker: `log`, `event`, `rewind` and `close` each write a line to disk and return."""
 
 from __future__ import annotations
 
@@ -29,39 +29,36 @@ _log = logging.getLogger("pipeline.tracking")
 CloseStatus = Literal["FINISHED", "FAILED", "KILLED", "STOPPED"]
 _CLOSE_S = {"FINISHED": 30.0, "FAILED": 10.0, "KILLED": 5.0, "STOPPED": 5.0}
 _KEPT_LINES = 1000
-_STALL = "time/checkpoint_stall_s"  # mean of the steps since the last line
+_STALL = "time/checkpoint_stall_s"  # mean over the steps since the last line
 
 
 class Tracker:
-    """Records nothing: what every rank but the first has. One rank of each further node has its node sampled."""
+    """Records nothing, on all ranks but 0; on one rank of each further node a helper samples the node."""
 
     def __init__(self, helper: Helper | None = None) -> None:
         self._helper = helper
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records what was measured; `step` is the number of finished optimizer steps."""
+        """Records metrics; `step` is the number of finished optimizer steps."""
 
     def event(self, event: Event) -> None:
-        """Records that something happened."""
+        """Records an event."""
 
     def rewind(self, step: int) -> None:
-        """Training went back to the state after `step` in this process and will do otherwise from there on."""
+        """Records that this process rolled back to the state after `step` and will train differently."""
 
     def mlflow_run_id(self) -> str | None:
-        """Id of the MLflow run that is fed; None as long as there is none."""
+        """Returns the id of the MLflow run that is fed; None while there is none."""
         return None
 
     def close(self, status: CloseStatus) -> None:
-        """Ends tracking; STOPPED means that the run will be resumed."""
+        """Ends tracking; STOPPED means that the run will resume."""
         if self._helper is not None:
             self._helper.close(_CLOSE_S["STOPPED"])
 
 
 class RunTracker(Tracker):
-    """Records a run; a helper process feeds MLflow from the records.
-
-    Args: see `start`.
-    """
+    """Records a run, and has a helper process feed MLflow from the records; see `start` for the arguments."""
 
     def __init__(
         self, run: Run, config: Config, *, step: int, dataset: Mapping[str, Any], tokenizer_file: Path | None
@@ -84,14 +81,14 @@ class RunTracker(Tracker):
         def begin(s: upload_state.State) -> None:
             s.status, s.ended, s.store, s.attempt = "RUNNING", None, uri, s.attempt + 1
             s.dataset = dict(dataset) or s.dataset
-            # Held until the process ends, however it ends: others see by it that the run is alive.
+            # Held until the process ends in any way: it shows other processes that the run is alive.
             self._alive = upload_state.hold_alive(run, s.attempt)
 
         self._attempt = upload_state.update(run, begin).attempt
         super().__init__(Helper(run, uri, self._attempt))
 
     def _begin(self, step: int) -> bool:
-        """Records that this start began; returns whether steps are about to be repeated."""
+        """Records the beginning of this start; returns whether it will repeat steps."""
         earlier = EventLog.load(self._run.events_file).of(StartBegan)
         reached = max([self._history.reached, *(start.reached for start in earlier)])
         self._history.reached = reached
@@ -109,7 +106,7 @@ class RunTracker(Tracker):
         return reached > step
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records what was measured: a line is written, nothing else."""
+        """Records metrics by writing one line."""
         with self._lock:
             self._stall_s += float(metrics.get(_STALL, 0.0)) * max(0, step - self._step)
             self._step = step
@@ -126,7 +123,7 @@ class RunTracker(Tracker):
             self.event(CaughtUp(step=step))
 
     def event(self, event: Event) -> None:
-        """Records that something happened; any thread may call it."""
+        """Records an event; any thread may call it."""
         if isinstance(event, Accounted) and event.stall_s is None:
             with self._lock:
                 event, self._stall_s = replace(event, stall_s=round(self._stall_s, 6)), 0.0
@@ -136,7 +133,7 @@ class RunTracker(Tracker):
             self._warn("%s: cannot be written (%s)", error, self._run.events_file)
 
     def rewind(self, step: int) -> None:
-        """Training went back to the state after `step` in this process and will do otherwise from there on."""
+        """Records that this process rolled back to the state after `step` and will train differently."""
         self._history.rewind(step)
         with self._lock:
             self._step = step
@@ -145,29 +142,29 @@ class RunTracker(Tracker):
             self.event(Repeating(step=step, reached=self._history.reached))
 
     def mlflow_run_id(self) -> str | None:
-        """Id of the MLflow run that is fed, as the helper has written it down."""
+        """Returns the id of the MLflow run, as the helper recorded it."""
         if self._uri is not None and self._run_id is None:
             try:
                 self._run_id = upload_state.load(self._run).of(self._uri).run_id
             except PipelineError as error:
-                _log.warning("the id of the MLflow run is not known: %s", error)
+                _log.warning("the id of the MLflow run is unknown: %s", error)
         return self._run_id
 
     def close(self, status: CloseStatus) -> None:
-        """Ends tracking and gives the helper a few seconds for the rest; `pipeline sync` can do it later."""
+        """Ends tracking and gives the helper a few seconds to send the rest; `pipeline sync` can do so later."""
         self._history.close()
         if status == "STOPPED" and "SLURM_JOB_ID" not in os.environ:
-            status = "KILLED"  # nothing but a person will start it again
+            status = "KILLED"  # only a person can start it again
 
         def end(s: upload_state.State) -> None:
-            # On a node that was given up for lost an older process may end after a newer one has begun.
+            # On a node given up as lost, an older process may end after a newer one has begun.
             if s.attempt == self._attempt:
                 s.status, s.ended = status, round(time.time(), 3)
 
         upload_state.update(self._run, end)
         assert self._helper is not None
         if not self._helper.close(_CLOSE_S[status]):
-            _log.warning("MLflow has not got everything yet; send the rest by: pipeline sync %s", self._run.path)
+            _log.warning("MLflow has not received everything yet; send the rest with: pipeline sync %s", self._run.path)
         os.close(self._alive)
 
     def _warn(self, message: str, error: OSError, file: Path | None = None) -> None:
@@ -189,17 +186,17 @@ def start(
     enabled: bool = True,
     samples_node: bool = False,
 ) -> Tracker:
-    """Begins to record a start of a run; called on every rank, with `enabled` on the first only.
+    """Begins to record a start of a run; every rank calls it, with `enabled` on rank 0 only.
 
     Args:
         run: The run; its folder exists.
         config: The resolved config.
-        step: Finished steps this start begins with; recorded lines of later steps are about to be repeated.
-        provenance: What is known about this start; written to provenance.json where that has not been done.
-        dataset: What is known about the data (name, digest, tokens ...), as plain values.
-        tokenizer_file: The tokenizer.json, copied into the run folder.
+        step: Finished steps this start begins with; it is about to repeat recorded lines of later steps.
+        provenance: What is known about this start; written to provenance.json unless it is there.
+        dataset: What is known about the data (name, digest, tokens and so on), as plain values.
+        tokenizer_file: The tokenizer.json to copy into the run folder.
         enabled: False for a tracker that records nothing.
-        samples_node: Whether such a tracker has its node's system metrics recorded: one of each further node's ranks.
+        samples_node: Whether such a tracker records its node's system metrics: true on one rank of each further node.
     """
     if not enabled:
         return Tracker(Helper(run, None, upload_state.load(run).attempt) if samples_node else None)
@@ -209,7 +206,7 @@ def start(
 
 
 def _process_began() -> float:
-    """When this process was started, Unix seconds: start-up includes the imports."""
+    """Returns when this process started, in Unix seconds, because start-up includes the imports."""
     import psutil
 
     return psutil.Process().create_time()

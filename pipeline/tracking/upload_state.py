@@ -1,4 +1,4 @@
-"""How far an MLflow store has been fed: `mlflow.json` in the run folder, durable and shared by processes."""
+"""Records in `mlflow.json` of the run folder how far each MLflow store has been fed; processes share it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class Retry(BaseModel):
-    """Steps whose published values were overtaken; MLflow has the new ones under keys ending in `.retryN`.
+    """Steps whose published values were superseded; MLflow has the new ones under keys ending in `.retryN`.
 
-    MLflow cannot take a point back, so the first values stay where they are and never get a second one
-    beside them.
+    MLflow cannot remove a point, so the first values stay, and no second value joins them under their keys.
     """
 
     number: int
@@ -36,56 +35,56 @@ class StoreState(BaseModel):
     """How far one store has been fed."""
 
     run_id: str | None = None
-    """Id of the MLflow run; None before it was made."""
+    """Id of the MLflow run; None before it exists."""
     sent: int = 0
     """Bytes of metrics.jsonl the store has acknowledged."""
     sending: int = 0
-    """Bytes of metrics.jsonl that may have arrived: never less than `sent`."""
+    """Bytes of metrics.jsonl that may have arrived; never less than `sent`."""
     system: dict[str, int] = {}
-    """The same for the file of each node's system metrics."""
+    """Bytes acknowledged of the system metrics file of each node."""
     files: dict[str, str] = {}
     """SHA-256 of every artifact the store has, by its name."""
     status: str | None = None
-    """Status the store was told last."""
+    """The status last sent to the store."""
 
 
 class State(BaseModel):
-    """All that has to survive a kill."""
+    """Everything that must survive a kill."""
 
     identity: str
-    """Given to the MLflow run as a tag before anything else, so that a run whose id was lost is found again."""
+    """A tag that the MLflow run gets first, so that a run whose id was lost can be found again."""
     generation: int = 0
-    """Raised whenever metrics.jsonl is cut or a retry begins: a batch read before that is no longer valid."""
+    """Raised when metrics.jsonl is cut or a retry begins; it invalidates batches read before."""
     attempt: int = 0
-    """How often the run was started."""
+    """Number of starts of the run."""
     status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED", "STOPPED"] = "RUNNING"
-    """How the last process ended, RUNNING until then; STOPPED where a scheduler will start the next one."""
+    """How the last process ended; RUNNING until then, STOPPED where a scheduler will start the next one."""
     ended: float | None = None
-    """When it closed, in Unix seconds."""
+    """When it ended, in Unix seconds."""
     retries: list[Retry] = []
     """See `Retry`."""
     dataset: dict[str, Any] = {}
     """What the first start said about the data."""
     store: str | None = None
-    """Address of the store that is fed by default."""
+    """Address of the store fed by default."""
     stores: dict[str, StoreState] = {}
-    """How far each store has been fed, by its address (which never holds a password)."""
+    """How far each store has been fed, by its address, which never contains a password."""
 
     def of(self, uri: str) -> StoreState:
-        """The state of one store, begun where there is none."""
+        """Returns the state of one store; adds an empty one where there is none."""
         return self.stores.setdefault(uri, StoreState())
 
     def possibly_published(self) -> int:
-        """Bytes of metrics.jsonl that some store may have."""
+        """Returns the bytes of metrics.jsonl that some store may have."""
         return max((s.sending for s in self.stores.values()), default=0)
 
     def retry_number(self, step: int) -> int:
-        """Which retry a step of the final history belongs to; 0 for none."""
+        """Returns the number of the retry that a step of the final history belongs to; 0 for none."""
         return max((r.number for r in self.retries if r.first_step <= step <= r.last_step), default=0)
 
 
 def load(run: Run) -> State:
-    """The state of a run as it is on disk.
+    """Reads the state of a run from disk.
 
     Raises:
         PipelineError: The file is damaged.
@@ -95,8 +94,8 @@ def load(run: Run) -> State:
             return State.model_validate(read_json(run.mlflow_file))
         except ValidationError as error:
             raise PipelineError(
-                f"{run.mlflow_file}: is not what was written there ({_first(error)}); put it back from a backup, "
-                "or remove it: the run is then sent to MLflow once more, as a new run there"
+                f"{run.mlflow_file}: is damaged ({_first(error)}); restore it from a backup, or remove it: "
+                "the run is then sent to MLflow again, as a new MLflow run"
             ) from error
     return State(identity=uuid.uuid4().hex)
 
@@ -107,18 +106,18 @@ def _first(error: ValidationError) -> str:
 
 
 def settled(run: Run) -> State:
-    """The state while nobody is changing it: metrics.jsonl, as it is read afterwards, is at least as new."""
+    """Reads the state while no process changes it, so that metrics.jsonl read afterwards is at least as new."""
     with file_lock(run.state_lock):
         return load(run)
 
 
 def update(run: Run, change: Callable[[State], None], then: Callable[[], None] | None = None) -> State:
-    """Reads, changes and publishes the state under a lock that is held for milliseconds.
+    """Changes the state on disk under a lock held for milliseconds; returns the new state.
 
     Args:
         run: The run.
-        change: Changes the state it is given.
-        then: What must follow the publishing before anybody else goes on.
+        change: Changes the state passed to it.
+        then: Runs after the state is published and before the lock is released.
     """
     with file_lock(run.state_lock):
         state = load(run)
@@ -131,9 +130,9 @@ def update(run: Run, change: Callable[[State], None], then: Callable[[], None] |
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Waits for an exclusive lock on a file; the kernel lets go of it when its holder dies.
+    """Holds an exclusive lock on a file, after waiting for it; the kernel releases it when the holder dies.
 
-    On a file system without locks nothing is locked: replaying points is harmless (the store keeps one of each).
+    A file system without locks locks nothing: sending points twice is harmless, as the store keeps one of each.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -145,21 +144,21 @@ def file_lock(path: Path) -> Iterator[None]:
 
 
 def hold_alive(run: Run, attempt: int) -> int:
-    """An open file whose lock says that a start of the run is alive; each has its own.
+    """Returns an open file whose lock says that this start of the run is alive.
 
-    A process on a node that was given up for lost may keep the lock of an earlier start for as long as it likes.
+    Each start has its own file: a process on a node given up as lost may keep the lock of an earlier start.
     """
     for older in run.tracking.glob("alive.*.lock"):
         older.unlink(missing_ok=True)
     fd = os.open(_alive_file(run, attempt), os.O_RDWR | os.O_CREAT, 0o644)
-    lock(fd, wait=True)  # for the moment that somebody who looks may have it
+    lock(fd, wait=True)  # `holds_alive` may have it for a moment
     return fd
 
 
 def holds_alive(run: Run, attempt: int) -> bool:
-    """Whether a process holds the lock of that start, as far as this machine can see."""
+    """Returns whether a process holds the lock of that start, as far as this machine can see."""
     try:
-        fd = os.open(_alive_file(run, attempt), os.O_RDONLY)  # who looks may not be allowed to write
+        fd = os.open(_alive_file(run, attempt), os.O_RDONLY)  # the reader may lack write permission
     except FileNotFoundError:
         return False
     try:
@@ -173,9 +172,9 @@ def _alive_file(run: Run, attempt: int) -> Path:
 
 
 def lock(fd: int, *, wait: bool, shared: bool = False) -> bool:
-    """Locks an open file; False where somebody else has it and `wait` is not asked for.
+    """Locks an open file; returns False without `wait` where another process holds the lock.
 
-    NFS allows a file that is open for reading a shared lock only.
+    On NFS a file opened for reading can only take a shared lock.
     """
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))

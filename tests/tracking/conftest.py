@@ -11,7 +11,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 
 class InThread:
-    """The helper's work in a thread of the test: starting a process that imports mlflow takes seconds."""
+    """Runs the helper's work in a thread: a process that imports mlflow takes seconds to start."""
 
     def __init__(self, run, uri, attempt):
         self.closing = threading.Event()
@@ -31,12 +31,12 @@ class InThread:
 
 @pytest.fixture
 def real_helper():
-    """For tests of the process itself."""
+    """Enables the real helper process."""
 
 
 @pytest.fixture(autouse=True)
 def quick(request, monkeypatch):
-    """No test waits for pauses that are there for the sake of training, nor for a process it does not test."""
+    """Spares tests the pauses meant for training and the processes they do not test."""
     monkeypatch.setattr("pipeline.tracking.upload.uploader._ROUND_S", 0.1)
     monkeypatch.setattr("pipeline.tracking.upload.uploader._PAUSE_S", (0.1, 0.5))
     if "real_helper" not in request.fixturenames:
@@ -49,7 +49,7 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
-    """A sqlite file that MLflow has made its tables in (which takes seconds), after a process that was killed at it."""
+    """Returns a sqlite file with MLflow's tables (which take seconds), after a process killed while making one."""
     import sqlite3
 
     from mlflow.store.tracking import sqlalchemy_store
@@ -74,7 +74,7 @@ def empty_store(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path, empty_store):
-    """A folder for a run, with a store that has no runs."""
+    """Returns a folder for a run, with an empty store."""
     import sqlite3
 
     target = tmp_path / "mlflow.db"

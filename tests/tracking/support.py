@@ -1,4 +1,4 @@
-"""Runs without training, and what MLflow says about them."""
+"""Records runs without training, and reads them back from MLflow."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def begin(run: Run, config: Config, step: int = 0) -> tracking.Tracker:
 
 
 def of_journal(run: Run) -> Points:
-    """Every point of metrics.jsonl: step, milliseconds and value by key."""
+    """Returns every point of metrics.jsonl: step, milliseconds and value by key."""
     points: Points = {}
     for line in journal.read(run.metrics_file):
         for key, value in line.record.items():
@@ -69,7 +69,7 @@ def open_store(run: Run, config: Config) -> tuple[Store, str]:
 
 
 def of_mlflow(run: Run, config: Config) -> Points:
-    """Every point of the MLflow run that comes from metrics.jsonl."""
+    """Returns every point of the MLflow run that comes from metrics.jsonl."""
     store, run_id = open_store(run, config)
     history = store.read_history(run_id)
     return {
@@ -80,7 +80,7 @@ def of_mlflow(run: Run, config: Config) -> Points:
 
 
 def feed(tracker: tracking.Tracker, first: int, last: int, pause_s: float) -> float:
-    """Logs steps as a training would that takes `pause_s` for each; returns the seconds that the slowest call took."""
+    """Logs one step every `pause_s`, as a training would; returns the seconds of the slowest call."""
     slowest = 0.0
     for step in range(first, last + 1):
         began = time.perf_counter()
@@ -98,12 +98,12 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
 
 
 def acknowledged(run: Run) -> int:
-    """Bytes of metrics.jsonl that the store has acknowledged."""
+    """Returns the bytes of metrics.jsonl that the store has acknowledged."""
     return max((s.sent for s in upload_state.load(run).stores.values()), default=0)
 
 
 class Gate:
-    """A TCP relay in front of a server: it can be closed, or hold every answer back for a while."""
+    """A TCP relay in front of a server that can close or delay every answer."""
 
     def __init__(self, target_port: int) -> None:
         self._target = target_port
@@ -121,7 +121,7 @@ class Gate:
         return f"http://127.0.0.1:{self.port}"
 
     def shut(self) -> None:
-        """Cuts what is connected and refuses what comes."""
+        """Drops open connections and refuses new ones."""
         self.open = False
         for s in list(self._live):
             s.close()
@@ -153,7 +153,7 @@ class Gate:
                     self._ended.wait(self.delay_s)
                 sink.sendall(data)
         except OSError:
-            return  # the gate was shut
+            return  # the gate is closed
         finally:
             for s in (source, sink):
                 self._live.discard(s)
@@ -176,7 +176,7 @@ def unused_port() -> int:
 
 
 def log_steps(tracker: tracking.Tracker, first: int, last: int) -> None:
-    """Logs these steps as training does, with a validation every ten."""
+    """Logs these steps as training does, with a validation every ten steps."""
     for step in range(first, last + 1):
         tracker.log(step, {"train/loss": 5 / step, "train/lr": 1e-3, "train/tokens_seen": 64 * step})
         if step % 10 == 0:

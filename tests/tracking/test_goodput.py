@@ -39,14 +39,14 @@ def test_an_undisturbed_run_is_queue_startup_training_and_checkpoints():
     ) == {"queue": 60, "startup": 15, "training": 97, "checkpoint": 3}
 
 
-def test_the_account_in_words():
+def test_the_summary_names_the_parts_of_at_least_a_second():
     found = split(
         log(event(0, "submitted"), attempt(60, 70), event(75, "started"), event(175, "finished", stall_s=3.0))
     )
     assert found.summary() == "55.4% of 2:55 (queue 1:00, startup 0:15, training 1:37, checkpoint 0:03)"
 
 
-def test_repeated_steps_after_a_kill_are_no_progress_and_the_gap_is_idle():
+def test_steps_repeated_after_a_kill_are_not_progress_and_the_gap_is_idle():
     assert parts(
         attempt(0, 5),
         event(10, "started"),
@@ -69,7 +69,7 @@ def test_a_requeue_by_the_scheduler_is_queue_time():
     ) == {"queue": 70, "startup": 7, "training": 123}
 
 
-def test_idle_until_somebody_submits_again():
+def test_a_run_is_idle_until_it_is_submitted_again():
     assert parts(
         attempt(0, 1),
         event(1, "started"),
@@ -81,7 +81,7 @@ def test_idle_until_somebody_submits_again():
     ) == {"queue": 20, "startup": 2, "training": 68, "idle": 30}
 
 
-def test_what_becomes_of_an_evaluation_after_training_is_no_time_of_the_run():
+def test_an_evaluation_after_training_does_not_count():
     events = [attempt(0, 0), event(0, "started"), event(50, "finished")]
     later = [event(60, "requeued"), event(70, "gave_up"), event(80, "cancelled")]
     assert parts(*events, *later, now=100.0) == {"training": 50}
@@ -100,7 +100,7 @@ def test_a_rollback_counts_as_repeated_until_it_has_caught_up():
     ) == {"training": 80, "repeated": 20}
 
 
-def test_going_back_again_before_the_first_repeat_has_caught_up_counts_every_second_once():
+def test_a_second_rollback_before_catching_up_counts_every_second_once():
     assert parts(
         attempt(0, 0),
         event(10, "started"),
@@ -128,21 +128,21 @@ def test_a_run_that_died_while_repeating_and_again_before_its_first_step():
     ) == {"startup": 14, "training": 98, "repeated": 28, "idle": 20}
 
 
-def test_a_run_under_way_is_counted_to_its_last_line_or_to_now():
+def test_a_training_run_is_counted_to_its_last_line_or_to_now():
     events = log(attempt(0, 1), event(2, "started"))
     assert split(events, last_line=50.0).wall_s == 50
     assert split(events, last_line=50.0, now=60.0).wall_s == 60
     assert split(EventLog()) is None
 
 
-def test_a_run_that_waits_in_a_queue_is_counted_to_now():
+def test_a_queued_run_is_counted_to_now():
     assert parts(event(0, "submitted"), now=30.0) == {"queue": 30}
     began = [event(0, "submitted"), attempt(10, 11), event(12, "started"), event(50, "preempted")]
     assert parts(*began, event(51, "requeued"), now=60.0) == {"queue": 19, "startup": 2, "training": 38, "idle": 1}
     assert parts(*began, event(51, "cancelled"), now=60.0) == {"queue": 10, "startup": 2, "training": 38, "idle": 1}
 
 
-def test_preparing_in_jobs_of_its_own_is_startup_and_waiting_between_the_stages_is_queue():
+def test_prepare_jobs_are_startup_and_the_wait_between_stages_is_queue():
     events = [
         event(0, "submitted"),
         event(10, "prepare_began", slice="1/2"),
@@ -174,7 +174,7 @@ def test_a_lost_node_ends_its_process_at_the_last_sign_of_life():
     }  # fmt: skip
 
 
-def test_a_requeue_that_was_noticed_late_does_not_end_the_process_after_it():
+def test_a_requeue_noticed_late_does_not_end_the_next_process():
     events = [
         attempt(0, 0),
         event(0, "started"),
@@ -205,7 +205,7 @@ def test_every_second_belongs_to_exactly_one_part(count):
     assert found.wall_s == pytest.approx(events[:count][-1]["time"])
 
 
-def test_a_tracker_writes_the_events_that_the_account_needs(tmp_path):
+def test_a_tracker_writes_the_events_that_goodput_needs(tmp_path):
     run, config = make_run(tmp_path, "none")
     append(run.events_file, Submitted())
     tracker = begin(run, config)
@@ -237,7 +237,7 @@ def test_a_tracker_writes_the_events_that_the_account_needs(tmp_path):
     assert found.queue_s == 0 and found.startup_s > 0  # this process began long before the run was submitted
 
 
-def test_status_shows_where_the_time_went_to_people_and_to_programs(tmp_path, capsys):
+def test_status_shows_goodput_as_text_and_as_json(tmp_path, capsys):
     run, _ = make_run(tmp_path, "none")
     events = [event(0, "submitted"), attempt(60, 70), event(75, "started"), event(175, "finished", step=300)]
     run.events_file.write_bytes(b"".join(map(journal.encode, events)))
@@ -251,7 +251,7 @@ def test_status_shows_where_the_time_went_to_people_and_to_programs(tmp_path, ca
     }
 
 
-def test_status_counts_the_time_that_a_run_is_waiting(tmp_path, monkeypatch):
+def test_status_counts_the_time_a_run_waits(tmp_path, monkeypatch):
     run, _ = make_run(tmp_path, "none")
     append(run.events_file, Submitted())
     monkeypatch.setattr(

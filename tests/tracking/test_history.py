@@ -1,4 +1,4 @@
-"""The history of a run against a store that keeps every point it was ever given, as MLflow does."""
+"""The history of a run with a store that, like MLflow, keeps every point it receives."""
 
 import math
 import os
@@ -17,14 +17,14 @@ URI = "memory"
 
 
 class KeepingStore:
-    """What MLflow would have: one of each (key, step, time, value), for ever."""
+    """Keeps one of each (key, step, time, value), as MLflow does."""
 
     def __init__(self, run):
         self.run = run
         self.points = set()
 
     def claim(self, bytes_limit=None):
-        """Begins to send: the position is noted, nothing has arrived."""
+        """Begins to send: records the position before anything arrives."""
         s = upload_state.load(self.run)
         begin, batch, end = s.of(URI).sent, [], s.of(URI).sent
         for line in journal.read(self.run.metrics_file, begin):
@@ -73,13 +73,13 @@ def loss(step):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # no power fails here
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # no power failure here
     return make_run(tmp_path, "none")[0]
 
 
 @pytest.fixture
 def ticks(monkeypatch):
-    """Every line gets a time of its own."""
+    """Gives every line its own time."""
     clock = iter(range(1, 10**9))
     monkeypatch.setattr("pipeline.tracking.history.time.time", lambda: float(next(clock)))
 
@@ -95,7 +95,7 @@ def steps(run):
     return [line.record["step"] for line in journal.read(run.metrics_file) if "train/loss" in line.record]
 
 
-def test_lines_that_no_store_has_are_cut_on_a_resume(run, ticks):
+def test_a_resume_cuts_lines_that_no_store_has(run, ticks):
     train(History(run, 0), 1, 20)
     history = History(run, 12)
     assert steps(run) == list(range(1, 13))
@@ -104,7 +104,7 @@ def test_lines_that_no_store_has_are_cut_on_a_resume(run, ticks):
     assert steps(run) == list(range(1, 21))
 
 
-def test_published_lines_return_word_for_word_when_their_steps_are_repeated(run, ticks):
+def test_published_lines_return_unchanged_when_their_steps_are_repeated(run, ticks):
     store = KeepingStore(run)
     train(History(run, 0), 1, 18)
     store.send()
@@ -118,7 +118,7 @@ def test_published_lines_return_word_for_word_when_their_steps_are_repeated(run,
     assert store.points == of_file(run)
 
 
-def test_a_batch_that_was_on_its_way_during_the_kill_counts_as_published(run, ticks):
+def test_a_batch_in_flight_during_a_kill_counts_as_published(run, ticks):
     store = KeepingStore(run)
     train(History(run, 0), 1, 18)
     on_its_way = store.claim()
@@ -152,7 +152,7 @@ def test_a_kill_after_a_checkpoint_but_before_the_next_line_loses_no_published_l
     assert store.points == of_file(run)
 
 
-def test_another_rounding_of_a_repeated_step_is_no_contradiction(run, ticks):
+def test_a_different_rounding_of_a_repeated_step_agrees(run, ticks):
     store = KeepingStore(run)
     train(History(run, 0), 1, 18)
     store.send()
@@ -162,7 +162,7 @@ def test_another_rounding_of_a_repeated_step_is_no_contradiction(run, ticks):
     assert upload_state.load(run).retries == []
 
 
-def test_a_rollback_that_ends_otherwise_gets_keys_of_its_own_and_no_step_has_two_values(run, ticks):
+def test_a_rollback_with_other_losses_gets_its_own_keys_and_no_step_has_two_values(run, ticks):
     store = KeepingStore(run)
     history = History(run, 0)
     train(history, 1, 18)
@@ -177,13 +177,13 @@ def test_a_rollback_that_ends_otherwise_gets_keys_of_its_own_and_no_step_has_two
         assert by_key.setdefault((key, step), value) == value
     assert by_key["train/loss", 15] == loss(15) and by_key["train/loss.retry1", 15] == 0.9 * loss(15)
     assert by_key["train/loss", 19] == 0.9 * loss(19)
-    # With a retry in the place of what it overtook, MLflow has the final history.
+    # With each retry in place of what it superseded, MLflow has the final history.
     final = {(k, s): v for k, s, _, v in of_file(run)}
     for (key, step), value in final.items():
         assert by_key.get((f"{key}.retry1", step), by_key.get((key, step))) == value
 
 
-def test_a_retry_that_could_not_be_noted_is_noted_when_the_line_is_logged_again(run, ticks, monkeypatch):
+def test_a_retry_that_could_not_be_recorded_is_recorded_when_the_line_is_logged_again(run, ticks, monkeypatch):
     store = KeepingStore(run)
     history = History(run, 0)
     train(history, 1, 18)
@@ -200,21 +200,21 @@ def test_a_retry_that_could_not_be_noted_is_noted_when_the_line_is_logged_again(
     assert [(r.first_step, r.last_step) for r in upload_state.load(run).retries] == [(11, 18)]
 
 
-def test_a_rollback_without_telling_is_seen_by_the_step_going_back(run, ticks):
+def test_a_rollback_without_rewind_is_detected_by_a_lower_step(run, ticks):
     history = History(run, 0)
     train(history, 1, 18)
     train(history, 11, 20)
     assert steps(run) == list(range(1, 21))
 
 
-def test_going_back_one_step_is_seen_too(run, ticks):
+def test_a_rollback_of_one_step_is_detected(run, ticks):
     history = History(run, 0)
     train(history, 1, 7)
     history.log(7, {"train/loss": 9.0})
     assert [line.record["train/loss"] for line in journal.read(run.metrics_file) if line.record["step"] == 7] == [9.0]
 
 
-def test_a_loss_that_is_no_number_agrees_with_itself(run, ticks):
+def test_a_nan_loss_agrees_with_itself(run, ticks):
     store = KeepingStore(run)
     history = History(run, 0)
     history.log(1, {"train/loss": math.nan})
@@ -241,13 +241,13 @@ def feed_of(run, store):
     return lambda: feed._send_metrics(store, "id", lambda _: False)
 
 
-def test_an_uploader_that_looks_while_the_file_is_being_cut_sends_nothing_that_is_cut(run, ticks, monkeypatch):
+def test_an_uploader_that_reads_during_a_cut_sends_no_cut_line(run, ticks, monkeypatch):
     store = Listening()
     train(History(run, 0), 1, 20)
     real, uploaders = journal.replace, []
 
     def replace(path, lines):
-        if path == run.metrics_file:  # the position is lowered already, the lines are still there
+        if path == run.metrics_file:  # the position is already lowered, the lines are still there
             uploaders.append(threading.Thread(target=feed_of(run, store)))
             uploaders[0].start()
             uploaders[0].join(0.3)
@@ -262,9 +262,7 @@ def test_an_uploader_that_looks_while_the_file_is_being_cut_sends_nothing_that_i
     assert store.points == of_file(run)
 
 
-def test_a_line_of_a_retry_that_was_read_before_the_retry_was_known_is_not_sent_under_the_old_key(
-    run, ticks, monkeypatch
-):
+def test_a_line_read_before_its_retry_was_recorded_is_not_sent_under_the_old_key(run, ticks, monkeypatch):
     store = Listening()
     history = History(run, 0)
     train(history, 1, 18)

@@ -20,7 +20,7 @@ def wait_for_lines(file, count):
         time.sleep(0.05)
 
 
-def test_each_node_has_a_file_of_its_own_that_goes_on_after_a_restart(tmp_path):
+def test_each_node_has_its_own_file_which_continues_after_a_restart(tmp_path):
     run, _ = make_run(tmp_path, "none")
     file = run.tracking / "system" / "node-1.jsonl"
     for count in (2, 4):
@@ -34,7 +34,7 @@ def test_each_node_has_a_file_of_its_own_that_goes_on_after_a_restart(tmp_path):
 
 
 def test_memory_utilisation_and_power_of_every_gpu_are_sampled(monkeypatch):
-    """MLflow's own monitor, on a library that answers like NVML for two GPUs."""
+    """Runs MLflow's own monitor on a library that answers like NVML for two GPUs."""
     nvml = types.ModuleType("pynvml")
     nvml.NVMLError = RuntimeError
     nvml.nvmlInit = lambda: None
@@ -56,7 +56,7 @@ def test_memory_utilisation_and_power_of_every_gpu_are_sampled(monkeypatch):
 
 
 @pytest.mark.parametrize(("attempt", "status"), [(1, "RUNNING"), (2, "KILLED")])
-def test_a_helper_whose_training_was_killed_speaks_for_its_own_start_only(tmp_path, attempt, status):
+def test_a_helper_of_a_killed_training_changes_the_status_of_its_own_start_only(tmp_path, attempt, status):
     run, _ = make_run(tmp_path, "none")
     upload_state.update(
         run, lambda s: setattr(s, "attempt", 2)
@@ -67,12 +67,12 @@ def test_a_helper_whose_training_was_killed_speaks_for_its_own_start_only(tmp_pa
     assert upload_state.load(run).status == status
 
 
-def test_the_helper_leaves_the_processor_to_training(tmp_path):
+def test_the_helper_gives_training_priority_on_the_processor(tmp_path):
     run, _ = make_run(tmp_path, "none")
     helper = Helper(run, None, 1)
     process = psutil.Process(helper._process.pid)
     behind = min(psutil.Process().nice() + 10, 19)
-    by_session = Path(f"/proc/{process.pid}/autogroup")  # on kernels that share the processor out among sessions
+    by_session = Path(f"/proc/{process.pid}/autogroup")  # on kernels that share the processor between sessions
     try:
         wait_for(lambda: process.nice() == behind, 30)
         wait_for(lambda: not by_session.exists() or by_session.read_text().endswith("nice 10\n"), 30)

@@ -1,4 +1,4 @@
-"""A run folder that one may only read, a state that is none, and what commands say where sending fails."""
+"""Read-only run folders, damaged states, and the messages of commands where sending fails."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from tests.tracking.support import begin, make_run, unused_port
 
 @pytest.fixture
 def read_only(monkeypatch):
-    """Makes a folder one of a read-only mount (this may run as root, whom permissions do not stop)."""
+    """Mounts a folder read-only (permissions do not stop root, which may run this)."""
     really_open = os.open
 
     def make(folder):
@@ -29,7 +29,7 @@ def read_only(monkeypatch):
     return make
 
 
-def test_a_run_that_one_may_only_read_can_be_looked_at(tmp_path, read_only):
+def test_a_read_only_run_can_be_inspected(tmp_path, read_only):
     run, config = make_run(tmp_path, "none")
     tracker = begin(run, config)
     (tmp_path / "closed").mkdir()
@@ -41,7 +41,7 @@ def test_a_run_that_one_may_only_read_can_be_looked_at(tmp_path, read_only):
     os.close(tracker._alive)
 
 
-def test_sending_a_run_that_one_may_only_read_names_the_folder_and_the_cure(folder, read_only, capsys):
+def test_syncing_a_read_only_run_names_the_folder_and_the_cure(folder, read_only, capsys):
     run, config = make_run(folder)
     begin(run, config).close("FINISHED")
     read_only(run.path)
@@ -49,10 +49,10 @@ def test_sending_a_run_that_one_may_only_read_names_the_folder_and_the_cure(fold
         sync(run)
     sync_quietly(run)
     for message in (str(refused.value), capsys.readouterr().err):
-        assert f"{run.path}: cannot be written (Read-only file system)" in message and "that may write to it" in message
+        assert f"{run.path}: cannot be written (Read-only file system)" in message and "write access" in message
 
 
-def test_what_a_command_has_made_stands_where_mlflow_cannot_be_reached(tmp_path, capsys):
+def test_a_command_succeeds_where_mlflow_is_unreachable(tmp_path, capsys):
     run, config = make_run(tmp_path, "none")
     begin(run, config).close("FINISHED")
     sync_quietly(run)
@@ -66,7 +66,7 @@ def test_what_a_command_has_made_stands_where_mlflow_cannot_be_reached(tmp_path,
     ("content", "said"),
     [("[]", "valid dictionary"), ("{}", "identity: Field required"), ('{"identity": 5}', "identity: Input should be")],
 )
-def test_a_state_that_is_json_but_no_state_is_named_with_its_cure(tmp_path, content, said):
+def test_a_damaged_state_is_named_with_its_cure(tmp_path, content, said):
     run, _ = make_run(tmp_path, "none")
     run.mlflow_file.write_text(content)
     with pytest.raises(PipelineError) as refused:

@@ -1,4 +1,4 @@
-"""The charts of the report, by plotly."""
+"""The charts of the report, drawn with plotly."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _PART_COLOURS = {
     "repeated": "#c8553d",
     "idle": "#8a5a9e",
 }
-_LABELLED = 8  # per cent of a bar: a narrower part has no room for its name
-_POINTS = 2000  # of one curve: enough for any screen, and a page of a few megabytes for a run of a million steps
+_LABELLED = 8  # percent of a bar: a narrower part has no room for its name
+_POINTS = 2000  # per curve: enough for any screen, and a run of a million steps stays a page of a few megabytes
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,27 @@ class Curve:
     values: Sequence[float]
 
     def thinned(self, limit: int = _POINTS) -> Curve:
-        """The same curve with at most `limit` points; of each stretch its lowest and its highest value stay."""
+        """Returns the curve with at most `limit` points: the lowest and the highest value of each stretch."""
         if len(self.steps) <= limit:
             return self
         stretch = math.ceil(2 * len(self.steps) / limit)
         kept: list[int] = []
         for first in range(0, len(self.steps), stretch):
             block = range(first, min(first + stretch, len(self.steps)))
-            # A value that is no number is what a person looks for: it counts as the highest.
+            # NaN is what a reader looks for, so it counts as the highest value.
             ordered = sorted(block, key=lambda i: math.inf if math.isnan(self.values[i]) else self.values[i])
             kept += sorted({ordered[0], ordered[-1]})
         return Curve([self.steps[i] for i in kept], [self.values[i] for i in kept])
 
     def lone(self) -> list[bool]:
-        """Which values are numbers with none beside them: no line goes through these, they need a marker."""
+        """Tells which finite values have no finite neighbour: no line reaches them, so they need a marker."""
         finite = [False, *map(math.isfinite, self.values), False]
         return [finite[i] and not (finite[i - 1] or finite[i + 1]) for i in range(1, len(finite) - 1)]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One run's curves, and the steps at which it was started again."""
+    """The curves of one run, its goodput, and the steps at which it restarted."""
 
     name: str
     curves: dict[str, Curve]
@@ -62,11 +62,11 @@ class Series:
 
 
 def line_chart(runs: Sequence[Series], keys: Sequence[tuple[str, str]], unit: str, *, log: bool = False) -> go.Figure:
-    """Metrics of all runs by step.
+    """Draws metrics of all runs by step.
 
     Args:
-        runs: The runs; each has a colour, restarts are dotted lines in it.
-        keys: Metric and its name in the legend; the first solid, further ones dashed with markers.
+        runs: The runs; each has a colour, and dotted lines in it mark restarts.
+        keys: Each metric and its name in the legend; the first is solid, the rest dashed with markers.
         unit: Title of the vertical axis.
         log: Whether the vertical axis is logarithmic.
     """
@@ -90,7 +90,7 @@ def line_chart(runs: Sequence[Series], keys: Sequence[tuple[str, str]], unit: st
         line = {"color": colour, "width": 1, "dash": "dot"}
         across = {"type": "line", "y0": 0, "y1": 1, "yref": "y domain", "line": line, "opacity": 0.7}
         restarts += [{"x0": step, "x1": step, **across} for step in run.restarts]
-    figure.update_layout(shapes=restarts)  # at once: `add_vline` copies all lines that are there
+    figure.update_layout(shapes=restarts)  # all at once: `add_vline` copies every existing line
     return _styled(figure, "step", unit, log=log, legend=len(runs) > 1 or len(keys) > 1)
 
 
@@ -102,7 +102,7 @@ def _legend(run: Series, label: str, *, alone: bool, only: bool) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name that plotly shows as it is: it takes texts for markup, and knows few entities."""
+    """Escapes a name for plotly, which reads texts as markup and knows few entities."""
     return html.escape(name, quote=False)
 
 
@@ -110,12 +110,12 @@ def _lone_marker(curve: Curve) -> dict[str, Any] | None:
     lone = curve.lone()
     if not any(lone):
         return None
-    # Where sizes differ, plotly makes bubbles of the points: pale, with a white edge.
+    # Where sizes differ, plotly draws pale bubbles with a white edge.
     return {"size": [5 * one for one in lone], "opacity": 1, "line": {"width": 0}}
 
 
 def time_chart(run: Series) -> go.Figure:
-    """Where the time of a step goes, stacked."""
+    """Draws where the time of a step was spent, stacked."""
     figure = go.Figure()
     parts = ("data", "forward_backward", "optimizer", "checkpoint_stall")
     for number, part in enumerate(parts):
@@ -132,11 +132,11 @@ def time_chart(run: Series) -> go.Figure:
                 marker=marker,
                 stackgroup="time",
             )
-    return _styled(figure, "step", "ms a step")
+    return _styled(figure, "step", "ms per step")
 
 
 def goodput_chart(runs: Sequence[Series]) -> go.Figure:
-    """Where the wall time went, one bar a run."""
+    """Draws where the wall time was spent, one bar per run."""
     figure = go.Figure()
     shown = [run for run in runs if run.goodput is not None and run.goodput.wall_s > 0]
     for part, colour in _PART_COLOURS.items():
@@ -169,8 +169,8 @@ def goodput_chart(runs: Sequence[Series]) -> go.Figure:
 
 
 def to_html(figure: go.Figure, name: str) -> str:
-    """The chart as an element of a page that has plotly's script already."""
-    buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]  # the default ones also offer to upload the chart
+    """Returns the chart as an element for a page that already contains plotly's script."""
+    buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]  # the default buttons also offer to upload the chart
     settings: dict[str, Any] = {"displaylogo": False, "responsive": True, "modeBarButtons": buttons}
     return figure.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id=name, config=settings)
 
@@ -183,7 +183,7 @@ def _styled(figure: go.Figure, across: str, up: str, *, log: bool = False, legen
     figure.update_layout(
         template="plotly_white",
         height=340,
-        # Room above the plot: the buttons stand there, and the legend below them.
+        # The buttons and the legend stand above the plot.
         margin={"l": 64, "r": 16, "t": 56 if legend else 32, "b": 46},
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#24292f"},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},

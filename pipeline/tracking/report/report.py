@@ -1,4 +1,4 @@
-"""`pipeline report`: what happened in one or several runs, as one HTML file."""
+"""`pipeline report`: one HTML file that shows what happened in one or several runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.run.events import Checkpointed, EventLog, Ready, Repeating, StartB
 from pipeline.run.folder import Run
 from pipeline.text_format import rounded_duration, short
 from pipeline.tracking.goodput import goodput
-from pipeline.tracking.report import page
 from pipeline.tracking.report.charts import Curve, Series, goodput_chart, line_chart, time_chart, to_html
+from pipeline.tracking.report.page import Section, render
 from pipeline.tracking.upload.describe import checkpoints, flatten
 
 _QUIET = (Ready, Checkpointed)  # shown elsewhere
@@ -24,33 +24,33 @@ _UNTOLD = ("began", "last_seen")
 _CURVES = (  # metric, title, unit, note
     ("train/lr", "Learning rate", "learning rate", "Warm-up, then a cosine."),
     ("train/grad_norm", "Gradient norm", "L2 norm", "Of the global batch, before clipping."),
-    ("train/tokens_per_s", "Throughput", "tokens per second", "All processes together, mean of a log interval."),
+    ("train/tokens_per_s", "Throughput", "tokens per second", "All processes together, mean over a log interval."),
     ("train/mfu", "MFU", "fraction of the peak", "Model FLOP/s over the devices' peak."),
-    ("val/bits_per_byte", "Validation, bits per byte", "bits per byte of text", "No tokenizer can flatter it."),
+    ("val/bits_per_byte", "Validation, bits per byte", "bits per byte of text", "Comparable between tokenizers."),
 )
-_TIME_NOTE = "Mean of a log interval, on the first rank."
+_TIME_NOTE = "Mean over a log interval, on rank 0."
 _GOODPUT_NOTE = "Training: steps done for the first time. Everything else is overhead."
 _EVENTS = 200
 _SAMPLES = 5
 
 
 def write_report(runs: Sequence[Run], output: Path | None = None) -> Path:
-    """Writes the report of the runs, overlaid where there are several.
+    """Writes the report of one run, or of several runs overlaid, and returns its file.
 
     Args:
         runs: The runs, at least one.
-        output: The file; `report.html` in the first run's folder if None.
+        output: The file to write; None for `report.html` in the first run's folder.
 
     Raises:
-        UsageError: None of the runs has any metrics yet.
+        UsageError: No run has metrics yet.
         PipelineError: The file cannot be written.
     """
-    runs = list({run.path.resolve(): run for run in runs}.values())  # a run that is given twice is one curve
+    runs = list({run.path.resolve(): run for run in runs}.values())  # a run given twice is one curve
     names = [run.name for run in runs]
-    # Runs of one name in two folders are told apart by their paths.
+    # Paths tell runs of the same name apart.
     series = [read_series(run, run.name if names.count(run.name) == 1 else str(run.path)) for run in runs]
     if not any(s.curves for s in series):
-        raise UsageError(f"{runs[0].path}: there is nothing to report yet, metrics.jsonl is empty")
+        raise UsageError(f"{runs[0].path}: nothing to report yet: metrics.jsonl is empty")
     from plotly.offline import get_plotlyjs
 
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -59,15 +59,15 @@ def write_report(runs: Sequence[Run], output: Path | None = None) -> Path:
     sections = [*_charts(series), *_details(runs, series)]
     if not alone:
         sections = [_comparison(series), _differences(runs, series), *sections]
-    parts = [*([_tiles(runs[0], series[0])] if alone else []), page.grid(sections)]
+    tiles = _tiles(runs[0], series[0]) if alone else []
     target = output or runs[0].report_file
     with naming(target, "cannot be written", "choose another --output"):
-        write_text(target, page.page(title, f"made {made} by pipeline report", get_plotlyjs(), parts))
+        write_text(target, render(title, f"made {made} by pipeline report", get_plotlyjs(), tiles, sections))
     return target
 
 
 def read_series(run: Run, name: str) -> Series:
-    """The curves of a run from metrics.jsonl, and its restarts from events.jsonl."""
+    """Reads the curves of a run from metrics.jsonl and its restarts from events.jsonl."""
     columns: dict[str, tuple[list[int], list[float]]] = {}
     for line in journal.read(run.metrics_file):
         step = int(line.record["step"])
@@ -82,13 +82,13 @@ def read_series(run: Run, name: str) -> Series:
     return Series(name, curves, restarts, goodput(run, events))
 
 
-def _charts(series: Sequence[Series]) -> list[str]:
+def _charts(series: Sequence[Series]) -> list[Section]:
     def has(key: str) -> bool:
         return any(key in s.curves for s in series)
 
     loss = [("train/loss", "training"), ("val/loss", "validation")]
     restarted = any(s.restarts for s in series)
-    dotted = "Dotted: a run was started again there, or went back to there." if restarted else ""
+    dotted = "Dotted: a run restarted or rolled back to this step." if restarted else ""
     made = [("Loss", dotted, line_chart(series, loss, "nats per token"), True)]
     for key, title, unit, note in _CURVES:
         if has(key):
@@ -102,12 +102,12 @@ def _charts(series: Sequence[Series]) -> list[str]:
     if any(s.goodput for s in series):
         made.append(("Goodput", _GOODPUT_NOTE, goodput_chart(series), True))
     return [
-        page.section(title, to_html(figure, f"chart-{number}"), wide=wide, note=note)
+        Section(title, note, wide, html=to_html(figure, f"chart-{number}"))
         for number, (title, note, figure, wide) in enumerate(made)
     ]
 
 
-def _tiles(run: Run, series: Series) -> str:
+def _tiles(run: Run, series: Series) -> list[tuple[str, str]]:
     figures = []
     for key, label, form in (
         ("train/loss", "last training loss", "{:.4f}"),
@@ -125,10 +125,10 @@ def _tiles(run: Run, series: Series) -> str:
         figures.append(("goodput", f"{100 * series.goodput.fraction:.1f}%"))
         figures.append(("wall time", rounded_duration(series.goodput.wall_s)))
     figures.append(("restarts and rollbacks", str(len(series.restarts))))
-    return page.tiles(figures)
+    return figures
 
 
-def _comparison(series: Sequence[Series]) -> str:
+def _comparison(series: Sequence[Series]) -> Section:
     rows = []
     for s in series:
         losses = [f"{s.curves[k].values[-1]:.4f}" if k in s.curves else "" for k in ("train/loss", "val/loss")]
@@ -138,47 +138,46 @@ def _comparison(series: Sequence[Series]) -> str:
         good = f"{100 * s.goodput.fraction:.1f}% of {rounded_duration(s.goodput.wall_s)}" if s.goodput else ""
         rows.append([s.name, f"{last:,}", *losses, middle, good, str(len(s.restarts))])
     head = ["run", "step", "training loss", "validation loss", "tokens/s (median)", "goodput", "restarts"]
-    return page.section("Runs", page.table(head, rows), wide=True)
+    return Section("Runs", wide=True, head=head, rows=rows)
 
 
-def _differences(runs: Sequence[Run], series: Sequence[Series]) -> str:
+def _differences(runs: Sequence[Run], series: Sequence[Series]) -> Section:
     configs = [dict(flatten(run.config().model_dump(mode="json"))) for run in runs]
     rows = []
     for key in dict.fromkeys(k for config in configs for k in config):
         values = [json.dumps(c[key], ensure_ascii=False) if key in c else "" for c in configs]
         if len(set(values)) > 1 and key != "name":
             rows.append([key, *values])
-    inside = page.table(["setting", *(s.name for s in series)], rows) if rows else "<p>The configs are the same.</p>"
-    return page.section("Differences of the configs", inside, wide=True)
+    title = "Differences of the configs"
+    if not rows:
+        return Section(title, wide=True, html="<p>The configs are the same.</p>")
+    return Section(title, wide=True, head=["setting", *(s.name for s in series)], rows=rows)
 
 
-def _details(runs: Sequence[Run], series: Sequence[Series]) -> list[str]:
+def _details(runs: Sequence[Run], series: Sequence[Series]) -> list[Section]:
     made = []
     for run, s in zip(runs, series, strict=True):
         of = "" if len(runs) == 1 else f": {s.name}"
-        made.append(page.section(f"Samples{of}", _samples(run)))
+        made.append(_samples(run, of))
         evaluation = _evaluation(run)
         if evaluation:
-            table = page.table(["on the whole validation split", ""], evaluation)
-            made.append(page.section(f"Evaluation{of}", table))
-        made.append(page.section(f"Starts, stops and incidents{of}", _incidents(run)))
-        made.append(page.section(f"Provenance{of}", _provenance(run)))
+            made.append(Section(f"Evaluation{of}", head=["on the whole validation split", ""], rows=evaluation))
+        made += [_incidents(run, of), _provenance(run, of)]
         config = run.config_file.read_text(encoding="utf-8")
-        made.append(page.section(f"Config{of}", page.folded(run.config_file.name, config), wide=True))
-        saved = [[f"{c['step']:,}", c["path"], (c["digest"] or "")[:16]] for c in checkpoints(run)]
+        made.append(Section(f"Config{of}", wide=True, texts=[(run.config_file.name, config)]))
+        saved = [[f"{c['step']:,}", c["path"], (c["digest"] or "")[:16]] for c in checkpoints(run)][-20:]
         if saved:
-            table = page.table(["step", "path", "SHA-256 of its manifest"], saved[-20:])
-            made.append(page.section(f"Checkpoints{of}", table, wide=True))
+            head = ["step", "path", "SHA-256 of its manifest"]
+            made.append(Section(f"Checkpoints{of}", wide=True, head=head, rows=saved))
     return made
 
 
-def _samples(run: Run) -> str:
-    found = sorted(run.samples.glob("*.txt")) if run.samples.is_dir() else []
-    texts = [f.read_text(encoding="utf-8", errors="replace") for f in found[-_SAMPLES:]]
-    inside = "".join(
-        page.folded(f.stem, text, opened=f == found[-1]) for f, text in zip(found[-_SAMPLES:], texts, strict=True)
-    )
-    return inside or "<p>None yet: <code>pipeline sample RUN</code></p>"
+def _samples(run: Run, of: str) -> Section:
+    files = sorted(run.samples.glob("*.txt")) if run.samples.is_dir() else []
+    texts = [(f.stem, f.read_text(encoding="utf-8", errors="replace")) for f in files[-_SAMPLES:]]
+    if not texts:
+        return Section(f"Samples{of}", html="<p>None yet: <code>pipeline sample RUN</code></p>")
+    return Section(f"Samples{of}", texts=texts, opened=texts[-1][0])
 
 
 def _evaluation(run: Run) -> list[list[str]]:
@@ -194,24 +193,24 @@ def _evaluation(run: Run) -> list[list[str]]:
     ]
 
 
-def _incidents(run: Run) -> str:
+def _incidents(run: Run, of: str) -> Section:
     rows = []
     for event in [e for e in EventLog.load(run.events_file) if not isinstance(e, _QUIET)][-_EVENTS:]:
         when = datetime.fromtimestamp(event.time, UTC).strftime("%Y-%m-%d %H:%M:%S")
         told = {name: value for name, value in event.fields().items() if name not in _UNTOLD}
         rest = ", ".join(f"{name}: {_plain(value)}" for name, value in told.items() if value not in (None, False))
         rows.append([when, event.name if isinstance(event, UnknownEvent) else event.kind, rest])
-    return page.table(["time (UTC)", "event", ""], rows)
+    return Section(f"Starts, stops and incidents{of}", head=["time (UTC)", "event", ""], rows=rows)
 
 
 def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _provenance(run: Run) -> str:
+def _provenance(run: Run, of: str) -> Section:
     starts = run.provenance()
     if not starts:
-        return "<p>None.</p>"
+        return Section(f"Provenance{of}", html="<p>None.</p>")
     values = dict(flatten(starts[-1]))
     rows = [[k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)] for k, v in values.items()]
-    return page.table([f"start {len(starts)} of {len(starts)}", ""], rows)
+    return Section(f"Provenance{of}", head=[f"start {len(starts)} of {len(starts)}", ""], rows=rows)

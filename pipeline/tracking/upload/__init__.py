@@ -1,4 +1,1 @@
-"""From the run folder to MLflow: the only code, besides `tracking/system.py`, that imports mlflow.
-
-It never runs in the process that trains.
-"""
+"""Sends a run folder to MLflow, outside the training process; only this and `tracking/system.py` import mlflow."""

@@ -1,4 +1,4 @@
-"""What MLflow is told about a run besides its metrics: params, tags, the dataset and the files."""
+"""Describes a run for MLflow besides its metrics: params, tags, dataset and files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipeline.tracking.upload_state import State
 
 
 def params(config: Config) -> dict[str, str]:
-    """The resolved config as dotted names and text values."""
+    """Returns the resolved config as dotted names and text values."""
     return {name: _text(value) for name, value in flatten(config.model_dump(mode="json"))}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and leaves of nested mappings; a list is a leaf."""
+    """Yields the dotted names and leaves of nested mappings; a list is a leaf."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -37,7 +37,7 @@ def _text(value: Any) -> str:
 
 
 def tags(run: Run) -> dict[str, str]:
-    """Provenance of the run's first and newest start, and its newest checkpoint by path and digest."""
+    """Returns the provenance of the newest start, and path and digest of the newest checkpoint."""
     found = {"pipeline.run_folder": str(run.path.resolve()), "mlflow.user": _user(), "mlflow.source.name": "pipeline"}
     starts = run.provenance()
     if starts:
@@ -52,7 +52,7 @@ def tags(run: Run) -> dict[str, str]:
 
 
 def checkpoint_tags(run: Run, step: int | None = None) -> dict[str, str]:
-    """Path, step and digest of the checkpoint of a step, of the newest if None; nothing where there is none."""
+    """Returns path, step and digest of a step's checkpoint (None: the newest); empty without one."""
     made = [c for c in checkpoints(run) if step is None or c["step"] == step]
     if not made:
         return {}
@@ -63,12 +63,12 @@ def checkpoint_tags(run: Run, step: int | None = None) -> dict[str, str]:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a number that has no name
+    except (KeyError, OSError):  # a container may run under a user id without a name
         return "unknown"
 
 
 def checkpoints(run: Run) -> list[dict[str, Any]]:
-    """Every checkpoint that was published, oldest first: step, Unix time, path, and the digest of its manifest."""
+    """Returns every published checkpoint, oldest first: step, Unix time, path, and the digest of its manifest."""
     by_step: dict[int, dict[str, Any]] = {}
     for event in EventLog.load(run.events_file).of(Checkpointed):
         folder = run.checkpoints / step_name(event.step)
@@ -80,9 +80,9 @@ def checkpoints(run: Run) -> list[dict[str, Any]]:
 
 
 def evaluation(run: Run) -> dict[str, Any] | None:
-    """The result of the last `pipeline evaluate` as a line of metrics; it has the time of the checkpoint.
+    """Returns the result of the last `pipeline evaluate` as a line of metrics, at the time of the checkpoint.
 
-    Evaluating a checkpoint again gives the same numbers, and so no second point.
+    Evaluating a checkpoint again gives the same numbers and time, so no second point.
     """
     if not run.evaluation_file.is_file():
         return None
@@ -93,7 +93,7 @@ def evaluation(run: Run) -> dict[str, Any] | None:
 
 
 def status(run: Run, s: State) -> RunStatus:
-    """What MLflow is told: a run that a scheduler will start again is running, unless it was given up."""
+    """Returns the status for MLflow: a run that a scheduler will restart is RUNNING, unless given up."""
     if s.status != "STOPPED":
         return s.status
     match EventLog.load(run.events_file).last(StartBegan, Submitted, Requeued, Cancelled, GaveUp):
@@ -105,7 +105,7 @@ def status(run: Run, s: State) -> RunStatus:
 
 
 def files(run: Run) -> Iterator[tuple[Path, str | None]]:
-    """The files that become artifacts, each with its folder there."""
+    """Yields the files that become artifacts, each with its artifact folder."""
     for file in (
         run.config_file,
         run.provenance_file,
@@ -125,7 +125,7 @@ def files(run: Run) -> Iterator[tuple[Path, str | None]]:
 
 
 def dataset(run: Run, config: Config, given: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
-    """Name, digest, source and profile of the data; None where nothing is known about it yet."""
+    """Returns name, digest, source and profile of the data; None where nothing is known yet."""
     about = dict(given)
     manifest = Path(config.data.path) / MANIFEST
     if not about and manifest.is_file():
@@ -138,6 +138,6 @@ def dataset(run: Run, config: Config, given: Mapping[str, Any]) -> tuple[str, st
 
 
 def write_environment(run: Run) -> None:
-    """Lists the installed packages; environment variables are left out, they may hold secrets."""
+    """Lists the installed packages, but no environment variables, which may hold secrets."""
     lines = sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions() if d.metadata["Name"]})
     write_text(run.environment_file, "\n".join(lines) + "\n")

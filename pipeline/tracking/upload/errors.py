@@ -1,4 +1,4 @@
-"""What the failures of a store mean: whether trying again helps, and what a person is told."""
+"""Classifies the failures of a store: whether a retry helps, and what to tell the user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 
 _CREDENTIALS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME")
-_FILE = "~/.mlflow/credentials"  # where MLflow looks for what the environment leaves out
+_FILE = "~/.mlflow/credentials"  # where MLflow looks for what the environment lacks
 _CURE = (
     f"MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment, or {_FILE}"
 )
@@ -18,24 +18,24 @@ _STATUS = {"UNAUTHENTICATED": 401, "CUSTOMER_UNAUTHORIZED": 401, "PERMISSION_DEN
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether a store understood a request and will refuse it every time."""
+    """Returns whether a store understood a request and will always refuse it."""
     return getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 class RunDeleted(Exception):
-    """Somebody deleted the run in MLflow; opening it again restores it."""
+    """The run was deleted in MLflow; opening it again restores it."""
 
 
 def is_missing(error: Exception) -> bool:
-    """Whether a store does not know, or no longer, what it was asked about."""
+    """Returns whether a store does not, or no longer, know what the request names."""
     return isinstance(error, RunDeleted) or getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
 
 
 def in_words(error: Exception) -> str:
-    """A store's failure in one line, without the values of credentials, and what to change where that is known."""
+    """Describes a store's failure in one line, without credentials' values and with the cure where known."""
     text = (_redact(str(error)).strip() or type(error).__name__).splitlines()[0][:300]
     status = _STATUS.get(getattr(error, "error_code", ""))
-    if status is None:  # artifacts are sent by another way
+    if status is None:  # artifact requests raise errors of another kind
         status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401 and not _given():
         return f"the server asks for credentials (401): set {_CURE}"
@@ -59,17 +59,17 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _given() -> dict[str, str]:
-    """The credentials that MLflow finds, by the name of the variable each would have."""
+    """Returns the credentials that MLflow finds, by the name of their variables."""
     file = configparser.RawConfigParser()
-    with contextlib.suppress(configparser.Error, ValueError):  # MLflow's own failure tells of a damaged file
-        file.read(os.path.expanduser(_FILE))  # noqa: PTH111  # without a home it stays as it is
+    with contextlib.suppress(configparser.Error, ValueError):  # MLflow itself reports a damaged file
+        file.read(os.path.expanduser(_FILE))  # noqa: PTH111  # without a home it stays unchanged
     found = {name: os.environ.get(name) or file.get("mlflow", name, fallback="") for name in _CREDENTIALS}
     return {name: value for name, value in found.items() if value}
 
 
 def _redact(text: str) -> str:
     for name, secret in _given().items():
-        # A user called `a` must not take every a out of the message; of a password no piece may stay.
+        # A user called `a` must not mask every a of the message, but no part of a password may remain.
         user = name == "MLFLOW_TRACKING_USERNAME"
         pattern = rf"(?<!\w){re.escape(secret)}(?!\w)" if user else re.escape(secret)
         text = re.sub(pattern, "***", text)

@@ -1,6 +1,6 @@
-"""Feeds one MLflow store from the files of a run folder; used by the uploader's thread and by `pipeline sync`.
+"""Feeds one MLflow store from the files of a run folder, for the uploader and for `pipeline sync`.
 
-Memory is bounded: never more than one batch of points is held, whatever has piled up on disk.
+Memory is bounded: it holds at most one batch of points, whatever the backlog on disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _log = logging.getLogger("pipeline.tracking")
 
 
 class Feed:
-    """The way from a run folder to one store.
+    """Sends one run folder to one store.
 
     Args:
         run: The run.
@@ -46,20 +46,19 @@ class Feed:
         self._refused: set[str] = set()
 
     def connect(self) -> tuple[Store, str]:
-        """Opens the store and finds or makes the MLflow run.
+        """Opens the store and finds or creates the MLflow run; returns the store and the id of the run.
 
-        Its identity is written down before it is made, and its id before anything is sent.
+        Records its identity before creating it, and its id before sending anything.
         """
         if self._store is None:
             self._store = Store(self._uri, self._config.tracking.experiment, self._config.tracking.artifact_location)
         if self._run_id is None:
-            s = upload_state.update(
-                self._run, lambda s: None
-            )  # an identity that is not on disk would be another next time
+            # `update`, as an identity that is not on disk would differ the next time.
+            s = upload_state.update(self._run, lambda s: None)
             known = s.of(self._uri).run_id
             run_id = self._store.ensure_run(s.identity, known, self._run.name, self._began_ms())
             if run_id != known:
-                # A run that is new to this store has nothing yet, whatever was sent to an earlier one.
+                # A run new to this store has nothing yet, whatever an earlier one received.
                 upload_state.update(
                     self._run, lambda s: s.stores.update({self._uri: upload_state.StoreState(run_id=run_id)})
                 )
@@ -67,12 +66,12 @@ class Feed:
         return self._store, self._run_id
 
     def disconnect(self) -> None:
-        """Forgets what was known about the store, so that the next round asks it again."""
+        """Forgets what is known about the store, so that the next round asks it again."""
         self._run_id = None
         self._described = None
 
     def send_all(self, pause: Callable[[float], bool] = lambda _: False) -> int:
-        """Sends what the store has not got; returns the number of points.
+        """Sends what the store lacks; returns the number of points.
 
         Args:
             pause: Called with the seconds each batch took; True ends the round early.
@@ -90,7 +89,7 @@ class Feed:
         return sent
 
     def finish(self) -> None:
-        """Sends the files and the status as they stand now; everything else must have been sent."""
+        """Sends the current files and status; the caller has sent everything else."""
         store, run_id = self.connect()
         self._describe(store, run_id)
         self._send_status(store, run_id)
@@ -98,17 +97,16 @@ class Feed:
     # ---- metrics -----------------------------------------------------------------------------
 
     def _send_metrics(self, store: Store, run_id: str, pause: Callable[[float], bool]) -> int:
-        """Sends what is there now: what comes while it sends would make ever smaller batches, and no end of them."""
+        """Sends the lines present at its start: later ones would cause ever smaller batches without end."""
         sent, until = 0, journal.size(self._run.metrics_file)
         while True:
             claim = upload_state.settled(self._run)
             batch, end = _batch(self._run.metrics_file, claim.of(self._uri).sent, claim.retry_number)
             if not batch:
                 return sent
-            # What the store has must not be lost with this node: the next start could not know of it.
+            # This node must not lose what the store has: the next start could not know of it.
             journal.make_durable(self._run.metrics_file)
-            # Written down before anything leaves: from here on these lines may be in the store, and a
-            # rewind that comes in between will keep them.
+            # Recorded before sending: from here on the store may have these lines, and a rewind will keep them.
             if not self._move(claim.generation, sending=end):
                 continue
             began = time.monotonic()
@@ -119,7 +117,7 @@ class Feed:
                 return sent
 
     def _move(self, generation: int, *, sending: int | None = None, sent: int | None = None) -> bool:
-        """Moves the position, unless metrics.jsonl was cut meanwhile."""
+        """Moves the position, unless metrics.jsonl was cut meanwhile; returns whether it moved."""
         moved = False
 
         def change(s: upload_state.State) -> None:
@@ -137,13 +135,13 @@ class Feed:
         sent = 0
         for file in sorted(self._run.system_metrics.glob("*.jsonl")):
             offset = upload_state.load(self._run).of(self._uri).system.get(file.stem, 0)
-            if offset > journal.size(file):  # it was lost or began anew; what is sent twice is stored once
+            if offset > journal.size(file):  # the file was lost and restarted; MLflow stores once what it gets twice
                 offset = 0
             while True:
                 batch, offset = _batch(file, offset, lambda _: 0)
                 if not batch:
                     break
-                # As with metrics.jsonl: lines that the store has must not be lost, or others took their place.
+                # As with metrics.jsonl: were lines lost that the store has, new ones would take their place.
                 journal.make_durable(file)
                 began = time.monotonic()
                 self._send(store, run_id, batch)
@@ -163,7 +161,7 @@ class Feed:
     # ---- everything else ---------------------------------------------------------------------
 
     def _describe(self, store: Store, run_id: str) -> None:
-        """Sends params, tags, the dataset and files that are new or changed; each is sent once as it is."""
+        """Sends params, tags, the dataset and files if a file is new or changed."""
         newest = self._fingerprint()
         if newest == self._described:
             return
@@ -174,7 +172,7 @@ class Feed:
             except Exception as error:
                 if not is_refusal(error):
                     raise
-                # A refusal would be the same for ever and must not keep the metrics from being sent.
+                # A refusal is permanent and must not hold the metrics back.
                 _log.warning("MLflow refuses a part of the description: %s", in_words(error))
         if (
             upload_state.load(self._run).of(self._uri).status is None
@@ -193,7 +191,7 @@ class Feed:
     def _send_params(self, store: Store, run_id: str) -> None:
         now = describe.params(self._config)
         changed = {f"changed.{name}" for name in store.set_params(run_id, now)}
-        # A param that was changed back equals its first value again: its tag must say so too.
+        # A param may change back to its first value: its tag must then say so too.
         told = store.read_run(run_id).data.tags.keys()
         tags = {f"changed.{name}": value for name, value in now.items()}
         store.set_tags(run_id, {tag: value for tag, value in tags.items() if tag in changed or tag in told})
@@ -252,7 +250,7 @@ class Feed:
 
 
 def _batch(file: Path, offset: int, retry_of: Callable[[int], int]) -> tuple[list[Point], int]:
-    """The points of whole lines from an offset on, as many as one request may hold; and where they end."""
+    """Returns the points of complete lines from an offset, at most one request full, and where they end."""
     points: list[Point] = []
     end = offset
     for line in journal.read(file, offset):
@@ -265,7 +263,7 @@ def _batch(file: Path, offset: int, retry_of: Callable[[int], int]) -> tuple[lis
 
 
 def _points(record: dict[str, Any], retry: int) -> Iterator[Point]:
-    """The points of a line; a file of metrics has steps and times of its own."""
+    """Yields the points of one line, with its step and time."""
     suffix = f".retry{retry}" if retry else ""
     time_ms, step = round(float(record["time"]) * 1000), int(record["step"])
     for key, value in record.items():
@@ -274,14 +272,14 @@ def _points(record: dict[str, Any], retry: int) -> Iterator[Point]:
 
 
 class UploadLock:
-    """Keeps two processes from feeding one run at the same time; held for a round, not for a life."""
+    """Keeps two processes from feeding one run at the same time; a process holds it for one round."""
 
     def __init__(self, run: Run) -> None:
         run.tracking.mkdir(parents=True, exist_ok=True)
         self._path = run.upload_lock
 
     def acquire(self) -> int | None:
-        """An open file that holds the lock (close it to let go), or None where another process has it."""
+        """Returns an open file that holds the lock until it is closed; None where another process has it."""
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         if upload_state.lock(fd, wait=False):
             return fd

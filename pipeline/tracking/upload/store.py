@@ -1,6 +1,6 @@
-"""The only code that talks to MLflow. Every call may block or fail: nothing here runs in the training thread.
+"""Talks to an MLflow store. Every call may block or fail, so nothing here runs in the training process.
 
-Importing this module is cheap; mlflow itself is imported when a store is opened.
+Importing this module is cheap; opening a store imports mlflow.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pipeline.tracking.upload_state import file_lock
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
-MAX_POINTS = 1000  # of one log_batch, MLflow's own limit
+MAX_POINTS = 1000  # per log_batch: MLflow's limit
 _MAX_PARAMS = 100
 _MAX_PARAM_LENGTH = 6000
 _MAX_TAG_LENGTH = 8000
 _IDENTITY = "pipeline.identity"
-_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}  # its page shows training runs first
+_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page shows training runs first
 
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -42,10 +42,10 @@ class Point:
 
 
 def resolve_uri(uri: str) -> str:
-    """The address with a sqlite file's path made absolute, so that it holds in every working folder.
+    """Returns the address with a sqlite path made absolute, so that it holds in every working folder.
 
     Raises:
-        UsageError: It is none of the forms that are allowed.
+        UsageError: It has none of the allowed forms.
     """
     problem = tracking_uri_problem(uri)
     if problem is not None:
@@ -56,10 +56,10 @@ def resolve_uri(uri: str) -> str:
 
 
 def quiet_environment() -> None:
-    """Sets what MLflow reads from the environment where the user has not: no telemetry, no endless retries.
+    """Sets MLflow's environment variables that the user has not set: no telemetry, no retries.
 
-    Its default of 7 retries with growing pauses would keep a call to a dead server for four minutes. Retrying is
-    the uploader's own business. The timeout stays long: a slow server is waited for by a thread nobody waits for.
+    MLflow's 7 retries with growing pauses would block a call to a dead server for four minutes; the uploader retries
+    itself. The timeout stays long, because training does not wait for a slow server.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -69,11 +69,11 @@ def quiet_environment() -> None:
 
 
 def _make_tables(file: Path) -> None:
-    """Publishes a new sqlite store whole: of one that a kill left with half its tables MLflow never makes the rest."""
+    """Publishes a new sqlite store with all its tables: MLflow never completes one that a kill left with half."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     temp = file.with_name(f".{file.name}.tmp")
-    temp.unlink(missing_ok=True)  # of a process that was killed; the lock says that nobody is making it now
+    temp.unlink(missing_ok=True)  # left by a killed process; under the lock no other process uses it
     maker = SqlAlchemyStore(f"sqlite:///{temp}", file.parent.as_uri())
     maker.engine.dispose()
     fsync_file(temp)
@@ -82,25 +82,25 @@ def _make_tables(file: Path) -> None:
 
 
 class Store:
-    """A tracking store that answers; opening one may create a sqlite file.
+    """An open tracking store; opening one may create a sqlite file.
 
     Args:
         uri: A resolved address, `sqlite:////...` or `http(s)://...`.
-        experiment: Name of the experiment; made where there is none.
-        artifact_location: Folder of the artifacts of a sqlite store; a server has its own.
+        experiment: Name of the experiment; created if missing.
+        artifact_location: Folder for the artifacts of a sqlite store; a server has its own.
     """
 
     def __init__(self, uri: str, experiment: str, artifact_location: str) -> None:
         quiet_environment()
         from mlflow import MlflowClient
 
-        for noisy in ("mlflow", "alembic"):  # they tell of every table they make
+        for noisy in ("mlflow", "alembic"):  # they log every table they make
             logging.getLogger(noisy).setLevel(logging.WARNING)
         self.uri = uri
         if uri.startswith("sqlite:///"):
             file = Path(uri.removeprefix("sqlite:///"))
             file.parent.mkdir(parents=True, exist_ok=True)
-            # Two processes that make the tables of one file at once: one of them dies.
+            # Of two processes that make the tables of one file at once, one dies.
             with file_lock(file.with_name(f"{file.name}.lock")):
                 if not file.exists():
                     _make_tables(file)
@@ -119,7 +119,7 @@ class Store:
                 location = None if artifacts is None else (artifacts / name).as_uri()
                 return self._client.create_experiment(name, artifact_location=location, tags=_EXPERIMENT)
             except MlflowException:
-                found = self._client.get_experiment_by_name(name)  # another run made it meanwhile
+                found = self._client.get_experiment_by_name(name)  # another run has created it meanwhile
                 if found is None:
                     raise
         if found.lifecycle_stage == "deleted":
@@ -127,10 +127,10 @@ class Store:
         return found.experiment_id
 
     def ensure_run(self, identity: str, known: str | None, name: str, start_ms: int) -> str:
-        """The id of the one MLflow run of a pipeline run, made where there is none.
+        """Returns the id of the one MLflow run of a pipeline run; creates it if missing.
 
-        A run is looked for by its identity before it is made: a request that timed out, or a kill before the
-        id was written down, may have left one. Of two (a server that answered late, twice) the older one stays.
+        It first searches by identity: a request that timed out, or a kill before the id was recorded, may have left
+        a run. Of several (a server that answered late, twice) the oldest stays.
         """
         from mlflow.exceptions import MlflowException
 
@@ -153,10 +153,10 @@ class Store:
         return made.info.run_id
 
     def send_points(self, run_id: str, points: Sequence[Point]) -> list[str]:
-        """Stores metrics, at most `MAX_POINTS`; a point that is there already is stored once.
+        """Stores metrics, at most `MAX_POINTS`; the store keeps a repeated point once.
 
         Returns:
-            The keys of points that the store refuses for good (a name it does not allow).
+            The keys that the store refuses permanently (a name it does not allow).
 
         Raises:
             RunDeleted: The run was deleted meanwhile.
@@ -179,11 +179,7 @@ class Store:
         return []
 
     def set_params(self, run_id: str, params: Mapping[str, str]) -> dict[str, str]:
-        """Stores params that are not there yet.
-
-        Returns:
-            Those that are there with another value, which MLflow does not let change.
-        """
+        """Stores new params; returns those stored with another value, which MLflow does not let change."""
         from mlflow.entities import Param
 
         there = self._client.get_run(run_id).data.params
@@ -194,7 +190,7 @@ class Store:
         return {k: v for k, v in cut.items() if there.get(k, v) != v}
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Stores tags, overwriting those that are there."""
+        """Stores tags; overwrites existing ones."""
         from mlflow.entities import RunTag
 
         new = [RunTag(k, v[:_MAX_TAG_LENGTH]) for k, v in tags.items()]
@@ -202,10 +198,10 @@ class Store:
             self._client.log_batch(run_id, tags=new[first : first + _MAX_PARAMS])
 
     def set_dataset(self, run_id: str, name: str, digest: str, source: str, profile: str) -> None:
-        """Stores the data a run was trained on as an input of the run; the same again changes nothing."""
+        """Stores the training data of a run as its input; storing it again changes nothing."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        # MLflow allows 36 characters of digest; the whole one is in the profile.
+        # MLflow allows a digest of 36 characters; the profile has the full one.
         dataset = Dataset(name, digest[:36], "local", source, profile=profile)
         self._client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
@@ -214,18 +210,18 @@ class Store:
         self._client.log_artifact(run_id, str(file), folder)
 
     def send_folder(self, run_id: str, folder: Path, name: str) -> None:
-        """Stores a folder's files as artifacts below `name`."""
+        """Stores the files of a folder as artifacts below `name`."""
         self._client.log_artifacts(run_id, str(folder), name)
 
     def set_status(self, run_id: str, status: RunStatus, end_ms: int | None) -> None:
-        """Stores the status; RUNNING takes the end time of an earlier status away."""
+        """Stores the status; RUNNING removes the end time of an earlier status."""
         if status == "RUNNING":
             self._client.update_run(run_id, status="RUNNING")
         else:
             self._client.set_terminated(run_id, status, end_ms)
 
     def register(self, run_id: str, name: str, artifact: str, tags: Mapping[str, str]) -> str:
-        """Makes a registered model version of a folder of artifacts; returns its number."""
+        """Registers a folder of artifacts as a model version; returns its number."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -237,11 +233,11 @@ class Store:
         return str(self._client.create_model_version(name, source, run_id, tags=dict(tags)).version)
 
     def read_run(self, run_id: str) -> MlflowRun:
-        """The run as the store has it."""
+        """Returns the run as the store has it."""
         return self._client.get_run(run_id)
 
     def read_history(self, run_id: str, keys: Iterable[str] | None = None) -> dict[str, list[Point]]:
-        """Every point the store has of a run, by key, in the order of their steps."""
+        """Returns every point the store has of a run, by key, in the order of steps."""
         wanted = self._client.get_run(run_id).data.metrics if keys is None else keys
         return {
             key: sorted(

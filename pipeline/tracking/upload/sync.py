@@ -1,4 +1,4 @@
-"""`pipeline sync`: sends what MLflow has not got yet, from any machine that sees the run folder."""
+"""`pipeline sync`: sends what MLflow lacks, from any machine that sees the run folder."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pipeline.tracking.upload.errors import in_words
 from pipeline.tracking.upload.feed import Feed, UploadLock
 from pipeline.tracking.upload.store import Store, resolve_uri
 
-# A process on a machine whose locks this one may not see counts as alive for as long after its last line;
-# its sampler writes one every ten seconds.
+# How long after its last line a process counts as alive on a machine whose locks this one may not see; its sampler
+# writes a line every ten seconds.
 _SILENCE_S = 300.0
 _LOCK_WAIT_S = 120.0
 
@@ -31,18 +31,18 @@ class Synced:
     """What `sync` did."""
 
     uri: str | None
-    """The store, None where the run has `tracking.uri: none`."""
+    """The store; None where the run has `tracking.uri: none`."""
     run_id: str | None
     """Id of the MLflow run."""
     points: int
-    """Points sent now."""
+    """Number of points sent."""
     status: str
-    """Status the MLflow run has."""
+    """Status of the MLflow run."""
     alive: bool
-    """Whether a process is still training, and so will send more."""
+    """Whether a process is still training and will send more."""
 
     def message(self) -> str:
-        """One line for a person."""
+        """Returns one line for the user."""
         if self.uri is None:
             return "this run has tracking.uri: none; name a store with --uri to send it there"
         more = "; it is still training" if self.alive else ""
@@ -50,19 +50,19 @@ class Synced:
 
 
 def sync(run: Run, uri: str | None = None) -> Synced:
-    """Sends metrics, system metrics, files and status that the store has not got.
+    """Sends the metrics, system metrics, files and status that the store lacks.
 
-    Safe at any time and as often as one likes, during training too. A run whose process is gone without having
-    closed is KILLED from now on; resuming it makes it RUNNING again.
+    It is safe at any time, even during training. A run whose process ended without closing becomes KILLED; resuming
+    it makes it RUNNING again.
 
     Args:
         run: The run.
-        uri: The store; without it the one the run was recorded for.
+        uri: The store; None for the one the run was recorded for.
 
     Raises:
-        UsageError: `uri` is none of the forms that are allowed.
-        PipelineError: The store cannot be reached or refuses the run, or the run folder cannot be written; nothing
-            is lost by that.
+        UsageError: `uri` has none of the allowed forms.
+        PipelineError: The store cannot be reached or refuses the run, or the run folder cannot be written. Nothing
+            is lost.
     """
     target = _target(run, uri)
     try:
@@ -70,8 +70,8 @@ def sync(run: Run, uri: str | None = None) -> Synced:
         fd = None if target is None else _wait_for_lock(run)
     except OSError as error:
         raise PipelineError(
-            f"{run.path}: cannot be written ({error.strerror}), and what MLflow has got is noted there; "
-            "run `pipeline sync` as a user and on a machine that may write to it"
+            f"{run.path}: cannot be written ({error.strerror}), but it must record what MLflow receives; "
+            "run `pipeline sync` as a user and on a machine with write access"
         ) from error
     if target is None or fd is None:
         return Synced(None, None, 0, describe.status(run, upload_state.load(run)), alive)
@@ -88,7 +88,7 @@ def sync(run: Run, uri: str | None = None) -> Synced:
 
 
 def sync_quietly(run: Run) -> None:
-    """Sends what a command has just made; where that fails a line on stderr says so, for what was made stands."""
+    """Sends what a command has just made; a failure is one line on stderr, since the result is on disk."""
     try:
         sync(run)
     except PipelineError as error:
@@ -96,17 +96,14 @@ def sync_quietly(run: Run) -> None:
 
 
 def register_export(run: Run, folder: Path, name: str) -> str:
-    """Makes a registered model version of an exported model.
+    """Registers an exported model as a model version; returns the number of the version.
 
-    The files are stored as artifacts of the run first: a server takes no version from a path it cannot reach.
+    It first stores the files as artifacts of the run: a server refuses a version at a path it cannot reach.
 
     Args:
         run: The run the model is from.
         folder: The exported files.
-        name: Name of the registered model; made where there is none.
-
-    Returns:
-        The number of the version.
+        name: Name of the registered model; created if missing.
 
     Raises:
         UsageError: The run has no store.
@@ -116,7 +113,7 @@ def register_export(run: Run, folder: Path, name: str) -> str:
 
     synced = sync(run)
     if synced.uri is None or synced.run_id is None:
-        raise UsageError(f"{run.path}: has tracking.uri: none, so there is no store to register the model in")
+        raise UsageError(f"{run.path}: tracking.uri is none, so there is no store to register the model in")
     config = run.config()
     with safe_open(folder / "model.safetensors", "np") as weights:
         tags = {"pipeline.run": run.name, **describe.checkpoint_tags(run, int(weights.metadata()["step"]))}
@@ -129,7 +126,7 @@ def register_export(run: Run, folder: Path, name: str) -> str:
 
 
 def is_alive(run: Run, events: EventLog) -> bool:
-    """Whether some process still trains this run, as far as can be seen from here."""
+    """Returns whether some process still trains this run, as far as this machine can see."""
     s = upload_state.load(run)
     if upload_state.holds_alive(run, s.attempt):
         return True
@@ -140,7 +137,7 @@ def is_alive(run: Run, events: EventLog) -> bool:
 
 
 def _note_if_killed(run: Run) -> bool:
-    """Notes it where a process ended without closing; returns whether one is alive."""
+    """Records whether a process ended without closing; returns whether one is alive."""
     alive = is_alive(run, EventLog.load(run.events_file))
     before = upload_state.load(run)
     if not alive and before.status == "RUNNING" and before.attempt:
@@ -149,7 +146,7 @@ def _note_if_killed(run: Run) -> bool:
 
 
 def note_killed(run: Run, attempt: int) -> None:
-    """Notes that a process ended without closing, unless the run was started again meanwhile."""
+    """Records that a process ended without closing, unless the run has restarted meanwhile."""
 
     def settle(s: upload_state.State) -> None:
         if s.status == "RUNNING" and s.attempt == attempt:
@@ -159,7 +156,7 @@ def note_killed(run: Run, attempt: int) -> None:
 
 
 def _last_sign(run: Run) -> float:
-    """When the run's files last changed."""
+    """Returns when the files of the run last changed."""
     files = [run.metrics_file, run.events_file, *run.system_metrics.glob("*.jsonl")]
     return max((f.stat().st_mtime for f in files if f.exists()), default=0.0)
 
@@ -167,7 +164,7 @@ def _last_sign(run: Run) -> float:
 def _target(run: Run, uri: str | None) -> str | None:
     if uri is not None:
         if uri == "none":
-            raise UsageError("--uri none is no store")
+            raise UsageError("--uri none does not name a store")
         problem = tracking_uri_problem(uri)
         if problem is not None:
             raise UsageError(f"--uri {problem}")

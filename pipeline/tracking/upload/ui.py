@@ -1,4 +1,4 @@
-"""`pipeline ui`: MLflow's own server on loopback, for the store a run was recorded in."""
+"""`pipeline ui`: runs MLflow's own server on loopback for the store of a run."""
 
 from __future__ import annotations
 
@@ -33,35 +33,35 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers."""
+    """A running server."""
 
     url: str
     """Its address."""
     process: subprocess.Popen[bytes]
-    """Its first process, the leader of a process group of its own."""
+    """Its first process, the leader of its own process group."""
 
 
 @contextlib.contextmanager
 def local_server(
     uri: str, port: int | None = None, log: Path | None = None, options: Sequence[str] = ()
 ) -> Iterator[Server]:
-    """Runs `mlflow server` on loopback until the block ends, with all its processes.
+    """Runs `mlflow server` on loopback until the block ends, then stops all its processes.
 
     Args:
         uri: The sqlite store.
-        port: Port to listen on; a free one if None.
-        log: File for what it prints; kept until it ends if None.
+        port: Port to listen on; None for a free one.
+        log: File for its output; None for a temporary one.
         options: Further options of `mlflow server`.
 
     Raises:
         UsageError: The port is taken.
-        PipelineError: The server did not come up.
+        PipelineError: The server does not come up.
     """
     port = _free_port(port)
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--workers", "1", "--backend-store-uri", resolve_uri(uri), *options]
-    # Without job execution it is 2 processes and 480 MB in place of 15 and 2.7 GB.
+    # Without job execution it needs 2 processes and 480 MB instead of 15 and 2.7 GB.
     settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with contextlib.ExitStack() as stack:
         printed = stack.enter_context(tempfile.TemporaryFile()) if log is None else stack.enter_context(log.open("a+b"))
@@ -73,7 +73,7 @@ def local_server(
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=end_with_parent(signal.SIGTERM),  # mlflow tells its own children
+            preexec_fn=end_with_parent(signal.SIGTERM),  # mlflow stops its own children
         )
         stack.callback(_stop, process)
         _wait_until_it_answers(url, process, output)
@@ -81,27 +81,27 @@ def local_server(
 
 
 def serve(run: Run | None, port: int | None) -> None:
-    """Serves MLflow's page until Ctrl-C and prints its address; of a run that is on a server, the address only.
+    """Serves MLflow's page until Ctrl-C and prints its address; for a run on a server it only prints the address.
 
     Args:
-        run: The run whose store is shown; the config's default store without one.
-        port: Port on loopback; a free one if None.
+        run: The run whose store to show; None for the default store of the config.
+        port: Port on loopback; None for a free one.
 
     Raises:
         UsageError: There is no store to show, or the port is taken.
-        PipelineError: The server did not come up.
+        PipelineError: The server does not come up.
     """
     uri = TrackingConfig().uri if run is None else upload_state.load(run).store or run.config().tracking.uri
     if uri == "none":
-        raise UsageError("tracking.uri is none: there is no store to show; try `pipeline report`")
+        raise UsageError("tracking.uri is none, so there is no store to show; try `pipeline report`")
     uri = resolve_uri(uri)
     if not uri.startswith("sqlite:"):
         print(f"MLflow: {uri}")
         return
     file = Path(uri.removeprefix("sqlite:///"))
     if not file.is_file():
-        raise UsageError(f"{file}: there is no such store yet; train a run first, or name one: pipeline ui RUN")
-    # Ended by a signal, or with its terminal, it must take the server with it.
+        raise UsageError(f"{file}: no such store yet; train a run first, or name one: pipeline ui RUN")
+    # Where a signal or a closed terminal ends this process, the server must end too.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(0))
     with local_server(uri, port) as server, contextlib.suppress(KeyboardInterrupt):
@@ -111,11 +111,11 @@ def serve(run: Run | None, port: int | None) -> None:
 
 
 def page_of(url: str, run_id: str | None) -> str:
-    """The address to open: on the run if there is one, and not on MLflow's pages for language agents."""
+    """Returns the address to open: the page of the run if there is one, not MLflow's pages for language agents."""
     path = "/experiments"
     if run_id is not None:
         with (
-            contextlib.suppress(urllib.error.HTTPError),  # somebody has purged the run from the store
+            contextlib.suppress(urllib.error.HTTPError),  # the run was purged from the store
             _OPENER.open(f"{url}/api/2.0/mlflow/runs/get?run_id={run_id}", timeout=30) as answer,
         ):
             path = f"/experiments/{json.load(answer)['run']['info']['experiment_id']}/runs/{run_id}"
@@ -148,10 +148,10 @@ def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes], output: i
 
 
 def _last_line(output: int) -> str:
-    # Read without moving the position, at which the server goes on writing.
+    # `pread` does not move the position, at which the server continues to write.
     tail = os.pread(output, _TAIL_BYTES, max(0, os.fstat(output).st_size - _TAIL_BYTES))
     lines = tail.decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -160,7 +160,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_S)
-            # The workers of a server that ended in order are gone too; one that hung is killed with its group.
+            # A server that ended in order has stopped its workers; one that hangs is killed with its group.
             if number == signal.SIGTERM:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Rounds of sending to MLflow while training runs; runs in the helper process, never in the training."""
+"""Sends to MLflow in rounds while training runs; it runs in the helper process, never in the training."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pipeline.tracking.upload.feed import Feed, UploadLock
 
 _log = logging.getLogger("pipeline.tracking")
 
-_ROUND_S = 5.0  # how old a point gets before it is sent; every round costs the machine some milliseconds
-_SHARE = 0.2  # of the time that may go into sending while it catches up: the machine is there for training
+_ROUND_S = 5.0  # the greatest age of an unsent point; each round costs some milliseconds
+_SHARE = 0.2  # of the time may be spent sending while it catches up: training comes first
 _BUSY_S = 0.2
-_PAUSE_S = (2.0, 30.0)  # between tries of a store that fails: doubling from the first to the second
+_PAUSE_S = (2.0, 30.0)  # between retries of a failing store: doubles from the first to the second
 
 
 class Uploader:
-    """Sends what the journals hold, round by round, until it is told that nothing more will come.
+    """Sends the contents of the journals, round by round, until `closing` is set.
 
     Args:
         run: The run.
@@ -40,10 +40,10 @@ class Uploader:
         self._sent = 0
 
     def work(self) -> bool:
-        """Returns whether the store has everything, after the last round."""
+        """Sends until the last round has ended; returns whether the store has everything."""
         pause = _PAUSE_S[0]
         while True:
-            # Read before the round: what is written after this moment gets a round of its own.
+            # Read before the round: later lines get another round.
             last_round = self._closing.is_set()
             done = self._round(last_round)
             if done is None:
@@ -59,7 +59,7 @@ class Uploader:
                 pause = min(2 * pause, _PAUSE_S[1])
 
     def _round(self, last_round: bool) -> bool | None:
-        """Whether the store has everything now; None where `pipeline sync` or the process before is sending."""
+        """Returns whether the store has everything; None where `pipeline sync` or an earlier helper is sending."""
         try:
             fd = self._lock.acquire()
             if fd is None:
@@ -71,12 +71,12 @@ class Uploader:
             finally:
                 os.close(fd)
         except Exception as error:
-            # Whatever goes wrong with a store, or a lock, is no reason to disturb training: everything is on disk.
+            # No failure of a store or a lock may disturb training: everything is on disk.
             if not self._failing:
                 self._failing, self._sent = True, 0
                 _log.warning(
-                    "MLflow at %s: %s. Training goes on; metrics.jsonl keeps everything and is sent later "
-                    "(by itself, or by `pipeline sync`).",
+                    "MLflow at %s: %s. Training continues; metrics.jsonl keeps everything and is sent later "
+                    "(automatically, or by `pipeline sync`).",
                     self._uri,
                     in_words(error),
                 )
@@ -87,7 +87,7 @@ class Uploader:
         return True
 
     def _rest(self, took_s: float) -> bool:
-        """Leaves the machine to training between two batches of a backlog; True ends the round."""
+        """Pauses between two batches of a backlog, so that training has the machine; never ends the round."""
         if not self._closing.is_set():
             self._closing.wait(min(took_s * (1 - _SHARE) / _SHARE, _PAUSE_S[1]))
         return False

@@ -1,4 +1,4 @@
-"""A real server that asks for a password: who may write is told apart, and no secret is written anywhere."""
+"""A real server with passwords: it tells users apart, and no secret is written anywhere."""
 
 import base64
 
@@ -36,7 +36,7 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def nobody(monkeypatch):
+def no_credentials(monkeypatch):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
 
@@ -70,7 +70,7 @@ def test_without_credentials_training_ends_well_and_sync_names_what_to_set_and_t
     run, config = recorded(tmp_path, server)
     with pytest.raises(PipelineError) as refused:
         sync(run)
-    (told,) = [r.getMessage() for r in caplog.records if "Training goes on" in r.getMessage()]
+    (told,) = [r.getMessage() for r in caplog.records if "Training continues" in r.getMessage()]
     for message in (told, str(refused.value)):
         assert "asks for credentials (401)" in message and "\n" not in message
         assert server.url in message and all(name in message for name in NAMES)
@@ -80,7 +80,7 @@ def test_without_credentials_training_ends_well_and_sync_names_what_to_set_and_t
     assert_nowhere([PASSWORD, base64.b64encode(f"{ADMIN}:{PASSWORD}".encode()).decode()], tmp_path)
 
 
-def test_a_wrong_password_is_told_so_without_being_repeated(server, tmp_path, become, real_helper, capfd):
+def test_a_wrong_password_is_reported_without_being_repeated(server, tmp_path, become, real_helper, capfd):
     become(ADMIN, "analytical-engine")
     run, config = make_run(tmp_path, server.url)
     tracker = begin(run, config)
@@ -88,7 +88,7 @@ def test_a_wrong_password_is_told_so_without_being_repeated(server, tmp_path, be
 
     def warned():
         heard.append("".join(capfd.readouterr()))
-        return "Training goes on" in "".join(heard)
+        return "Training continues" in "".join(heard)
 
     wait_for(warned, 120)
     feed(tracker, 1, 20, 0.01)
@@ -96,13 +96,13 @@ def test_a_wrong_password_is_told_so_without_being_repeated(server, tmp_path, be
     with pytest.raises(PipelineError) as refused:
         sync(run)
     warned()
-    (told,) = [line for line in "".join(heard).splitlines() if "Training goes on" in line]
+    (told,) = [line for line in "".join(heard).splitlines() if "Training continues" in line]
     for message in (told, str(refused.value)):
         assert "does not accept these credentials (401)" in message and all(name in message for name in NAMES)
     assert_nowhere([ADMIN, "analytical-engine"], tmp_path, *heard, str(refused.value))
 
 
-def test_a_user_who_may_not_write_is_told_so(server, tmp_path, become):
+def test_a_user_without_write_access_is_told(server, tmp_path, become):
     from mlflow import MlflowClient
     from mlflow.server import get_app_client
 

@@ -1,4 +1,4 @@
-"""What people are told of a store's failure."""
+"""How a store's failure is described to the user."""
 
 from types import SimpleNamespace
 
@@ -18,15 +18,15 @@ def ada(monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pw")
 
 
-def test_a_short_user_name_is_taken_out_where_it_is_one_and_nowhere_else():
+def test_a_short_user_name_is_masked_only_where_it_is_a_word():
     assert in_words(Exception("bad gateway (asked as 'ad', adieu)")) == "bad gateway (asked as '***', adieu)"
 
 
-def test_no_piece_of_a_password_stays():
+def test_every_part_of_a_password_is_masked():
     assert in_words(Exception("xpwx")) == "x***x"
 
 
-def test_credentials_of_mlflows_own_file_are_known_and_not_repeated(monkeypatch, tmp_path):
+def test_credentials_in_mlflows_own_file_are_found_and_masked(monkeypatch, tmp_path):
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.delenv(name)
     assert "asks for credentials (401): set MLFLOW_TRACKING_USERNAME" in in_words(Refused())

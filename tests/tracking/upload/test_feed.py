@@ -1,4 +1,4 @@
-"""How what waits on disk is cut into batches and rounds."""
+"""How the backlog on disk is split into batches and rounds."""
 
 from pipeline.run import journal
 from pipeline.tracking import upload_state
@@ -7,7 +7,7 @@ from pipeline.tracking.upload.store import Store, resolve_uri
 from tests.tracking.support import begin, log_steps, make_run, of_journal, of_mlflow, wait_for
 
 
-def test_memory_does_not_grow_with_what_waits(folder, monkeypatch):
+def test_memory_does_not_grow_with_the_backlog(folder, monkeypatch):
     run, config = make_run(folder, "none")
     tracker = begin(run, config)
     line = {f"metric/{i}": float(i) for i in range(10)}
@@ -33,7 +33,7 @@ def test_lines_that_come_while_a_round_sends_wait_for_the_next_round(folder, mon
     def training_goes_on(store, run_id, points):
         batches.append(len(points))
         tracker.log(20 + len(batches), {"train/loss": 1.0})
-        assert len(batches) < 10, "the round goes on for as long as training does"
+        assert len(batches) < 10, "the round continues as long as training does"
         return []
 
     monkeypatch.setattr(Store, "send_points", training_goes_on)
@@ -47,7 +47,7 @@ def system_line(step):
     return journal.encode({"step": step, "time": 1000.0 + step, "system/n1/cpu": float(step)})
 
 
-def test_system_metrics_are_durable_before_they_leave(folder, monkeypatch):
+def test_system_metrics_are_durable_before_they_are_sent(folder, monkeypatch):
     run, config = make_run(folder, "none")
     file = run.tracking / "system" / "n1.jsonl"
     journal.replace(file, [system_line(0)])
@@ -58,7 +58,7 @@ def test_system_metrics_are_durable_before_they_leave(folder, monkeypatch):
     assert order == [file, "system/n1/cpu"]
 
 
-def test_a_file_of_system_metrics_that_is_shorter_than_what_was_sent_is_sent_from_its_start(folder):
+def test_a_system_metrics_file_shorter_than_its_position_is_sent_from_its_start(folder):
     run, config = make_run(folder, "none")
     uri = resolve_uri(f"sqlite:///{folder}/mlflow.db")
     file = run.tracking / "system" / "n1.jsonl"
@@ -71,7 +71,7 @@ def test_a_file_of_system_metrics_that_is_shorter_than_what_was_sent_is_sent_fro
     assert [p.step for p in store.read_history(run_id)["system/n1/cpu"]] == list(range(11))
 
 
-def test_a_run_without_a_state_gets_its_identity_on_disk_before_it_is_made_in_mlflow(folder, monkeypatch):
+def test_an_identity_is_on_disk_before_the_mlflow_run_is_created(folder, monkeypatch):
     run, config = make_run(folder, "none")
     monkeypatch.setattr(Store, "ensure_run", lambda self, identity, *_: on_disk.append(identity) or "0")
     on_disk = []

@@ -1,4 +1,4 @@
-"""The real training, killed; two runs at once; a real server that goes away."""
+"""Real training that is killed, two runs at once, and a real server that disappears."""
 
 import random
 import socket
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_helper")]
 
 @pytest.fixture
 def experiment(tmp_path):
-    """A config file with prepared data."""
+    """Returns a config file with prepared data."""
     (tmp_path / "text").mkdir()
     sentence = "the people of this union have a right to peace and work in every state"
     chance = random.Random(0)
@@ -69,12 +69,12 @@ def attempts(run):
 
 
 def sending(run):
-    """Bytes of metrics.jsonl that may have reached MLflow."""
+    """Returns the bytes of metrics.jsonl that may have reached MLflow."""
     return upload_state.load(run).possibly_published() if run.mlflow_file.exists() else 0
 
 
 def kill_once(experiment, settings, run, worst_moment, patience_s):
-    """Starts training and kills it after new lines were written; at the worst moment, after some were sent."""
+    """Starts training and kills it after new lines were written; at worst, after some were sent."""
     before = attempts(run)
     training = train(experiment, *settings)
     try:
@@ -95,7 +95,7 @@ def kill_once(experiment, settings, run, worst_moment, patience_s):
 
 @pytest.mark.timeout(900)
 def test_after_ten_kills_mlflow_has_exactly_the_final_history(experiment):
-    """Every second kill comes soon after points were sent or left: that is when a repeat could show."""
+    """Every second kill follows soon after points were sent, when a repeat could show."""
     run, chance = run_of(experiment), random.Random(7)
     settings = ["train.log_interval=5", "train.checkpoint_interval=60", "train.batch_size=32"]
     settings += ["train.micro_batch_size=32", "model.d_model=48"]
@@ -139,7 +139,7 @@ def port_of(server):
     return int(server.url.rpartition(":")[2])
 
 
-def test_a_server_that_goes_away_for_a_while_is_caught_up_with_by_itself(server, tmp_path, capfd):
+def test_a_server_that_returns_after_a_while_receives_the_backlog(server, tmp_path, capfd):
     with gate(port_of(server)) as door:
         run, config = make_run(tmp_path, door.url)
         tracker = begin(run, config)
@@ -150,13 +150,13 @@ def test_a_server_that_goes_away_for_a_while_is_caught_up_with_by_itself(server,
         feed(tracker, 21, 200, 0.02)
         assert acknowledged(run) <= before + 4096
         door.open = True
-        wait_for(lambda: acknowledged(run) == run.metrics_file.stat().st_size, 180)  # nobody asked for it
+        wait_for(lambda: acknowledged(run) == run.metrics_file.stat().st_size, 180)  # without `pipeline sync`
         feed(tracker, 201, 210, 0.01)
         tracker.close("FINISHED")
         assert of_mlflow(run, config) == of_journal(run)
         assert len(of_journal(run)["train/loss"]) == 210
     told = capfd.readouterr().err
-    assert told.count("Training goes on") == 1 and told.count("answers again") == 1
+    assert told.count("Training continues") == 1 and told.count("answers again") == 1
 
 
 @pytest.mark.timing
@@ -195,7 +195,7 @@ def test_without_any_server_training_ends_well_and_sync_fills_it_completely(expe
     training = train(experiment, f"tracking.uri={url}", **secret)
     finish(training)
     told = training.log.read_text()
-    assert told.count("Training goes on") == 1 and f"pipeline sync {run.path}" in told
+    assert told.count("Training continues") == 1 and f"pipeline sync {run.path}" in told
     with pytest.raises(PipelineError):
         sync(run)
     with local_server(f"sqlite:///{tmp_path}/server.db", port=port):
@@ -210,7 +210,7 @@ def test_without_any_server_training_ends_well_and_sync_fills_it_completely(expe
         assert not any(word in file.read_bytes() for word in (b"difference-engine", b"ada-lovelace")), file
 
 
-def test_a_run_that_is_killed_is_told_so_to_mlflow_at_once_and_leaves_no_process(experiment):
+def test_a_killed_run_is_reported_to_mlflow_at_once_and_leaves_no_process(experiment):
     run = run_of(experiment)
     training = train(experiment, "train.max_iters=100000")
     try:

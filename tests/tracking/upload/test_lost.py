@@ -1,4 +1,4 @@
-"""What is lost, deleted, killed or out of reach on MLflow's side: the next round makes it whole again."""
+"""The next round repairs what is lost, deleted, killed or unreachable on MLflow's side."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ from tests.tracking.support import (
 )
 
 
-def test_a_run_that_somebody_deleted_in_mlflow_is_restored_and_misses_nothing(folder):
+def test_a_run_deleted_in_mlflow_is_restored_and_complete(folder):
     run, config = make_run(folder)
     tracker = begin(run, config)
     log_steps(tracker, 1, 10)
@@ -43,14 +43,12 @@ def test_an_mlflow_run_whose_id_was_lost_is_found_again(folder):
     log_steps(tracker, 1, 10)
     tracker.close("FINISHED")
     _store, run_id = open_store(run, config)
-    upload_state.update(
-        run, lambda s: s.stores.clear()
-    )  # killed after the run was made, before its id was written down
+    upload_state.update(run, lambda s: s.stores.clear())  # killed between creating the run and recording its id
     assert sync(run).run_id == run_id
     assert of_mlflow(run, config) == of_journal(run)
 
 
-def test_of_two_mlflow_runs_of_one_run_the_older_stays(folder):
+def test_the_older_of_two_mlflow_runs_of_one_run_stays(folder):
     run, config = make_run(folder)
     tracker = begin(run, config)
     tracker.close("FINISHED")
@@ -63,7 +61,7 @@ def test_of_two_mlflow_runs_of_one_run_the_older_stays(folder):
     assert store.read_run(late.info.run_id).info.lifecycle_stage == "deleted"
 
 
-def test_a_store_that_was_thrown_away_is_filled_again(folder, empty_store):
+def test_a_deleted_store_is_filled_again(folder, empty_store):
     run, config = make_run(folder)
     tracker = begin(run, config)
     log_steps(tracker, 1, 10)
@@ -73,7 +71,7 @@ def test_a_store_that_was_thrown_away_is_filled_again(folder, empty_store):
     assert of_mlflow(run, config) == of_journal(run)
 
 
-def test_a_kill_while_a_new_sqlite_store_is_being_made_leaves_no_half_of_one(empty_store):
+def test_a_kill_during_the_creation_of_a_sqlite_store_leaves_no_partial_store(empty_store):
     from mlflow import MlflowClient
 
     assert empty_store.file.name not in empty_store.left_by_the_kill and empty_store.left_by_the_kill
@@ -99,7 +97,7 @@ def test_a_run_whose_process_was_killed_is_killed_after_the_next_sync(folder):
     assert is_alive(run, EventLog.load(run.events_file))
     assert sync(run).status == "RUNNING"
     tracker._helper.close(30)
-    os.close(tracker._alive)  # what the kernel does to the lock of a process that was killed
+    os.close(tracker._alive)  # as the kernel releases the lock of a killed process
     assert not is_alive(run, EventLog.load(run.events_file))
     done = sync(run)
     assert done.status == "KILLED"
@@ -110,7 +108,7 @@ def test_a_run_whose_process_was_killed_is_killed_after_the_next_sync(folder):
 
 
 @pytest.mark.timing
-def test_a_server_that_is_not_there_holds_nothing_up(tmp_path):
+def test_an_unreachable_server_delays_nothing(tmp_path):
     run, config = make_run(tmp_path, f"http://127.0.0.1:{unused_port()}")
     began = time.monotonic()
     tracker = begin(run, config)
@@ -119,7 +117,7 @@ def test_a_server_that_is_not_there_holds_nothing_up(tmp_path):
     assert time.monotonic() - began < 20
 
 
-def test_a_server_that_is_not_there_gives_one_message_and_loses_nothing(tmp_path):
+def test_an_unreachable_server_causes_one_message_and_no_loss(tmp_path):
     run, config = make_run(tmp_path, f"http://127.0.0.1:{unused_port()}")
     tracker = begin(run, config)
     log_steps(tracker, 1, 30)

@@ -93,7 +93,7 @@ def test_points_arrive_while_training_runs(folder):
     assert store.read_run(run_id).info.status == "KILLED"
 
 
-def test_a_resumed_run_goes_on_in_the_same_mlflow_run_without_a_point_twice(folder, monkeypatch):
+def test_a_resumed_run_continues_its_mlflow_run_without_duplicate_points(folder, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     run, config = make_run(folder)
     tracker = begin(run, config)
@@ -114,7 +114,7 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run_without_a_point_twice(fold
     assert store.read_run(run_id).info.status == "FINISHED"
 
 
-def test_a_run_that_was_stopped_is_running_only_while_a_scheduler_has_it(folder, monkeypatch):
+def test_a_stopped_run_is_running_only_while_a_scheduler_has_it(folder, monkeypatch):
     run, config = make_run(folder)
     begin(run, config).close("STOPPED")  # Ctrl-C on a laptop
     store, run_id = open_store(run, config)
@@ -133,7 +133,7 @@ def test_a_run_that_was_stopped_is_running_only_while_a_scheduler_has_it(folder,
 
 def test_a_process_that_ends_after_its_successor_began_does_not_change_the_status(folder):
     run, config = make_run(folder)
-    left_behind = begin(run, config)  # on a node that was given up for lost
+    left_behind = begin(run, config)  # on a node given up as lost
     successor = begin(run, config)
     left_behind.close("FAILED")
     assert sync(run).status == "RUNNING"
@@ -141,7 +141,7 @@ def test_a_process_that_ends_after_its_successor_began_does_not_change_the_statu
     assert sync(run).status == "FINISHED"
 
 
-def test_the_metrics_that_a_store_refuses_do_not_keep_the_others_back(folder, caplog):
+def test_refused_metrics_do_not_hold_back_the_rest(folder, caplog):
     run, config = make_run(folder)
     tracker = begin(run, config)
     for step in range(1, 6):
@@ -152,7 +152,7 @@ def test_the_metrics_that_a_store_refuses_do_not_keep_the_others_back(folder, ca
     assert sum("no*such*name" in r.getMessage() for r in caplog.records) == 1
 
 
-def test_values_that_are_no_numbers_do_not_stop_the_upload(folder):
+def test_nan_and_infinity_do_not_stop_the_upload(folder):
     run, config = make_run(folder)
     tracker = begin(run, config)
     tracker.log(1, {"train/loss": float("nan"), "train/grad_norm": float("inf")})
@@ -160,11 +160,11 @@ def test_values_that_are_no_numbers_do_not_stop_the_upload(folder):
     tracker.close("FINISHED")
     there = of_mlflow(run, config)
     assert there["train/loss"][0][2] != there["train/loss"][0][2]
-    assert there["train/grad_norm"][0][2] == 1.7976931348623157e308  # what MLflow makes of infinity
+    assert there["train/grad_norm"][0][2] == 1.7976931348623157e308  # MLflow's value for infinity
     assert there["train/loss"][1][2] == 1.0
 
 
-def test_a_param_that_changed_between_two_starts_is_told_by_a_tag(folder):
+def test_a_param_that_changed_between_two_starts_has_a_tag(folder):
     run, config = make_run(folder)
     begin(run, config).close("STOPPED")
     run, config = make_run(folder, None, "train.log_interval=7")
@@ -174,7 +174,7 @@ def test_a_param_that_changed_between_two_starts_is_told_by_a_tag(folder):
     assert data.params["train.log_interval"] == "5" and data.tags["changed.train.log_interval"] == "7"
 
 
-def test_a_param_that_was_changed_back_is_told_by_its_tag(folder):
+def test_a_param_that_was_changed_back_has_its_tag_updated(folder):
     for interval in (5, 7, 5):
         run, config = make_run(folder, None, f"train.log_interval={interval}")
         begin(run, config).close("STOPPED")
@@ -236,7 +236,7 @@ def test_system_metrics_of_every_node_arrive_once(folder):
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/x", "sqlite:///", "postgresql://u:p@h/db", "http://"])
-def test_addresses_that_are_no_store_are_refused(uri):
+def test_addresses_that_name_no_store_are_refused(uri):
     with pytest.raises(UsageError):
         resolve_uri(uri)
 
@@ -265,7 +265,7 @@ def test_a_password_in_the_address_is_refused_without_being_repeated(tmp_path, u
 
 
 @pytest.mark.parametrize("uri", ["http://[::1]:5000", "https://host/mlflow", "sqlite:////home/ada@host/c#/mlflow.db"])
-def test_addresses_without_a_secret_are_taken(uri):
+def test_addresses_without_a_secret_are_accepted(uri):
     assert resolve_uri(uri) == uri
 
 

@@ -1,4 +1,4 @@
-"""MLflow's page: on loopback, gone with whoever asked for it, and plain about why it did not come."""
+"""MLflow's page: served on loopback, stopped with its starter, and clear about why it fails."""
 
 import re
 import signal
