@@ -52,7 +52,7 @@ def generated() -> dict[Path, str]:
 
 
 def _schema_text(vocabulary: Vocabulary[Any]) -> str:
-    return json.dumps(vocabulary.json_schema(), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(vocabulary.json_schema(), indent=2) + "\n"
 
 
 def _reference_text(introduction: str, model: type[Section]) -> str:

@@ -28,3 +28,12 @@ def test_plan_prints_one_row_per_number_of_nodes(capsys):
     assert command("plan", "configs/demo.yaml", "--nodes", "1,2", "--device", "cpu", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["nodes"] for row in rows] == [1, 2]
+
+
+def test_logs_end_with_what_was_printed_unless_they_are_followed(monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.run.folder.open_run", lambda path: path)
+    monkeypatch.setattr("pipeline.launch.watch.logs.printed", lambda run, rank: [f"printed by {rank}\n"])
+    monkeypatch.setattr("pipeline.launch.watch.logs.follow", lambda run, rank, ended: [f"followed {rank}\n"])
+    assert command("logs", "RUN") == 0
+    assert command("logs", "RUN", "-f", "--rank", "3") == 0
+    assert capsys.readouterr().out == "printed by 0\nfollowed 3\n"

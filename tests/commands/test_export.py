@@ -94,6 +94,18 @@ def test_a_single_file_holds_the_weights_under_our_names(trained: Run) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_single_file_makes_its_folder_and_a_second_export_replaces_only_the_file(
+    trained: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / "folder" / "weights.safetensors"
+    assert export_run(trained, "safetensors", step=3, output=path) == path
+    (path.parent / "notes.txt").write_text("text")
+    export_run(trained, "safetensors", step=6, output=path)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["notes.txt", "weights.safetensors"]
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["step"] == "6"
+
+
 def test_a_second_export_replaces_the_first_and_nothing_else(trained: Run) -> None:
     first = export_run(trained, "hf")
     assert export_run(trained, "hf") == first
