@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import resource
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from pipeline.run.events import Checkpointed, CheckpointFailed, Failed
 from pipeline.run.folder import CHECKPOINT_MANIFEST, step_name
 from pipeline.run.world import World
 from pipeline.train.evaluate import Evaluation
+from pipeline.train.ranks import group
 from pipeline.train.session import Session, every
 from tests import processes
 from tests.experiment import curve, events, validations
@@ -334,6 +336,32 @@ def test_a_wall_clock_limit_accounts_for_a_validation(
     assert fake.now + 1.5 * clock.UNKNOWN_SAVE_S < limit, "there was time for a save"
     (newest,) = published(Path(config.runs_dir) / config.name / "checkpoints")
     assert verify(newest).step == stops_at
+
+
+def train_reading_late(arguments: list[str]) -> None:
+    """Trains; rank 1 is slow to read from the store whether the last checkpoint is durable."""
+    wait = Session.wait_until_durable
+
+    def late(self: Session) -> None:
+        store = group.store()
+
+        def get(key: str) -> bytes:
+            time.sleep(1)
+            return store.get(key)
+
+        group.store = lambda: SimpleNamespace(add=store.add, wait=store.wait, get=get)  # type: ignore[assignment]
+        wait(self)
+
+    if os.environ["RANK"] == "1":
+        Session.wait_until_durable = late  # type: ignore[method-assign]
+    processes.command(arguments)
+
+
+@pytest.mark.slow
+def test_rank_0_does_not_leave_before_every_rank_knows_the_outcome(lab: Lab, tmp_path: Path) -> None:
+    arguments = ["train", str(lab.config("read_late")), "train.max_iters=2"]
+    ranks = processes.fork(train_reading_late, (arguments,), 2, tmp_path / "log")
+    assert ranks.wait(90) and ranks.codes == {0: 0, 1: 0}, ranks.words()
 
 
 @pytest.mark.slow
