@@ -207,7 +207,7 @@ class Session:
         self.saver.wait()
         error = self.saves[-1].error if self.saves else None
         error = group.broadcast(error, self.world, group.save_timeout(self.config.checkpoint))
-        group.barrier(self.world)  # rank 0 may leave after this, and the store that the others read from leaves with it
+        group.barrier(self.world)  # rank 0 takes the store, from which its peers read, with it when it leaves
         if error is not None:
             raise CheckpointError(f"the last checkpoint could not be saved: {error}")
 
