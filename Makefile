@@ -30,7 +30,7 @@ lint: $(VENV)/.dev  ## linters, type checker, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-schema: $(VENV)/.dev  ## write the schemas and reference pages of config and site anew from their code
+schema: $(VENV)/.dev  ## regenerate the schemas and reference pages of config and site from their code
 	$(BIN)/python -m pipeline.cli.reference
 
 lock: $(VENV)/.dev  ## resolve the newest versions that pyproject.toml allows into the lock files

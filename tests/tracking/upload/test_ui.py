@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import psutil
 import pytest
@@ -23,7 +24,9 @@ def test_the_page_of_a_store_starts_on_loopback_and_leaves_no_process(folder, nu
     begin(run, config).close("FINISHED")
     run_id = sync(run).run_id
     command = [sys.executable, "-m", "pipeline", "ui", str(run.path)]
-    page = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # What a shell runs in the background ignores Ctrl-C, and so would its children.
+    hears_control_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    page = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hears_control_c)
     try:
         address = page.stdout.readline()
         url, experiment = re.match(
