@@ -10,7 +10,7 @@ from torch.distributed import HashStore, Store
 
 from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.layout import KEYS
-from pipeline.checkpoint.pending import RankIdentity
+from pipeline.checkpoint.pending import RankIdentity, take_over
 from pipeline.checkpoint.saver import CheckpointSaver, Saved
 from pipeline.config.sections import CheckpointConfig
 
@@ -51,3 +51,18 @@ def save(folder: Path, step: int, val_loss: float | None = None, **config: Any) 
     one.save(step, fragments(float(step)), {"val_loss": val_loss})
     one.wait()
     assert reports[-1].error is None, reports[-1].error
+
+
+def two_checkpoints(folder: Path) -> Path:
+    """Publishes the checkpoints of steps 1 and 2 in a folder; returns it."""
+    take_over(folder, "a1")
+    for step in (1, 2):
+        save(folder, step)
+    return folder
+
+
+def flip_a_bit(path: Path) -> None:
+    """Flips one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

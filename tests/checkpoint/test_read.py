@@ -10,21 +10,12 @@ import torch
 from pipeline.checkpoint.pending import take_over
 from pipeline.checkpoint.read import CheckpointReader, newest_checkpoint, verify
 from pipeline.errors import CheckpointError
-from tests.checkpoint.support import NUMEL, fragments, save, saver
+from tests.checkpoint.support import NUMEL, flip_a_bit, fragments, saver, two_checkpoints
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    take_over(tmp_path, "a1")
-    for step in (1, 2):
-        save(tmp_path, step)
-    return tmp_path
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    return two_checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rank_00000.safetensors", "manifest.json"])

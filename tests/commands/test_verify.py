@@ -7,25 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.pending import take_over
 from pipeline.commands.verify import verify_path
 from pipeline.errors import DataError, PipelineError, UsageError
 from pipeline.run.folder import Run
-from tests.checkpoint.support import save
+from tests.checkpoint.support import flip_a_bit, two_checkpoints
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    take_over(tmp_path, "a1")
-    for step in (1, 2):
-        save(tmp_path, step)
-    return tmp_path
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    return two_checkpoints(tmp_path)
 
 
 def test_a_checkpoint_is_verified_and_a_folder_that_is_nothing_is_refused(folder: Path) -> None:
