@@ -41,7 +41,9 @@ class TransformerLM(nn.Module):
         self.activation_checkpointing = False
         """Whether backward recomputes each block instead of keeping its activations."""
         self.token_embeddings = Embedding(vocab_size, d_model, device, dtype)
-        rope = RotaryEmbedding(rope_theta, d_model // num_heads, context_length, device)
+        # The tables are computed, not loaded: they are real even where the parameters are on the meta device.
+        real = None if device is not None and device.type == "meta" else device
+        rope = RotaryEmbedding(rope_theta, d_model // num_heads, context_length, real)
         self.layers = nn.ModuleList(
             TransformerBlock(d_model, num_heads, d_ff, rope, device, dtype) for _ in range(num_layers)
         )

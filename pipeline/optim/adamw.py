@@ -151,8 +151,12 @@ def _update_where(counts: Tensor, tensors: list[list[Tensor]], group: dict[str, 
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float, decay_norms: bool = False) -> list[dict[str, Any]]:
-    """Returns the non-empty parameter groups: matrices decay, the gains of norms only with `decay_norms`."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2 or decay_norms]
-    gains = [p for p in model.parameters() if not (p.ndim >= 2 or decay_norms)]
+    """Returns the non-empty parameter groups: matrices decay, the gains of norms only with `decay_norms`.
+
+    A parameter that ZeRO-3 has partitioned looks flat; its real shape is its `ds_shape`.
+    """
+    decays = [decay_norms or len(getattr(p, "ds_shape", p.shape)) >= 2 for p in model.parameters()]
+    decayed = [p for p, decay in zip(model.parameters(), decays, strict=True) if decay]
+    gains = [p for p, decay in zip(model.parameters(), decays, strict=True) if not decay]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -28,7 +28,6 @@ from pipeline.train.clock import StepClock
 from pipeline.train.engine.engine import Engine
 from pipeline.train.evaluate import Validation
 from pipeline.train.guard import Guard
-from pipeline.train.model import build_model
 from pipeline.train.progress import Progress
 from pipeline.train.ranks import group
 from pipeline.train.ranks.device import pick_device
@@ -64,9 +63,9 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
         refuse_other_tokenizer(data.path, data.manifest, sha256_file(run.tokenizer_file))
     preflight(config, world, device, run, data.manifest.digest)
     torch.manual_seed(train.seed)
-    engine = Engine(build_model(config), config, world, device)
+    engine = Engine(config, world, device)
     recovery = find_checkpoint(run.checkpoints, world)
-    state = _resume(engine, recovery, data.manifest.digest)
+    state = _fill(engine, recovery, config, data.manifest.digest)
     step = state.get("step", 0)
     saver = _take_over(config, run, world, lambda saved: session.report_save(saved))
     tracker = _start_tracking(config, run, world, data, step)
@@ -119,9 +118,10 @@ def _shared_run(config: Config, world: World, allow_image_change: bool) -> Run:
     return run
 
 
-def _resume(engine: Engine, recovery: Recovery, data_digest: str) -> dict[str, Any]:
-    """Loads the checkpoint, if there is one; returns its step and the rest of its state."""
+def _fill(engine: Engine, recovery: Recovery, config: Config, data_digest: str) -> dict[str, Any]:
+    """Draws fresh weights, or loads the checkpoint if there is one; returns its step and the rest of its state."""
     if recovery.checkpoint is None:
+        engine.draw(config.train.seed)
         return {}
     reader = CheckpointReader(recovery.checkpoint)
     trained_on = reader.manifest.state["dataset"]
