@@ -12,6 +12,10 @@ LOSS_CHUNK_TOKENS = 1024
 """Tokens whose logits exist at a time; chosen by benchmarks/cross_entropy.py."""
 
 
+IGNORED = -1
+"""A target that counts neither in the mean nor in the gradients; any negative number does the same."""
+
+
 class LossParts(NamedTuple):
     """The loss of a micro-batch; both are float32 scalars (float64 for float64 inputs)."""
 
@@ -32,7 +36,7 @@ def linear_cross_entropy(
     Args:
         x: `(..., d_model)`.
         weight: `(vocab, d_model)`.
-        targets: `(...)` int64, each in `[0, vocab)`.
+        targets: `(...)` int64, each in `[0, vocab)`, or negative: such a place is ignored.
         chunk_tokens: Largest number of tokens whose logits exist at a time.
         z_loss: Factor of the mean squared log of softmax's denominator, which keeps the logits from drifting
             (Chowdhery et al. 2022, section 5).
@@ -62,32 +66,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
             losses = torch.empty(len(targets), dtype=wide, device=x.device)
             squares = torch.zeros((), dtype=wide, device=x.device)
+            counted = targets >= 0
+            shares = counted / counted.sum().clamp(min=1).to(wide)
+            targets = targets.clamp(min=0)
             for start in range(0, len(targets), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
-                places = targets[rows].unsqueeze(-1)
+                places, share = targets[rows].unsqueeze(-1), shares[rows].unsqueeze(-1)
                 chunk = x[rows].to(low)
                 logits = chunk @ matrix.T
                 target_logits = logits.gather(-1, places).to(wide)
                 chances = torch.log_softmax(logits, -1, dtype=wide)
                 del logits  # as large as the chunk that follows
                 minus = chances.gather(-1, places)
-                losses[rows] = -minus.squeeze(-1)
+                losses[rows] = (-minus * share).squeeze(-1)
                 log_sums = target_logits - minus
                 if z_loss:
-                    squares += log_sums.square().sum()
+                    squares += (log_sums.square() * share).sum()
                 if grad_x is None and grad_weight is None:
                     continue
-                share = 1 / len(targets)  # applied before the errors are rounded
                 chances.exp_().mul_(share * (1 + 2 * z_loss * log_sums) if z_loss else share)
-                chances.scatter_add_(-1, places, torch.full_like(minus, -share))
+                chances.scatter_add_(-1, places, -share)
                 errors = chances.to(low)
                 del chances
                 if grad_x is not None:
                     grad_x[rows] = errors @ matrix
                 if grad_weight is not None:
                     _add_product(grad_weight, errors.T, chunk)
-            entropy = losses.mean()
-            loss = entropy + z_loss * squares / len(targets) if z_loss else entropy.clone()
+            entropy = losses.sum()
+            loss = entropy + z_loss * squares if z_loss else entropy.clone()
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(entropy)

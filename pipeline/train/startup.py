@@ -25,6 +25,7 @@ from pipeline.run.folder import Run, create_run, run_for
 from pipeline.run.provenance import collect_provenance, current_image, refuse_other_image
 from pipeline.run.world import World, world_from_environment
 from pipeline.train.clock import StepClock
+from pipeline.train.compile_cache import keep_compiled
 from pipeline.train.engine.engine import Engine
 from pipeline.train.evaluate import Validation
 from pipeline.train.guard import Guard
@@ -109,12 +110,16 @@ def _shared_run(config: Config, world: World, allow_image_change: bool) -> Run:
             if not allow_image_change:
                 refuse_other_image(run_for(config).provenance(), current_image())
             run = create_run(config)
+            if config.train.compile:
+                keep_compiled(run.compiled)
         except PipelineError as error:
             problem = error
     run, problem = group.broadcast((run, problem), world)
     if problem is not None:
         raise problem
     assert run is not None
+    if config.train.compile and not world.is_first:
+        keep_compiled(run.compiled)
     return run
 
 

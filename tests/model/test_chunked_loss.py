@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.model.chunked_loss import linear_cross_entropy
+from pipeline.model.chunked_loss import IGNORED, linear_cross_entropy
 from pipeline.model.layers import LMHead
 from pipeline.model.loss import cross_entropy
 
@@ -147,3 +147,21 @@ def test_the_head_gives_logits_without_targets_and_the_loss_with_them():
     assert set(head.state_dict()) == {"weight"}
     assert torch.equal(head(x), x @ head.weight.T)
     torch.testing.assert_close(head(x, targets, 8).loss, cross_entropy(head(x), targets))
+
+
+def test_ignored_targets_count_neither_in_the_mean_nor_in_the_gradients():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (9,), generator=generator)
+    kept = [0, 2, 3, 7]
+    some = torch.full_like(targets, IGNORED)
+    some[kept] = targets[kept]
+    for z_loss in (0.0, 0.1):
+        found = linear_cross_entropy(x, weight, some, chunk_tokens=2, z_loss=z_loss)
+        wanted = linear_cross_entropy(x[kept], weight, targets[kept], chunk_tokens=9, z_loss=z_loss)
+        torch.testing.assert_close(found, wanted)
+        for a, b in zip(*(torch.autograd.grad(parts.loss, (x, weight)) for parts in (found, wanted)), strict=True):
+            torch.testing.assert_close(a, b)
+    nothing = linear_cross_entropy(x, weight, torch.full_like(targets, IGNORED), chunk_tokens=4)
+    assert float(nothing.loss) == 0 and not any(g.any() for g in torch.autograd.grad(nothing.loss, (x, weight)))

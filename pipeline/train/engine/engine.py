@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.config.sections import Config
+from pipeline.model.chunked_loss import LossParts
 from pipeline.model.fresh import fill_fresh
 from pipeline.optim.adamw import AdamW, decay_groups
 from pipeline.optim.clipping import scale_to_norm, squared_norm
@@ -46,6 +47,7 @@ class Engine:
         prepare(device)
         self.module = model = build(config, device, settings)
         model.activation_checkpointing = config.train.activation_checkpointing
+        model.loss_chunk_tokens, model.z_loss = config.train.loss_chunk_tokens, config.optimizer.z_loss
         if config.train.precision == "bf16" and working_dtype(config.train) == torch.float32:
             # A forward uses each weight once: a cache of their casts would only keep all of them in memory to its end.
             cast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
@@ -66,9 +68,15 @@ class Engine:
             self._engine.optimizer, model, self._optimizer, world, device, self._offloads
         )
 
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """Returns the logits of a micro-batch."""
-        return self._engine(token_ids)
+    def loss(self, token_ids: Tensor, targets: Tensor) -> LossParts:
+        """Returns the loss of a micro-batch; every rank calls it equally often, as ZeRO-3 demands.
+
+        Args:
+            token_ids: `(sequences, context)` int64.
+            targets: The token after each; a negative one is ignored.
+        """
+        parts: LossParts = self._engine(token_ids, targets=targets)
+        return parts
 
     def set_learning_rate(self, lr: float) -> None:
         """Sets the learning rate of the next step."""
@@ -97,7 +105,7 @@ class Engine:
 
         Args:
             max_norm: Largest norm; 0 leaves the gradients alone.
-            losses: Mean losses of this rank's micro-batches.
+            losses: Cross-entropies of this rank's micro-batches.
             stop: Whether this rank was asked to stop.
         """
         grads = self._partitions.gradients()
