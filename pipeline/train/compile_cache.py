@@ -1,4 +1,4 @@
-"""Where compiled blocks are kept, so that a requeued job does not compile again: in the run folder, for its owner alone."""
+"""Where compiled blocks are kept, so that a requeued job does not compile again: in the run folder."""
 
 from __future__ import annotations
 

@@ -56,13 +56,13 @@ class Validation:
 
 
 @torch.no_grad()
-def evaluate(loss: Callable[[Tensor, Tensor], LossParts], validation: Validation, step: int) -> Evaluation:
+def evaluate(loss_of: Callable[[Tensor, Tensor], LossParts], validation: Validation, step: int) -> Evaluation:
     """Returns the loss on the validation windows, the same number at any world size.
 
     Neither the chunks nor the order in which their losses are added depends on the world size, and so the sum does not.
 
     Args:
-        loss: Token ids and targets to the loss; every rank calls it equally often, as ZeRO-3 demands.
+        loss_of: Token ids and targets to the loss; every rank calls it equally often, as ZeRO-3 demands.
         validation: The windows, and how the ranks share them.
         step: Finished steps of the model.
     """
@@ -73,7 +73,7 @@ def evaluate(loss: Callable[[Tensor, Tensor], LossParts], validation: Validation
     for turn in range(-(-chunks // world.size)):
         index = min(turn * world.size + world.rank, chunks - 1)
         x, y = windows.batch(index * chunk, min((index + 1) * chunk, count))
-        mean = loss(*(_padded(t, chunk, fill).to(validation.device) for t, fill in ((x, 0), (y, IGNORED))))
+        mean = loss_of(*(_padded(t, chunk, fill).to(validation.device) for t, fill in ((x, 0), (y, IGNORED))))
         if turn * world.size + world.rank < chunks:
             sums[index] = mean.cross_entropy.double() * y.numel()
     if world.size > 1:

@@ -32,7 +32,7 @@ def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> LossParts:
 
 
 class Uniform:
-    """Gives the first three tokens of the vocabulary the same logit and the rest none; notes the shapes of its calls."""
+    """Gives the first three tokens of the vocabulary the same logit and the rest none; notes its inputs' shapes."""
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []

@@ -1,7 +1,7 @@
 """The DeepSpeed engine behind the few verbs that the loop needs.
 
 The optimizer updates float32 weights at every stage and precision. With `bf16`, stages 1 to 3 keep bf16 working weights
-beside them, which are what is gathered and whose gradients are reduced; stage 0 runs forward and backward under autocast.
+beside them, which are what is gathered and whose gradients are reduced; stage 0 runs under autocast.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.config.sections import Config
 from pipeline.model.chunked_loss import LossParts
-from pipeline.model.fresh import fill_fresh
 from pipeline.optim.adamw import AdamW, decay_groups
 from pipeline.optim.clipping import scale_to_norm, squared_norm
 from pipeline.run.world import World
 from pipeline.train.engine.build import build, working_dtype
 from pipeline.train.engine.deepspeed_config import deepspeed_config
 from pipeline.train.engine.deepspeed_setup import initialize, prepare
+from pipeline.train.engine.fresh import fill_fresh
 from pipeline.train.engine.partitions import PARTITIONS
 from pipeline.train.engine.step_numbers import PendingNumbers
 

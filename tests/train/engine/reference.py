@@ -13,8 +13,8 @@ from torch.nn import functional
 from pipeline.config.load import load_config
 from pipeline.config.sections import Config, OptimizerConfig
 from pipeline.data.dataset import BatchReader, open_dataset
-from pipeline.model.fresh import fill_fresh
 from pipeline.model.transformer import TransformerLM
+from pipeline.train.engine.fresh import fill_fresh
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Each parameter's initial weights depend only on its name, its shape and the seed, and have the layers' distribution."""
+"""A parameter's initial weights depend only on name, shape and seed, and have the layers' distribution."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pipeline.model.fresh import BLOCK, fill_fresh
+from pipeline.train.engine.fresh import BLOCK, fill_fresh
 
 
 def fresh(name, shape, seed):

@@ -37,7 +37,9 @@ def fill_fresh(out: Tensor, name: str, shape: Sequence[int], seed: int, start: i
     """
     module = name.split(".")[-2] if "." in name else name
     if module not in _STD:
-        raise ValueError(f"no initial distribution is known for the parameter {name}; add {module!r} to model/fresh.py")
+        raise ValueError(
+            f"no initial distribution is known for the parameter {name}; add {module!r} to train/engine/fresh.py"
+        )
     std_of = _STD[module]
     if std_of is None:
         out.fill_(1.0)
