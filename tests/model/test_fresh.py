@@ -1,4 +1,4 @@
-"""Each parameter's initial weights depend only on its name, its shape and the seed, and have the layers' distribution."""
+"""Initial weights depend only on a parameter's name, its shape and the seed, and have the layers' distribution."""
 
 from __future__ import annotations
 
