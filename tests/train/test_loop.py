@@ -14,6 +14,7 @@ from pipeline.config.sections import Config
 from pipeline.errors import StopRequested
 from pipeline.optim.schedule import get_lr_cosine_schedule
 from pipeline.run.folder import Run, run_for, step_name
+from pipeline.train.engine.engine import Engine
 from pipeline.train.session import TrainResult
 from tests.experiment import curve, events, lines, validations
 from tests.train.conftest import Trained

@@ -15,7 +15,7 @@ from pipeline.checkpoint.read import CheckpointReader
 from pipeline.config.sections import Config
 from pipeline.model.chunked_loss import LossParts
 from pipeline.optim.adamw import AdamW, decay_groups
-from pipeline.optim.clipping import scale_to_norm, squared_norm
+from pipeline.optim.clipping import clip_divisor, squared_norm
 from pipeline.run.world import World
 from pipeline.train.engine.build import build, working_dtype
 from pipeline.train.engine.deepspeed_config import deepspeed_config
@@ -98,7 +98,8 @@ class Engine:
         """Agrees on loss, norm and stop by the one all-reduce of a step, and clips the averaged gradients.
 
         We clip ourselves at every stage, and DeepSpeed's own clipping is off: the gradients are `p.grad` at stage 0
-        (the same on all ranks) and this rank's partition of the averaged gradients at stages 1-3.
+        (the same on all ranks) and this rank's partition of the averaged gradients at stages 1-3. They are scaled in
+        the step that follows.
 
         A step whose loss or norm is not finite changes nothing. Where the optimizer works on the device, the device
         decides that, and the host does not wait for it.
@@ -121,8 +122,8 @@ class Engine:
         norm.sqrt_()
         finite = numbers.isfinite().all()
         self._optimizer.counts = finite if finite.is_cuda and not self._offloads else bool(finite)
-        if max_norm > 0:
-            scale_to_norm(grads, norm, max_norm)
+        # The step divides by it: one pass over the gradients less.
+        self._optimizer.grad_divisor = clip_divisor(norm, max_norm) if max_norm > 0 else None
         return PendingNumbers(numbers)
 
     def step(self) -> None:
