@@ -20,11 +20,11 @@ _WHOLE = Engine.loss
 
 
 def spoiling(at: set[int], factor: float) -> Callable[[Engine, torch.Tensor, torch.Tensor], LossParts]:
-    """Stands in for `Engine.loss` and spoils it when it is called for the n-th time."""
+    """Stands in for `Engine.loss` and spoils it when training calls it for the n-th time."""
     calls = itertools.count(1)
 
     def loss(engine: Engine, x: torch.Tensor, y: torch.Tensor) -> LossParts:
-        spoilt = factor if next(calls) in at else 1.0
+        spoilt = factor if torch.is_grad_enabled() and next(calls) in at else 1.0
         return LossParts(*(part * spoilt for part in _WHOLE(engine, x, y)))
 
     return loss

@@ -33,7 +33,7 @@ def new_model(config: Config) -> TransformerLM:
     """Returns the model with which a run of this config starts."""
     model = TransformerLM(**config.model.model_dump())
     for name, parameter in model.named_parameters():
-        fill_fresh(parameter.view(-1), name, parameter.shape, config.train.seed)
+        fill_fresh(parameter.detach().view(-1), name, parameter.shape, config.train.seed)
     return model
 
 

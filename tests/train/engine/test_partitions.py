@@ -16,6 +16,7 @@ from pipeline.model.transformer import TransformerLM
 from pipeline.optim.adamw import AdamW
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
+from pipeline.train.engine.fresh import fill_fresh
 from pipeline.train.engine.partitions import PARTITIONS
 from pipeline.train.ranks import group
 from tests import processes
@@ -157,10 +158,27 @@ def test_an_offloaded_optimizer_takes_the_same_step(tmp_path: Path, stage: int) 
     assert train_step(there, 2).loss == pytest.approx(train_step(here, 2).loss, rel=1e-6)
 
 
-def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(tmp_path: Path) -> None:
-    engine = new_engine(tmp_path, 0, **{"train.precision": "bf16"})
-    assert engine(torch.zeros(1, 4, dtype=torch.long)).dtype == torch.bfloat16
+@STAGES
+def test_bf16_computes_in_bfloat16_and_keeps_float32_masters(tmp_path: Path, stage: int) -> None:
+    engine = new_engine(tmp_path, stage, **{"train.precision": "bf16", "train.micro_batch_size": 8})
+    computed: list[torch.Tensor] = []
+    engine.module.layers[0].attn.q_proj.register_forward_hook(lambda module, inputs, output: computed.append(output))
+    engine.loss(torch.zeros(8, 4, dtype=torch.long), torch.zeros(8, 4, dtype=torch.long))
+    assert computed[0].dtype == torch.bfloat16
     assert {t.dtype for t in state(engine).values()} == {torch.float32}
+    working = torch.bfloat16 if stage else torch.float32
+    assert {p.dtype for p in engine.module.parameters()} == {working}
+    assert {b.dtype for b in engine.module.buffers()} == {torch.float32}, "the tables of the positions stay exact"
+
+
+@STAGES
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fresh_masters_are_not_rounded_to_the_working_dtype(tmp_path: Path, stage: int, precision: str) -> None:
+    engine = new_engine(tmp_path, stage, 5, **{"train.precision": precision, "train.micro_batch_size": 8})
+    for f in engine.fragments():
+        whole = torch.empty(math.prod(f.shape))
+        fill_fresh(whole, f.name, f.shape, 5)
+        assert torch.equal(f.tensors["weight"], whole), f.name
 
 
 @pytest.mark.parametrize(("size", "numel"), [(1, 10), (2, 10), (4, 10), (3, 2), (8, 3)])
