@@ -88,6 +88,8 @@ class Session:
     """Finished steps."""
     tokens_seen: int
     """Tokens trained on since the first start."""
+    initialization: int
+    """Version of the numbers that the run's weights began with."""
     unread: deque[tuple[int, PendingNumbers]] = field(default_factory=deque)
     """Steps whose numbers have not been read yet, oldest first."""
     evaluation: Evaluation | None = None
@@ -188,6 +190,7 @@ class Session:
         state = {
             "optimizer_steps": self.engine.optimizer_steps,
             "tokens_seen": self.tokens_seen,
+            "initialization": self.initialization,
             "guard": self.guard.state(),
             "val_loss": fresh.loss if fresh else None,
             "dataset": self.data_digest,

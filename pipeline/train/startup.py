@@ -27,6 +27,7 @@ from pipeline.run.world import World, world_from_environment
 from pipeline.train.clock import StepClock
 from pipeline.train.compile_cache import keep_compiled
 from pipeline.train.engine.engine import Engine
+from pipeline.train.engine.fresh import INIT_VERSION
 from pipeline.train.evaluate import Validation
 from pipeline.train.guard import Guard
 from pipeline.train.progress import Progress
@@ -86,6 +87,7 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
         guard=Guard(config.guard, state.get("guard")),
         step=step,
         tokens_seen=state.get("tokens_seen", 0),
+        initialization=state["initialization"],
     )
     _announce(session, recovery)
     return session
@@ -127,7 +129,7 @@ def _fill(engine: Engine, recovery: Recovery, config: Config, data_digest: str) 
     """Draws fresh weights, or loads the checkpoint if there is one; returns its step and the rest of its state."""
     if recovery.checkpoint is None:
         engine.draw(config.train.seed)
-        return {}
+        return {"initialization": INIT_VERSION}
     reader = CheckpointReader(recovery.checkpoint)
     trained_on = reader.manifest.state["dataset"]
     if trained_on != data_digest:
@@ -139,7 +141,7 @@ def _fill(engine: Engine, recovery: Recovery, config: Config, data_digest: str) 
     reader.close()
     state = reader.manifest.state
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
-    return {**state, "step": reader.manifest.step}
+    return {"initialization": 1, **state, "step": reader.manifest.step}  # the first version had no number
 
 
 def _take_over(config: Config, run: Run, world: World, report: Callable[[Saved], None]) -> CheckpointSaver:

@@ -88,9 +88,7 @@ def fake_session(folder: Path, world: World | None = None, **changes: Any) -> Se
     """A session at step 0 whose config is changed by dotted keys."""
     config = tiny_config(folder, **changes)
     model = SimpleNamespace(eval=lambda: None, train=lambda: None)
-    engine = SimpleNamespace(
-        device=torch.device("cpu"), optimizer_steps=7, fragments=list, module=model, loss=None, initialization=2
-    )
+    engine = SimpleNamespace(device=torch.device("cpu"), optimizer_steps=7, fragments=list, module=model, loss=None)
     return Session(
         config=config,
         world=world or World(),
@@ -106,6 +104,7 @@ def fake_session(folder: Path, world: World | None = None, **changes: Any) -> Se
         guard=Guard(config.guard),
         step=0,
         tokens_seen=0,
+        initialization=2,
     )
 
 

@@ -20,17 +20,17 @@ from pipeline.checkpoint.layout import Manifest, published
 from pipeline.checkpoint.pending import PendingCheckpoint
 from pipeline.checkpoint.weights import load_weights
 from pipeline.errors import PipelineError
-from pipeline.model.loss import cross_entropy
 from pipeline.run.events import BadStep, RolledBack
 from pipeline.run.folder import run_for, step_name
 from pipeline.run.world import World
+from pipeline.train.engine.engine import Engine
 from pipeline.train.incidents import Rollback, Verdict, inspect, roll_back
 from pipeline.train.session import Session
 from tests import processes
 from tests.experiment import curve, events
 from tests.train.conftest import Lab
 from tests.train.fakes import fake_session, pending
-from tests.train.tiny import Sabotage, tiny
+from tests.train.tiny import spoiling, tiny
 
 # ---- decisions, without training ------------------------------------------------------------------
 
@@ -204,7 +204,7 @@ def test_a_rollback_restores_the_state_skips_the_suspects_and_quarantines_what_c
 def test_a_bad_step_is_skipped_without_a_trace_in_weights_or_moments(stage, tmp_path, monkeypatch):
     """The spoilt step changes nothing: the optimizer has taken one step less, and everything is finite."""
     config = tiny(tmp_path, **{"train.zero_stage": stage, "train.max_iters": 6, "train.checkpoint_interval": 2})
-    monkeypatch.setattr(loop, "cross_entropy", Sabotage({3}, float("nan")))
+    monkeypatch.setattr(Engine, "loss", spoiling({3}, float("nan")))
     loop.train(config)
     folders = run_for(config).checkpoints
     before, after = (load_weights(folders / step_name(s)) for s in (4, 6))
@@ -222,7 +222,7 @@ def test_a_bad_step_is_skipped_without_a_trace_in_weights_or_moments(stage, tmp_
 @pytest.mark.slow
 def test_a_skipped_step_leaves_the_weights_as_they_were(tmp_path, monkeypatch):
     config = tiny(tmp_path, **{"train.max_iters": 3, "train.checkpoint_interval": 1, "checkpoint.keep_last": 9})
-    monkeypatch.setattr(loop, "cross_entropy", Sabotage({3}, float("inf")))
+    monkeypatch.setattr(Engine, "loss", spoiling({3}, float("inf")))
     loop.train(config)
     two, three = (load_weights(run_for(config).checkpoints / step_name(s)) for s in (2, 3))
     assert all(torch.equal(two[name], three[name]) for name in two)
@@ -231,7 +231,7 @@ def test_a_skipped_step_leaves_the_weights_as_they_were(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     config = tiny(tmp_path, guard={"max_bad_steps": 3})
-    monkeypatch.setattr(loop, "cross_entropy", Sabotage({2, 4, 5, 6, 7}, float("nan")))
+    monkeypatch.setattr(Engine, "loss", spoiling({2, 4, 5, 6, 7}, float("nan")))
     with pytest.raises(PipelineError, match="3 steps in a row"):
         loop.train(config)
     assert [e["step"] for e in events(run_for(config).path, "bad_step")] == [2, 4, 5, 6]
@@ -241,7 +241,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_by_default_a_spike_is_reported_and_training_continues(tmp_path, monkeypatch):
     config = tiny(tmp_path)
-    monkeypatch.setattr(loop, "cross_entropy", Sabotage({30}, 50.0))
+    monkeypatch.setattr(Engine, "loss", spoiling({30}, 50.0))
     loop.train(config)
     assert [e["step"] for e in events(run_for(config).path, "spike")] == [30]
     assert not events(run_for(config).path, "rollback")
@@ -252,7 +252,7 @@ def test_by_default_a_spike_is_reported_and_training_continues(tmp_path, monkeyp
 def test_a_lasting_rise_is_reported_once_and_becomes_the_usual_loss(on_spike, tmp_path, monkeypatch):
     """With nothing to roll back to, a rollback is only a warning."""
     config = tiny(tmp_path, **{"guard": {"on_spike": on_spike}, "train.checkpoint_interval": 1000})
-    monkeypatch.setattr(loop, "cross_entropy", Sabotage(set(range(25, 41)), 3.0))
+    monkeypatch.setattr(Engine, "loss", spoiling(set(range(25, 41)), 3.0))
     loop.train(config)
     assert [e["step"] for e in events(run_for(config).path, "spike")] == [25]
     assert len(list(run_for(config).bad_batches.iterdir())) == 1
@@ -266,7 +266,7 @@ def test_a_full_disk_costs_the_record_of_a_batch_and_not_the_run(tmp_path, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("pipeline.train.guard.write_json", full)
-    monkeypatch.setattr(loop, "cross_entropy", Sabotage({3}, float("nan")))
+    monkeypatch.setattr(Engine, "loss", spoiling({3}, float("nan")))
     assert loop.train(config).step == 30
     (event,) = events(run_for(config).path, "bad_step")
     assert event["step"] == 3 and event["batch"] == 2 and event["path"] is None
@@ -278,7 +278,7 @@ def test_a_full_disk_costs_the_record_of_a_batch_and_not_the_run(tmp_path, monke
 def test_a_rollback_skips_the_batches_and_so_does_a_resumed_run(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     config = tiny(tmp_path / "a", guard={"on_spike": "rollback"})
-    monkeypatch.setattr(loop, "cross_entropy", Sabotage({28}, 50.0))
+    monkeypatch.setattr(Engine, "loss", spoiling({28}, 50.0))
     loop.train(config)
     (rollback,) = events(run_for(config).path, "rollback")
     assert (rollback["step"], rollback["to"], rollback["skipped"]) == (28, 20, [26, 27])
@@ -288,9 +288,9 @@ def test_a_rollback_skips_the_batches_and_so_does_a_resumed_run(tmp_path, monkey
 
     # The same, stopped after the rollback and started again: the skip list comes out of the checkpoint.
     other = tiny(tmp_path / "b", **{"guard": {"on_spike": "rollback"}, "train.max_iters": 30})
-    monkeypatch.setattr(loop, "cross_entropy", Sabotage({28}, 50.0))
+    monkeypatch.setattr(Engine, "loss", spoiling({28}, 50.0))
     loop.train(other)
-    monkeypatch.setattr(loop, "cross_entropy", cross_entropy)
+    monkeypatch.undo()
     other = tiny(tmp_path / "b", guard={"on_spike": "rollback"})
     loop.train(other)
     assert curve(run_for(other).path) == curve(run_for(config).path)
@@ -304,7 +304,7 @@ def test_a_rollback_skips_the_batches_and_so_does_a_resumed_run(tmp_path, monkey
 def spoil_on_one_rank(config: str, calls: list[int], factor: float) -> None:
     """Trains; the loss of rank 1 is spoilt when it is computed for these times."""
     if os.environ["RANK"] == "1":
-        loop.cross_entropy = Sabotage(set(calls), factor)  # type: ignore[assignment]
+        Engine.loss = spoiling(set(calls), factor)  # type: ignore[method-assign]
     processes.command(["train", config])
 
 
@@ -344,7 +344,7 @@ def test_a_jump_on_one_rank_rolls_all_ranks_back_to_the_same_checkpoint(lab: Lab
 
 def train_jumping(config: str, at: int, save_s: float) -> None:
     """Trains with one micro-batch per step; the loss of step `at` jumps, and a save takes longer than many steps."""
-    loop.cross_entropy = Sabotage({at}, 50.0)  # type: ignore[assignment]
+    Engine.loss = spoiling({at}, 50.0)  # type: ignore[method-assign]
     publish = PendingCheckpoint.publish
 
     def slowly(self: PendingCheckpoint, *args: Any) -> Any:
