@@ -219,7 +219,7 @@ class ContainerConfig(Section):
     code: Literal["snapshot", "image"] = "snapshot"
     """`snapshot` runs the submitted code from the run folder; `image` runs the code that the image was built with."""
     environment: Literal["inherit", "clean"] = "inherit"
-    """Variables seen inside: all, or only the site's, SLURM_*, MASTER_*, MLFLOW_*, NCCL_*, ranks and device lists."""
+    """Variables seen inside: all, or only the site's and those that a job needs (docs/container.md lists them)."""
     binds: tuple[str, ...] = ()
     """Further folders visible inside, `HOST[:INSIDE[:ro]]`; the paths in the config are always bound."""
 
