@@ -67,11 +67,12 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
     group.bind_device(device)
     torch.manual_seed(train.seed)
     engine = Engine(build_model(config), config, world, device)
-    group.set_timeout(group.save_timeout(config.checkpoint))
     recovery = find_checkpoint(run.checkpoints, world)
     state = _resume(engine, recovery, data.manifest.digest)
     step = state.get("step", 0)
     saver = _take_over(config, run, world, lambda saved: session.report_save(saved))
+    saver.reserve(engine.fragments())
+    group.set_timeout(group.save_timeout(config.checkpoint))
     tracker = _start_tracking(config, run, world, data, step)
     progress = Progress(config.name, step, train.max_iters, enabled=world.is_first)
     session = Session(
