@@ -37,7 +37,15 @@ def parse_config(text: str, overrides: Sequence[str] = (), source: str = "config
             product = f"{micro_batch} x {world_size} = {micro_batch * world_size}"
             yield wrong_value("train.batch_size", batch, f"a multiple of micro_batch_size x world size = {product}")
 
-    return CONFIG.parse(text, source, overrides, [batch_is_shared_evenly])
+    def node_copies_divide_the_ranks(config: Config) -> Iterator[Problem]:
+        zero = config.deepspeed.get("zero_optimization")
+        ranks = zero.get("zero_hpz_partition_size") if isinstance(zero, dict) else None
+        # A config is also read by commands that train nothing, in one process.
+        if world_size > 1 and isinstance(ranks, int) and ranks > 0 and world_size % ranks:
+            path = "deepspeed.zero_optimization.zero_hpz_partition_size"
+            yield wrong_value(path, ranks, f"the ranks of a node, a divisor of the world size = {world_size}")
+
+    return CONFIG.parse(text, source, overrides, [batch_is_shared_evenly, node_copies_divide_the_ranks])
 
 
 def dump_config(config: Config) -> str:

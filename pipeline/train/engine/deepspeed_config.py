@@ -30,7 +30,9 @@ def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
 
 
 def _zero_settings(config: Config) -> dict[str, Any]:
-    settings: dict[str, Any] = {"stage": config.train.zero_stage, "overlap_comm": config.train.overlap_comm}
+    settings: dict[str, Any] = {"stage": config.train.zero_stage}
+    if config.train.overlap_comm is not None:
+        settings["overlap_comm"] = config.train.overlap_comm
     if config.train.zero_stage in (1, 2) and not config.train.offload_optimizer:
         # We know the norm already, and DeepSpeed would make the host wait for its own.
         settings["compute_grad_norm"] = False
