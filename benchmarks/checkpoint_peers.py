@@ -15,8 +15,6 @@ import torch.distributed.checkpoint as dcp
 from pipeline.checkpoint.pending import RankIdentity, take_over
 from pipeline.checkpoint.saver import CheckpointSaver
 from pipeline.config.sections import Config
-from pipeline.model.loss import cross_entropy
-from pipeline.model.transformer import TransformerLM
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
 
@@ -45,10 +43,11 @@ class Bench:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.folder = folder
-        torch.manual_seed(0)
-        self.model = TransformerLM(**config.model.model_dump())
+        self.engine = Engine(config, World(), torch.device("cpu"))
+        self.engine.draw(0)
+        self.model = self.engine.module
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.engine = Engine(self.model, config, World(), torch.device("cpu"))
+        torch.manual_seed(0)
         self.tokens = torch.randint(
             0, config.model.vocab_size, (config.train.batch_size, config.model.context_length + 1)
         )
@@ -61,10 +60,9 @@ class Bench:
         """Runs one training step; returns its seconds, and those it waited for `before_step`."""
         began = time.perf_counter()
         self.engine.zero_grad()
-        logits = self.engine(self.tokens[:, :-1])
-        loss = cross_entropy(logits.flatten(0, 1), self.tokens[:, 1:].flatten())
+        loss, entropy = self.engine.loss(self.tokens[:, :-1], self.tokens[:, 1:])
         self.engine.backward(loss)
-        self.engine.reduce_and_clip(1.0, [loss.detach()], False)
+        self.engine.reduce_and_clip(1.0, [entropy], False)
         waited = time.perf_counter()
         before_step()
         waited = time.perf_counter() - waited

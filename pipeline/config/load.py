@@ -13,13 +13,13 @@ from pipeline.errors import Problem
 CONFIG = Vocabulary(Config, "config", "configs/demo.yaml")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int = 1) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:
     """Reads a config file and applies overrides.
 
     Args:
         path: The YAML file.
         overrides: `dotted.key=value` strings; values are parsed as YAML.
-        world_size: Number of processes that will train; they must share the global batch evenly.
+        world_size: Number of processes that will train, if that is known; they must share the global batch evenly.
 
     Raises:
         UsageError: The file cannot be read.
@@ -28,24 +28,33 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
     return parse_config(CONFIG.read(path), overrides, source=str(path), world_size=world_size)
 
 
-def parse_config(text: str, overrides: Sequence[str] = (), source: str = "config", world_size: int = 1) -> Config:
+def parse_config(
+    text: str, overrides: Sequence[str] = (), source: str = "config", world_size: int | None = None
+) -> Config:
     """Does what `load_config` does with the text of a file; `source` names it in messages."""
 
     def batch_is_shared_evenly(config: Config) -> Iterator[Problem]:
-        batch, micro_batch = config.train.batch_size, config.train.micro_batch_size
-        if batch % (micro_batch * world_size):
-            product = f"{micro_batch} x {world_size} = {micro_batch * world_size}"
+        batch, micro_batch, ranks = config.train.batch_size, config.train.micro_batch_size, world_size or 1
+        if batch % (micro_batch * ranks):
+            product = f"{micro_batch} x {ranks} = {micro_batch * ranks}"
             yield wrong_value("train.batch_size", batch, f"a multiple of micro_batch_size x world size = {product}")
 
     def node_copies_divide_the_ranks(config: Config) -> Iterator[Problem]:
         zero = config.deepspeed.get("zero_optimization")
         ranks = zero.get("zero_hpz_partition_size") if isinstance(zero, dict) else None
-        # A config is also read by commands that train nothing, in one process.
-        if world_size > 1 and isinstance(ranks, int) and ranks > 0 and world_size % ranks:
+        if world_size is not None and isinstance(ranks, int) and ranks > 0 and world_size % ranks:
             path = "deepspeed.zero_optimization.zero_hpz_partition_size"
             yield wrong_value(path, ranks, f"the ranks of a node, a divisor of the world size = {world_size}")
 
-    return CONFIG.parse(text, source, overrides, [batch_is_shared_evenly, node_copies_divide_the_ranks])
+    def bf16_gradients_are_not_added_up(config: Config) -> Iterator[Problem]:
+        train = config.train
+        several = world_size is not None and train.batch_size > train.micro_batch_size * world_size
+        if train.precision == "bf16" and train.zero_stage == 1 and several:
+            cure = "2, which adds them up in float32: at stage 1 a step's micro-batches would be added up in bf16"
+            yield wrong_value("train.zero_stage", 1, cure)
+
+    rules = [batch_is_shared_evenly, node_copies_divide_the_ranks, bf16_gradients_are_not_added_up]
+    return CONFIG.parse(text, source, overrides, rules)
 
 
 def dump_config(config: Config) -> str:

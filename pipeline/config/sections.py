@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from pipeline.config.data_sections import DataConfig, TokenizerConfig
 from pipeline.config.deepspeed_keys import refused_settings
@@ -78,6 +78,8 @@ class OptimizerConfig(Section):
     """Added to the square root of the second moment."""
     gradient_clip_val: NonNegative = 1.0
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
+    z_loss: NonNegative = 0.0
+    """Factor of the squared log of softmax's denominator, added to the loss to keep the logits small; 1e-4 in PaLM."""
 
     @rule
     def _warmup_ends_before_the_cosine(self) -> Iterator[Problem]:
@@ -90,6 +92,14 @@ class OptimizerConfig(Section):
         if self.min_learning_rate > self.learning_rate:
             most = f"at most learning_rate = {self.learning_rate}"
             yield wrong_value("min_learning_rate", self.min_learning_rate, most)
+
+
+def _of_a_switch(value: Any) -> Any:
+    """Reads what runs of earlier versions hold, where it was a switch."""
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
+ActivationCheckpointing = Annotated[Literal["none", "full", "selective"], BeforeValidator(_of_a_switch)]
 
 
 class TrainConfig(Section):
@@ -112,13 +122,17 @@ class TrainConfig(Section):
     seed: NonNegativeInt = 1337
     """Seed of the weights and of the order of the data."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of forward and backward; the optimiser always updates float32 weights."""
+    """Arithmetic of forward and backward; `bf16` also moves weights and gradients in bf16 at ZeRO stages 1 to 3. The
+    optimiser always updates float32 weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` uses a GPU if there is one."""
     compile: bool = False
-    """Compile the model with torch.compile."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
+    """Compile each transformer block with torch.compile."""
+    loss_chunk_tokens: Count = 1024
+    """Largest number of tokens whose logits are in memory at a time."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What the backward pass recomputes instead of keeping it: nothing, each block, or all of a block but the results
+    of attention and matrix products."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """ZeRO stage: what DeepSpeed partitions over the ranks."""
     offload_optimizer: bool = False

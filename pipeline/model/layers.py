@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from pipeline.model.chunked_loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
 
 NORM_EPS = 1e-5
 
@@ -31,6 +34,25 @@ class Linear(nn.Module):
         return F.linear(x, self.weight)
 
 
+class LMHead(Linear):
+    """The output layer, `(..., d_model)` to logits `(..., vocab)`, or with targets to the loss in chunks.
+
+    The loss is computed inside this module's call because only there does ZeRO-3 hold the whole weight.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor | None = None,
+        chunk_tokens: int = LOSS_CHUNK_TOKENS,
+        z_loss: float = 0.0,
+    ) -> Any:
+        """Returns the logits, or the `LossParts` of targets `(...)`; see `linear_cross_entropy`."""
+        if targets is None:
+            return super().forward(x)
+        return linear_cross_entropy(x, self.weight, targets, chunk_tokens, z_loss)
+
+
 class Embedding(nn.Module):
     """A table of vectors, `(...)` int64 to `(..., d_model)`; starts truncated-normal, std 1, cut at 3."""
 
@@ -49,7 +71,8 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019, eq. 4).
 
-    Computed in float32 whatever the input dtype: squares of bfloat16 activations lose too many bits.
+    Computed in float32 whatever the input dtype: squares of bfloat16 activations lose too many bits. PyTorch's kernel
+    does so too, in one pass over memory on a GPU, but takes only an input and a gain of the same dtype.
     """
 
     def __init__(
@@ -61,6 +84,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes `(..., d_model)`; the result has the input's dtype."""
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed * self.weight.float()).to(x.dtype)
@@ -88,14 +113,15 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", angles.cos().float(), persistent=False)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | slice) -> Tensor:
         """Rotates `(..., seq, d_k)`.
 
         Args:
             x: Queries or keys; may have more dimensions, the heads, between the leading ones of `positions` and `seq`.
-            positions: `(..., seq)` or `(seq,)`, each below `max_seq_len`.
+            positions: `(..., seq)` or `(seq,)`, each below `max_seq_len`; or a slice of the positions, which copies
+                no table.
         """
-        if 1 < positions.dim() < x.dim() - 1:
+        if isinstance(positions, Tensor) and 1 < positions.dim() < x.dim() - 1:
             positions = positions.reshape(*positions.shape[:-1], *[1] * (x.dim() - 1 - positions.dim()), -1)
         cos, sin = self.cos[positions], self.sin[positions]
         pairs = x.float().unflatten(-1, (-1, 2))
@@ -170,12 +196,12 @@ class CausalSelfAttention(nn.Module):
         self.v_proj = Linear(d_model, d_model, device, dtype)
         self.output_proj = Linear(d_model, d_model, device, dtype)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | slice | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Attends within `(..., seq, d_model)`; with a cache, also to the tokens in it.
 
         Args:
             x: The new tokens.
-            positions: `(..., seq)` or `(seq,)`; required with a rope.
+            positions: `(..., seq)`, `(seq,)` or a slice; required with a rope.
             cache: Holds the earlier tokens and takes the new ones. After the first call it takes one token at a
                 time: a longer chunk would need a mask that is causal inside the chunk.
         """
@@ -231,7 +257,7 @@ class TransformerBlock(nn.Module):
         self.ln2 = RMSNorm(d_model, device=device, dtype=dtype)
         self.ffn = SwiGLU(d_model, d_ff, device, dtype)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | slice, cache: KeyValueCache | None = None) -> Tensor:
         """Maps `(batch, seq, d_model)` to itself."""
         x = x + self.attn(self.ln1(x), positions, cache)
         return x + self.ffn(self.ln2(x))

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# 256k float32 elements of weight, gradient and two moments are 4 MB, which stay in a core's cache during the passes of
-# the update. On one flat tensor that halves the time (benchmarks/adamw.py).
-CPU_CHUNK = 1 << 18
+_LANES = 16
+"""Float32 numbers in the widest vector of a CPU."""
 
-StepCount = int | Tensor
+
+class _Update(NamedTuple):
+    """One parameter's tensors in a step, all of one shape but the step count `()`."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    """The number of this step; float32, on the weight's device."""
 
 
 class AdamW(torch.optim.Optimizer):
     """Elementwise AdamW, which works on ZeRO's flat partitions as on whole parameters.
+
+    The formula is `adamw_formula`. Float32 tensors take PyTorch's fused kernel of it, which makes one pass over memory
+    and rounds a little differently.
 
     Args:
         params: Parameters or parameter groups.
@@ -53,6 +63,11 @@ class AdamW(torch.optim.Optimizer):
 
         A tensor `()` is never read by the host: the device, which runs behind it, decides by itself.
         """
+        self.grad_divisor: Tensor | None = None
+        """What the next step divides the gradients by, a float32 tensor `()`; see `clip_divisor`. None: by nothing.
+
+        It saves clipping its own pass over memory. The step may overwrite the gradients with the quotients.
+        """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -65,19 +80,20 @@ class AdamW(torch.optim.Optimizer):
         if counts is None and not self.counts:
             return loss
         for group in self.param_groups:
-            for (step, device), tensors in self._by_step_and_device(group).items():
-                if device.type == "cpu":
-                    for one in zip(*tensors, strict=True):
-                        _update_in_chunks(one, group, step, counts)
-                else:
-                    _update(tensors, group, step, counts)
+            for device, updates in self._by_device(group).items():
+                here = [None if t is None else t.to(device) for t in (counts, self.grad_divisor)]
+                fused = [u for u in updates if _fits_the_kernel(u)]
+                if fused:
+                    _update_fused(fused, group, *here)
+                for update in updates:
+                    if not _fits_the_kernel(update):
+                        _update_by_formula(update, group, *here)
         return loss
 
-    def _by_step_and_device(self, group: dict[str, Any]) -> dict[tuple[StepCount, torch.device], list[list[Tensor]]]:
-        """Groups weights, gradients and both moments by their step count and device."""
-        batches: dict[tuple[StepCount, torch.device], list[list[Tensor]]] = {}
-        one = self.counts.double() if isinstance(self.counts, Tensor) else 1
-        after: dict[StepCount, StepCount] = {}  # parameters that share a count keep sharing one, even if it is a tensor
+    def _by_device(self, group: dict[str, Any]) -> dict[torch.device, list[_Update]]:
+        """Returns what to update on each device, and counts the step in the state."""
+        updates: dict[torch.device, list[_Update]] = {}
+        after: dict[Any, Tensor] = {}  # parameters that share a count keep sharing one
         for param in group["params"]:
             if param.grad is None:
                 continue
@@ -88,71 +104,116 @@ class AdamW(torch.optim.Optimizer):
                 state["step"] = 0
                 state["exp_avg"] = torch.zeros_like(param)
                 state["exp_avg_sq"] = torch.zeros_like(param)
-            before = state["step"]
-            if before not in after:
-                after[before] = before + one
-            state["step"] = after[before]
-            lists = batches.setdefault((state["step"], param.device), [[], [], [], []])
-            for target, tensor in zip(lists, (param, param.grad, state["exp_avg"], state["exp_avg_sq"]), strict=True):
-                target.append(tensor)
-        return batches
+            key = (param.device, state["step"])
+            if key not in after:
+                # Filled on the device: a new tensor of a Python number would be a copy that the host waits for.
+                one = torch.ones((), device=param.device)
+                after[key] = one * self.counts + state["step"]
+            state["step"] = after[key]
+            update = _Update(param, param.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            updates.setdefault(param.device, []).append(update)
+        return updates
 
 
-def _update_in_chunks(
-    tensors: tuple[Tensor, ...], group: dict[str, Any], step: StepCount, counts: Tensor | None
-) -> None:
-    if tensors[0].numel() <= CPU_CHUNK or not all(t.is_contiguous() for t in tensors):
-        _update([[t] for t in tensors], group, step, counts)
-        return
-    for chunks in zip(*(t.view(-1).split(CPU_CHUNK) for t in tensors), strict=True):
-        _update([[c] for c in chunks], group, step, counts)
+def adamw_formula(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the weight and both moments after a step (Loshchilov & Hutter 2019, algorithm 2).
 
-
-def _update(tensors: list[list[Tensor]], group: dict[str, Any], step: StepCount, counts: Tensor | None) -> None:
-    if counts is not None:
-        _update_where(counts, tensors, group, torch.as_tensor(step))
-        return
-    params, grads, exp_avgs, exp_avg_sqs = tensors
-    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-    if group["weight_decay"] != 0:
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
-    torch._foreach_add_(denominators, group["eps"])
-    torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr / (1 - beta1**step))
-
-
-def _update_where(counts: Tensor, tensors: list[list[Tensor]], group: dict[str, Any], step: Tensor) -> None:
-    """Makes the same update with tensors as factors: where `counts` is False, no line changes a bit.
-
-    No number moves between host memory and the device, so neither waits for the other.
+    Args:
+        weight: The weight before the step; gradient and moments have its shape.
+        grad: Its gradient.
+        exp_avg: First moment before the step.
+        exp_avg_sq: Second moment before the step.
+        step: The number of this step `()`, from 1.
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
     """
-    params, grads, exp_avgs, exp_avg_sqs = tensors
-    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-    one = counts.double()
-    started = step.clamp(min=1)  # before the first step that counts, the corrections would be zero
-    if group["weight_decay"] != 0:
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"] * one)
-    towards = [torch.where(counts, g, m) for g, m in zip(grads, exp_avgs, strict=True)]
-    torch._foreach_lerp_(exp_avgs, towards, 1 - beta1)
-    del towards  # as large as the weights; otherwise both would exist at once
-    towards = [g.masked_fill(counts.logical_not(), 0.0) for g in grads]
-    torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * one)
-    torch._foreach_addcmul_(exp_avg_sqs, towards, towards, 1 - beta2)
-    del towards
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, (1 - beta2**started).sqrt())
-    torch._foreach_add_(denominators, group["eps"])
-    torch._foreach_mul_(denominators, (1 - beta1**started) / one)  # infinite where nothing counts
-    torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr)
+    beta1, beta2 = betas
+    exp_avg = exp_avg + (1 - beta1) * (grad - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad.square()
+    step = step.double()  # in float32, 1 - 0.999^1 has only three digits
+    unbiased = exp_avg / (1 - beta1**step)
+    unbiased_sq = exp_avg_sq / (1 - beta2**step)
+    weight = (1 - lr * weight_decay) * weight - lr * unbiased / (unbiased_sq.sqrt() + eps)
+    return weight, exp_avg, exp_avg_sq
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+
+
+def _update_by_formula(update: _Update, group: dict[str, Any], counts: Tensor | None, divisor: Tensor | None) -> None:
+    grad = update.grad.to(update.exp_avg.dtype)
+    update = update._replace(grad=grad if divisor is None else grad / divisor)
+    old = (update.weight, update.exp_avg, update.exp_avg_sq)
+    for target, new in zip(old, adamw_formula(*update, **_settings(group)), strict=True):
+        target.copy_(new if counts is None else torch.where(counts, new, target))
+
+
+def _fits_the_kernel(update: _Update) -> bool:
+    """Whether the fused kernel, which reads bare memory, takes these tensors."""
+    return update.weight.device.type in ("cpu", "cuda") and all(
+        tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in update
+    )
+
+
+def _update_fused(updates: list[_Update], group: dict[str, Any], counts: Tensor | None, divisor: Tensor | None) -> None:
+    padded: list[tuple[Tensor, Tensor]] = []
+    if updates[0].weight.is_cpu:
+        updates, padded = _split_ends(updates)
+    weights, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*updates, strict=True))
+    settings = _settings(group)
+    beta1, beta2 = settings.pop("betas")
+    torch._fused_adamw_(
+        weights, grads, exp_avgs, exp_avg_sqs, [], steps, beta1=beta1, beta2=beta2, **settings, amsgrad=False,
+        maximize=False, grad_scale=divisor, found_inf=None if counts is None else counts.logical_not().float(),
+    )  # fmt: skip
+    for end, copy in padded:
+        end.copy_(copy[: len(end)])
+
+
+def _split_ends(updates: list[_Update]) -> tuple[list[_Update], list[tuple[Tensor, Tensor]]]:
+    """Moves what follows the last whole vector of each parameter into padded copies, which the caller copies back.
+
+    PyTorch's CPU kernel rounds the elements behind the last whole vector differently. Where a parameter ends depends on
+    the layout (whole, or in ZeRO's partitions), and the same weights would get other bits.
+    """
+    whole: list[_Update] = []
+    padded: list[tuple[Tensor, Tensor]] = []
+    for update in updates:
+        flat = [tensor.view(-1) for tensor in update[:4]]
+        length = len(flat[0]) // _LANES * _LANES
+        if length:
+            whole.append(_Update._make([*(tensor[:length] for tensor in flat), update.step]))
+        if length < len(flat[0]):
+            ends = [tensor[length:] for tensor in flat]
+            missing = _LANES - len(ends[0])
+            copies = [torch.nn.functional.pad(end, (0, missing)) for end in ends]
+            whole.append(_Update._make([*copies, update.step]))
+            padded += zip(ends, copies, strict=True)
+    return whole, padded
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float, decay_norms: bool = False) -> list[dict[str, Any]]:
     """Returns the non-empty parameter groups: matrices decay, the gains of norms only with `decay_norms`."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2 or decay_norms]
-    gains = [p for p in model.parameters() if not (p.ndim >= 2 or decay_norms)]
+    parameters = [(p, decay_norms or len(_whole_shape(p)) >= 2) for p in model.parameters()]
+    decayed = [p for p, decays in parameters if decays]
+    gains = [p for p, decays in parameters if not decays]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    # A parameter that ZeRO-3 has partitioned is flat, and its whole shape an attribute.
+    return getattr(parameter, "ds_shape", parameter.shape)

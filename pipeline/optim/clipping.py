@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -16,7 +17,9 @@ def squared_norm(grads: Iterable[Tensor]) -> Tensor:
     pieces = [piece for g in grads for piece in (g.detach().reshape(-1).split(_PIECE) if g.is_cpu else (g.detach(),))]
     if not pieces:
         return torch.zeros(())
-    return torch.stack([norm.float() for norm in torch._foreach_norm(pieces)]).square().sum()
+    # A norm has its gradient's dtype unless told otherwise, and bfloat16 keeps three digits.
+    wide = functools.reduce(torch.promote_types, {piece.dtype for piece in pieces}, torch.float32)
+    return torch.stack(torch._foreach_norm(pieces, dtype=wide)).float().square().sum()
 
 
 @torch.no_grad()
@@ -25,6 +28,11 @@ def scale_to_norm(grads: Iterable[Tensor], norm: Tensor, max_norm: float, eps: f
     kept = list(grads)
     if kept:
         torch._foreach_mul_(kept, (max_norm / (norm + eps)).clamp(max=1.0).to(kept[0].device))
+
+
+def clip_divisor(norm: Tensor, max_norm: float, eps: float = 1e-6) -> Tensor:
+    """Returns what to divide gradients of this norm by, as `scale_to_norm` does, for `AdamW.grad_divisor`."""
+    return ((norm + eps) / max_norm).clamp(min=1.0)
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float, eps: float = 1e-6) -> Tensor:

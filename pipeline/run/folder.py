@@ -12,12 +12,12 @@ from pipeline.config.sections import Config
 from pipeline.errors import UsageError, listing
 from pipeline.files import naming, read_json, write_json, write_text
 
-# What the weights after step t are a function of. Everything else (intervals, ZeRO stage, micro-batch,
-# device, tracking ...) may change between two starts of one run.
+# What the weights after step t are a function of. Everything else (intervals, ZeRO stage, precision,
+# micro-batch, device, tracking ...) may change between two starts of one run.
 _FIXED_SECTIONS = ("tokenizer", "model")
 _FIXED_FIELDS = {
     "data": ("path", "order", "mixing"),
-    "train": ("batch_size", "seed", "precision"),
+    "train": ("batch_size", "seed"),
     "optimizer": (
         "learning_rate",
         "min_learning_rate",
@@ -28,6 +28,7 @@ _FIXED_FIELDS = {
         "betas",
         "eps",
         "gradient_clip_val",
+        "z_loss",
     ),
 }
 
@@ -91,6 +92,8 @@ class Run:
     """One folder per checkpoint, visible only when complete."""
     bad_batches = _Below("bad_batches")
     """The batches that the guards reported: one JSON file per batch."""
+    compiled = _Below("compiled")
+    """What torch.compile made, for the next start on a machine of the same kind."""
     samples = _Below("samples")
     """Generated text."""
     code = _Below("code")

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.checkpoint.layout import step_of
 from pipeline.checkpoint.read import newest_checkpoint
 from pipeline.data.dataset import TokenDataset, ValidationWindows, open_dataset, validation_windows
 from pipeline.files import write_json
-from pipeline.model.loss import cross_entropy
+from pipeline.model.chunked_loss import IGNORED, LossParts
 from pipeline.run.folder import Run
 from pipeline.run.world import World
 from pipeline.train.model import load_model
@@ -55,13 +56,13 @@ class Validation:
 
 
 @torch.no_grad()
-def evaluate(model: Callable[[Tensor], Tensor], validation: Validation, step: int) -> Evaluation:
+def evaluate(loss_of: Callable[[Tensor, Tensor], LossParts], validation: Validation, step: int) -> Evaluation:
     """Returns the loss on the validation windows, the same number at any world size.
 
     Neither the chunks nor the order in which their losses are added depends on the world size, and so the sum does not.
 
     Args:
-        model: Token ids to logits; every rank calls it equally often, as ZeRO-3 demands.
+        loss_of: Token ids and targets to the loss; every rank calls it equally often, as ZeRO-3 demands.
         validation: The windows, and how the ranks share them.
         step: Finished steps of the model.
     """
@@ -71,16 +72,21 @@ def evaluate(model: Callable[[Tensor], Tensor], validation: Validation, step: in
     sums = torch.zeros(chunks, dtype=torch.float64, device=validation.device)
     for turn in range(-(-chunks // world.size)):
         index = min(turn * world.size + world.rank, chunks - 1)
-        x, y = (t.to(validation.device) for t in windows.batch(index * chunk, min((index + 1) * chunk, count)))
-        mean = cross_entropy(model(x).flatten(0, 1), y.flatten())
+        x, y = windows.batch(index * chunk, min((index + 1) * chunk, count))
+        mean = loss_of(*(_padded(t, chunk, fill).to(validation.device) for t, fill in ((x, 0), (y, IGNORED))))
         if turn * world.size + world.rank < chunks:
-            sums[index] = mean.double() * y.numel()
+            sums[index] = mean.cross_entropy.double() * y.numel()
     if world.size > 1:
         dist.all_reduce(sums)
     tokens = count * y.shape[-1]
     loss = math.fsum(sums.tolist()) / tokens  # the only wait for the device, once all chunks are launched
     bits_per_byte = loss / math.log(2) * len(validation.dataset) / validation.dataset.bytes
     return Evaluation(step, loss, math.exp(min(loss, 700.0)), bits_per_byte, tokens)
+
+
+def _padded(tokens: Tensor, rows: int, fill: int) -> Tensor:
+    """Returns `(rows, context)` tokens: a chunk of another shape would be compiled on one rank alone."""
+    return functional.pad(tokens, (0, 0, 0, rows - len(tokens)), value=fill)
 
 
 def evaluate_run(run: Run) -> Evaluation:
@@ -97,6 +103,6 @@ def evaluate_run(run: Run) -> Evaluation:
     windows = validation_windows(dataset, config.model.context_length)
     chunk, device = config.train.micro_batch_size, model.lm_head.weight.device
     validation = Validation(dataset, windows, windows.count, chunk, World(), device)
-    result = evaluate(model, validation, step_of(checkpoint) or 0)
+    result = evaluate(lambda x, y: model(x, targets=y), validation, step_of(checkpoint) or 0)
     write_json(run.evaluation_file, asdict(result))
     return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pipeline.config.sections import Config
 from pipeline.errors import StopRequested
-from pipeline.model.loss import cross_entropy
 from pipeline.optim.schedule import get_lr_cosine_schedule
 from pipeline.train.incidents import inspect, roll_back
 from pipeline.train.session import Session, TrainResult, every
@@ -41,10 +40,9 @@ def run_loop(session: Session, config: Config) -> None:
         losses = []
         for x, y in session.micro_batches(step):
             clock.lap("data")
-            logits = engine(x)
-            loss = cross_entropy(logits.flatten(0, 1), y.flatten())
+            loss, cross_entropy = engine.loss(x, y)
             engine.backward(loss)
-            losses.append(loss.detach())
+            losses.append(cross_entropy)
             clock.lap("forward_backward")
 
         numbers = engine.reduce_and_clip(optim.gradient_clip_val, losses, session.stop.requested)

@@ -1,4 +1,4 @@
-"""The model of an experiment: fresh, or loaded from a checkpoint."""
+"""The model of a checkpoint, for a single process that does not train it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ import torch
 from pipeline.checkpoint.weights import load_weights
 from pipeline.config.sections import Config
 from pipeline.model.transformer import TransformerLM
-
-
-def build_model(config: Config) -> TransformerLM:
-    """Returns a model of the config's shape with fresh weights, on the CPU."""
-    return TransformerLM(**config.model.model_dump())
 
 
 def load_model(config: Config, checkpoint: Path) -> TransformerLM:
@@ -28,7 +23,7 @@ def load_model(config: Config, checkpoint: Path) -> TransformerLM:
     Raises:
         CheckpointError: The checkpoint is damaged.
     """
-    model = build_model(config)
-    model.load_state_dict(load_weights(checkpoint))
+    model = TransformerLM(**config.model.model_dump(), device=torch.device("meta"))
+    model.load_state_dict(load_weights(checkpoint), assign=True)
     usable = config.train.device != "cpu" and torch.cuda.is_available()
     return model.to("cuda" if usable else "cpu").eval()

@@ -171,7 +171,7 @@ class Session:
     def validate(self, step: int) -> None:
         """Evaluates the model on the validation windows and records the result."""
         self.engine.module.eval()
-        result = self.evaluation = evaluate(self.engine, self.validation, step)
+        result = self.evaluation = evaluate(self.engine.loss, self.validation, step)
         self.engine.module.train()
         metrics = {
             "val/loss": result.loss,

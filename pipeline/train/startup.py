@@ -25,10 +25,10 @@ from pipeline.run.folder import Run, create_run, run_for
 from pipeline.run.provenance import collect_provenance, current_image, refuse_other_image
 from pipeline.run.world import World, world_from_environment
 from pipeline.train.clock import StepClock
+from pipeline.train.compile_cache import keep_compiled
 from pipeline.train.engine.engine import Engine
 from pipeline.train.evaluate import Validation
 from pipeline.train.guard import Guard
-from pipeline.train.model import build_model
 from pipeline.train.progress import Progress
 from pipeline.train.ranks import group
 from pipeline.train.ranks.device import pick_device
@@ -66,9 +66,9 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
     preflight(config, world, device, run, data.manifest.digest)
     group.bind_device(device)
     torch.manual_seed(train.seed)
-    engine = Engine(build_model(config), config, world, device)
+    engine = Engine(config, world, device)
     recovery = find_checkpoint(run.checkpoints, world)
-    state = _resume(engine, recovery, data.manifest.digest)
+    state = _fill(engine, recovery, config, data.manifest.digest)
     step = state.get("step", 0)
     saver = _take_over(config, run, world, lambda saved: session.report_save(saved))
     saver.reserve(engine.fragments())
@@ -114,18 +114,23 @@ def _shared_run(config: Config, world: World, allow_image_change: bool) -> Run:
             if not allow_image_change:
                 refuse_other_image(run_for(config).provenance(), current_image())
             run = create_run(config)
+            if config.train.compile:
+                keep_compiled(run.compiled)
         except PipelineError as error:
             problem = error
     run, problem = group.broadcast((run, problem), world)
     if problem is not None:
         raise problem
     assert run is not None
+    if config.train.compile and not world.is_first:
+        keep_compiled(run.compiled)
     return run
 
 
-def _resume(engine: Engine, recovery: Recovery, data_digest: str) -> dict[str, Any]:
-    """Loads the checkpoint, if there is one; returns its step and the rest of its state."""
+def _fill(engine: Engine, recovery: Recovery, config: Config, data_digest: str) -> dict[str, Any]:
+    """Draws fresh weights, or loads the checkpoint if there is one; returns its step and the rest of its state."""
     if recovery.checkpoint is None:
+        engine.draw(config.train.seed)
         return {}
     reader = CheckpointReader(recovery.checkpoint)
     trained_on = reader.manifest.state["dataset"]

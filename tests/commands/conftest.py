@@ -15,8 +15,8 @@ from pipeline.checkpoint.pending import take_over
 from pipeline.checkpoint.saver import Saved
 from pipeline.config.load import load_config
 from pipeline.data.manifest import DatasetManifest
+from pipeline.model.transformer import TransformerLM
 from pipeline.run.folder import Run, create_run
-from pipeline.train.model import build_model
 from tests.checkpoint.support import saver
 from tests.data.helpers import command
 from tests.test_bad_input import experiment
@@ -48,7 +48,7 @@ def save(run: Run) -> Callable[..., None]:
         torch.manual_seed(step)
         fragments = [
             OwnedFragment(name, tuple(weight.shape), 0, dict.fromkeys(KEYS, weight.detach().flatten()))
-            for name, weight in build_model(run.config()).named_parameters()
+            for name, weight in TransformerLM(**run.config().model.model_dump()).named_parameters()
         ]
         reports: list[Saved] = []
         one = saver(run.checkpoints, reports)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from pipeline.model.layers import (
     CausalSelfAttention,
@@ -37,19 +38,45 @@ def test_rope_takes_positions_per_sequence_across_heads():
     torch.testing.assert_close(rope(x, positions), each, rtol=0, atol=0)
 
 
+def test_rope_at_a_slice_of_the_positions_gives_the_bits_of_single_positions_and_copies_no_table():
+    rope = RotaryEmbedding(100.0, 6, 32)
+    x = torch.randn(2, 3, 4, 6)
+    assert torch.equal(rope(x, slice(5, 9)), rope(x, torch.arange(5, 9)))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        rope(x, slice(5, 9))
+    assert not any(event.name == "aten::index" for event in profiler.events())
+
+
 def test_rope_rejects_an_odd_head_size():
     with pytest.raises(ValueError, match="even"):
         RotaryEmbedding(10000.0, 7, 16)
 
 
-def test_rmsnorm_is_computed_in_float32_for_bfloat16_inputs():
-    norm = RMSNorm(64)
+@pytest.mark.parametrize("gain_dtype", [torch.bfloat16, torch.float32])
+def test_rmsnorm_is_computed_in_float32_for_bfloat16_inputs(gain_dtype):
+    norm = RMSNorm(64, dtype=gain_dtype)
     x = (torch.randn(4, 64) * 100).bfloat16()
     wide = x.double()
     expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
     result = norm(x)
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.double(), expected.bfloat16().double(), rtol=1 / 128, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rmsnorm_by_pytorchs_kernel_is_as_close_to_float64_as_its_formula(dtype):
+    norm = RMSNorm(96, dtype=dtype)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    x, upstream = torch.randn(50, 96, dtype=dtype, requires_grad=True), torch.randn(50, 96, dtype=dtype)
+    wide = x.detach().double().requires_grad_()
+    gain = norm.weight.detach().double().requires_grad_()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt() * gain
+    inputs = torch.autograd.grad(expected, (wide, gain), upstream.double())
+    result = norm(x)
+    found = torch.autograd.grad(result, (x, norm.weight), upstream)
+    bound = 1e-6 if dtype == torch.float32 else 3e-3  # 2e-3 is the rounding of the results to bfloat16
+    for a, b in zip((result, *found), (expected, *inputs), strict=True):
+        assert float((a.detach().double() - b.detach()).norm() / b.detach().norm()) < bound
 
 
 def test_initial_weights_are_cut_at_three_standard_deviations():

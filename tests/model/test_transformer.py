@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.model.loss import cross_entropy
 from pipeline.model.transformer import TransformerLM
@@ -40,17 +41,66 @@ def test_the_key_value_cache_gives_the_logits_of_the_whole_sequence():
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), rtol=0, atol=1e-5)
 
 
-def test_activation_checkpointing_changes_no_bit_of_loss_or_gradients():
+@pytest.mark.parametrize("recomputed", ["full", "selective"])
+def test_activation_checkpointing_changes_no_bit_of_loss_or_gradients(recomputed):
     ids = torch.randint(0, 97, (2, 33))
     losses, gradients = [], []
-    for switched_on in (False, True):
+    for mode in ("none", recomputed):
         model = small_model()
-        model.activation_checkpointing = switched_on
-        loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+        model.activation_checkpointing = mode
+        loss = model(ids[:, :-1], targets=ids[:, 1:]).loss
         losses.append(loss.detach())
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     assert torch.equal(*losses)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class Calls(TorchDispatchMode):
+    """Notes the operations that are computed, not those whose kept results are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "repeated"), [("none", 0), ("full", 1), ("selective", 0)])
+def test_only_full_checkpointing_repeats_attention_and_matrix_products(mode, repeated):
+    model = small_model()
+    model.activation_checkpointing = mode
+    loss = model(torch.randint(0, 97, (2, 32)), targets=torch.randint(0, 97, (2, 32))).loss
+    with Calls() as calls:
+        loss.backward()
+    names = ("_scaled_dot_product_flash_attention_for_cpu", "silu", "mm")
+    attention, silu, products = (calls.names.count(name) for name in names)
+    assert attention == 3 * repeated
+    assert silu == (0 if mode == "none" else 3)
+    # Per block: seven matrices, each with two products in backward; no gradient needs the result of the last one.
+    assert products == 3 * (14 + 6 * repeated)
+
+
+def test_the_model_returns_the_loss_of_its_logits():
+    model, ids = small_model(), torch.randint(0, 97, (2, 33))
+    model.loss_chunk_tokens = 10
+    parts = model(ids[:, :-1], targets=ids[:, 1:])
+    torch.testing.assert_close(parts.loss, cross_entropy(model(ids[:, :-1]), ids[:, 1:]))
+    assert torch.equal(parts.loss, parts.cross_entropy)
+    model.z_loss = 1e-2
+    parts = model(ids[:, :-1], targets=ids[:, 1:])
+    squares = model(ids[:, :-1]).logsumexp(-1).square().mean()
+    torch.testing.assert_close(parts.loss - parts.cross_entropy, 1e-2 * squares)
+
+
+def test_a_model_on_meta_draws_nothing_and_has_the_real_tables_of_the_positions():
+    before = torch.get_rng_state()
+    model = TransformerLM(**SHAPE, rope_theta=10000.0, device=torch.device("meta"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.is_meta for p in model.parameters())
+    pairs = zip(model.named_buffers(), small_model().named_buffers(), strict=True)
+    assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
 
 
 def test_a_sequence_longer_than_the_context_is_rejected():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pipeline.optim.clipping import clip_gradients, squared_norm
+from pipeline.optim.clipping import clip_divisor, clip_gradients, scale_to_norm, squared_norm
 
 
 def gradients() -> list[torch.nn.Parameter]:
@@ -52,3 +52,21 @@ def test_the_norm_of_a_large_flat_gradient_is_exact():
     flat = torch.randn(20_000_000, generator=torch.Generator().manual_seed(0))
     exact = sum(float(part.double().square().sum()) for part in flat.split(1 << 20))
     assert float(squared_norm([flat])) == pytest.approx(exact, rel=1e-6)
+
+
+def test_the_norm_of_bfloat16_gradients_is_computed_in_float32():
+    """In bfloat16 it would be 1024.0."""
+    grad = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul(0.9986).bfloat16()
+    exact = float(grad.double().norm())
+    assert abs(exact - 1024) > 1
+    norm = squared_norm([grad, grad[:0]]).sqrt()
+    assert norm.dtype == torch.float32
+    assert float(norm) == pytest.approx(exact, rel=1e-5)
+
+
+def test_the_divisor_clips_as_the_scale_does():
+    for norm, max_norm in ((10.0, 1.0), (0.5, 1.0), (1e-6, 1e-6)):
+        grad = torch.tensor([0.3, -4.0])
+        divided = grad / clip_divisor(torch.tensor(norm), max_norm)
+        scale_to_norm([grad], torch.tensor(norm), max_norm)
+        torch.testing.assert_close(divided, grad, rtol=3e-7, atol=0)

@@ -18,8 +18,6 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config.load import load_config
-from pipeline.model.loss import cross_entropy
-from pipeline.model.transformer import TransformerLM
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
 
@@ -63,15 +61,15 @@ def measure(world: World, config_file: str, overrides: list[str]) -> dict[str, i
     config, device = load_config(config_file, overrides, world_size=world.size), torch.device("cpu")
     before = live_bytes()
     model, train = config.model, config.train
+    engine = Engine(config, world, device)
+    engine.draw(0)
     torch.manual_seed(0)
-    engine = Engine(TransformerLM(**model.model_dump()), config, world, device)
     ids = torch.randint(0, model.vocab_size, (train.micro_batch_size, model.context_length))
 
     def micro_batch() -> torch.Tensor:
-        logits = engine(ids)
-        loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
+        loss, entropy = engine.loss(ids, ids)
         engine.backward(loss)
-        return loss.detach()
+        return entropy
 
     for _ in range(STEPS):
         peaks, losses = [], []

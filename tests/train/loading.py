@@ -16,7 +16,6 @@ from pipeline.checkpoint.read import CheckpointReader
 from pipeline.checkpoint.saver import CheckpointSaver, Saved
 from pipeline.config.load import load_config
 from pipeline.config.sections import CheckpointConfig
-from pipeline.model.transformer import TransformerLM
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
 from pipeline.train.ranks import group
@@ -50,8 +49,9 @@ class Peak:
 
 def new_engine(config_file: str, stage: int, world: World) -> Engine:
     config = load_config(config_file, [f"train.zero_stage={stage}"])
-    torch.manual_seed(0)
-    return Engine(TransformerLM(**config.model.model_dump()), config, world, torch.device("cpu"))
+    engine = Engine(config, world, torch.device("cpu"))
+    engine.draw(0)
+    return engine
 
 
 def save_state(world: World, config_file: str, folder: str, stage: int) -> None:

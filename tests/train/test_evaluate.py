@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from pipeline.config.load import load_config
 from pipeline.data.dataset import open_dataset, validation_windows
+from pipeline.model.chunked_loss import IGNORED, LossParts
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
 from pipeline.train.evaluate import Validation, evaluate
@@ -25,17 +26,22 @@ from tests.train.engine.reference import new_model
 WINDOWS, CHUNK = 22, 3
 
 
+def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> LossParts:
+    loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    return LossParts(loss, loss)
+
+
 class Uniform:
-    """Gives the first three tokens of the vocabulary the same logit and the rest none; counts its calls."""
+    """Gives the first three tokens of the vocabulary the same logit and the rest none; notes its inputs' shapes."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.shapes: list[tuple[int, ...]] = []
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
+    def __call__(self, ids: torch.Tensor, targets: torch.Tensor) -> LossParts:
+        self.shapes.append(tuple(ids.shape))
         logits = torch.full((*ids.shape, 8), -1e9)
         logits[..., :3] = 0.0
-        return logits
+        return loss_of(logits, targets)
 
 
 class Windows:
@@ -80,15 +86,15 @@ def test_every_rank_calls_the_model_equally_often_and_each_chunk_counts_once(
     models = [Uniform() for _ in range(size)]
     for rank, model in enumerate(models):
         evaluate(model, fake_validation(7, chunk, World(rank=rank, size=size)), step=0)
-    assert [model.calls for model in models] == [turns] * size
+    assert [model.shapes for model in models] == [[(chunk, 4)] * turns] * size, "another shape is compiled again"
     if size > 1:
         assert ((torch.stack(shares) != 0).sum(0) == 1).all(), "each chunk is counted once"
         assert float(torch.stack(shares).sum()) == pytest.approx(28 * math.log(3))
 
 
 def test_a_loss_too_large_for_a_perplexity_is_still_a_number() -> None:
-    def sure_and_wrong(ids: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.one_hot(torch.full_like(ids, 7), 8) * 1e4
+    def sure_and_wrong(ids: torch.Tensor, targets: torch.Tensor) -> LossParts:
+        return loss_of(functional.one_hot(torch.full_like(ids, 7), 8) * 1e4, targets)
 
     found = evaluate(sure_and_wrong, fake_validation(7, 2, World()), step=0)
     assert found.loss == pytest.approx(1e4) and found.perplexity == pytest.approx(math.exp(700))
@@ -102,8 +108,9 @@ def evaluated(world: World, config_file: str, stage: int) -> dict[str, Any]:
     config = load_config(config_file, [f"train.zero_stage={stage}"])
     dataset = open_dataset(config.data.path, "validation")
     windows = validation_windows(dataset, config.model.context_length)
-    engine = Engine(new_model(config), config, world, torch.device("cpu"))
-    found = evaluate(engine, Validation(dataset, windows, WINDOWS, CHUNK, world, engine.device), step=0)
+    engine = Engine(config, world, torch.device("cpu"))
+    engine.draw(config.train.seed)
+    found = evaluate(engine.loss, Validation(dataset, windows, WINDOWS, CHUNK, world, engine.device), step=0)
     return asdict(found)
 
 

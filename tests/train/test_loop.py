@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import pipeline.train.loop as loop
 from pipeline.checkpoint.layout import Manifest, published, step_of
 from pipeline.config.sections import Config
 from pipeline.errors import StopRequested
-from pipeline.model.loss import cross_entropy
 from pipeline.optim.schedule import get_lr_cosine_schedule
 from pipeline.run.folder import Run, run_for, step_name
+from pipeline.train.engine.engine import Engine
 from pipeline.train.session import TrainResult
 from tests.experiment import curve, events, lines, validations
 from tests.train.conftest import Trained
@@ -61,7 +60,7 @@ def test_the_result_says_what_came_of_it(trained: Trained) -> None:
 def test_a_run_that_is_complete_is_complete_at_once(
     trained: Trained, resumable: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "cross_entropy", lambda *args: pytest.fail("a step was begun"))
+    monkeypatch.setattr(Engine, "loss", lambda *args: pytest.fail("a step was begun"))
     again = loop.train(resumable)
     assert again.step == 10 and again.tokens_seen == trained.result.tokens_seen
     assert again.evaluation is None, "the validation of the last step is recorded"
@@ -71,11 +70,13 @@ def test_a_run_that_is_complete_is_complete_at_once(
 def interrupting(calls: list[int], at: int) -> Any:
     """The loss, with a signal in its n-th call."""
 
-    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    whole = Engine.loss
+
+    def loss(*args: Any) -> Any:
         calls.append(1)
         if len(calls) == at:
             signal.raise_signal(signal.SIGUSR2)
-        return cross_entropy(logits, targets)
+        return whole(*args)
 
     return loss
 
@@ -86,7 +87,7 @@ def test_a_stop_saves_before_a_due_validation_and_the_next_start_continues_on_th
     """Two micro-batches per step: the signal comes in step 6, whose numbers are read at once."""
     config: Config = trained.again(tmp_path)
     run: Run = run_for(config)
-    monkeypatch.setattr(loop, "cross_entropy", interrupting([], 11))
+    monkeypatch.setattr(Engine, "loss", interrupting([], 11))
     with pytest.raises(StopRequested, match="SIGUSR2.*step 6"):
         loop.train(config)
     assert step_of(published(run.checkpoints)[0]) == 6
@@ -107,10 +108,10 @@ def test_an_error_in_a_step_is_recorded_as_the_end_of_the_start(
 ) -> None:
     config = tiny(tmp_path, **{"train.max_iters": 3})
 
-    def bug(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def bug(*args: Any) -> Any:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(loop, "cross_entropy", bug)
+    monkeypatch.setattr(Engine, "loss", bug)
     with pytest.raises(ZeroDivisionError):
         loop.train(config)
     (failed,) = events(run_for(config).path, "failed")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline.checkpoint.layout import published, step_of
 from pipeline.checkpoint.read import verify
@@ -84,18 +83,18 @@ def test_a_second_ctrl_c_exits_at_once(lab: Lab, tmp_path: Path) -> None:
 
 def train_with_slow_steps(config: str) -> None:
     """Every step after the first takes a minute."""
-    import pipeline.train.loop as loop
+    from pipeline.train.engine.engine import Engine
 
-    whole, calls = loop.cross_entropy, []
+    whole, calls = Engine.loss, []
 
-    def slow(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def slow(*args: Any) -> Any:
         calls.append(1)
         end = time.monotonic() + 60
         while len(calls) > 4 and time.monotonic() < end:
             time.sleep(0.05)
-        return whole(logits, targets)
+        return whole(*args)
 
-    loop.cross_entropy = slow
+    Engine.loss = slow
     processes.command(["train", config])
 
 
@@ -117,20 +116,20 @@ def train_failing(config: str, rank: int, how: str) -> None:
     """Rank `rank` fails in its fifth micro-batch."""
     import os
 
-    import pipeline.train.loop as loop
     from pipeline.errors import DataError
+    from pipeline.train.engine.engine import Engine
 
-    whole, calls = loop.cross_entropy, []
+    whole, calls = Engine.loss, []
 
-    def fail(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def fail(*args: Any) -> Any:
         calls.append(1)
         if len(calls) == 5 and os.environ["RANK"] == str(rank):
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise DataError("shard 7 is gone") if how == "error" else ZeroDivisionError("a bug")
-        return whole(logits, targets)
+        return whole(*args)
 
-    loop.cross_entropy = fail
+    Engine.loss = fail
     processes.command(["train", config])
 
 
@@ -205,19 +204,19 @@ def train_freezing(config: str) -> None:
     """Rank 1 freezes in its fifth micro-batch, as on a node that hangs; its connections stay open."""
     import os
 
-    import pipeline.train.loop as loop
+    from pipeline.train.engine.engine import Engine
     from pipeline.train.ranks import peers
 
     peers.SILENCE_S = 6.0
-    whole, calls = loop.cross_entropy, []
+    whole, calls = Engine.loss, []
 
-    def freeze(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def freeze(*args: Any) -> Any:
         calls.append(1)
         if len(calls) == 5 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGSTOP)
-        return whole(logits, targets)
+        return whole(*args)
 
-    loop.cross_entropy = freeze
+    Engine.loss = freeze
     processes.command(["train", config])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +12,22 @@ import torch
 from pipeline.config.load import load_config
 from pipeline.config.sections import Config
 from pipeline.data.build.display import prepare_here
-from pipeline.model.loss import cross_entropy
+from pipeline.model.chunked_loss import LossParts
+from pipeline.train.engine.engine import Engine
 from tests.test_bad_input import experiment
 
+_WHOLE = Engine.loss
 
-class Sabotage:
-    """Stands in for the loss and spoils it when it is called for the n-th time."""
 
-    def __init__(self, at: set[int], factor: float) -> None:
-        self.at, self.factor, self.calls = at, factor, 0
+def spoiling(at: set[int], factor: float) -> Callable[[Engine, torch.Tensor, torch.Tensor], LossParts]:
+    """Stands in for `Engine.loss` and spoils it when it is called for the n-th time."""
+    calls = itertools.count(1)
 
-    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        loss = cross_entropy(logits, targets)
-        return loss * self.factor if self.calls in self.at else loss
+    def loss(engine: Engine, x: torch.Tensor, y: torch.Tensor) -> LossParts:
+        spoilt = factor if next(calls) in at else 1.0
+        return LossParts(*(part * spoilt for part in _WHOLE(engine, x, y)))
+
+    return loss
 
 
 def tiny(folder: Path, **changes: Any) -> Config:

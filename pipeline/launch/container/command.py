@@ -103,8 +103,6 @@ def _caches(folder: Path) -> dict[str, str]:
     return {
         "XDG_CACHE_HOME": str(cache),
         "MPLCONFIGDIR": str(cache / "matplotlib"),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-        "TRITON_CACHE_DIR": str(cache / "triton"),
     }
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from pipeline.config.sections import Config
+from pipeline.model.layers import TransformerBlock
 from pipeline.run.world import World
+from pipeline.train.engine.build import working_dtype
 
 
 def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
@@ -22,6 +24,11 @@ def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero_settings(config),
     }
+    if working_dtype(train) == torch.bfloat16:
+        # The overflow check would make the host wait; we check loss and norm ourselves.
+        own["bf16"] = {"enabled": True, "check_grad_overflow": False}
+        if train.zero_stage > 1:
+            own["data_types"] = {"grad_accum_dtype": "fp32"}
     # Its throughput timer would make the host wait for the device twice per micro-batch.
     quiet = {"steps_per_print": 1 << 62, "timers": {"throughput": {"enabled": False}}}
     merged = {**quiet, **config.deepspeed, **own}
@@ -33,6 +40,10 @@ def _zero_settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {"stage": config.train.zero_stage}
     if config.train.overlap_comm is not None:
         settings["overlap_comm"] = config.train.overlap_comm
+    if config.train.zero_stage == 3:
+        # A block's weights are gathered by one message, once even if its activations are recomputed, and no hook inside
+        # it breaks a compiled graph.
+        settings["leaf_module"] = {"classes": [f"{TransformerBlock.__module__}.{TransformerBlock.__qualname__}"]}
     if config.train.zero_stage in (1, 2) and not config.train.offload_optimizer:
         # We know the norm already, and DeepSpeed would make the host wait for its own.
         settings["compute_grad_norm"] = False

@@ -1,16 +1,10 @@
-"""The DeepSpeed engine behind the few verbs that the loop needs; the only file that imports deepspeed.
+"""The DeepSpeed engine behind the few verbs that the loop needs.
 
-The weights are always float32; `bf16` runs forward and backward under autocast. Every ZeRO stage therefore drives the
-same optimizer, and gradients accumulate in float32.
+The optimizer updates float32 weights at every stage and precision. With `bf16`, stages 1 to 3 keep bf16 working weights
+beside them, which are what is gathered and whose gradients are reduced; stage 0 runs under autocast.
 """
 
 from __future__ import annotations
-
-import logging
-import os
-import sys
-import warnings
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,12 +13,14 @@ from torch import Tensor
 from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.config.sections import Config
-from pipeline.errors import UsageError
-from pipeline.model.transformer import TransformerLM
+from pipeline.model.chunked_loss import LossParts
 from pipeline.optim.adamw import AdamW, decay_groups
-from pipeline.optim.clipping import scale_to_norm, squared_norm
+from pipeline.optim.clipping import clip_divisor, squared_norm
 from pipeline.run.world import World
+from pipeline.train.engine.build import build, working_dtype
 from pipeline.train.engine.deepspeed_config import deepspeed_config
+from pipeline.train.engine.deepspeed_setup import initialize, prepare
+from pipeline.train.engine.fresh import fill_fresh
 from pipeline.train.engine.partitions import PARTITIONS
 from pipeline.train.engine.step_numbers import PendingNumbers
 
@@ -32,41 +28,55 @@ from pipeline.train.engine.step_numbers import PendingNumbers
 class Engine:
     """One model in training on all ranks.
 
+    Its weights are zero until `draw` or `load`.
+
     Args:
-        model: The model, with the same fresh weights on every rank.
         config: The experiment.
         world: This process's place.
         device: Where it trains.
+
+    Raises:
+        UsageError: DeepSpeed refuses the settings.
     """
 
-    def __init__(self, model: TransformerLM, config: Config, world: World, device: torch.device) -> None:
+    def __init__(self, config: Config, world: World, device: torch.device) -> None:
         self.device = device
         self._world = world
         self._offloads = config.train.offload_optimizer
-        model.to(device)
+        settings, optim = deepspeed_config(config, world), config.optimizer
+        prepare(device)
+        self.module = model = build(config, device, settings)
         model.activation_checkpointing = config.train.activation_checkpointing
-        if config.train.precision == "bf16":
+        model.loss_chunk_tokens, model.z_loss = config.train.loss_chunk_tokens, config.optimizer.z_loss
+        if config.train.precision == "bf16" and working_dtype(config.train) == torch.float32:
             # A forward uses each weight once: a cache of their casts would only keep all of them in memory to its end.
             cast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
             model.forward = cast(model.forward)  # type: ignore[method-assign]
-        settings = config.optimizer
+        if config.train.compile:
+            for block in model.layers:
+                # Not the whole model: DeepSpeed's hooks between the blocks would break the graph. Not `compile()`,
+                # which would trace the hooks of the block itself.
+                block.forward = torch.compile(block.forward, dynamic=False)
         self._optimizer = AdamW(
-            decay_groups(model, settings.weight_decay, settings.decay_norms),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.eps,
+            decay_groups(model, optim.weight_decay, optim.decay_norms),
+            lr=optim.learning_rate,
+            betas=optim.betas,
+            eps=optim.eps,
         )
-        self.module = model
-        self._engine = _initialize(model, self._optimizer, deepspeed_config(config, world), device)
+        self._engine = initialize(model, self._optimizer, settings)
         self._partitions = PARTITIONS[config.train.zero_stage](
             self._engine.optimizer, model, self._optimizer, world, device, self._offloads
         )
-        if config.train.compile:
-            self._engine.compile()
 
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """Returns the logits of a micro-batch."""
-        return self._engine(token_ids)
+    def loss(self, token_ids: Tensor, targets: Tensor) -> LossParts:
+        """Returns the loss of a micro-batch; every rank calls it equally often, as ZeRO-3 demands.
+
+        Args:
+            token_ids: `(sequences, context)` int64.
+            targets: The token after each; a negative one is ignored.
+        """
+        parts: LossParts = self._engine(token_ids, targets=targets)
+        return parts
 
     def set_learning_rate(self, lr: float) -> None:
         """Sets the learning rate of the next step."""
@@ -88,14 +98,15 @@ class Engine:
         """Agrees on loss, norm and stop by the one all-reduce of a step, and clips the averaged gradients.
 
         We clip ourselves at every stage, and DeepSpeed's own clipping is off: the gradients are `p.grad` at stage 0
-        (the same on all ranks) and this rank's partition of the averaged gradients at stages 1-3.
+        (the same on all ranks) and this rank's partition of the averaged gradients at stages 1-3. They are scaled in
+        the step that follows.
 
         A step whose loss or norm is not finite changes nothing. Where the optimizer works on the device, the device
         decides that, and the host does not wait for it.
 
         Args:
             max_norm: Largest norm; 0 leaves the gradients alone.
-            losses: Mean losses of this rank's micro-batches.
+            losses: Cross-entropies of this rank's micro-batches.
             stop: Whether this rank was asked to stop.
         """
         grads = self._partitions.gradients()
@@ -111,8 +122,8 @@ class Engine:
         norm.sqrt_()
         finite = numbers.isfinite().all()
         self._optimizer.counts = finite if finite.is_cuda and not self._offloads else bool(finite)
-        if max_norm > 0:
-            scale_to_norm(grads, norm, max_norm)
+        # The step divides by it: one pass over the gradients less.
+        self._optimizer.grad_divisor = clip_divisor(norm, max_norm) if max_norm > 0 else None
         return PendingNumbers(numbers)
 
     def step(self) -> None:
@@ -132,6 +143,13 @@ class Engine:
         return self._partitions.owned()
 
     @torch.no_grad()
+    def draw(self, seed: int) -> None:
+        """Draws fresh weights, each rank those that it holds; the same numbers at any world size and stage."""
+        for fragment in self._partitions.held():
+            fill_fresh(fragment.tensors["weight"], fragment.name, fragment.shape, seed, fragment.start)
+        self._partitions.refresh()
+
+    @torch.no_grad()
     def load(self, reader: CheckpointReader) -> None:
         """Loads weights and moments from a checkpoint, whatever world size and stage wrote it.
 
@@ -145,39 +163,3 @@ class Engine:
             for key, tensor in fragment.tensors.items():
                 reader.read(key, fragment.name, fragment.start, tensor)
         self._partitions.refresh()
-
-
-def _import_deepspeed() -> Any:
-    """Returns DeepSpeed, imported without its autotuner's mlflow, which costs every rank two seconds of CPU time."""
-    if "mlflow" in sys.modules:
-        import deepspeed.ops
-
-        return deepspeed
-    sys.modules["mlflow"] = None  # type: ignore[assignment]  # makes the import fail, as if it were not installed
-    try:
-        import deepspeed.ops
-    finally:
-        del sys.modules["mlflow"]
-    return deepspeed
-
-
-def _initialize(model: TransformerLM, optimizer: AdamW, settings: dict[str, Any], device: torch.device) -> Any:
-    os.environ["DS_ACCELERATOR"] = device.type
-    if device.index is not None:
-        # DeepSpeed takes the local rank for the device's index, now and in later steps; where Slurm shows each rank
-        # only its own GPU, that device does not exist.
-        os.environ["LOCAL_RANK"] = str(device.index)
-    # DeepSpeed calls functions that PyTorch is about to rename; a user can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
-    deepspeed = _import_deepspeed()
-    from deepspeed.runtime.config import DeepSpeedConfigError
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if device.type == "cpu":
-        # Otherwise it spends half a minute compiling a shared-memory collective that training never uses.
-        deepspeed.ops.__dict__["__compatible_ops__"] = {}
-    try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
-        raise UsageError(f"deepspeed: DeepSpeed refuses these settings ({str(error).strip()})") from error
-    return engine

@@ -14,6 +14,7 @@ from pipeline.config.load import load_config
 from pipeline.config.sections import Config, OptimizerConfig
 from pipeline.data.dataset import BatchReader, open_dataset
 from pipeline.model.transformer import TransformerLM
+from pipeline.train.engine.fresh import fill_fresh
 
 
 @dataclass
@@ -30,8 +31,10 @@ class Plain:
 
 def new_model(config: Config) -> TransformerLM:
     """Returns the model with which a run of this config starts."""
-    torch.manual_seed(config.train.seed)
-    return TransformerLM(**config.model.model_dump())
+    model = TransformerLM(**config.model.model_dump())
+    for name, parameter in model.named_parameters():
+        fill_fresh(parameter.view(-1), name, parameter.shape, config.train.seed)
+    return model
 
 
 def plain_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:

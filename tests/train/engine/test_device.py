@@ -17,6 +17,7 @@ from pipeline.checkpoint.host_copy import HostCopy, OwnedFragment
 from pipeline.checkpoint.layout import KEYS
 from pipeline.optim.adamw import AdamW
 from pipeline.run.world import World
+from pipeline.train.engine import deepspeed_setup
 from pipeline.train.engine import engine as module
 from pipeline.train.engine.engine import Engine
 
@@ -94,17 +95,11 @@ def test_on_the_cpu_the_copy_needs_no_stream() -> None:
 
 def test_deepspeed_is_given_the_number_of_the_device_and_not_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Slurm shows rank 5 its own GPU only, that is cuda:0; DeepSpeed would ask for cuda:5."""
-    seen: dict[str, str] = {}
-
-    def initialize(**settings: Any) -> tuple[str]:
-        seen.update(os.environ)
-        return ("engine",)
-
     # DeepSpeed chooses its accelerator once per process, at its first import: later tests train on the CPU.
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    module._import_deepspeed()
+    deepspeed_setup._import_without_mlflow()
     for name in ("LOCAL_RANK", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "5")
-    monkeypatch.setattr(module, "_import_deepspeed", lambda: SimpleNamespace(initialize=initialize))
-    module._initialize(None, None, {}, torch.device("cuda", 0))  # type: ignore[arg-type]
-    assert (seen["LOCAL_RANK"], seen["DS_ACCELERATOR"]) == ("0", "cuda")
+    monkeypatch.setattr(deepspeed_setup, "_import_without_mlflow", lambda: SimpleNamespace(init_distributed=dict))
+    deepspeed_setup.prepare(torch.device("cuda", 0))
+    assert (os.environ["LOCAL_RANK"], os.environ["DS_ACCELERATOR"]) == ("0", "cuda")

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from pipeline.config.load import load_config
-from pipeline.model.loss import cross_entropy
+from pipeline.model.transformer import TransformerLM
 from pipeline.optim.adamw import AdamW
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
 from pipeline.train.engine.partitions import PARTITIONS
-from pipeline.train.model import build_model
 from pipeline.train.ranks import group
 from tests import processes
 from tests.test_bad_input import experiment
@@ -37,8 +36,9 @@ def alone() -> Iterator[None]:
 def new_engine(folder: Path, stage: int, seed: int = 0, **changes: Any) -> Engine:
     settings = {"train.zero_stage": stage, "train.batch_size": 8, "train.micro_batch_size": 4}
     config = load_config(experiment(folder, **settings | changes))
-    torch.manual_seed(seed)
-    return Engine(build_model(config), config, World(), CPU)
+    engine = Engine(config, World(), CPU)
+    engine.draw(seed)
+    return engine
 
 
 def train_step(engine: Engine, seed: int, lr: float = 1e-2, scale: float = 1.0, max_norm: float = 1.0) -> Any:
@@ -48,9 +48,9 @@ def train_step(engine: Engine, seed: int, lr: float = 1e-2, scale: float = 1.0, 
     engine.zero_grad()
     losses = []
     for micro in ids:
-        loss = scale * cross_entropy(engine(micro[:, :-1]).flatten(0, 1), micro[:, 1:].flatten())
-        engine.backward(loss)
-        losses.append(loss.detach())
+        loss, entropy = engine.loss(micro[:, :-1], micro[:, 1:])
+        engine.backward(scale * loss)
+        losses.append(scale * entropy)
     numbers = engine.reduce_and_clip(max_norm, losses, stop=False)
     engine.step()
     return numbers.read()
@@ -74,7 +74,7 @@ class Reader:
 @STAGES
 def test_alone_a_rank_owns_every_element_of_every_parameter(tmp_path: Path, stage: int) -> None:
     engine = new_engine(tmp_path, stage)
-    model = build_model(load_config(tmp_path / "config.yaml"))
+    model = TransformerLM(**load_config(tmp_path / "config.yaml").model.model_dump())
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     fragments = {f.name: f for f in engine.fragments()}
     assert {name: f.shape for name, f in fragments.items()} == shapes
@@ -206,11 +206,12 @@ def two_ranks(world: World, config_file: str, stage: int) -> tuple[float, float,
     """The numbers of one step on the same micro-batch on both ranks, of which rank 1 was asked to stop."""
     config = load_config(config_file, [f"train.zero_stage={stage}", "train.batch_size=8", "train.micro_batch_size=4"])
     torch.manual_seed(0)
-    engine = Engine(build_model(config), config, world, CPU)
+    engine = Engine(config, world, CPU)
+    engine.draw(0)
     ids = torch.randint(257, (4, 17), generator=torch.Generator().manual_seed(1))
     losses = []
     for _ in range(2 // world.size):
-        loss = cross_entropy(engine(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        loss, _ = engine.loss(ids[:, :-1], ids[:, 1:])
         engine.backward(loss)
         losses.append(loss.detach())
     numbers = engine.reduce_and_clip(1.0, losses, stop=world.rank == 1).read()

@@ -1,0 +1,41 @@
+"""Where compiled blocks are kept, so that a requeued job does not compile again: in the run folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from pipeline.files import naming
+
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+"""PyTorch's own setting; Triton's cache lies inside it. A user's value wins."""
+
+
+def keep_compiled(folder: Path) -> None:
+    """Makes torch.compile keep its results in a folder of the run.
+
+    PyTorch unpickles them, so nobody else may write there, and those of a copied run folder, which may come from
+    anyone, are thrown away: a mark in the folder names its inode, and a copy has another.
+
+    Raises:
+        UsageError: Others may write into the folder.
+    """
+    if VARIABLE in os.environ:
+        return
+    with naming(folder, "compiled code cannot be kept", f"set {VARIABLE} to a folder of yours"):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise UsageError(
+                f"{folder}: compiled code is executed, and other users could write it here; remove it, or set "
+                f"{VARIABLE} to a folder that only you can open"
+            )
+        mark = folder / f"of_inode_{found.st_ino}"
+        if not mark.exists():
+            for entry in list(folder.iterdir()):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            mark.touch()
+    os.environ[VARIABLE] = str(folder.absolute())
