@@ -49,7 +49,7 @@ def run_checks(config_file: str, site_file: str | None, overrides: Sequence[str]
     config = load_config(config_file, overrides, world_size=world)
     run = run_for(config)
     found = [Check("config", "ok", f"valid for {world} process{'es' if world > 1 else ''}")]
-    found += [_memory(config, site), _disk(config), _data(config)]
+    found += [_memory(config, site), *_zero_stage(config, site), _disk(config), _data(config)]
     if site is not None:
         from pipeline.check.site_request import check_site_request
 
@@ -75,6 +75,19 @@ def _memory(config: Config, site: Site | None) -> Check:
         return Check("memory", "ok", f"{needs}, of {limit:.1f} GiB {of}")
     cure = "raise train.zero_stage, set train.activation_checkpointing, or lower train.micro_batch_size"
     return Check("memory", "failed", f"{needs}, and there are {limit:.1f} GiB {of}", cure)
+
+
+def _zero_stage(config: Config, site: Site | None) -> list[Check]:
+    """Warns of stage 0 on several GPUs; says nothing elsewhere."""
+    gpus = site.train.nodes * site.train.tasks_per_node if site and site.train.gpus_per_node else 1
+    if gpus == 1 or config.train.device == "cpu" or config.train.zero_stage > 0:
+        return []
+    found = (
+        f"stage 0 on {gpus} GPUs: they wait while all gradients are averaged after backward, and each keeps all state"
+    )
+    return [
+        Check("zero stage", "warning", found, "train.zero_stage=1 or 2 with train.overlap_comm=true; docs/scaling.md")
+    ]
 
 
 def _memory_limit(site: Site | None, on_cpu: bool) -> tuple[float | None, str]:

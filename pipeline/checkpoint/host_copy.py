@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.layout import KEYS
+from pipeline.errors import CheckpointError
+from pipeline.text_format import gigabytes
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device, as PyTorch's own pinned memory is
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,27 @@ class OwnedFragment:
 
 
 class HostCopy:
-    """One rank's buffers in host memory, reused by every save; the only code here that knows CUDA streams."""
+    """One rank's slab of host memory, reused by every save; the only code here that knows CUDA."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._slab = torch.empty(0)
+        self._views: dict[str, Tensor] = {}
+
+    def reserve(self, fragments: list[OwnedFragment]) -> None:
+        """Allocates memory for copies of these fragments, to the byte, unless it is there already.
+
+        Raises:
+            CheckpointError: The device's driver does not pin so much memory.
+        """
+        lengths = {_file_name(key, fragment): fragment.length for fragment in fragments for key in KEYS}
+        if lengths == {name: view.numel() for name, view in self._views.items()}:
+            return
+        self._views = {}
+        self._slab = torch.empty(0)  # the old one is unpinned and freed before the new one is allocated
+        self._slab = torch.empty(sum(lengths.values()), dtype=torch.float32)
+        if any(tensor.is_cuda for fragment in fragments for tensor in fragment.tensors.values()):
+            _pin(self._slab)
+        self._views = dict(zip(lengths, self._slab.split(list(lengths.values())), strict=True))
 
     def take(self, fragments: list[OwnedFragment], ready: Any) -> dict[str, Tensor]:
         """Returns copies of the fragments under their names in the rank's file; the next call overwrites them.
@@ -50,15 +72,33 @@ class HostCopy:
             fragments: The fragments to copy.
             ready: The `device_event` after which the state to be saved is complete.
         """
+        self.reserve(fragments)
         with _copy_stream(fragments, ready):
             for fragment in fragments:
                 for key in KEYS:
                     source = fragment.tensors[key]
-                    name = f"{key}/{fragment.name}"
-                    if name not in self._buffers or self._buffers[name].numel() != source.numel():
-                        self._buffers[name] = torch.empty(source.numel(), pin_memory=source.is_cuda)
-                    self._buffers[name].copy_(source.detach(), non_blocking=source.is_cuda)
-        return self._buffers
+                    self._views[_file_name(key, fragment)].copy_(source.detach(), non_blocking=source.is_cuda)
+        return self._views
+
+
+def _file_name(key: str, fragment: OwnedFragment) -> str:
+    return f"{key}/{fragment.name}"
+
+
+def _pin(slab: Tensor) -> None:
+    """Pins a tensor for as long as it lives.
+
+    Not `pin_memory=True`: PyTorch's allocator of pinned memory rounds each request up to a power of two, which can
+    double the host memory of a save, and never returns it to the system.
+    """
+    cudart, address = torch.cuda.cudart(), slab.data_ptr()
+    status = int(cudart.cudaHostRegister(address, slab.nbytes, _PORTABLE))
+    if status:
+        raise CheckpointError(
+            f"{gigabytes(slab.nbytes, 2)} of host memory for the copies of a save cannot be pinned (CUDA error "
+            f"{status}); give the job more memory, or more ranks"
+        )
+    weakref.finalize(slab, cudart.cudaHostUnregister, address).atexit = False
 
 
 def device_event(fragments: list[OwnedFragment]) -> Any:

@@ -83,6 +83,14 @@ class CheckpointSaver:
         """Whether a save is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
+    def reserve(self, fragments: list[OwnedFragment]) -> None:
+        """Allocates the host memory of all saves now: pinning it during the first one would stall a step for long.
+
+        Raises:
+            CheckpointError: There is not enough memory to pin.
+        """
+        self._host_copy.reserve(fragments)
+
     def save(self, step: int, fragments: list[OwnedFragment], state: dict[str, Any]) -> None:
         """Begins a save. If one is still in progress, waits for it first or defers the new one (`checkpoint.if_busy`).
 

@@ -39,6 +39,13 @@ def parse_config(
             product = f"{micro_batch} x {ranks} = {micro_batch * ranks}"
             yield wrong_value("train.batch_size", batch, f"a multiple of micro_batch_size x world size = {product}")
 
+    def node_copies_divide_the_ranks(config: Config) -> Iterator[Problem]:
+        zero = config.deepspeed.get("zero_optimization")
+        ranks = zero.get("zero_hpz_partition_size") if isinstance(zero, dict) else None
+        if world_size is not None and isinstance(ranks, int) and ranks > 0 and world_size % ranks:
+            path = "deepspeed.zero_optimization.zero_hpz_partition_size"
+            yield wrong_value(path, ranks, f"the ranks of a node, a divisor of the world size = {world_size}")
+
     def bf16_gradients_are_not_added_up(config: Config) -> Iterator[Problem]:
         train = config.train
         several = world_size is not None and train.batch_size > train.micro_batch_size * world_size
@@ -46,7 +53,8 @@ def parse_config(
             cure = "2, which adds them up in float32: at stage 1 a step's micro-batches would be added up in bf16"
             yield wrong_value("train.zero_stage", 1, cure)
 
-    return CONFIG.parse(text, source, overrides, [batch_is_shared_evenly, bf16_gradients_are_not_added_up])
+    rules = [batch_is_shared_evenly, node_copies_divide_the_ranks, bf16_gradients_are_not_added_up]
+    return CONFIG.parse(text, source, overrides, rules)
 
 
 def dump_config(config: Config) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field
 
 from pipeline.config.data_sections import DataConfig, TokenizerConfig
-from pipeline.config.deepspeed_keys import forbidden_keys
+from pipeline.config.deepspeed_keys import refused_settings
 from pipeline.config.section_base import (
     Count,
     Fraction,
@@ -137,8 +137,8 @@ class TrainConfig(Section):
     """ZeRO stage: what DeepSpeed partitions over the ranks."""
     offload_optimizer: bool = False
     """Keep the optimiser's float32 weights and moments in host memory; with ZeRO stages 1 to 3."""
-    overlap_comm: bool = False
-    """Reduce gradients during the backward pass, at the cost of device memory; with ZeRO stages 1 to 3."""
+    overlap_comm: bool | None = None
+    """Reduce gradients during the backward pass, at the cost of device memory; unset, only ZeRO stage 3 does."""
 
     @rule
     def _offload_needs_zero(self) -> Iterator[Problem]:
@@ -233,7 +233,7 @@ class ContainerConfig(Section):
     code: Literal["snapshot", "image"] = "snapshot"
     """`snapshot` runs the submitted code from the run folder; `image` runs the code that the image was built with."""
     environment: Literal["inherit", "clean"] = "inherit"
-    """Variables seen inside: all, or only the site's, SLURM_*, MASTER_*, MLFLOW_*, NCCL_*, ranks and device lists."""
+    """Variables seen inside: all, or only the site's and those that a job needs (docs/container.md lists them)."""
     binds: tuple[str, ...] = ()
     """Further folders visible inside, `HOST[:INSIDE[:ro]]`; the paths in the config are always bound."""
 
@@ -269,7 +269,7 @@ class Config(Section):
     container: ContainerConfig = ContainerConfig()
     sample: SampleConfig = SampleConfig()
     deepspeed: dict[str, Any] = Field(default={})
-    """Further DeepSpeed settings, passed through; those that contradict other sections are refused."""
+    """DeepSpeed's settings for tuning; docs/training.md lists those that are allowed and what each does."""
 
     @rule
     def _dtype_holds_the_vocabulary(self) -> Iterator[Problem]:
@@ -285,5 +285,5 @@ class Config(Section):
             yield wrong_value("model.vocab_size", self.model.vocab_size, enough)
 
     @rule
-    def _deepspeed_contradicts_no_section(self) -> Iterator[Problem]:
-        yield from (Problem(f"deepspeed.{found.path}", found.message) for found in forbidden_keys(self.deepspeed))
+    def _deepspeed_is_only_tuned(self) -> Iterator[Problem]:
+        yield from (Problem(f"deepspeed.{found.path}", found.message) for found in refused_settings(self.deepspeed))

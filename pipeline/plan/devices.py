@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from pipeline.errors import UsageError
@@ -14,11 +15,13 @@ class Device:
     """One kind of device in its usual node."""
 
     name: str
-    """Words that all occur in the name that CUDA or ROCm reports."""
+    """Words that all occur, as whole words, in the name that CUDA or ROCm reports."""
     memory_gib: float
     """Memory that PyTorch can see; 0 if it depends on the node."""
     bf16_flops_per_s: float
     """Dense peak, without sparsity."""
+    tf32_flops_per_s: float
+    """Dense peak of the tensor cores for float32 rounded to 10 bits, where the device has it; else the float32 peak."""
     fp32_flops_per_s: float
     """Peak outside the tensor cores, which PyTorch does not use for float32 by default."""
     memory_gb_per_s: float
@@ -33,29 +36,33 @@ class Device:
     """Bandwidth to host memory, which limits how fast a save copies."""
 
     def flops_per_s(self, precision: str) -> float:
-        """Returns the peak for `bf16` or `fp32`."""
-        return self.bf16_flops_per_s if precision == "bf16" else self.fp32_flops_per_s
+        """Returns the peak for `bf16`, `tf32` or `fp32`."""
+        peaks = {"bf16": self.bf16_flops_per_s, "tf32": self.tf32_flops_per_s, "fp32": self.fp32_flops_per_s}
+        return peaks[precision]
 
 
 # Peaks and bandwidths: the vendors' data sheets (docs/scaling.md names them). Memory: what PyTorch reports. Nodes: the
-# vendors' reference nodes (DGX A100, DGX H100, an MI300X platform, Frontier's for the MI250X, where a device is one of
-# the two dies of a card). To the host: 80% of PCIe. The order matters: the first entry whose words all occur wins.
+# vendors' reference nodes (DGX A100, DGX H100, an MI300X platform, four GH200 as in Alps, Frontier's for the MI250X,
+# where a device is one of the two dies of a card). To the host: 80% of PCIe or NVLink-C2C. The V100 has no unit for
+# bfloat16. The order matters: the first entry whose words all occur wins.
 DEVICES = {
-    "b200": Device("B200", 178.3, 2250e12, 75e12, 7700, 8, 900, 400, 50),
-    "h200": Device("H200", 139.8, 989e12, 67e12, 4800, 8, 450, 400, 50),
-    "h100-pcie": Device("H100 PCIe", 79.1, 756e12, 51e12, 2000, 8, 64, 100, 50),
-    "h100-nvl": Device("H100 NVL", 93.1, 835e12, 60e12, 3900, 8, 64, 100, 50),
-    "h100": Device("H100", 79.1, 989e12, 67e12, 3350, 8, 450, 400, 50),
-    "a100-40": Device("A100 40GB", 39.4, 312e12, 19.5e12, 1555, 8, 300, 200, 25),
-    "a100": Device("A100", 79.1, 312e12, 19.5e12, 2039, 8, 300, 200, 25),
-    "l40s": Device("L40S", 44.4, 362e12, 91.6e12, 864, 8, 32, 50, 25),
-    "a40": Device("A40", 44.4, 150e12, 37.4e12, 696, 8, 32, 25, 25),
-    "v100": Device("V100", 31.7, 125e12, 15.7e12, 900, 8, 150, 50, 12),
-    "mi300x": Device("MI300X", 192.0, 1307e12, 163e12, 5300, 8, 448, 400, 50),
-    "mi250x": Device("MI250X", 64.0, 191.5e12, 23.9e12, 1638, 8, 50, 100, 25),
+    "b200": Device("B200", 178.3, 2250e12, 1125e12, 75e12, 7700, 8, 900, 400, 50),
+    "h200-nvl": Device("H200 NVL", 139.8, 835e12, 417e12, 60e12, 4800, 8, 64, 100, 50),
+    "h200": Device("H200", 139.8, 989e12, 494e12, 67e12, 4800, 8, 450, 400, 50),
+    "gh200": Device("GH200", 94.5, 989e12, 494e12, 67e12, 4000, 4, 150, 100, 360),
+    "h100-pcie": Device("H100 PCIe", 79.1, 756e12, 378e12, 51e12, 2000, 8, 64, 100, 50),
+    "h100-nvl": Device("H100 NVL", 93.1, 835e12, 417e12, 60e12, 3900, 8, 64, 100, 50),
+    "h100": Device("H100", 79.1, 989e12, 494e12, 67e12, 3350, 8, 450, 400, 50),
+    "a100-40": Device("A100 40GB", 39.4, 312e12, 156e12, 19.5e12, 1555, 8, 300, 200, 25),
+    "a100": Device("A100", 79.1, 312e12, 156e12, 19.5e12, 2039, 8, 300, 200, 25),
+    "l40s": Device("L40S", 44.4, 362e12, 183e12, 91.6e12, 864, 8, 32, 50, 25),
+    "a40": Device("A40", 44.4, 150e12, 74.8e12, 37.4e12, 696, 8, 32, 25, 25),
+    "v100": Device("V100", 31.7, 15.7e12, 15.7e12, 15.7e12, 900, 8, 150, 50, 12),
+    "mi300x": Device("MI300X", 192.0, 1307e12, 653e12, 163e12, 5300, 8, 448, 400, 50),
+    "mi250x": Device("MI250X", 64.0, 191.5e12, 23.9e12, 23.9e12, 1638, 8, 50, 100, 25),
     # One server core: two 256-bit FMA units at 3 GHz; bfloat16 is no faster without AMX. Memory belongs to the node.
     # Copying for a save: what it slows steps down by at 100M parameters (benchmarks/checkpoint.py: 1.2 to 2.3).
-    "cpu": Device("CPU core", 0.0, 96e9, 96e9, 10, 32, 5, 3, 1.2),
+    "cpu": Device("CPU core", 0.0, 96e9, 96e9, 96e9, 10, 32, 5, 3, 1.2),
 }
 
 
@@ -72,5 +79,8 @@ def device_named(name: str) -> Device:
 
 
 def device_reported(name: str) -> Device | None:
-    """Returns the device whose words all occur in the name that a driver reports, or None."""
-    return next((d for d in DEVICES.values() if all(word in name for word in d.name.split())), None)
+    """Returns the device whose words all occur in the name that a driver reports; None for a MIG slice."""
+    words = set(re.split(r"[\s/-]+", name))
+    if "MIG" in words:  # its peak is a fraction that the name does not tell
+        return None
+    return next((d for d in DEVICES.values() if words.issuperset(d.name.split())), None)

@@ -100,6 +100,12 @@ def step_volumes(config: Config, micro_batches: int, stage: int | None = None) -
     return Volumes(reduce_scatter=(micro_batches * size, micro_batches * buckets), all_gather=(gathers * size, calls))
 
 
+def overlaps(config: Config) -> bool:
+    """Returns whether collectives run beside backward: by DeepSpeed's default at stage 3, never at stage 0."""
+    train = config.train
+    return train.zero_stage == 3 if train.overlap_comm is None else train.overlap_comm
+
+
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one optimizer step."""

@@ -138,7 +138,7 @@ class Session:
             "train/tokens_seen": self.tokens_seen,
             **{f"time/{name}_s": value for name, value in seconds.items()},
         }
-        peak = peak_flops_per_s(self.engine.device)
+        peak = peak_flops_per_s(self.engine.device, train.precision)
         if peak is not None:
             metrics["train/mfu"] = flops / (peak * self.world.size)
         self.tracker.log(step, metrics)

@@ -45,7 +45,8 @@ def open_session(config: Config, allow_image_change: bool = False) -> Iterator[S
     """Yields a session ready for the next step: ranks joined, data open, the newest whole checkpoint loaded."""
     world = world_from_environment()
     device = pick_device(config, world)
-    with StopRequest() as stop, group.process_group(world, device), _watched(world) as peers:
+    timeout = group.save_timeout(config.checkpoint)
+    with StopRequest() as stop, group.process_group(world, device, timeout), _watched(world) as peers:
         session = _start(config, world, device, stop, allow_image_change)
         peers.at_exit = session.fail
         with session.progress, _ended(session, peers):
@@ -64,12 +65,15 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
     if run.tokenizer_file.exists():
         refuse_other_tokenizer(data.path, data.manifest, sha256_file(run.tokenizer_file))
     preflight(config, world, device, run, data.manifest.digest)
+    group.bind_device(device)
     torch.manual_seed(train.seed)
     engine = Engine(config, world, device)
     recovery = find_checkpoint(run.checkpoints, world)
     state = _fill(engine, recovery, config, data.manifest.digest)
     step = state.get("step", 0)
     saver = _take_over(config, run, world, lambda saved: session.report_save(saved))
+    saver.reserve(engine.fragments())
+    group.set_timeout(group.save_timeout(config.checkpoint))
     tracker = _start_tracking(config, run, world, data, step)
     progress = Progress(config.name, step, train.max_iters, enabled=world.is_first)
     session = Session(

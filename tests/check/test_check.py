@@ -103,6 +103,26 @@ def test_a_model_that_does_not_fit_is_refused_with_the_cure(tmp_path: Path, clus
     assert found["memory"]["status"] == "failed" and "train.zero_stage" in found["memory"]["cure"]
 
 
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "warned"),
+    [
+        (2, [], True),
+        (2, ["train.zero_stage=1"], False),
+        (2, ["train.device=cpu"], False),
+        (0, [], False),
+    ],
+)
+def test_stage_0_on_several_gpus_is_a_warning_that_names_the_better_stages(
+    tmp_path: Path, cluster: FakeSlurm, python: str, gpus: int, overrides: list[str], warned: bool
+):
+    write_files(tmp_path, site={**with_site(nodes=2, tasks_per_node=2, gpus_per_node=gpus), "python": python})
+    _, found = check(tmp_path, "--site", "site.yaml", *overrides, slurm=cluster)
+    assert ("zero stage" in found) == warned
+    if warned:
+        assert found["zero stage"]["status"] == "warning" and "4 GPUs" in found["zero stage"]["found"]
+        assert "train.zero_stage=1" in found["zero stage"]["cure"]
+
+
 def test_a_checkpoint_that_already_exists_needs_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run, config = make_run(tmp_path, monkeypatch)
     config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_interval": 10})})

@@ -58,7 +58,7 @@ def test_every_committed_config_is_valid(path):
 
 
 def test_the_resolved_config_reads_back_equal():
-    config = load_config(DEMO, ["optimizer.betas=[0.8, 0.9]", "deepspeed={a: {b: 1}}"])
+    config = load_config(DEMO, ["optimizer.betas=[0.8, 0.9]", "deepspeed={zero_optimization: {sub_group_size: 5}}"])
     assert parse_config(dump_config(config)) == config
 
 
@@ -116,3 +116,16 @@ def test_the_config_is_frozen():
     config = load_config(DEMO)
     with pytest.raises(Exception, match="frozen"):
         config.train.max_iters = 3
+
+
+@pytest.mark.parametrize(("world_size", "refused"), [(None, False), (6, True), (8, False)])
+def test_the_ranks_of_a_node_divide_the_world_size(world_size: int | None, refused: bool):
+    """Commands that train nothing know of no world size."""
+    path = "deepspeed.zero_optimization.zero_hpz_partition_size"
+    overrides = ["train.batch_size=48", "train.micro_batch_size=1", f"{path}=4"]
+    if not refused:
+        load_config(DEMO, overrides, world_size=world_size)
+        return
+    with pytest.raises(ConfigError) as error:
+        load_config(DEMO, overrides, world_size=world_size)
+    assert [problem.path for problem in error.value.problems] == [path]

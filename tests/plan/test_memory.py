@@ -21,7 +21,7 @@ SHAPE = {
 }  # fmt: skip
 AGREED = range(64)  # bytes of the numbers that ranks reduce in every step: loss, norm, flags
 RECOMPUTED = "train.activation_checkpointing=true"
-GATHERED = "deepspeed.zero_optimization.param_persistence_threshold=1000"
+GATHERED = "deepspeed.zero_optimization.stage3_param_persistence_threshold=1000"
 
 
 def test_memory_of_the_zero_paper():

@@ -88,7 +88,7 @@ def test_a_log_line_comes_with_the_first_the_last_and_every_tenth_step(tmp_path:
 
 
 def test_a_log_line_says_what_the_step_did_and_how_fast(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "peak_flops_per_s", lambda device: 1e9)
+    monkeypatch.setattr(sessions, "peak_flops_per_s", lambda device, precision: {"fp32": 1e9}[precision])
     session.world = World(size=4)
     session.tokens_seen = 1000
     session.clock.read = lambda: {"data": 0.25, "step": 2.0}  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import pipeline.train.startup as startup
 from pipeline.checkpoint.layout import published
@@ -160,6 +161,22 @@ def test_a_start_takes_the_folder_over_from_an_older_one(resumable: Config) -> N
     with open_session(resumable):
         assert not left.exists()
         assert (checkpoints / ".attempt").read_text() != before
+
+
+def test_the_memory_of_saves_is_there_before_the_first_step(trained: Trained, tmp_path: Path) -> None:
+    with open_session(trained.again(tmp_path)) as session:
+        reserved = session.saver._host_copy._slab.numel()
+        assert reserved == 3 * sum(fragment.length for fragment in session.engine.fragments())
+
+
+def test_all_groups_of_a_session_wait_for_a_rank_that_saves(trained: Trained, tmp_path: Path) -> None:
+    """DeepSpeed trains in a group of its own."""
+    config = trained.again(tmp_path)
+    with open_session(config):
+        groups = list(dist.distributed_c10d._world.pg_map)
+        limits = {one._get_backend(torch.device("cpu")).options._timeout for one in groups}
+    assert len(groups) > 1
+    assert limits == {group.save_timeout(config.checkpoint)}
 
 
 def test_the_saver_keeps_a_checkpoint_for_a_rollback(

@@ -15,8 +15,9 @@ from pipeline.launch.site import SiteContainer
 from pipeline.run.folder import Run
 
 # What a job needs from its surroundings even in a clean environment: Slurm's variables, where the ranks meet, which
-# devices each one has, and how tracking and communication are set up.
-_PASSED_PREFIXES = ("SLURM_", "SLURMD_", "MASTER_", "MLFLOW_", "NCCL_", "GLOO_", "PIPELINE_")
+# devices each one has, and how tracking, PyTorch and communication (over UCX or libfabric) are set up.
+_PASSED_PREFIXES = ("SLURM_", "SLURMD_", "MASTER_", "MLFLOW_", "NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_",
+                    "PYTORCH_", "PIPELINE_")  # fmt: skip
 _PASSED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
            "HIP_VISIBLE_DEVICES")  # fmt: skip
 

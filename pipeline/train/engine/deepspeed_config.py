@@ -37,7 +37,9 @@ def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
 
 
 def _zero_settings(config: Config) -> dict[str, Any]:
-    settings: dict[str, Any] = {"stage": config.train.zero_stage, "overlap_comm": config.train.overlap_comm}
+    settings: dict[str, Any] = {"stage": config.train.zero_stage}
+    if config.train.overlap_comm is not None:
+        settings["overlap_comm"] = config.train.overlap_comm
     if config.train.zero_stage == 3:
         # A block's weights are gathered by one message, once even if its activations are recomputed, and no hook inside
         # it breaks a compiled graph.

@@ -19,12 +19,13 @@ from pipeline.run.world import World
 
 T = TypeVar("T")
 
-# For a rank that hangs; when one dies, its connections close and the other ranks notice at once.
+# For a rank that hangs; when one dies, its connections close and the other ranks notice at once. While training, the
+# ranks wait longer for each other (`save_timeout`): one may be busy with a checkpoint.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 @contextlib.contextmanager
-def process_group(world: World, device: torch.device) -> Iterator[None]:
+def process_group(world: World, device: torch.device, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[None]:
     """Joins the process group of all ranks and destroys it at the end; a single process forms a group of its own."""
     if world.size > 1:
         world.export(os.environ)  # type: ignore[arg-type]
@@ -33,7 +34,7 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
         store = {"store": HashStore(), "rank": 0, "world_size": 1}
         World().export(os.environ)  # type: ignore[arg-type]
     backend = "gloo" if device.type == "cpu" else "nccl"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **store)
+    dist.init_process_group(backend, timeout=timeout, **store)
     try:
         yield
     finally:
@@ -48,6 +49,22 @@ def _destroy_process_group() -> None:
         return
     comm.destroy_process_group()
     setattr(comm, "cdb", None)  # noqa: B010 - a global of a module that is not typed
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Sets how long every group waits for a rank; DeepSpeed makes groups of its own, with PyTorch's ten minutes."""
+    for one in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, one)
+
+
+def bind_device(device: torch.device) -> None:
+    """Tells NCCL the device of this process, which it would otherwise guess in a barrier; call it after `preflight`.
+
+    `init_process_group(device_id=...)` would connect all ranks at once, without a time limit, before `preflight` can
+    name a rank that hangs.
+    """
+    if device.type == "cuda":
+        dist.distributed_c10d._get_default_group().bound_device_id = device
 
 
 def store() -> Store:
@@ -89,5 +106,4 @@ def gather(value: T, world: World) -> list[T]:
 def barrier(world: World) -> None:
     """Waits for all ranks."""
     if world.size > 1:
-        # Without the device, PyTorch warns that it has to guess NCCL's.
-        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+        dist.barrier()

@@ -30,8 +30,10 @@ from pipeline.run.provenance import IMAGE_SHA256_VARIABLE
 from pipeline.run.world import World
 from pipeline.train.ranks import group
 
-# The ranks have only just met: one that takes longer than this hangs.
+# The ranks have only just met: one that takes longer than this hangs. NCCL connects all ranks within the limit, which
+# takes it longer the more there are.
 MEET_LIMIT_S = 60.0
+MEET_LIMIT_PER_RANK_S = 0.1
 
 _SIZE = 256
 _SLOWEST_S = 10.0
@@ -86,10 +88,12 @@ def preflight(config: Config, world: World, device: torch.device, run: Run, data
 
 def _device_faults(device: torch.device) -> list[str]:
     """Multiplies small integer matrices, whose product is exact in any order of summation."""
-    began = time.monotonic()
     a, b = torch.randint(-3, 4, (2, _SIZE, _SIZE), generator=torch.Generator())
     try:
-        found = (a.float().to(device) @ b.float().to(device)).cpu()
+        # Not timed: the first product loads the device's libraries, on a healthy node too.
+        _product(a, b, device)
+        began = time.monotonic()
+        found = _product(a, b, device)
     except RuntimeError as error:
         return [f"{device} cannot multiply matrices: {str(error).splitlines()[0]}"]
     wrong = int((found != (a @ b).float()).sum())
@@ -97,6 +101,10 @@ def _device_faults(device: torch.device) -> list[str]:
         return [f"{device} multiplies matrices wrongly: {wrong} of {found.numel()} elements"]
     seconds = time.monotonic() - began
     return [f"{device} took {seconds:.0f} s for a small product of matrices"] if seconds > _SLOWEST_S else []
+
+
+def _product(a: Tensor, b: Tensor, device: torch.device) -> Tensor:
+    return (a.float().to(device) @ b.float().to(device)).cpu()
 
 
 def _disk_problems(config: Config, run: Run) -> list[str]:
@@ -118,12 +126,16 @@ def _skew_s(run: Run) -> float | None:
         return None
 
 
+def _limit_s(world: World) -> float:
+    return MEET_LIMIT_S + MEET_LIMIT_PER_RANK_S * world.size
+
+
 def _meet(world: World) -> list[int]:
     """Waits until all ranks have passed their own checks; returns those that did not in time."""
     store = group.store()
     _arrive("ready", world)
     store.add("preflight/ready", 1)
-    deadline = time.monotonic() + MEET_LIMIT_S
+    deadline = time.monotonic() + _limit_s(world)
     while store.add("preflight/ready", 0) < world.size:
         if time.monotonic() > deadline:
             return _missing("ready", world)
@@ -158,10 +170,10 @@ def _network_faults(world: World, device: torch.device, run: Run) -> list[str]:
         except RuntimeError as error:
             failed.append(error)
 
-    deadline = time.monotonic() + MEET_LIMIT_S
+    deadline = time.monotonic() + _limit_s(world)
     thread = threading.Thread(target=add, name="preflight", daemon=True)
     thread.start()
-    thread.join(MEET_LIMIT_S)
+    thread.join(_limit_s(world))
     if sums:
         wrong = int((sums[0] != world.size).sum())
         return [f"a sum over all ranks is wrong in {wrong} of {_ELEMENTS} elements"] if wrong else []
@@ -173,7 +185,7 @@ def _network_faults(world: World, device: torch.device, run: Run) -> list[str]:
     why = (
         str(failed[0]).splitlines()[0]
         if failed
-        else f"it did not end in {MEET_LIMIT_S:.0f} s, though all ranks had begun"
+        else f"it did not end in {_limit_s(world):.0f} s, though all ranks had begun"
     )
     raise PipelineError(
         f"rank {world.rank} on {socket.gethostname()}: a sum over all ranks failed: {why}; "
@@ -213,7 +225,7 @@ def _wrong_clocks(skews: list[float | None]) -> dict[int, float]:
 def _refuse_ranks(missing: list[int], what: str, world: World, run: Run) -> NoReturn:
     """Fails this rank because other ranks hang; the first rank that does not hang records their nodes."""
     hosts = {rank: group.store().get(f"preflight/{rank}").decode() for rank in missing}
-    why = f"{what} in {MEET_LIMIT_S:.0f} s (its device or its network hangs)"
+    why = f"{what} in {_limit_s(world):.0f} s (its device or its network hangs)"
     records = world.rank == min(set(range(world.size)) - set(missing), default=0)
     _refuse(records, run, {rank: (host, why) for rank, host in hosts.items()}, [])
 

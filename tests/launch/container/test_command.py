@@ -86,6 +86,8 @@ def test_a_clean_environment_still_passes_what_a_job_needs_and_keeps_secrets_off
     around = {
         "SLURM_JOB_ID": "7", "MASTER_ADDR": "n1", "MLFLOW_TRACKING_PASSWORD": "secret", "NCCL_DEBUG": "INFO",
         "SLURMD_NODENAME": "n1", "RANK": "1", "CUDA_VISIBLE_DEVICES": "0,1", "EDITOR": "vi",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "PYTORCH_CUDA_ALLOC_CONF": "backend:native", "FI_PROVIDER": "cxi",
+        "UCX_NET_DEVICES": "mlx5_0:1",
     }  # fmt: skip
     command, passed = argv(loaded), container_environment(SiteContainer(), around)
     assert "--cleanenv" in command and "secret" not in " ".join(command)

@@ -34,12 +34,10 @@ def test_deepspeed_neither_clips_nor_replaces_our_optimizer(tmp_path: Path) -> N
     assert told["zero_allow_untested_optimizer"] is True and told["zero_force_ds_cpu_optimizer"] is False
 
 
-def test_deepspeed_measures_and_prints_nothing_unless_asked(tmp_path: Path) -> None:
+def test_deepspeed_measures_and_prints_nothing(tmp_path: Path) -> None:
     """Its throughput timer makes the host wait for the device twice per micro-batch."""
     quiet = settings(tmp_path)
     assert quiet["timers"] == {"throughput": {"enabled": False}} and quiet["steps_per_print"] > 10**15
-    asked = settings(tmp_path, deepspeed={"timers": {"throughput": {"enabled": True}}})
-    assert asked["timers"] == {"throughput": {"enabled": True}}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -49,6 +47,13 @@ def test_deepspeed_computes_no_norm_of_its_own(tmp_path: Path, stage: int) -> No
     assert zero["stage"] == stage
     assert zero.get("compute_grad_norm") is (False if stage in (1, 2) else None)
     assert "offload_optimizer" not in zero
+
+
+@pytest.mark.parametrize("overlap", [None, False, True])
+def test_deepspeed_decides_about_overlapping_unless_the_config_does(tmp_path: Path, overlap: bool | None) -> None:
+    """Its own default depends on the stage."""
+    zero = settings(tmp_path, **{"train.zero_stage": 3, "train.overlap_comm": overlap})["zero_optimization"]
+    assert zero.get("overlap_comm", "unset") == ("unset" if overlap is None else overlap)
 
 
 def test_an_offloaded_optimizer_is_on_the_host(tmp_path: Path) -> None:

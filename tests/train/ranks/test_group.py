@@ -66,16 +66,14 @@ def test_a_group_that_deepspeed_has_joined_is_destroyed_through_deepspeed(
     assert comm.cdb is None, "the next group is not mistaken for this one"
 
 
-@pytest.mark.parametrize(("backend", "devices"), [("nccl", [3]), ("gloo", None)])
-def test_only_nccl_is_told_the_device_of_a_barrier(
-    monkeypatch: pytest.MonkeyPatch, backend: str, devices: list[int] | None
+@pytest.mark.parametrize(("device", "bound"), [("cuda:3", torch.device("cuda", 3)), ("cpu", None)])
+def test_only_a_gpu_is_bound_to_the_group(
+    monkeypatch: pytest.MonkeyPatch, device: str, bound: torch.device | None
 ) -> None:
-    told: list[Any] = []
-    monkeypatch.setattr(dist, "get_backend", lambda: backend)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(dist, "barrier", lambda device_ids: told.append(device_ids))
-    group.barrier(World(size=2))
-    assert told == [devices]
+    default = SimpleNamespace(bound_device_id=None)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_group", lambda: default)
+    group.bind_device(torch.device(device))
+    assert default.bound_device_id == bound
 
 
 def test_alone_a_value_is_its_own_answer() -> None:
@@ -115,3 +113,24 @@ def meet(world: World) -> list[Any]:
 
 def test_real_ranks_wait_for_each_other_and_gather_in_the_order_of_the_ranks(tmp_path: Path) -> None:
     assert processes.on_ranks(meet, 2, tmp_path / "log") == [[True, [0, 10], "from 0"]] * 2
+
+
+def wait_for_a_save(world: World, allowed_s: float) -> str:
+    """Rank 1 writes a checkpoint for three seconds; rank 0 waits for it, in a group like DeepSpeed's too."""
+    others = dist.new_group(list(range(world.size)))
+    group.set_timeout(timedelta(seconds=allowed_s))
+    if not world.is_first:
+        time.sleep(3)
+    try:
+        for one in (None, others):
+            dist.all_reduce(torch.ones(1), group=one)
+    except RuntimeError as error:
+        return type(error).__name__
+    return "trained"
+
+
+@pytest.mark.parametrize(("allowed_s", "outcome"), [(1.0, "RuntimeError"), (60.0, "trained")])
+def test_every_group_waits_for_a_rank_that_saves_as_long_as_the_config_allows(
+    tmp_path: Path, allowed_s: float, outcome: str
+) -> None:
+    assert processes.on_ranks(wait_for_a_save, 2, tmp_path / "log", allowed_s)[0] == outcome

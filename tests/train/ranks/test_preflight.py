@@ -199,6 +199,26 @@ def test_the_disk_must_hold_one_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     assert [str(tmp_path) in problem for problem in problems] == ([] if enough else [True])
 
 
+def test_loading_the_devices_libraries_does_not_condemn_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock advances only in products: an hour in the first one, a second in the second."""
+    now, costs, real = [0.0], iter([3600.0, 1.0]), module._product
+
+    def product(*args: Any) -> torch.Tensor:
+        now[0] += next(costs)
+        return real(*args)
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(module, "_product", product)
+    assert module._device_faults(torch.device("cpu")) == []
+    assert next(costs, None) is None, "both products were computed"
+
+
+def test_the_time_to_meet_grows_with_the_ranks() -> None:
+    """NCCL connects them all within it."""
+    assert module._limit_s(World(size=2)) < 61
+    assert module._limit_s(World(size=4096)) > 400
+
+
 def test_a_device_that_raises_or_is_slow_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert module._device_faults(cpu) == []
