@@ -11,7 +11,6 @@ import torch
 from pipeline.optim.adamw import AdamW, adamw_formula, decay_groups
 from pipeline.optim.clipping import clip_divisor, scale_to_norm, squared_norm
 
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
