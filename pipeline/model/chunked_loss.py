@@ -55,49 +55,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, z_loss: float, wants_gradients: bool
     ) -> tuple[Tensor, Tensor]:
-        device = x.device.type
+        device, count = x.device.type, len(targets)
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         wide = torch.promote_types(low, torch.float32)
+        wants_x, wants_weight = (wants_gradients and needed for needed in ctx.needs_input_grad[:2])
+        grad_x = torch.empty_like(x) if wants_x else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=x.device) if wants_weight else None
+        losses = torch.empty(count, dtype=wide, device=x.device)
+        log_sums = torch.empty_like(losses)
+        # One buffer for all chunks: on a CPU, fresh memory of this size costs as much as a pass over it.
+        buffer = torch.empty(min(chunk_tokens, count), len(weight), dtype=wide, device=x.device)
+        counted = targets >= 0
+        shares = counted / counted.sum().clamp(min=1).to(wide)
+        targets = targets.clamp(min=0)
         with torch.autocast(device, enabled=False):
             matrix = weight.to(low)
-            grad_x = torch.empty_like(x) if wants_gradients and ctx.needs_input_grad[0] else None
-            grad_weight = None
-            if wants_gradients and ctx.needs_input_grad[1]:
-                grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-            losses = torch.empty(len(targets), dtype=wide, device=x.device)
-            squares = torch.zeros((), dtype=wide, device=x.device)
-            counted = targets >= 0
-            shares = counted / counted.sum().clamp(min=1).to(wide)
-            targets = targets.clamp(min=0)
-            for start in range(0, len(targets), chunk_tokens):
+            for start in range(0, count, chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
-                places, share = targets[rows].unsqueeze(-1), shares[rows].unsqueeze(-1)
                 chunk = x[rows].to(low)
-                logits = chunk @ matrix.T
-                target_logits = logits.gather(-1, places).to(wide)
-                chances = torch.log_softmax(logits, -1, dtype=wide)
-                del logits  # as large as the chunk that follows
-                minus = chances.gather(-1, places)
-                losses[rows] = (-minus * share).squeeze(-1)
-                log_sums = target_logits - minus
-                if z_loss:
-                    squares += (log_sums.square() * share).sum()
+                logits = buffer[: len(chunk)]
+                _write_product(logits, chunk, matrix.T)
+                sums = _exponentiate(logits, targets[rows], losses[rows], log_sums[rows])
                 if grad_x is None and grad_weight is None:
                     continue
-                chances.exp_().mul_(share * (1 + 2 * z_loss * log_sums) if z_loss else share)
-                chances.scatter_add_(-1, places, -share)
-                errors = chances.to(low)
-                del chances
+                share = shares[rows].unsqueeze(-1)
+                factors = share * (1 + 2 * z_loss * log_sums[rows].unsqueeze(-1)) / sums
+                errors = _to_errors(logits, targets[rows], factors, share).to(low)
                 if grad_x is not None:
-                    grad_x[rows] = errors @ matrix
+                    _write_product(grad_x[rows], errors, matrix)
                 if grad_weight is not None:
                     _add_product(grad_weight, errors.T, chunk)
-            entropy = losses.sum()
-            loss = entropy + z_loss * squares if z_loss else entropy.clone()
+                del errors  # in bfloat16 a copy, which would live beside the next chunk's
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype
+        entropy = (losses * shares).sum()
         ctx.mark_non_differentiable(entropy)
-        return loss, entropy
+        return entropy + z_loss * (log_sums.square() * shares).sum(), entropy
 
     @staticmethod
     @once_differentiable
@@ -111,11 +104,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None
 
 
+def _exponentiate(logits: Tensor, targets: Tensor, losses: Tensor, log_sums: Tensor) -> Tensor:
+    """Makes of logits their exponentials, shifted by the largest, and returns the sum of each row `(tokens, 1)`.
+
+    Writes each token's loss and the logarithm of its unshifted sum.
+    """
+    largest = logits.amax(dim=-1, keepdim=True)
+    target_logits = logits.sub_(largest).gather(-1, targets.unsqueeze(-1))
+    sums = logits.exp_().sum(dim=-1, keepdim=True)
+    torch.sub(sums.log(), target_logits, out=losses.unsqueeze(-1))
+    torch.add(sums.log(), largest, out=log_sums.unsqueeze(-1))
+    return sums
+
+
+def _to_errors(exponentials: Tensor, targets: Tensor, factors: Tensor, share: Tensor) -> Tensor:
+    """Makes of exponentials the gradient of the loss by the logits: softmax - one-hot, scaled; returns them."""
+    places = targets.unsqueeze(-1)
+    return exponentials.mul_(factors).scatter_add_(-1, places, -share)
+
+
+def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Writes `a @ b`, rounded to their dtype, into `out`."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Adds `a @ b` to `total`, which may be wider than both."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:  # only CUDA's product writes its float32 sums without rounding them
+    elif a.is_cuda:  # only CUDA's product gives its float32 sums without rounding them
         total += torch.mm(a, b, out_dtype=total.dtype)
     else:
         total += a @ b

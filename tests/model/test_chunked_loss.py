@@ -164,4 +164,6 @@ def test_ignored_targets_count_neither_in_the_mean_nor_in_the_gradients():
         for a, b in zip(*(torch.autograd.grad(parts.loss, (x, weight)) for parts in (found, wanted)), strict=True):
             torch.testing.assert_close(a, b)
     nothing = linear_cross_entropy(x, weight, torch.full_like(targets, IGNORED), chunk_tokens=4)
-    assert float(nothing.loss) == 0 and not any(g.any() for g in torch.autograd.grad(nothing.loss, (x, weight)))
+    assert float(nothing.cross_entropy) == 0 and not any(
+        g.any() for g in torch.autograd.grad(nothing.loss, (x, weight))
+    )
