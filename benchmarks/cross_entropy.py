@@ -20,9 +20,9 @@ from pipeline.model.chunked_loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
 from pipeline.model.loss import cross_entropy
 
 WIDTH = 320
-TIMED = ((4096, 4096, 9), (2048, 32768, 5))  # tokens, vocabulary, rounds
+TIMED = ((4096, 4096, 11), (2048, 32768, 5))  # tokens, vocabulary, rounds
 LARGE = ((2048, 32768), (2048, 131072))
-CHUNKS = (256, 512, 1024, 2048)
+CHUNKS = (512, 1024, 2048)
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

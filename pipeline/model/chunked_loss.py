@@ -80,12 +80,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     continue
                 share = shares[rows].unsqueeze(-1)
                 factors = share * (1 + 2 * z_loss * log_sums[rows].unsqueeze(-1)) / sums
-                errors = _to_errors(logits, targets[rows], factors, share).to(low)
+                errors = _to_errors(logits, targets[rows], factors, share)
+                rounded = errors.to(low)
                 if grad_x is not None:
-                    _write_product(grad_x[rows], errors, matrix)
+                    _write_product(grad_x[rows], rounded, matrix)
                 if grad_weight is not None:
-                    _add_product(grad_weight, errors.T, chunk)
-                del errors  # in bfloat16 a copy, which would live beside the next chunk's
+                    _add_product(grad_weight, rounded if rounded.is_cuda else errors, chunk)
+                del rounded  # in bfloat16 a copy, which would live beside the next chunk's
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype
         entropy = (losses * shares).sum()
@@ -131,11 +132,9 @@ def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds `a @ b` to `total`, which may be wider than both."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:  # only CUDA's product gives its float32 sums without rounding them
-        total += torch.mm(a, b, out_dtype=total.dtype)
-    else:
-        total += a @ b
+def _add_product(total: Tensor, errors: Tensor, chunk: Tensor) -> None:
+    """Adds `errors^T @ chunk` to `total` without rounding it first, as a bfloat16 product would."""
+    if errors.dtype == total.dtype:
+        total.addmm_(errors.T, chunk.to(total.dtype))
+    else:  # only CUDA has a product of bfloat16 that keeps its float32 sums
+        total += torch.mm(errors.T, chunk, out_dtype=total.dtype)

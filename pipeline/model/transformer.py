@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from pipeline.model.chunked_loss import LOSS_CHUNK_TOKENS
 from pipeline.model.layers import Embedding, KeyValueCache, LMHead, RMSNorm, RotaryEmbedding, TransformerBlock
@@ -31,10 +30,25 @@ _KEPT = [
 ]
 """The operations whose results selective checkpointing keeps: they are most of a block's time."""
 
-_CONTEXTS: dict[str, Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]] = {
-    "full": noop_context_fn,
-    "selective": functools.partial(create_selective_checkpoint_contexts, _KEPT),
-}
+
+def recomputed(block: Callable[..., Tensor], mode: ActivationCheckpointing) -> Callable[..., Tensor]:
+    """Returns a function that calls the block and lets backward recompute it as `activation_checkpointing` says.
+
+    With torch.compile, compile this function and not the block inside it: outside a compiled block, nothing can tell
+    which results to keep.
+    """
+
+    def checkpointed(*args: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return block(*args)
+        options: dict[str, Any] = {"use_reentrant": False}
+        if mode == "selective":
+            # Made here, because torch.compile refuses a function made outside what it compiles.
+            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _KEPT)
+        result: Tensor = checkpoint(block, *args, **options)
+        return result
+
+    return block if mode == "none" else checkpointed
 
 
 class TransformerLM(nn.Module):
@@ -105,11 +119,8 @@ class TransformerLM(nn.Module):
         positions = slice(start, end)
         x = self.token_embeddings(token_ids)
         for index, layer in enumerate(self.layers):
-            if self.activation_checkpointing != "none" and torch.is_grad_enabled():
-                contexts = _CONTEXTS[self.activation_checkpointing]
-                x = checkpoint(layer, x, positions, use_reentrant=False, context_fn=contexts)
-            else:
-                x = layer(x, positions, caches[index] if caches is not None else None)
+            block = recomputed(layer, self.activation_checkpointing)
+            x = block(x, positions, caches[index] if caches is not None else None)
         return self.lm_head(self.ln_final(x), targets, self.loss_chunk_tokens, self.z_loss)
 
     def new_caches(self) -> list[KeyValueCache]:

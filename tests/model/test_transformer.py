@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.model.loss import cross_entropy
-from pipeline.model.transformer import TransformerLM
+from pipeline.model.transformer import TransformerLM, recomputed
 
 SHAPE = {"vocab_size": 97, "context_length": 32, "d_model": 48, "num_layers": 3, "num_heads": 4, "d_ff": 64}
 
@@ -81,6 +83,24 @@ def test_only_full_checkpointing_repeats_attention_and_matrix_products(mode, rep
     # Per block: seven matrices, each with two products in backward. No gradient needs the result of the last one, which
     # only DeepSpeed's linear repeats; an engine of stage 3 leaves that behind in its process.
     assert products - 3 * 14 in ({3 * 6, 3 * 7} if repeated else {0})
+
+
+@pytest.mark.parametrize(("mode", "products"), [("full", 14 + 6), ("selective", 14)])
+def test_a_compiled_block_is_one_graph_that_keeps_what_checkpointing_keeps(mode, products):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+    model, ids = small_model(), torch.randint(0, 97, (2, 33))
+    plain = torch.autograd.grad(model(ids[:, :-1], targets=ids[:, 1:]).loss, list(model.parameters()))
+    for layer in model.layers:
+        layer.forward = torch.compile(recomputed(layer.forward, mode), backend=counter, fullgraph=True)
+    loss = model(ids[:, :-1], targets=ids[:, 1:]).loss
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        compiled = torch.autograd.grad(loss, list(model.parameters()))
+    assert counter.frame_count == 1  # the blocks share it
+    names = [event.name for event in profiler.events()]
+    assert names.count("aten::mm") == 3 * products
+    for a, b in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_the_model_returns_the_loss_of_its_logits():
