@@ -73,7 +73,7 @@ def _memory(config: Config, site: Site | None) -> Check:
         return Check("memory", "ok", f"{needs}; {of}")
     if fits_device(memory, limit):
         return Check("memory", "ok", f"{needs}, of {limit:.1f} GiB {of}")
-    cure = "raise train.zero_stage, set train.activation_checkpointing, or lower train.micro_batch_size"
+    cure = "raise train.zero_stage, set train.activation_checkpointing=full, or lower train.micro_batch_size"
     return Check("memory", "failed", f"{needs}, and there are {limit:.1f} GiB {of}", cure)
 
 

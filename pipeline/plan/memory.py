@@ -1,7 +1,7 @@
 """How much memory a process needs: what this engine keeps, and when the peak occurs (docs/scaling.md).
 
-Every figure is counted from the code, in bytes: model/layers.py and model/loss.py for what backward needs,
-train/engine/engine.py and DeepSpeed's ZeRO optimizers for the rest. tests/plan/test_memory.py measures them.
+Every figure is counted from the code, in bytes: train/engine and DeepSpeed's ZeRO optimizers for the state and the
+buffers, `activations.py` for the rest. tests/plan/test_memory.py measures them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from pipeline.config.sections import Config, ModelConfig
 from pipeline.model.flops import num_parameters
+from pipeline.plan.activations import Activations, activations, working_bytes
 
 # DeepSpeed's defaults, in elements; `deepspeed.zero_optimization` in the config can change them.
 REDUCE_ELEMENTS = 500_000_000
 LIVE_ELEMENTS = 1_000_000_000
 PREFETCH_ELEMENTS = 50_000_000
+_UPDATED_ELEMENTS = 1_000_000_000
 _PERSISTENT = 100_000
-_CPU_CHUNK = 1 << 18  # elements per update on the CPU: as in optim/adamw.py, which needs torch
-_RNG_STATE = 5056  # bytes; PyTorch keeps one per checkpointed block
 CHECKPOINT_BYTES = 12  # per parameter: weight and two moments in float32
 
 
@@ -46,67 +46,15 @@ def model_state(parameters: int, ranks: int, stage: int, each: BytesPerParameter
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Bytes that one micro-batch takes on top of the model's state."""
-
-    kept: float
-    """What the forward pass keeps for backward."""
-    copies: float
-    """bfloat16 copies of weights that backward needs; 0 in float32."""
-    logits: float
-    """Logits, held until the end of backward."""
-    loss: float
-    """Logits, their softmax and their gradient, when backward begins."""
-    recomputing: float
-    """Everything present while backward recomputes the last block, except the gradients of the block's weights; 0
-    without activation checkpointing."""
-
-    @property
-    def peak(self) -> float:
-        """The most at any one time."""
-        return max(self.kept + self.copies + self.loss, self.recomputing)
-
-
-def activations(model: ModelConfig, sequences: int, precision: str, checkpointing: bool) -> Activations:
-    """Returns what forward and backward of a micro-batch keep, without torch.compile, which keeps less.
-
-    In float32 a block keeps 11 d_model per token: for each norm its input, the normed input and the result (6), q, k
-    and v (3), the attention's result twice (2); and 4 d_ff of the feed-forward. Under autocast the norms stay float32,
-    each linear map has a bfloat16 copy of its input, and everything else is bfloat16. Two reciprocal norms and the
-    log-sums of the heads are float32.
-    """
-    bf16 = precision == "bf16"
-    d, f, layers, heads = model.d_model, model.d_ff, model.num_layers, model.num_heads
-    tokens = sequences * model.context_length
-    tables = 8 * model.context_length * (d // heads)  # cosines and sines of the positions, for q and k
-    per_token = (36 * d + 8 * f if bf16 else 44 * d + 16 * f) + 4 * heads + 8
-    block = per_token * tokens + tables
-    ids = 16 * tokens  # inputs and targets
-    last_norm = (10 * d + 4 if bf16 else 12 * d + 4) * tokens
-    matrices = 4 * d * d + 3 * d * f
-    block_copies, head_copy = (2 * matrices, 2 * model.vocab_size * d) if bf16 else (0, 0)
-    width = 2 if bf16 else 4
-    logits = width * model.vocab_size * tokens
-    loss = 12 * model.vocab_size * tokens
-    copies = layers * block_copies + head_copy
-    if not checkpointing:
-        return Activations(layers * block + last_norm + ids, copies, logits, loss, recomputing=0)
-    inputs = layers * (4 * d * tokens + _RNG_STATE) + ids
-    # The block, the gradients that pass back through it, and its copies.
-    recomputing = inputs + logits + block + (8 * d + width * f) * tokens + block_copies
-    return Activations(inputs + last_norm, head_copy, logits, loss, recomputing)
-
-
-@dataclass(frozen=True)
 class Memory:
     """Memory of one process, in bytes."""
 
     weights: float
-    """Weights of the model."""
+    """Working weights of the model."""
     gradients: float
     """Gradients between two micro-batches."""
     optimizer: float
-    """Moments, and from stage 1 on the weights that the optimizer updates."""
+    """Moments, and from stage 1 on the float32 weights that the optimizer updates."""
     activations: float
     """Activations, the loss included."""
     buffers: float
@@ -116,7 +64,23 @@ class Memory:
     moment: str
     """When the peak occurs."""
     host: float
-    """Host memory: the copy of a save, and the offloaded optimizer. On the CPU it is part of the peak."""
+    """Host memory, at start-up or in training: the copy of a save, the offloaded optimizer, weights on their way to the
+    device. On the CPU the first two are part of the peak."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a rank holds, in bytes."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    own: float
+    """Elements that this rank updates."""
+    width: int
+    """Bytes of a working weight, and of its gradient when it is computed."""
+    left: float
+    """Gradients that a micro-batch leaves behind for the next."""
 
 
 def process_memory(config: Config, ranks: int, stage: int | None = None, on_cpu: bool = False) -> Memory:
@@ -128,96 +92,164 @@ def process_memory(config: Config, ranks: int, stage: int | None = None, on_cpu:
         stage: ZeRO stage; None takes the config's.
         on_cpu: The device is the CPU: untouched buffers take no memory, and host memory is the device's own.
     """
-    train, model = config.train, config.model
-    stage = train.zero_stage if stage is None else stage
-    total = num_parameters(model.vocab_size, model.d_model, model.num_layers, model.d_ff)
-    own = total / ranks if stage else total  # elements this process updates
-    acts = activations(model, train.micro_batch_size, train.precision, train.activation_checkpointing)
-    # All in float32; from stage 1 on DeepSpeed updates a second copy of the weights.
-    each = BytesPerParameter(optimizer=12 if stage else 8)
-    weights, gradients, optimizer = model_state(total, ranks, stage, each)
-    host = CHECKPOINT_BYTES * total / ranks
-    updating = 4 * own * (2 if stage else 1) + 4 * (min(own, _CPU_CHUNK) if on_cpu else own)
-    if train.offload_optimizer and stage:
-        host += optimizer + 4 * own
-        optimizer, updating = 0.0, 0.0
-        gradients = gradients if stage == 1 else 0.0
-    buffers = _buffers(config, total, stage, ranks, on_cpu)
-    base = weights + optimizer + buffers.lasting
-    # ZeRO-3 allocates gradients once; the other stages when a micro-batch leaves some behind for the next.
-    left = gradients if stage == 3 or train.batch_size > train.micro_batch_size * ranks else 0.0
-    passing = base + left + buffers.passing
-    # Stage 2 allocates a rank's whole part of the gradients when the first of them arrives: on the rank that owns the
-    # last layers, while all activations are still held.
-    early = gradients if stage == 2 else 0.0
-    fresh = _fresh_gradients(model, stage, left)
-    recomputation = passing + early + acts.recomputing + fresh if acts.recomputing else 0.0
-    moments = {
-        "start-up": 4.0 * total * (2 if stage in (1, 2) and on_cpu else 1) + (4 * own if stage == 3 else 0.0),
-        "forward": passing + acts.kept + acts.copies + acts.logits,
-        "backward": passing + acts.kept + acts.copies + acts.loss,
-        "first gradients": passing + early + acts.kept + acts.copies + acts.logits,
-        "recomputation": recomputation,
-        "reduction": passing + gradients - left + buffers.reducing + acts.logits,
-        "optimizer step": base + updating,
-    }
+    stage = config.train.zero_stage if stage is None else stage
+    total, state = _parameters(config.model), _state(config, ranks, stage)
+    acts = activations(config, stage, on_cpu)
+    copy = CHECKPOINT_BYTES * total / ranks
+    offloaded, weights, gradients, optimizer = 0.0, state.weights, state.gradients, state.optimizer
+    if config.train.offload_optimizer and stage:
+        offloaded = optimizer + 4 * state.own
+        optimizer, gradients = 0.0, gradients if stage == 1 else 0.0
+    base = weights + optimizer + (gradients if stage == 3 else 0.0)
+    moments, buffers = _moments(config, ranks, stage, on_cpu, base, state, acts)
+    moments["start-up"] = weights * (2 if stage in (1, 2) and on_cpu else 1) + (4 * state.own if stage else 0.0)
+    if offloaded:
+        moments["optimizer step"] = base
     moment = max(moments, key=lambda m: moments[m])
+    host = max(copy + offloaded, _starting(config.model, stage, ranks, state.width) + offloaded)
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=acts.peak,
-        buffers=buffers.lasting + buffers.passing + buffers.reducing,
-        peak=moments[moment] + (host if on_cpu else 0.0),
+        buffers=buffers,
+        peak=moments[moment] + (copy + offloaded if on_cpu else 0.0),
         moment=moment,
         host=host,
     )
 
 
-@dataclass(frozen=True)
-class _Buffers:
-    """Bytes that the collectives need."""
-
-    lasting: float = 0.0
-    """Always held."""
-    passing: float = 0.0
-    """Held during forward and backward."""
-    reducing: float = 0.0
-    """Held while gradients are reduced."""
-
-
-def _fresh_gradients(model: ModelConfig, stage: int, left: float) -> float:
-    """Returns the bytes of a block's weight gradients in backward: of one weight only if each is added or handed on."""
-    d, f = model.d_model, model.d_ff
-    return 4.0 * (max(d * d, d * f) if left or stage >= 2 else 4 * d * d + 3 * d * f)
+def _state(config: Config, ranks: int, stage: int) -> _State:
+    """Returns what a rank holds; gradients add up in float32, and at stage 1 in the dtype of the weights."""
+    width, total = working_bytes(config, stage), _parameters(config.model)
+    each = BytesPerParameter(width, width if stage == 1 else 4, 12 if stage else 8)
+    weights, gradients, optimizer = model_state(total, ranks, stage, each)
+    several = config.train.batch_size > config.train.micro_batch_size * ranks
+    # ZeRO-3 allocates gradients once; the other stages when the first of them arrive.
+    left = gradients if several and stage < 3 else 0.0
+    return _State(weights, gradients, optimizer, total / ranks if stage else total, width, left)
 
 
-def _buffers(config: Config, total: int, stage: int, ranks: int, on_cpu: bool) -> _Buffers:
+def _moments(
+    config: Config, ranks: int, stage: int, on_cpu: bool, base: float, state: _State, acts: Activations
+) -> tuple[dict[str, float], float]:
+    """Returns the bytes at each moment of a step at which the peak can be, and the bytes of buffers."""
+    model, total = config.model, _parameters(config.model)
+    width, left, bf16 = state.width, state.left, state.width == 2
+    head, block = width * model.vocab_size * model.d_model, width * _block(model)
+    # Of the gradients of the last block and the head: one weight's only, if each is added or handed on.
+    handed_on = width * model.d_model * max(model.d_model, model.d_ff)
+    recomputing = acts.recomputing and acts.recomputing + (handed_on if left or stage >= 2 else head + block)
     if stage == 0:
-        return _Buffers(reducing=4.0 * min(total, REDUCE_ELEMENTS) if ranks > 1 else 0.0)
-    bucket_size = zero_setting(config, "reduce_bucket_size", REDUCE_ELEMENTS)
-    filled = 4.0 * min(total, bucket_size)
-    bucket = filled if on_cpu else 4.0 * bucket_size  # a host does not provide memory that is never written
+        reducing = 4.0 * min(total, REDUCE_ELEMENTS) if ranks > 1 else 0.0
+        return {
+            "loss": base + left + acts.kept + acts.loss,
+            "recomputation": base + left + recomputing,
+            "reduction": base + state.gradients + reducing,
+            "optimizer step": base + state.gradients,
+        }, reducing
+    bucket = _bucket(config, total, width, on_cpu)
     if stage == 3:
-        # Reduced from a copy of the bucket, with room for the padding and the result.
-        whole = _persistent(config.model, zero_setting(config, "param_persistence_threshold", _PERSISTENT))
-        live = min(total - whole, zero_setting(config, "max_live_parameters", LIVE_ELEMENTS))
-        # Prefetched weights arrive in one buffer and are copied out of it.
-        prefetched = min(total - whole, zero_setting(config, "prefetch_bucket_size", PREFETCH_ELEMENTS))
-        return _Buffers(lasting=bucket + 4.0 * whole, passing=4.0 * (live + prefetched), reducing=2 * filled)
-    return _Buffers(passing=bucket * (2 if config.train.overlap_comm else 1), reducing=filled)
+        whole = width * _persistent(model, zero_setting(config, "stage3_param_persistence_threshold", _PERSISTENT))
+        live, arriving = _gathered(config, width)
+        node_ranks = zero_setting(config, "zero_hpz_partition_size", 1)
+        second = width * total / node_ranks if node_ranks > 1 else 0.0
+        base += bucket + whole + second
+        shares = 4 * head / width / ranks if bf16 else 0.0  # the head's gradient, reduced, in float32
+        return {
+            "loss": base + live + acts.kept + acts.loss,
+            "first gradients": base + live + arriving + acts.kept + 2 * head + shares,
+            "gathering": base + live + block + acts.kept,
+            "recomputation": base + live + max(arriving, block) + recomputing,
+            "optimizer step": base + 4.0 * min(state.own, zero_setting(config, "sub_group_size", _UPDATED_ELEMENTS)),
+        }, bucket + whole + second + live + max(arriving, block)
+    if overlaps_reduction(config, stage):
+        bucket *= 2
+    base_and_left = base + left
+    if stage == 1:
+        # The gradients of this rank's part are copied together; float32 ones once more for the step.
+        step = state.own * (2 + 2 + 4 if bf16 else 4 + 4)
+        return {
+            "loss": base_and_left + (bucket if left else 0.0) + acts.kept + acts.loss,
+            "recomputation": base_and_left + (bucket if left else 0.0) + recomputing,
+            "reduction": base + state.gradients + width * state.own + bucket,
+            "optimizer step": base + step,
+        }, bucket
+    # A rank allocates its whole part of the gradients when the first of them arrives: on the rank that owns the last
+    # layers, while all activations are still held. Float32 ones are added to those of the micro-batches before.
+    early = state.gradients if not (bf16 and left) else 0.0
+    return {
+        "loss": base_and_left + acts.kept + acts.loss,
+        "first gradients": base_and_left + early + bucket + acts.kept + acts.head,
+        "recomputation": base_and_left + early + bucket + recomputing,
+        "optimizer step": base + state.gradients * (1 if bf16 else 2),
+    }, bucket
+
+
+def overlaps_reduction(config: Config, stage: int) -> bool:
+    """Returns whether gradients are reduced beside backward: by DeepSpeed's default at stage 3, never at stage 0."""
+    overlap = config.train.overlap_comm
+    return stage == 3 if overlap is None else overlap and stage > 0
+
+
+def _bucket(config: Config, total: int, width: int, on_cpu: bool) -> float:
+    """Returns the bytes of the buffer in which gradients are reduced, and of its copy for a wider reduction."""
+    size = zero_setting(config, "reduce_bucket_size", REDUCE_ELEMENTS)
+    filled = min(total, size)
+    copied = 4.0 * filled if reduced_bytes(config, width) > width else 0.0
+    return width * (filled if on_cpu else size) + copied  # a host does not provide memory that is never written
+
+
+def reduced_bytes(config: Config, width: int) -> int:
+    """Returns the bytes that a gradient has while it is reduced."""
+    return 4 if config.deepspeed.get("communication_data_type") == "fp32" else width
+
+
+def _gathered(config: Config, width: int) -> tuple[float, float]:
+    """Returns the bytes of the weights that ZeRO-3 holds gathered, and of those that arrive.
+
+    What arrives lies in one buffer and is copied out of it.
+    """
+    model = config.model
+    parts = _parameters(model) - _persistent(
+        model, zero_setting(config, "stage3_param_persistence_threshold", _PERSISTENT)
+    )
+    largest = max(model.vocab_size * model.d_model, _block(model))
+    live = max(largest, min(parts, zero_setting(config, "stage3_max_live_parameters", LIVE_ELEMENTS)))
+    blocks = max(0, parts - 2 * model.vocab_size * model.d_model)
+    arriving = min(blocks, zero_setting(config, "stage3_prefetch_bucket_size", PREFETCH_ELEMENTS))
+    return float(width * live), float(width * arriving)
+
+
+def _starting(model: ModelConfig, stage: int, ranks: int, width: int) -> float:
+    """Returns the bytes of host memory at start-up, beside what the process takes without a model.
+
+    Stages 1 and 2 flatten the weights there if the device has no room for them twice. At stage 3 a rank sees its share,
+    and one parameter at a time. What stage 0 builds is on the device.
+    """
+    total = _parameters(model)
+    if stage == 3:
+        return width * (total / ranks + model.vocab_size * model.d_model)
+    return float(width * total) if stage else 0.0
 
 
 def zero_setting(config: Config, key: str, default: int) -> int:
-    """Returns a DeepSpeed ZeRO setting that the config may pass through under its name or its alias for stage 3."""
-    given = config.deepspeed.get("zero_optimization", {})
-    return int(given.get(key, given.get(f"stage3_{key}", default)))
+    """Returns a DeepSpeed ZeRO setting of the config, or DeepSpeed's default."""
+    return int(config.deepspeed.get("zero_optimization", {}).get(key, default))
 
 
 def checkpoint_bytes(config: Config) -> int:
     """Returns the bytes of one checkpoint, all ranks together, without the kilobytes of its manifest and headers."""
-    model = config.model
-    return CHECKPOINT_BYTES * num_parameters(model.vocab_size, model.d_model, model.num_layers, model.d_ff)
+    return CHECKPOINT_BYTES * _parameters(config.model)
+
+
+def _parameters(model: ModelConfig) -> int:
+    return num_parameters(model.vocab_size, model.d_model, model.num_layers, model.d_ff)
+
+
+def _block(model: ModelConfig) -> int:
+    """Returns the elements of a block's weights."""
+    return 4 * model.d_model**2 + 3 * model.d_model * model.d_ff + 2 * model.d_model
 
 
 def _persistent(model: ModelConfig, threshold: int) -> int:
@@ -229,4 +261,4 @@ def _persistent(model: ModelConfig, threshold: int) -> int:
         (3 * model.num_layers, d * f),
         (2 * model.num_layers + 1, d),
     ]
-    return sum(count * size for count, size in sizes if size <= threshold)
+    return sum(count * size for count, size in sizes if size < threshold)

@@ -13,8 +13,8 @@ from typing import Any
 from pipeline.config.sections import Config
 from pipeline.plan.devices import GIB, Device
 from pipeline.plan.failure_model import Failures
-from pipeline.plan.memory import Memory, checkpoint_bytes, process_memory
-from pipeline.plan.step_time import ARITHMETIC, LINKS, Network, StepTime, overlaps, step_time
+from pipeline.plan.memory import Memory, checkpoint_bytes, overlaps_reduction, process_memory
+from pipeline.plan.step_time import ARITHMETIC, LINKS, Network, StepTime, step_time
 
 # On top of what PyTorch allocates: the context of CUDA or ROCm, NCCL's buffers, and what the allocator cannot use.
 RESERVE_BYTES = 1 * GIB
@@ -168,8 +168,9 @@ def _row(config: Config, nodes: int, cluster: Cluster) -> PlanRow:
 
 def _times(config: Config, device: Device, network: Network, batch: int) -> list[StepTime]:
     """Returns step times at the ends of the attainable ranges, fastest first; only the best links overlap."""
+    overlaps = overlaps_reduction(config, config.train.zero_stage)
     times = [
-        step_time(config, device, network, batch, arithmetic, links, overlaps(config) and links == max(LINKS))
+        step_time(config, device, network, batch, arithmetic, links, overlaps and links == max(LINKS))
         for arithmetic in ARITHMETIC
         for links in LINKS
     ]

@@ -6,12 +6,13 @@ lowest and the highest share of each rated figure that published runs have reach
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config.sections import Config
 from pipeline.model.flops import flops_per_token, num_parameters
+from pipeline.plan.activations import working_bytes
 from pipeline.plan.devices import Device
-from pipeline.plan.memory import LIVE_ELEMENTS, REDUCE_ELEMENTS, zero_setting
+from pipeline.plan.memory import LIVE_ELEMENTS, REDUCE_ELEMENTS, reduced_bytes, zero_setting
 
 # Attainable shares of the rated figures, (lowest, highest): arithmetic from 30% (Megatron-Turing NLG) to 55% (the best
 # of Chowdhery et al. 2022, table 3, and Touvron et al. 2023); links from what NCCL's tests reach.
@@ -20,8 +21,11 @@ LINKS = (0.60, 0.95)
 # Seconds that a message takes between ring neighbors: NCCL's tuning table, Ring/Simple.
 LATENCY_INTRA_S = 3.4e-6
 LATENCY_INTER_S = 14e-6
-# Bytes that the optimizer step moves per element: eight passes of optim/adamw.py and two of optim/clipping.py.
-UPDATE_BYTES = 92
+# Bytes that the optimizer step moves per element: the norm reads the gradient (4); the fused update reads and writes
+# weight and moments (24), reads the gradient and writes it back, divided (8). From stage 1 on, DeepSpeed also copies
+# gradients together (8) and the new float32 weight to the working weight (8 in float32, 6 in bf16).
+UPDATE_BYTES = 36
+UPDATE_BYTES_PARTITIONED = 52
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,15 @@ class Volumes:
     """Gradients at stage 3."""
     all_gather: tuple[float, int] = (0.0, 0)
     """Weights."""
+    node_all_gather: tuple[float, int] = (0.0, 0)
+    """Weights, gathered inside each node: for backward, with `zero_hpz_partition_size`."""
 
 
 def step_volumes(config: Config, micro_batches: int, stage: int | None = None) -> Volumes:
-    """Returns the collectives of one step, all in float32, as DeepSpeed runs them by default.
+    """Returns the collectives of one step, as DeepSpeed runs them by default.
+
+    Weights are gathered in their working dtype. Gradients are reduced in the same dtype, or in float32 if
+    `communication_data_type` says so.
 
     Stages 0 and 1 reduce gradients once per step, 2 and 3 after every micro-batch. Stages 1 and 2 all-reduce their
     buckets (`use_multi_rank_bucket_allreduce`) and gather the weights after the update. Stage 3 gathers the weights for
@@ -85,25 +94,24 @@ def step_volumes(config: Config, micro_batches: int, stage: int | None = None) -
     stage = config.train.zero_stage if stage is None else stage
     model = config.model
     total = num_parameters(model.vocab_size, model.d_model, model.num_layers, model.d_ff)
-    size = 4.0 * total
+    width = working_bytes(config, stage)
+    size, reduced = float(width * total), float(reduced_bytes(config, width) * total)
     if stage == 0:
-        return Volumes(all_reduce=(size, -(-total // REDUCE_ELEMENTS)))
+        return Volumes(all_reduce=(reduced, -(-total // REDUCE_ELEMENTS)))
     buckets = -(-total // zero_setting(config, "reduce_bucket_size", REDUCE_ELEMENTS))
     if stage < 3:
         times = micro_batches if stage == 2 else 1
-        return Volumes(all_reduce=(times * size, times * buckets), all_gather=(size, buckets))
+        return Volumes(all_reduce=(times * reduced, times * buckets), all_gather=(size, buckets))
     kept = total <= min(
-        zero_setting(config, key, LIVE_ELEMENTS) for key in ("max_live_parameters", "max_reuse_distance")
+        zero_setting(config, key, LIVE_ELEMENTS) for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance")
     )
-    gathers = micro_batches * (1 if kept else 2)
-    calls = gathers * (1 if kept else model.num_layers + 2)
-    return Volumes(reduce_scatter=(micro_batches * size, micro_batches * buckets), all_gather=(gathers * size, calls))
-
-
-def overlaps(config: Config) -> bool:
-    """Returns whether collectives run beside backward: by DeepSpeed's default at stage 3, never at stage 0."""
-    train = config.train
-    return train.zero_stage == 3 if train.overlap_comm is None else train.overlap_comm
+    once = (micro_batches * size, micro_batches * (1 if kept else model.num_layers + 2))
+    scattered = (micro_batches * reduced, micro_batches * buckets)
+    if kept:
+        return Volumes(reduce_scatter=scattered, all_gather=once)
+    if zero_setting(config, "zero_hpz_partition_size", 1) > 1:
+        return Volumes(reduce_scatter=scattered, all_gather=once, node_all_gather=once)
+    return Volumes(reduce_scatter=scattered, all_gather=(2 * once[0], 2 * once[1]))
 
 
 @dataclass(frozen=True)
@@ -143,16 +151,22 @@ def step_time(
     shape = (model.d_model, model.num_layers, model.d_ff)
     share = batch_size // network.ranks
     per_token = flops_per_token(model.vocab_size, model.context_length, *shape)
-    # Recomputing forward adds a third; the published shares count useful work only.
-    recomputed = 4 / 3 if train.activation_checkpointing else 1.0
+    # Recomputing all of forward adds a third, selectively next to nothing; the published shares count useful work only.
+    recomputed = 4 / 3 if train.activation_checkpointing == "full" else 1.0
     compute = per_token * recomputed * share * model.context_length / (device.flops_per_s(train.precision) * arithmetic)
     own = num_parameters(model.vocab_size, *shape) / (network.ranks if train.zero_stage else 1)
-    update = UPDATE_BYTES * own / (device.memory_gb_per_s * 1e9)
+    moved = UPDATE_BYTES_PARTITIONED if train.zero_stage else UPDATE_BYTES
+    update = moved * own / (device.memory_gb_per_s * 1e9)
     volumes = step_volumes(config, share // train.micro_batch_size)
+    node = replace(network, nodes=1)
+    rings = (
+        (volumes.all_reduce, 2, network),
+        (volumes.reduce_scatter, 1, network),
+        (volumes.all_gather, 1, network),
+        (volumes.node_all_gather, 1, node),
+    )
     communication = sum(
-        passes * calls * network.ring_s(size / calls, links)
-        for (size, calls), passes in ((volumes.all_reduce, 2), (volumes.reduce_scatter, 1), (volumes.all_gather, 1))
-        if calls
+        passes * calls * where.ring_s(size / calls, links) for (size, calls), passes, where in rings if calls
     )
     exposed = max(0.0, communication - compute) if overlaps else communication
     return StepTime(compute, update, communication, compute + update + exposed)

@@ -7,21 +7,29 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.load import load_config
-from pipeline.plan.memory import BytesPerParameter, model_state, process_memory
+from pipeline.plan.activations import activations
+from pipeline.plan.memory import BytesPerParameter, _starting, checkpoint_bytes, model_state, process_memory
 from pipeline.plan.step_time import step_volumes
 from tests import experiment, processes
 from tests.plan.measure import measure
+from tests.plan.published import llama
 
 # Large enough that kilobytes of bookkeeping do not count. A step fills the bucket: memory that is never written takes
 # nothing from a host, and the measurement cannot tell.
 SHAPE = {
-    "model.vocab_size": 512, "model.context_length": 64, "model.d_model": 192, "model.num_layers": 4,
-    "model.num_heads": 4, "model.d_ff": 512, "train.batch_size": 8, "train.micro_batch_size": 2,
-    "deepspeed.zero_optimization.reduce_bucket_size": 200_000,
+    "model.vocab_size": 4096, "model.context_length": 64, "model.d_model": 192, "model.num_layers": 4,
+    "model.num_heads": 4, "model.d_ff": 512, "train.batch_size": 4, "train.micro_batch_size": 2,
+    "train.loss_chunk_tokens": 32, "deepspeed.zero_optimization.reduce_bucket_size": 200_000,
 }  # fmt: skip
 AGREED = range(64)  # bytes of the numbers that ranks reduce in every step: loss, norm, flags
-RECOMPUTED = "train.activation_checkpointing=true"
+BF16 = "train.precision=bf16"
+SEVERAL = "train.batch_size=8"  # two micro-batches
 GATHERED = "deepspeed.zero_optimization.stage3_param_persistence_threshold=1000"
+SPARING = [
+    f"deepspeed.zero_optimization.stage3_{key}=0"
+    for key in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+]
+LONG = ["model.vocab_size=512", "model.context_length=512", "train.micro_batch_size=1", "train.batch_size=2"]
 
 
 def test_memory_of_the_zero_paper():
@@ -34,11 +42,19 @@ def test_memory_of_the_zero_paper():
 @pytest.mark.parametrize(
     ("moment", "overrides"),
     [
-        ("backward", ["train.zero_stage=0", "train.precision=bf16"]),
-        ("reduction", ["train.zero_stage=0", "train.batch_size=4", "model.context_length=16"]),
-        ("recomputation", ["train.zero_stage=1", RECOMPUTED]),
-        ("first gradients", ["train.zero_stage=2"]),
-        ("backward", ["train.zero_stage=3", GATHERED]),
+        ("loss", ["train.zero_stage=0", BF16, SEVERAL]),
+        ("reduction", ["train.zero_stage=0"]),
+        ("reduction", ["train.zero_stage=1"]),
+        ("loss", ["train.zero_stage=1", BF16]),
+        ("first gradients", ["train.zero_stage=2", SEVERAL]),
+        ("first gradients", ["train.zero_stage=2", BF16]),
+        ("loss", ["train.zero_stage=2", BF16, SEVERAL]),
+        ("first gradients", ["train.zero_stage=3", GATHERED]),
+        ("loss", ["train.zero_stage=3", GATHERED, BF16, SEVERAL]),
+        ("loss", ["train.zero_stage=3", GATHERED, BF16, *SPARING]),
+        ("optimizer step", ["train.zero_stage=2", "train.activation_checkpointing=full"]),
+        ("recomputation", ["train.zero_stage=2", "train.activation_checkpointing=full", *LONG]),
+        ("recomputation", ["train.zero_stage=3", GATHERED, BF16, "train.activation_checkpointing=selective", *LONG]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -52,3 +68,29 @@ def test_an_engine_holds_the_memory_and_sends_the_bytes_of_the_plan(moment: str,
     assert memory.peak - memory.host == pytest.approx(max(rank["peak"] for rank in found), rel=0.03)
     micro_batches = config.train.batch_size // (2 * config.train.micro_batch_size)
     assert found[0]["all_reduce"] - step_volumes(config, micro_batches).all_reduce[0] in AGREED
+
+
+def test_logits_take_no_more_than_a_chunk_of_tokens():
+    """Beyond the head's weight and gradient, another vocabulary only changes the chunk."""
+    few, many = (
+        activations(llama("7B", zero_stage=3, micro_batch_size=size, activation_checkpointing="full"), 3)
+        for size in (1, 16)
+    )
+    assert many.loss - few.loss == pytest.approx(15 * 2 * 2 * 4096 * 2048), "the normed input and its gradient"
+
+
+def test_recomputing_more_keeps_less():
+    kept = [
+        activations(llama("7B", zero_stage=3, activation_checkpointing=mode), 3).kept
+        for mode in ("none", "selective", "full")
+    ]
+    assert kept[0] > 1.5 * kept[1] > 3 * kept[2]
+
+
+def test_a_start_at_stage_3_needs_the_share_and_one_parameter_of_host_memory():
+    """The copy of a save, which is pinned once training begins, is larger."""
+    config, ranks = llama("65B", zero_stage=3), 128
+    parameters = checkpoint_bytes(config) / 12
+    assert _starting(config.model, 3, ranks, 2) == pytest.approx(2 * (parameters / ranks + 32000 * 8192))
+    assert process_memory(config, ranks).host == 12 * parameters / ranks
+    assert _starting(config.model, 2, ranks, 2) == 2 * parameters, "DeepSpeed flattens all weights of each rank"

@@ -1,0 +1,84 @@
+"""What forward and backward of a micro-batch take in memory beside the model's state (docs/scaling.md).
+
+Counted from model/layers.py and model/chunked_loss.py. tests/plan/test_memory.py measures the sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config.sections import Config
+
+_RNG_STATE = 5056  # bytes; PyTorch keeps one per checkpointed block
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that one micro-batch takes on top of the model's state."""
+
+    kept: float
+    """What the blocks and the last norm keep for backward."""
+    loss: float
+    """What the loss in chunks needs beside it: the gradient of the head in float32, and the logits of a chunk."""
+    head: float
+    """What of the loss is still there when backward begins, as the gradient of the head arrives."""
+    recomputing: float
+    """Everything present while backward recomputes the last block; 0 without activation checkpointing."""
+
+    @property
+    def peak(self) -> float:
+        """The most at any one time."""
+        return max(self.kept + self.loss, self.recomputing)
+
+
+def working_bytes(config: Config, stage: int) -> int:
+    """Returns the bytes of a working weight: at stage 0 bf16 is autocast around float32 weights."""
+    return 2 if config.train.precision == "bf16" and stage > 0 else 4
+
+
+def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations:
+    """Returns what a micro-batch takes, without torch.compile, which keeps less.
+
+    Per token, a block keeps the inputs of its two norms, the inputs of its linear maps, q, k and v, the attention's
+    result twice, and four tensors of the feed-forward's width. With bf16 weights all of them are bf16. Under autocast
+    the residual stream and the norms stay float32, and each linear map has a bf16 copy of its input and of its weight.
+
+    Args:
+        config: The experiment.
+        stage: ZeRO stage, which decides between bf16 weights and autocast.
+        on_cpu: A CPU has no fused norm, which keeps its input only, and adds a product through copies.
+    """
+    model, train = config.model, config.train
+    bf16 = train.precision == "bf16"
+    autocast = bf16 and stage == 0
+    width = 2 if bf16 else 4
+    stream = 4 if autocast else width
+    d, f, layers, heads, vocab = model.d_model, model.d_ff, model.num_layers, model.num_heads, model.vocab_size
+    tokens = train.micro_batch_size * model.context_length
+    norm = ((8 if on_cpu else stream) * d + 4) * tokens
+    inputs = (10 if autocast else 2 * width) * d
+    block = 2 * norm + (inputs + 5 * width * d + 4 * width * f + 4 * heads) * tokens
+    weight_copies = 2 * (4 * d * d + 3 * d * f) if autocast else 0
+    per_block = {
+        "none": block + weight_copies,
+        "full": stream * d * tokens + _RNG_STATE,
+        # The input, and the results of the seven matrix products and of attention.
+        "selective": (stream * d + 6 * width * d + 2 * width * f + 4 * heads) * tokens + _RNG_STATE,
+    }[train.activation_checkpointing]
+    ids = 16 * tokens  # inputs and targets
+    kept = layers * per_block + norm + ids
+    chunk = vocab * min(train.loss_chunk_tokens, tokens)
+    gradient = 4 * vocab * d
+    # The sum of the head's gradient grows in place in float32; in bf16 each chunk's product exists beside it.
+    product = (gradient + 2 * vocab * d if on_cpu else gradient) if bf16 else 0
+    # Logits, their float32 log-softmax, and the errors of the chunk before.
+    logits = (4 + 2 * width) * chunk
+    rows = 2 * stream * d * tokens  # the normed input and its gradient
+    copy = 2 * vocab * d if autocast else 0
+    loss = rows + gradient + copy + max(logits, width * chunk + product)
+    head = gradient + (2 * vocab * d if bf16 and not autocast else 0)
+    recomputing = 0.0
+    if train.activation_checkpointing != "none":
+        # The block, the gradients that pass back through it, and its copies.
+        recomputing = kept + block + weight_copies + (2 * stream * d + width * f) * tokens
+    return Activations(kept, loss, head, recomputing)
