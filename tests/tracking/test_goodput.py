@@ -216,6 +216,11 @@ def test_every_second_belongs_to_exactly_one_part(count):
     assert found.wall_s == pytest.approx(events[:count][-1]["time"])
 
 
+def test_a_repeat_of_no_length_hides_no_stall():
+    events = [event(0, "submitted"), attempt(10, 10), event(10, "started"), event(40, "repeating")]
+    assert parts(*events, event(40, "failed", stall_s=3.0)) == {"queue": 10, "training": 27, "checkpoint": 3}
+
+
 def test_a_tracker_writes_the_events_that_goodput_needs(tmp_path):
     run, config = make_run(tmp_path, "none")
     append(run.events_file, Submitted())

@@ -45,6 +45,7 @@ def test_the_page_is_complete_and_loads_nothing_from_outside(tmp_path):
     own = without_script(page)
     assert "Content-Security-Policy" in own and "default-src 'none'" in own
     assert not re.search(r'(?:src|href)\s*=\s*"(?!data:)', own)
+    assert '"displaylogo": true' not in own  # it links to plotly's site
     for text in ("Loss", "Learning rate", "Gradient norm", "Throughput", "Goodput", "Time of a step", "config.yaml",
                  "Provenance", "Starts, stops and incidents", "0123abc", "step_00000040"):  # fmt: skip
         assert text in own
