@@ -77,7 +77,6 @@ def test_debootstrap_uses_the_mirror_of_this_machine_s_release(tmp_path: Path, m
     file = tmp_path / "mine.args"
     file.write_text("BOOTSTRAP=debootstrap\nFROM=debian:bookworm\nACCELERATOR=cpu\n")
     monkeypatch.setattr("platform.freedesktop_os_release", lambda: {"ID": "debian", "VERSION_CODENAME": "bookworm"})
-    monkeypatch.setattr(Path, "exists", lambda self: True)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     (tmp_path / "debootstrap").touch(mode=0o755)
     apt = tmp_path / "apt-get"

@@ -73,10 +73,10 @@ def test_words_are_forgotten_when_memory_has_grown_and_not_too_often(monkeypatch
 
 def test_memory_is_given_back_once_no_worker_uses_the_old_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    monkeypatch.setattr(memory, "resident_bytes", lambda: 1 << 40)
+    sizes = iter([0, 1 << 40])  # at the start, and after the first chunk
+    monkeypatch.setattr(memory, "resident_bytes", lambda: next(sizes))
     monkeypatch.setattr(memory, "return_freed_memory", lambda: events.append("given back"))
     caches = WordCaches(SimpleNamespace(clear_caches=lambda: events.append("forgotten")), workers=3)  # type: ignore[arg-type]
-    caches._limit = 0
     caches.encoded(1 << 30)
     for _ in range(4):
         caches.encoded(1)
