@@ -67,6 +67,15 @@ def test_a_request_that_sbatch_would_accept_is_not_refused(
     assert "--exact" in cluster.calls("sinfo")[0]
 
 
+@pytest.mark.parametrize(("limit", "minutes"), [("2-03:30:00", 3090), ("5:30:00", 330), ("45:00", 45)])
+def test_every_part_of_a_partition_s_time_limit_counts(
+    limit: str, minutes: int, run_and_config: Any, cluster: FakeSlurm
+):
+    cluster.says("sinfo", f"main*|4|8|64000|{limit}|(null)|up\n", call=1)
+    found = checks(run_and_config, time_limit_min=minutes + 1)["request of train"]
+    assert found.status == "failed" and f"main has {minutes}" in found.found
+
+
 def test_nodes_that_are_down_are_a_warning_where_too_few_are_left(run_and_config: Any, cluster: FakeSlurm):
     found = checks(run_and_config, nodes=3)["request of train"]
     assert found.status == "warning" and "2 of the 4" in found.found

@@ -58,3 +58,13 @@ def test_an_error_names_a_missing_or_torn_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=r"one.safetensors: .*damaged"):
         load_checkpoint(path, *trained(0, 0))
+
+
+def test_a_slash_in_the_name_of_a_moment_is_part_of_the_name(tmp_path: Path) -> None:
+    weight = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(weight.parameters(), lr=0.1)
+    optimizer.state[weight.weight]["moments/first"] = torch.tensor([1.0, 2.0])
+    save_checkpoint(weight, optimizer, 1, tmp_path / "one.safetensors")
+    other = torch.optim.SGD(weight.parameters(), lr=0.1)
+    load_checkpoint(tmp_path / "one.safetensors", weight, other)
+    assert other.state[weight.weight]["moments/first"].tolist() == [1.0, 2.0]

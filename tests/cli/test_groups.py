@@ -37,3 +37,12 @@ def test_logs_end_with_what_was_printed_unless_they_are_followed(monkeypatch, ca
     assert command("logs", "RUN") == 0
     assert command("logs", "RUN", "-f", "--rank", "3") == 0
     assert capsys.readouterr().out == "printed by 0\nfollowed 3\n"
+
+
+def test_an_export_is_registered_only_where_a_name_is_given(monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.run.folder.open_run", lambda path: path)
+    monkeypatch.setattr("pipeline.commands.export.export_run", lambda run, form, step, output: f"{run}/export")
+    monkeypatch.setattr("pipeline.tracking.upload.sync.register_export", lambda run, written, name: f"7 of {written}")
+    assert command("export", "RUN") == 0
+    assert command("export", "RUN", "--register", "mine") == 0
+    assert capsys.readouterr().out == "RUN/export\nRUN/export\nmine: version 7 of RUN/export\n"

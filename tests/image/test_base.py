@@ -70,3 +70,19 @@ def test_debootstrap_is_found_outside_a_users_path_and_a_mirror_of_the_file_is_u
     (tmp_path / "sbin").mkdir()
     (tmp_path / "sbin" / "debootstrap").touch(mode=0o755)
     assert read_base(str(file), ROOT).arguments["MIRROR"] == "http://mirror"
+
+
+def test_debootstrap_uses_the_mirror_of_this_machine_s_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The archive of security updates lacks the base packages."""
+    file = tmp_path / "mine.args"
+    file.write_text("BOOTSTRAP=debootstrap\nFROM=debian:bookworm\nACCELERATOR=cpu\n")
+    monkeypatch.setattr("platform.freedesktop_os_release", lambda: {"ID": "debian", "VERSION_CODENAME": "bookworm"})
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path / "debootstrap").touch(mode=0o755)
+    apt = tmp_path / "apt-get"
+    apt.write_text("#!/bin/sh\necho http://security bookworm-security main\necho http://mirror bookworm main\n")
+    apt.chmod(0o755)
+    assert read_base(str(file), ROOT).arguments["MIRROR"] == "http://mirror"
+    apt.write_text("#!/bin/sh\necho http://security bookworm-security main\n")
+    with pytest.raises(UsageError, match="mine.args: .*MIRROR="):
+        read_base(str(file), ROOT)

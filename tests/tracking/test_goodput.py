@@ -7,7 +7,18 @@ from rich.console import Console
 from pipeline.launch.watch.status import statuses
 from pipeline.launch.watch.status_view import view
 from pipeline.run import journal
-from pipeline.run.events import Checkpointed, EventLog, Finished, Preempted, Resumed, Started, Submitted, append, parse
+from pipeline.run.events import (
+    Checkpointed,
+    EventLog,
+    Finished,
+    Preempted,
+    Repeating,
+    Resumed,
+    Started,
+    Submitted,
+    append,
+    parse,
+)
 from pipeline.tracking.goodput import goodput, split
 from tests.tracking.support import begin, make_run
 
@@ -205,6 +216,11 @@ def test_every_second_belongs_to_exactly_one_part(count):
     assert found.wall_s == pytest.approx(events[:count][-1]["time"])
 
 
+def test_a_repeat_of_no_length_hides_no_stall():
+    events = [event(0, "submitted"), attempt(10, 10), event(10, "started"), event(40, "repeating")]
+    assert parts(*events, event(40, "failed", stall_s=3.0)) == {"queue": 10, "training": 27, "checkpoint": 3}
+
+
 def test_a_tracker_writes_the_events_that_goodput_needs(tmp_path):
     run, config = make_run(tmp_path, "none")
     append(run.events_file, Submitted())
@@ -235,6 +251,15 @@ def test_a_tracker_writes_the_events_that_goodput_needs(tmp_path):
     assert [(a["number"], a["step"], a["reached"]) for a in attempts] == [(1, 0, 0), (2, 5, 10)]
     found = goodput(run, EventLog.load(run.events_file))
     assert found.queue_s == 0 and found.startup_s > 0  # this process began long before the run was submitted
+
+
+def test_a_rollback_to_the_newest_step_repeats_nothing(tmp_path):
+    run, config = make_run(tmp_path, "none")
+    tracker = begin(run, config)
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.rewind(1)
+    tracker.close("FINISHED")
+    assert not EventLog.load(run.events_file).of(Repeating)
 
 
 def test_status_shows_goodput_as_text_and_as_json(tmp_path, capsys):

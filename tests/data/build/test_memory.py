@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -68,6 +69,19 @@ def test_words_are_forgotten_when_memory_has_grown_and_not_too_often(monkeypatch
     assert len(forgotten) == 1
     caches.encoded(4_000_000)
     assert len(forgotten) == 2
+
+
+def test_memory_is_given_back_once_no_worker_uses_the_old_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sizes = iter([0, 1 << 40])  # at the start, and after the first chunk
+    monkeypatch.setattr(memory, "resident_bytes", lambda: next(sizes))
+    monkeypatch.setattr(memory, "return_freed_memory", lambda: events.append("given back"))
+    caches = WordCaches(SimpleNamespace(clear_caches=lambda: events.append("forgotten")), workers=3)  # type: ignore[arg-type]
+    caches.encoded(1 << 30)
+    for _ in range(4):
+        caches.encoded(1)
+        events.append("chunk")
+    assert events == ["forgotten", "chunk", "chunk", "given back", "chunk", "chunk"]
 
 
 def test_memory_is_given_back_where_words_are_forgotten() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.data.build.build import prepare
 from pipeline.errors import DataError
+from pipeline.files import read_json, write_json
 from tests.data.every_kind import config_of_every_kind
 from tests.data.helpers import dataset_digest, write
 
@@ -56,3 +57,25 @@ def test_foreign_files_in_the_folder_stay(tmp_path: Path) -> None:
         write(file, b"x")
     prepare(made)
     assert all(file.exists() for file in kept) and not any(file.exists() for file in ours)
+
+
+def test_a_leftover_that_cannot_be_removed_does_not_fail_the_build(tmp_path: Path) -> None:
+    left = tmp_path / "out" / "slices" / ".000000-00000.0123456789ab.tmp"
+    write(left, b"a file, where a killed process leaves a folder")
+    prepare(config_of_every_kind(tmp_path, "out"))
+    assert left.exists() and (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_slices_of_a_version_that_did_not_count_lost_bytes_lost_none(tmp_path: Path) -> None:
+    made = config_of_every_kind(tmp_path, "out", max_bad_fraction=0.0)
+    prepare(made)
+    manifest = tmp_path / "out" / "manifest.json"
+    before = manifest.read_bytes()
+    for file in (tmp_path / "out" / "slices").glob("*/slice.json"):
+        record = read_json(file)
+        for piece in record["pieces"]:
+            del piece["lost"]
+        write_json(file, record)
+    manifest.unlink()
+    prepare(made)
+    assert manifest.read_bytes() == before

@@ -15,6 +15,7 @@ from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
 from pipeline.files import write_json
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import RankEnded
+from pipeline.run.events import Cancelled, EventLog
 from pipeline.run.folder import Run
 from tests.launch.support import ROOT, SITE, FakeSlurm, events, make_run
 
@@ -75,6 +76,17 @@ def test_a_command_that_dies_of_the_signal_before_it_listens_has_stopped_and_not
     rank.send_signal(number)
     assert rank.wait(30) == EXIT_STOPPED
     assert notes(run) == [("rank_stopped", EXIT_STOPPED)]
+
+
+@pytest.mark.parametrize(("state", "recorded"), [("CANCELLED by 0", ["7"]), ("PREEMPTED", [])])
+def test_a_cancellation_is_recorded_and_a_preemption_is_not(
+    run: Run, slurm: FakeSlurm, state: str, recorded: list[str]
+):
+    slurm.says("sacct", f"7|{state}|n1|tiny-train\n")
+    rank = start(run, "trap 'exit 85' TERM; echo ready; while :; do sleep 0.05; done")
+    rank.send_signal(signal.SIGTERM)
+    assert rank.wait(30) == EXIT_STOPPED
+    assert [event.job for event in EventLog.load(run.events_file).of(Cancelled)] == recorded
 
 
 @pytest.mark.timing

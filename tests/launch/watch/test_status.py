@@ -14,6 +14,7 @@ import pytest
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import Job
 from pipeline.launch.watch.status import RunStatus, find_runs, statuses
+from pipeline.run import journal
 from pipeline.run.events import Finished, GaveUp, Requeued, Resumed, Submitted, append
 from pipeline.run.folder import Run
 from tests.launch.support import ROOT, FakeSlurm, make_run, pipeline
@@ -164,6 +165,14 @@ def test_a_damaged_config_does_not_hide_the_other_runs(run: Run, tmp_path: Path,
     done = pipeline(tmp_path, "status", slurm=slurm)
     assert done.status == 0 and "runs/tiny" in done.out
     assert "unknown" in next(line for line in done.out.splitlines() if "runs/torn" in line)
+
+
+def test_a_running_training_ends_after_the_steps_that_are_left_at_the_pace_of_the_last_ten(run: Run, slurm: FakeSlurm):
+    lines = ({"step": n, "time": n, "train/loss": 1.0, "time/step_s": 9 if n < 81 else 2} for n in range(91))
+    run.metrics_file.write_bytes(b"".join(map(journal.encode, lines)))
+    slurm.says("squeue", "102|RUNNING|None|n1|30:00|tiny-train\n")
+    found = status()
+    assert (found.step, found.eta_s) == (90, pytest.approx(20))
 
 
 @pytest.mark.slow

@@ -45,6 +45,7 @@ def test_the_page_is_complete_and_loads_nothing_from_outside(tmp_path):
     own = without_script(page)
     assert "Content-Security-Policy" in own and "default-src 'none'" in own
     assert not re.search(r'(?:src|href)\s*=\s*"(?!data:)', own)
+    assert '"displaylogo": true' not in own  # it links to plotly's site
     for text in ("Loss", "Learning rate", "Gradient norm", "Throughput", "Goodput", "Time of a step", "config.yaml",
                  "Provenance", "Starts, stops and incidents", "0123abc", "step_00000040"):  # fmt: skip
         assert text in own
@@ -144,3 +145,11 @@ def test_a_run_in_the_working_folder_keeps_its_name(tmp_path, monkeypatch):
         monkeypatch.chdir(folder)
         assert open_run(place).name == "try"
     assert "<h1>try</h1>" in without_script(write_report([open_run("..")]).read_text())
+
+
+def test_a_run_of_half_a_second_has_a_bar_and_a_run_without_time_has_none():
+    accounts = {"short": Goodput(training_s=0.4, startup_s=0.1), "new": Goodput()}
+    figure = goodput_chart([Series(name, {}, (), account) for name, account in accounts.items()])
+    assert {bar.name: (bar.y, bar.x) for bar in figure.data} == {
+        "startup": (("short",), (20.0,)), "training": (("short",), (80.0,)),
+    }  # fmt: skip

@@ -1,7 +1,12 @@
 """How the backlog on disk is split into batches and rounds."""
 
+import threading
+
+import pytest
+
 from pipeline.run import journal
 from pipeline.tracking import upload_state
+from pipeline.tracking.upload import uploader
 from pipeline.tracking.upload.feed import Feed, UploadLock
 from pipeline.tracking.upload.store import Store, resolve_uri
 from tests.tracking.support import begin, log_steps, make_run, of_journal, of_mlflow, wait_for
@@ -97,3 +102,15 @@ def test_a_lock_that_cannot_be_taken_for_a_moment_does_not_end_the_uploader(fold
     tracker.close("FINISHED")
     assert of_mlflow(run, config) == of_journal(run)
     assert "Input/output error" in caplog.text
+
+
+def test_sending_a_backlog_leaves_training_the_machine_most_of_the_time(folder, monkeypatch):
+    run, config = make_run(folder)
+    closing = threading.Event()
+    monkeypatch.setattr(uploader, "_PAUSE_S", (2.0, 30.0))
+    pauses = []
+    monkeypatch.setattr(closing, "wait", pauses.append)
+    sending = uploader.Uploader(run, config, resolve_uri(f"sqlite:///{folder}/mlflow.db"), closing)
+    for took_s in (0.5, 1000.0):
+        assert not sending._rest(took_s)
+    assert pauses == [pytest.approx(2.0), 30.0]

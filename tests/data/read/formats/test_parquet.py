@@ -9,12 +9,14 @@ import pyarrow.parquet
 import pytest
 
 from pipeline.data.build.build import prepare
+from pipeline.data.layout import MANIFEST
 from pipeline.data.read.bad_records import BadRecordPolicy
 from pipeline.data.read.chunks import CHUNK_BYTES, Chunk, ChunkBuilder
 from pipeline.data.read.formats.parquet import Parquet
 from pipeline.data.read.sources import SourceFile, find_files
 from pipeline.data.read.task import Part, TaskFile
 from pipeline.errors import DataError
+from pipeline.files import read_json
 from tests.data.helpers import (
     COMPRESS,
     FORMAT_TEXTS,
@@ -149,3 +151,17 @@ def test_parquet_gives_its_documents_from_row_groups_of_any_size(tmp_path: Path,
         assert built_texts(tmp_path, plain) == FORMAT_TEXTS
         slices = list((tmp_path / "out" / "slices").iterdir())
         assert len(slices) > 3
+
+
+def test_every_text_of_a_file_counts_in_its_digest(tmp_path: Path) -> None:
+    digests = set()
+    for changed in (None, 0, 3, 7):
+        texts = [f"text {i}" for i in range(8)]
+        if changed is not None:
+            texts[changed] = texts[changed].upper()
+        path = write_parquet(tmp_path / "a.parquet", texts)
+        out = tmp_path / f"out-{changed}"
+        prepare(config(out, [one_source(path)]))
+        [source] = read_json(out / MANIFEST)["sources"]
+        digests.add(source["files"][0]["sha256"])
+    assert len(digests) == 4
