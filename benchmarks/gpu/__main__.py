@@ -38,10 +38,19 @@ def main() -> int:
         parser.error("PyTorch sees no GPU here; --device cpu --tiny runs the kit on a CPU")
     end, errors = time.monotonic() + 60 * args.minutes, list[str]()
     with group.process_group(World(), device):
-        verdicts = list(_run(all_checks(device), end, errors, _show_verdict))
-        speeds = list(_run(all_speeds(device, args.tiny), end, errors, _show_speed))
-    _table(speeds)
-    _write(args.out, device, verdicts, speeds, errors)
+        group.bind_device(device)
+        record = _Record(args.out, device, errors)
+        for verdict in _run(all_checks(device), end, errors):
+            print(f"{'ok    ' if verdict.passed else 'FAILED'} {verdict.name}: {verdict.found}", flush=True)
+            record.verdicts.append(verdict)
+            record.write()
+        for speed in _run(all_speeds(device, args.tiny), end, errors):
+            print(f"{speed.size}, {speed.way}: {speed.tokens_per_s:,.0f} tokens/s", flush=True)
+            record.speeds.append(speed)
+            record.write()
+    _table(record.speeds)
+    verdicts, speeds = record.verdicts, record.speeds
+    record.write()
     failed = [v.name for v in verdicts if not v.passed]
     print(f"{len(verdicts) - len(failed)} of {len(verdicts)} checks passed, {len(speeds)} measurements")
     for line in [*failed, *errors]:
@@ -49,7 +58,7 @@ def main() -> int:
     return 1 if failed or errors else 0
 
 
-def _run(calls: Iterator[Callable[[], T]], end: float, errors: list[str], show: Callable[[T], None]) -> Iterator[T]:
+def _run(calls: Iterator[Callable[[], T]], end: float, errors: list[str]) -> Iterator[T]:
     """Yields the results; one that raises is noted, and so are those for which no time is left."""
     late = 0
     for call in calls:
@@ -57,24 +66,12 @@ def _run(calls: Iterator[Callable[[], T]], end: float, errors: list[str], show: 
             late += 1
             continue
         try:
-            result = call()
+            yield call()
         except Exception as error:  # the kit says what fails on a new machine, all of it
             traceback.print_exc()
             errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-            continue
-        show(result)
-        yield result
     if late:
         errors.append(f"{late} for lack of time; --minutes gives more")
-
-
-def _show_verdict(verdict: Verdict) -> None:
-    print(f"{'ok    ' if verdict.passed else 'FAILED'} {verdict.name}: {verdict.found}", flush=True)
-
-
-def _show_speed(speed: Speed) -> None:
-    mfu = f", MFU {speed.mfu:.1%}" if speed.mfu is not None else ""
-    print(f"{speed.size}, {speed.way}: {speed.tokens_per_s:,.0f} tokens/s{mfu}, {speed.peak_gib:.2f} GiB", flush=True)
 
 
 def _table(speeds: list[Speed]) -> None:
@@ -86,20 +83,35 @@ def _table(speeds: list[Speed]) -> None:
     Console(width=120).print(table)
 
 
-def _write(out: Path, device: torch.device, verdicts: list[Verdict], speeds: list[Speed], errors: list[str]) -> None:
-    provenance = collect_provenance()
-    record: dict[str, Any] = {
-        "benchmark": "gpu",
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": provenance["git"],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "packages": provenance["packages"],
-        "checks": [vars(verdict) for verdict in verdicts],
-        "speeds": as_rows(speeds),
-        "errors": errors,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=2) + "\n")
+class _Record:
+    """The results so far, written after each, so that an end of the allocation loses none.
+
+    Args:
+        out: The file.
+        device: What was measured.
+        errors: What failed.
+    """
+
+    def __init__(self, out: Path, device: torch.device, errors: list[str]) -> None:
+        self.verdicts: list[Verdict] = []
+        self.speeds: list[Speed] = []
+        self._out, self._errors, self._provenance = out, errors, collect_provenance()
+        self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+    def write(self) -> None:
+        """Writes everything measured until now."""
+        record: dict[str, Any] = {
+            "benchmark": "gpu",
+            "date": datetime.now(UTC).date().isoformat(),
+            "commit": self._provenance["git"],
+            "device": self._device,
+            "packages": self._provenance["packages"],
+            "checks": [vars(verdict) for verdict in self.verdicts],
+            "speeds": as_rows(self.speeds),
+            "errors": self._errors,
+        }
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        self._out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
