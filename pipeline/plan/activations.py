@@ -79,6 +79,11 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
     head = gradient + (2 * vocab * d if bf16 and not autocast else 0)
     recomputing = 0.0
     if train.activation_checkpointing != "none":
-        # The block, the gradients that pass back through it, and its copies.
-        recomputing = kept + block + weight_copies + (2 * stream * d + width * f) * tokens
+        # The block without what is kept of it, its copies, and the gradients that pass back through it; the last norm
+        # is done with.
+        same = 0 if on_cpu and stream == 2 else stream * d  # the norm's input
+        if train.activation_checkpointing == "selective":
+            same += 2 * width * d + 2 * width * f + 4 * heads
+        passing = 2 * stream * d + width * f
+        recomputing = kept - norm + block + weight_copies + (passing - same) * tokens
     return Activations(kept, loss, head, recomputing)
