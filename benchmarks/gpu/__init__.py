@@ -1,4 +1,4 @@
-"""The acceptance kit for a GPU: `python -m benchmarks.gpu` shows that the engine keeps its promises there, and how fast.
+"""The acceptance kit for a GPU: `python -m benchmarks.gpu` shows that the engine keeps its promises, and how fast.
 
 It needs the checkout and one GPU, no data and no Slurm. With `--device cpu --tiny` it runs anywhere, in a minute.
 """
