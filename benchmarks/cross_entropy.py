@@ -20,8 +20,8 @@ from pipeline.model.chunked_loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
 from pipeline.model.loss import cross_entropy
 
 WIDTH = 320
-TIMED = ((4096, 4096, 11), (2048, 32768, 5))  # tokens, vocabulary, rounds
-LARGE = ((2048, 32768), (2048, 131072))
+TIMED = ((4096, 4096, 11), (4096, 32768, 3))  # tokens, vocabulary, rounds
+LARGE = ((4096, 32768), (4096, 131072))
 CHUNKS = (512, 1024, 2048)
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -63,9 +63,9 @@ def resident_mib(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def peak_mib(loss: Loss, tokens: int, vocab: int, dtype: torch.dtype) -> float:
+def peak_mib(loss: Loss, tokens: int, vocab: int) -> float:
     """Returns the peak memory of forward and backward, without inputs and gradients."""
-    batch = inputs(tokens, vocab, dtype)
+    batch = inputs(tokens, vocab, torch.float32)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
     before = resident_mib("VmRSS")
     found = gradients(loss, *batch)
@@ -84,21 +84,22 @@ def distances(loss: Loss, dtype: torch.dtype) -> list[float]:
 def main() -> None:
     own = chunked(LOSS_CHUNK_TOKENS)
     figures: dict[str, Any] = {"chunk_tokens": LOSS_CHUNK_TOKENS, "milliseconds": {}, "peak_mib": {}, "distance": {}}
+    pair = {"chunks": own, "whole": whole}
     for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        pair = {"chunks": own, "whole": whole}
-        figures["distance"][name] = {who: distances(loss, dtype) for who, loss in pair.items()}
-        for tokens, vocab in LARGE:
-            peaks = {who: peak_mib(loss, tokens, vocab, dtype) for who, loss in pair.items()}
-            figures["peak_mib"][f"{name}, {tokens} tokens, vocabulary {vocab}"] = peaks
-            print(name, vocab, peaks, flush=True)
+        figures["distance"][str(dtype).removeprefix("torch.")] = {
+            who: distances(loss, dtype) for who, loss in pair.items()
+        }
+    for tokens, vocab in LARGE:
+        peaks = {who: peak_mib(loss, tokens, vocab) for who, loss in pair.items()}
+        figures["peak_mib"][f"{tokens} tokens, vocabulary {vocab}"] = peaks
+        print(vocab, peaks, flush=True)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for tokens, vocab, rounds in TIMED:
             label = f"{tokens} tokens, vocabulary {vocab}, {threads} threads"
             figures["milliseconds"][label] = milliseconds(tokens, vocab, rounds)
             print(label, figures["milliseconds"][label], flush=True)
-    save("cross_entropy", figures, "float32 times; distance: loss, gradient of x, gradient of the weight")
+    save("cross_entropy", figures, "float32 times and memory; distance: loss, gradient of x, gradient of the weight")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOSS_CHUNK_TOKENS = 1024
+LOSS_CHUNK_TOKENS = 2048
 """Tokens whose logits exist at a time; chosen by benchmarks/cross_entropy.py."""
 
 
