@@ -128,7 +128,7 @@ class TrainConfig(Section):
     """`auto` uses a GPU if there is one."""
     compile: bool = False
     """Compile each transformer block with torch.compile."""
-    loss_chunk_tokens: Count = 1024
+    loss_chunk_tokens: Count = 2048
     """Largest number of tokens whose logits are in memory at a time."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """What the backward pass recomputes instead of keeping it: nothing, each block, or all of a block but the results

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +28,12 @@ class LossParts(NamedTuple):
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = LOSS_CHUNK_TOKENS, z_loss: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_tokens: int = LOSS_CHUNK_TOKENS,
+    z_loss: float = 0.0,
+    compiled: bool = False,
 ) -> LossParts:
     """Returns the mean cross-entropy of the logits x weight^T, chunk by chunk of the tokens.
 
@@ -40,10 +47,11 @@ def linear_cross_entropy(
         chunk_tokens: Largest number of tokens whose logits exist at a time.
         z_loss: Factor of the mean squared log of softmax's denominator, which keeps the logits from drifting
             (Chowdhery et al. 2022, section 5).
+        compiled: Let torch.compile make two passes over the logits of eight.
     """
     wants_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     loss, entropy = _LinearCrossEntropy.apply(
-        x.flatten(0, -2), weight, targets.flatten(), chunk_tokens, z_loss, wants_gradients
+        x.flatten(0, -2), weight, targets.flatten(), chunk_tokens, z_loss, compiled, wants_gradients
     )
     return LossParts(loss, entropy)
 
@@ -53,7 +61,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, z_loss: float, wants_gradients: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk_tokens: int,
+        z_loss: float,
+        compiled: bool,
+        wants_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
         device, count = x.device.type, len(targets)
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -64,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(count, dtype=wide, device=x.device)
         log_sums = torch.empty_like(losses)
         # One buffer for all chunks: on a CPU, fresh memory of this size costs as much as a pass over it.
-        buffer = torch.empty(min(chunk_tokens, count), len(weight), dtype=wide, device=x.device)
+        buffer = torch.empty(0 if compiled else min(chunk_tokens, count), len(weight), dtype=wide, device=x.device)
         counted = targets >= 0
         shares = counted / counted.sum().clamp(min=1).to(wide)
         targets = targets.clamp(min=0)
@@ -73,6 +88,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, count, chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 chunk = x[rows].to(low)
+                if compiled:
+                    product, share = chunk @ matrix.T, shares[rows].unsqueeze(-1)
+                    losses[rows], log_sums[rows], errors = _compiled()(product, targets[rows], share, z_loss)
+                    del product
+                    if grad_x is not None:
+                        _write_product(grad_x[rows], errors, matrix)
+                    if grad_weight is not None:
+                        _add_product(grad_weight, errors, chunk)
+                    continue
                 logits = buffer[: len(chunk)]
                 _write_product(logits, chunk, matrix.T)
                 sums = _exponentiate(logits, targets[rows], losses[rows], log_sums[rows])
@@ -102,7 +126,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_x.mul_(grad)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad).to(ctx.weight_dtype)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None
+
+
+def _losses_and_errors(logits: Tensor, targets: Tensor, share: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Does what `_exponentiate` and `_to_errors` do, without a step in place, which the compiler would not fuse.
+
+    Args:
+        logits: `(tokens, vocab)`.
+        targets: `(tokens,)`.
+        share: `(tokens, 1)`: what a token's loss is multiplied with.
+        z_loss: As in `linear_cross_entropy`.
+
+    Returns:
+        The loss of each token, the logarithm of its sum, and the gradient by the logits in their dtype.
+    """
+    wide = logits.to(share.dtype)
+    largest = wide.amax(dim=-1, keepdim=True)
+    exponentials = (wide - largest).exp()
+    sums = exponentials.sum(dim=-1, keepdim=True)
+    log_sums = sums.log() + largest
+    places = targets.unsqueeze(-1)
+    losses = log_sums - wide.gather(-1, places)
+    hit = torch.arange(logits.shape[-1], device=logits.device) == places
+    errors = exponentials * (share * (1 + 2 * z_loss * log_sums) / sums) - hit * share
+    return losses.squeeze(-1), log_sums.squeeze(-1), errors.to(logits.dtype)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_losses_and_errors, dynamic=False)
 
 
 def _exponentiate(logits: Tensor, targets: Tensor, losses: Tensor, log_sums: Tensor) -> Tensor:
@@ -134,7 +187,7 @@ def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _add_product(total: Tensor, errors: Tensor, chunk: Tensor) -> None:
     """Adds `errors^T @ chunk` to `total` without rounding it first, as a bfloat16 product would."""
-    if errors.dtype == total.dtype:
-        total.addmm_(errors.T, chunk.to(total.dtype))
+    if errors.dtype == total.dtype or total.is_cpu:
+        total.addmm_(errors.T.to(total.dtype), chunk.to(total.dtype))
     else:  # only CUDA has a product of bfloat16 that keeps its float32 sums
         total += torch.mm(errors.T, chunk, out_dtype=total.dtype)

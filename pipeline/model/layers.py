@@ -46,11 +46,12 @@ class LMHead(Linear):
         targets: Tensor | None = None,
         chunk_tokens: int = LOSS_CHUNK_TOKENS,
         z_loss: float = 0.0,
+        compiled: bool = False,
     ) -> Any:
         """Returns the logits, or the `LossParts` of targets `(...)`; see `linear_cross_entropy`."""
         if targets is None:
             return super().forward(x)
-        return linear_cross_entropy(x, self.weight, targets, chunk_tokens, z_loss)
+        return linear_cross_entropy(x, self.weight, targets, chunk_tokens, z_loss, compiled)
 
 
 class Embedding(nn.Module):

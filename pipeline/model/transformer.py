@@ -84,6 +84,8 @@ class TransformerLM(nn.Module):
         """What backward recomputes: nothing; each block; or, of each block, all but attention and matrix products."""
         self.loss_chunk_tokens = LOSS_CHUNK_TOKENS
         """Largest number of tokens whose logits exist at a time when there are targets."""
+        self.compiled_loss = False
+        """Whether torch.compile makes the passes over the logits."""
         self.z_loss = 0.0
         """Factor of the z-loss; see `linear_cross_entropy`."""
         self.token_embeddings = Embedding(vocab_size, d_model, device, dtype)
@@ -121,7 +123,7 @@ class TransformerLM(nn.Module):
         for index, layer in enumerate(self.layers):
             block = recomputed(layer, self.activation_checkpointing)
             x = block(x, positions, caches[index] if caches is not None else None)
-        return self.lm_head(self.ln_final(x), targets, self.loss_chunk_tokens, self.z_loss)
+        return self.lm_head(self.ln_final(x), targets, self.loss_chunk_tokens, self.z_loss, self.compiled_loss)
 
     def new_caches(self) -> list[KeyValueCache]:
         """Returns empty key-value caches, one per layer."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.model import chunked_loss
 from pipeline.model.chunked_loss import IGNORED, linear_cross_entropy
 from pipeline.model.layers import LMHead
 from pipeline.model.loss import cross_entropy
@@ -167,3 +168,18 @@ def test_ignored_targets_count_neither_in_the_mean_nor_in_the_gradients():
     assert float(nothing.cross_entropy) == 0 and not any(
         g.any() for g in torch.autograd.grad(nothing.loss, (x, weight))
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_the_form_that_is_compiled_computes_the_same(monkeypatch, dtype, z_loss):
+    monkeypatch.setattr(chunked_loss, "_compiled", lambda: chunked_loss._losses_and_errors)
+    x, weight, targets = inputs(dtype, scale=0.3)
+    targets[[3, 30]] = IGNORED
+    found = linear_cross_entropy(x, weight, targets, 10, z_loss, compiled=True)
+    wanted = linear_cross_entropy(x, weight, targets, 10, z_loss)
+    torch.testing.assert_close(found, wanted)
+    assert found.loss.dtype == torch.float32
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-4}
+    for a, b in zip(*(torch.autograd.grad(parts.loss, (x, weight)) for parts in (found, wanted)), strict=True):
+        torch.testing.assert_close(a, b, **close)

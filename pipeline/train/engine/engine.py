@@ -14,6 +14,7 @@ from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.config.sections import Config
 from pipeline.model.chunked_loss import LossParts
+from pipeline.model.transformer import TransformerLM, recomputed
 from pipeline.optim.adamw import AdamW, decay_groups
 from pipeline.optim.clipping import clip_divisor, squared_norm
 from pipeline.run.world import World
@@ -53,10 +54,7 @@ class Engine:
             cast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
             model.forward = cast(model.forward)  # type: ignore[method-assign]
         if config.train.compile:
-            for block in model.layers:
-                # Not the whole model: DeepSpeed's hooks between the blocks would break the graph. Not `compile()`,
-                # which would trace the hooks of the block itself.
-                block.forward = torch.compile(block.forward, dynamic=False)
+            _compile(model)
         self._optimizer = AdamW(
             decay_groups(model, optim.weight_decay, optim.decay_norms),
             lr=optim.learning_rate,
@@ -163,3 +161,15 @@ class Engine:
             for key, tensor in fragment.tensors.items():
                 reader.read(key, fragment.name, fragment.start, tensor)
         self._partitions.refresh()
+
+
+def _compile(model: TransformerLM) -> None:
+    """Compiles each block, and the passes of the loss over the logits.
+
+    Not the whole model: DeepSpeed's hooks between the blocks would break the graph. Not by a block's `compile()`, which
+    would trace the hooks of the block itself.
+    """
+    for block in model.layers:
+        block.forward = torch.compile(recomputed(block.forward, model.activation_checkpointing), dynamic=False)
+    model.activation_checkpointing = "none"  # the compiled blocks see to it
+    model.compiled_loss = model.lm_head.weight.is_cuda
