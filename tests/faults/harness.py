@@ -1,10 +1,10 @@
 """Strikes real multi-process training at random moments until it has survived a number of faults; judges the curves.
 
-    .venv/bin/python -m tests.faults.harness --faults 50 --seed 1 --out faults.json
+    .venv/bin/python -m tests.faults.harness --faults 50 --seed 1 [--precision bf16] --out faults.json
 
 A run of 100 steps is one episode: it is struck and restarted until it is finished, then its loss curve is compared with
 the uninterrupted one. Every other episode keeps its layout (world size and ZeRO stage), and its curve must equal that
-layout's bit for bit; the rest draw a layout for each start, and their curves must be within 1e-5 of one rank's.
+layout's bit for bit; the rest draw a layout for each start, and their curves must be within 1e-5 of one rank's (bf16: 4e-3).
 Seconds that the ranks spend queueing for a processor do not count as a hang: the machine may be busy.
 The harness moves itself into its own mount namespace (`unshare`), so that the small disks vanish with it.
 Exit status: 0 if all faults were survived, 1 if not.
@@ -35,7 +35,7 @@ from tests import experiment, processes
 from tests.faults.disk import small_disk
 from tests.faults.strikes import DAMAGES, STRIKES, Deck, Strike, kill_all
 
-TOLERANCE = 1e-5
+TOLERANCE = {"fp32": 1e-5, "bf16": 4e-3}
 LONGEST_S = 30.0
 DISK_MB = 8
 AT_START = 0.25
