@@ -46,14 +46,8 @@ class Lab:
     def uninterrupted(self, world: int, stage: int, precision: str = "fp32") -> Path:
         """Returns the uninterrupted run of this layout."""
         name = f"whole_{world}_{stage}_{precision}"
-        settings = in_precision(precision, world, stage)
+        settings = experiment.in_precision(precision, world, stage)
         return made_once(self._folder / "runs" / name, lambda: self.train(name, world, stage, **settings))
-
-
-def in_precision(precision: str, world: int, stage: int) -> dict[str, Any]:
-    """Returns the settings of a precision at this layout; at stage 1, bf16 does not go with accumulation."""
-    alone = {"train.micro_batch_size": 8 // world} if (precision, stage) == ("bf16", 1) else {}
-    return {"train.precision": precision, **alone}
 
 
 @pytest.fixture(scope="session")

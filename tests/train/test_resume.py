@@ -14,8 +14,8 @@ from pipeline.checkpoint.weights import load_weights
 from pipeline.config.load import load_config
 from pipeline.run.folder import step_name
 from tests import processes
-from tests.experiment import STEPS, curve, events, validations
-from tests.train.conftest import Lab, in_precision
+from tests.experiment import STEPS, curve, events, in_precision, validations
+from tests.train.conftest import Lab
 from tests.train.engine.reference import learning_rate, new_model, plain_optimizer, train_plainly
 from tests.train.engine.test_numerics import TOLERANCE, losses
 

@@ -1,4 +1,4 @@
-"""bf16 against float32 and plain PyTorch: one loss curve at every ZeRO stage, kept across stops, stages and precisions."""
+"""bf16 against float32 and plain PyTorch: one loss curve at every ZeRO stage, also across stages and precisions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from pipeline.checkpoint.weights import load_weights
 from pipeline.run.folder import step_name
-from tests.experiment import STEPS, curve, events
-from tests.train.conftest import Lab, in_precision
+from tests.experiment import STEPS, curve, events, in_precision
+from tests.train.conftest import Lab
 from tests.train.engine.reference import train_plainly
 from tests.train.engine.test_numerics import SHORT, follows, losses
 
