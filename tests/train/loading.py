@@ -1,8 +1,10 @@
-"""The memory that a load costs a rank: called on real ranks by tests and by benchmarks/checkpoint.py."""
+"""The memory that a start or a load costs a rank: called on real ranks by tests and benchmarks."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import math
 import re
 import threading
 import time
@@ -17,8 +19,13 @@ from pipeline.checkpoint.saver import CheckpointSaver, Saved
 from pipeline.config.load import load_config
 from pipeline.config.sections import CheckpointConfig
 from pipeline.run.world import World
+from pipeline.train.engine.build import working_dtype
 from pipeline.train.engine.engine import Engine
 from pipeline.train.ranks import group
+
+
+MB = 2**20
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def private_bytes() -> int:
@@ -49,6 +56,30 @@ class Peak:
 
 def new_engine(config_file: str, stage: int, world: World) -> Engine:
     return Engine(load_config(config_file, [f"train.zero_stage={stage}"]), world, torch.device("cpu"))
+
+
+def fresh_start(world: World, config_file: str) -> dict[str, int]:
+    """Returns bytes: before, at the peak of making the engine and drawing its weights, and what the peak consists of."""
+    _return_freed_memory()
+    config = load_config(config_file, world_size=world.size)
+    with Peak() as peak:
+        engine = Engine(config, world, torch.device("cpu"))
+        engine.draw(config.train.seed)
+    fragments = engine.fragments()
+    # Per weight: itself as the passes use it; float32 for its gradient, its master and its two moments.
+    each = working_dtype(config.train).itemsize + 4 * 4
+    return {
+        "before": peak.before,
+        "peak": peak.most,
+        "share": sum(f.length for f in fragments) * each,
+        "parameter": 4 * max(math.prod(f.shape) for f in fragments),
+        "whole": 4 * sum(math.prod(f.shape) for f in fragments),
+    }
+
+
+def _return_freed_memory() -> None:
+    """Makes the C library return freed blocks above 1 MB at once; by itself it keeps those up to 32 MB for later."""
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MB)
 
 
 def save_state(world: World, config_file: str, folder: str, stage: int) -> None:

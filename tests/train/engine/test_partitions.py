@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,20 +17,13 @@ from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
 from pipeline.train.engine.fresh import fill_fresh
 from pipeline.train.engine.partitions import PARTITIONS
-from pipeline.train.ranks import group
 from tests import processes
 from tests.test_bad_input import experiment
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("alone")
 # Stage 2 does what stage 1 does, and more.
 STAGES = pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A process group of this process."""
-    with group.process_group(World(), CPU):
-        yield
 
 
 def new_engine(folder: Path, stage: int, seed: int = 0, **changes: Any) -> Engine:
