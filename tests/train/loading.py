@@ -23,7 +23,6 @@ from pipeline.train.engine.build import working_dtype
 from pipeline.train.engine.engine import Engine
 from pipeline.train.ranks import group
 
-
 MB = 2**20
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -59,7 +58,7 @@ def new_engine(config_file: str, stage: int, world: World) -> Engine:
 
 
 def fresh_start(world: World, config_file: str) -> dict[str, int]:
-    """Returns bytes: before, at the peak of making the engine and drawing its weights, and what the peak consists of."""
+    """Returns bytes: before and at the peak of making the engine and drawing its weights, and what they consist of."""
     _return_freed_memory()
     config = load_config(config_file, world_size=world.size)
     with Peak() as peak:

@@ -1,4 +1,4 @@
-"""torch.compile makes one graph of a block, at every ZeRO stage; validation adds one, and a restart compiles nothing."""
+"""torch.compile makes one graph of a block, at every ZeRO stage; validation adds one; a restart compiles nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from pipeline.train.evaluate import IGNORED, _padded
+from pipeline.config.load import load_config
+from pipeline.data.dataset import open_dataset, validation_windows
+from pipeline.model.chunked_loss import IGNORED
+from pipeline.train.evaluate import _padded
 from tests import processes
-from tests.experiment import curve, events, validations
+from tests.experiment import events
 from tests.train.conftest import Lab
 from tests.train.engine.test_numerics import losses
 from tests.train.engine.test_partitions import new_engine, train_step
@@ -74,8 +77,13 @@ def train_and_count(arguments: list[str], report: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_restart_compiles_nothing_and_stays_on_the_curve(lab: Lab, tmp_path: Path) -> None:
-    """The last chunk of a validation is smaller; it is not compiled for itself."""
-    settings = {"train.compile": True, "train.micro_batch_size": 4, "train.num_val_batches": 100, "train.val_interval": 5}
+    """Counted by the compiler itself, in both starts; the last chunk of a validation has no graph of its own."""
+    settings = {
+        "train.compile": True,
+        "train.micro_batch_size": 4,
+        "train.num_val_batches": 100,
+        "train.val_interval": 5,
+    }
     config = str(lab.config("compiled", **settings))
     compiled = []
     for until in (7, 12):
@@ -86,7 +94,16 @@ def test_a_restart_compiles_nothing_and_stays_on_the_curve(lab: Lab, tmp_path: P
         ranks.end()
         assert finished and ranks.codes == {0: 0}, ranks.words()
         compiled.append(json.loads(Path(report).read_text()))
-    print(json.dumps(compiled, indent=1))
-    run = lab._folder / "runs" / "compiled"
+    first, second = compiled
+    for found in compiled:
+        assert found["stats"]["unique_graphs"] == 2 and not found.get("graph_break"), "one for each, as counted above"
+    assert first["inductor"]["fxgraph_cache_miss"] >= 2
+    assert second["inductor"]["fxgraph_cache_hit"] >= 2
+    for part in ("inductor", "aot_autograd"):
+        assert not [kind for kind in second[part] if kind.endswith("_cache_miss")], part
+    run = Path(load_config(config).runs_dir) / "compiled"
+    windows = validation_windows(open_dataset(load_config(config).data.path, "validation"), 16)
+    assert windows.count % 4, "the last chunk of a validation is smaller"
+    assert any((run / "compiled").iterdir())
     assert [e["step"] for e in events(run, "resumed")] == [7]
     assert losses(run) == pytest.approx(losses(lab.uninterrupted(1, 2))[:12], rel=1e-5)

@@ -1,4 +1,4 @@
-"""The memory of a start or a load: a rank's share of the state and one parameter or fragment, however large the model."""
+"""The memory of a start or a load: a rank's share of the state and one parameter or fragment, whatever the model."""
 
 from __future__ import annotations
 
