@@ -13,6 +13,7 @@ from pipeline.files import write_text
 
 STEPS = 100
 CHECKPOINT_INTERVAL = 5
+BATCH_SIZE = 8
 
 
 def write_experiment(folder: Path, runs_dir: Path, name: str, **changes: Any) -> Path:
@@ -49,7 +50,7 @@ def write_experiment(folder: Path, runs_dir: Path, name: str, **changes: Any) ->
             "learning_rate": 3e-3, "min_learning_rate": 3e-4, "warmup_iters": 5, "cosine_cycle_iters": STEPS,
         },
         "train": {
-            "batch_size": 8, "micro_batch_size": 2, "max_iters": STEPS, "device": "cpu", "log_interval": 1,
+            "batch_size": BATCH_SIZE, "micro_batch_size": 2, "max_iters": STEPS, "device": "cpu", "log_interval": 1,
             "val_interval": 25, "num_val_batches": 2, "checkpoint_interval": CHECKPOINT_INTERVAL,
         },
         "tracking": {"uri": "none"},
@@ -63,6 +64,12 @@ def write_experiment(folder: Path, runs_dir: Path, name: str, **changes: Any) ->
     path = folder / f"{name}.yaml"
     write_text(path, yaml.safe_dump(tree))  # at once: another worker may be reading the file of this name
     return path
+
+
+def in_precision(precision: str, world: int, stage: int) -> dict[str, Any]:
+    """Returns the settings of a precision at this layout; at stage 1, bf16 does not go with accumulation."""
+    alone = {"train.micro_batch_size": BATCH_SIZE // world} if (precision, stage) == ("bf16", 1) else {}
+    return {"train.precision": precision, **alone}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

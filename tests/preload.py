@@ -15,9 +15,9 @@ import torch._dynamo  # noqa: E402 - every optimizer imports it, which takes a s
 import pipeline.cli.main  # noqa: E402
 import pipeline.data.build.display  # noqa: E402
 import pipeline.train.loop  # noqa: E402, F401
-from pipeline.train.engine.engine import _import_deepspeed  # noqa: E402
+from pipeline.train.engine.deepspeed_setup import _import_without_mlflow  # noqa: E402
 
-_import_deepspeed()
+_import_without_mlflow()
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402 - it imports all of inductor, which takes two seconds
 import deepspeed.runtime.zero.stage3  # noqa: E402, F401
 

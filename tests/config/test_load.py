@@ -129,3 +129,29 @@ def test_the_ranks_of_a_node_divide_the_world_size(world_size: int | None, refus
     with pytest.raises(ConfigError) as error:
         load_config(DEMO, overrides, world_size=world_size)
     assert [problem.path for problem in error.value.problems] == [path]
+
+
+@pytest.mark.parametrize(
+    ("stage", "micro", "precision", "world_size", "refused"),
+    [
+        (1, 2, "bf16", 4, True),
+        (1, 4, "bf16", 4, False),
+        (1, 2, "bf16", None, False),
+        (1, 2, "fp32", 4, False),
+        (2, 2, "bf16", 4, False),
+        (0, 2, "bf16", 4, False),
+    ],
+)
+def test_stage_1_does_not_add_up_micro_batches_in_bf16(
+    stage: int, micro: int, precision: str, world_size: int | None, refused: bool
+) -> None:
+    """DeepSpeed would add them up in bf16 there; commands that train nothing know of no world size."""
+    train = {"zero_stage": stage, "micro_batch_size": micro, "batch_size": 16, "precision": precision}
+    overrides = [f"train.{key}={value}" for key, value in train.items()]
+    if not refused:
+        load_config(DEMO, overrides, world_size=world_size)
+        return
+    with pytest.raises(ConfigError) as error:
+        load_config(DEMO, overrides, world_size=world_size)
+    (problem,) = error.value.problems
+    assert problem.path == "train.zero_stage" and "2" in str(problem)

@@ -43,10 +43,11 @@ class Lab:
         processes.run(arguments, world, self._folder / "logs" / f"{name}.log", timeout_s=250)
         return self._folder / "runs" / name
 
-    def uninterrupted(self, world: int, stage: int) -> Path:
+    def uninterrupted(self, world: int, stage: int, precision: str = "fp32") -> Path:
         """Returns the uninterrupted run of this layout."""
-        name = f"whole_{world}_{stage}"
-        return made_once(self._folder / "runs" / name, lambda: self.train(name, world, stage))
+        name = f"whole_{world}_{stage}_{precision}"
+        settings = experiment.in_precision(precision, world, stage)
+        return made_once(self._folder / "runs" / name, lambda: self.train(name, world, stage, **settings))
 
 
 @pytest.fixture(scope="session")

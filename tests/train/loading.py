@@ -48,14 +48,12 @@ class Peak:
 
 
 def new_engine(config_file: str, stage: int, world: World) -> Engine:
-    config = load_config(config_file, [f"train.zero_stage={stage}"])
-    engine = Engine(config, world, torch.device("cpu"))
-    engine.draw(0)
-    return engine
+    return Engine(load_config(config_file, [f"train.zero_stage={stage}"]), world, torch.device("cpu"))
 
 
 def save_state(world: World, config_file: str, folder: str, stage: int) -> None:
     engine, reports = new_engine(config_file, stage, world), list[Saved]()
+    engine.draw(0)
     if world.is_first:
         take_over(Path(folder), "a")
     group.barrier(world)

@@ -14,14 +14,17 @@ from pipeline.checkpoint.weights import load_weights
 from pipeline.config.load import load_config
 from pipeline.run.folder import step_name
 from tests import processes
-from tests.experiment import STEPS, curve, events, validations
+from tests.experiment import STEPS, curve, events, in_precision, validations
 from tests.train.conftest import Lab
 from tests.train.engine.reference import learning_rate, new_model, plain_optimizer, train_plainly
 from tests.train.engine.test_numerics import TOLERANCE, losses
 
 HALF = 50  # the uninterrupted runs have a checkpoint there
-# Every stage at two ranks, and the ends of the range; the fault harness draws from all twelve.
-STOPPED = [(1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (4, 1), (4, 3)]
+# Every stage at two ranks, and the ends of the range; the fault harness draws from all twelve layouts.
+STOPPED = [
+    *((*layout, "fp32") for layout in ((1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (4, 1), (4, 3))),
+    *((*layout, "bf16") for layout in ((1, 0), (1, 1), (2, 2), (2, 3), (4, 3))),
+]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -33,12 +36,14 @@ def same_weights(run: Path, other: Path, step: int) -> bool:
 
 @pytest.mark.parametrize(("number", "layout"), list(enumerate(STOPPED)))
 def test_stopped_and_resumed_on_the_same_layout_every_bit_is_the_same(
-    lab: Lab, number: int, layout: tuple[int, int]
+    lab: Lab, number: int, layout: tuple[int, int, str]
 ) -> None:
     """Each layout is stopped at another step; the claim includes that it computes the same bits twice."""
-    name, stopped_at = f"resumed_{layout[0]}_{layout[1]}", 3 + 4 * number
-    lab.train(name, *layout, f"train.max_iters={stopped_at}")
-    run = lab.train(name, *layout, f"train.max_iters={HALF}")
+    world, stage, precision = layout
+    name, stopped_at = f"resumed_{world}_{stage}_{precision}", 2 + 3 * number
+    settings = in_precision(precision, world, stage)
+    lab.train(name, world, stage, f"train.max_iters={stopped_at}", **settings)
+    run = lab.train(name, world, stage, f"train.max_iters={HALF}", **settings)
     assert [e["step"] for e in events(run, "resumed")] == [stopped_at]
     whole = lab.uninterrupted(*layout)
     assert curve(run) == curve(whole)[:HALF]

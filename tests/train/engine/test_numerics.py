@@ -61,9 +61,9 @@ def test_gradient_accumulation_changes_nothing(lab: Lab, plain: Plain, world: in
     follows(lab.train(name, world, stage, **{"train.micro_batch_size": micro, **SHORT}), plain)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_recomputing_activations_changes_no_bit(lab: Lab, stage: int) -> None:
-    run = lab.train(f"recompute_{stage}", 1, stage, **{"train.activation_checkpointing": True, **SHORT})
+@pytest.mark.parametrize(("stage", "mode"), [(0, "full"), (2, "full"), (2, "selective"), (3, "full")])
+def test_recomputing_activations_changes_no_bit(lab: Lab, stage: int, mode: str) -> None:
+    run = lab.train(f"recompute_{stage}_{mode}", 1, stage, **{"train.activation_checkpointing": mode, **SHORT})
     assert len(losses(run)) == 40 and losses(run) == losses(lab.uninterrupted(1, stage))[:40]
 
 
@@ -78,14 +78,3 @@ def test_an_optimizer_in_host_memory_takes_the_same_steps(lab: Lab, plain: Plain
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_overlapped_reduction_gives_the_same_curve(lab: Lab, plain: Plain, stage: int) -> None:
     follows(lab.train(f"overlap_{stage}", 2, stage, **{"train.overlap_comm": True, **SHORT}), plain)
-
-
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (1, 3), (2, 1)])
-def test_bf16_follows_plain_autocast_and_keeps_float32_weights(lab: Lab, world: int, stage: int) -> None:
-    settings = {"train.precision": "bf16", "train.micro_batch_size": 8 // world, **SHORT}
-    run = lab.train(f"bf16_{world}_{stage}", world, stage, **settings)
-    plain = train_plainly(lab.config("plain_bf16", **settings), range(40))
-    # Seven bits of mantissa: float32 values that differ in the last bit may round to different bfloat16 values.
-    follows(run, plain, 4e-3)
-    weights = load_weights(run / "checkpoints" / step_name(40))
-    assert any(not torch.equal(w, w.bfloat16().float()) for w in weights.values())

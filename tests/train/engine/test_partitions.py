@@ -122,10 +122,14 @@ def test_all_stages_take_the_same_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "spoilt"), [(0, math.nan), (0, math.inf), (1, math.nan), (2, math.inf), (3, math.nan)]
-)
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, stage: int, spoilt: float) -> None:
-    engine = new_engine(tmp_path, stage)
+    ("stage", "spoilt", "precision"),
+    [
+        (0, math.nan, "fp32"), (0, math.inf, "bf16"), (1, math.nan, "bf16"),
+        (2, math.inf, "fp32"), (2, math.inf, "bf16"), (3, math.nan, "fp32"), (3, math.inf, "bf16"),
+    ],
+)  # fmt: skip
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, stage: int, spoilt: float, precision: str) -> None:
+    engine = new_engine(tmp_path, stage, **{"train.precision": precision})
     train_step(engine, 1)
     before = state(engine)
     train_step(engine, 2, scale=spoilt)
