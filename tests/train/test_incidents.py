@@ -127,7 +127,7 @@ def test_a_full_disk_costs_the_record_and_not_the_run(
     session = fake_session(tmp_path)
     assert inspect(session, 10, pending(loss=math.nan)) == Verdict()
     (message,) = session.progress.messages  # type: ignore[attr-defined]
-    assert "No space left on device" in message and "batch 9" in message
+    assert "No space left" in message and "batch 9" in message
     (event,) = session.tracker.events  # type: ignore[attr-defined]
     assert event.path is None and event.error in message
 
@@ -270,7 +270,7 @@ def test_a_full_disk_costs_the_record_of_a_batch_and_not_the_run(tmp_path, monke
     assert loop.train(config).step == 30
     (event,) = events(run_for(config).path, "bad_step")
     assert event["step"] == 3 and event["batch"] == 2 and event["path"] is None
-    assert event["error"] == f"batch 2 could not be written to {run_for(config).bad_batches}: No space left on device"
+    assert f"{run_for(config).bad_batches}: No space left" in event["error"]
     assert event["error"] in " ".join(capsys.readouterr().err.split())
 
 
