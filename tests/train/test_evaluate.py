@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from pipeline.config.load import load_config
-from pipeline.data.dataset import open_dataset, validation_windows
+from pipeline.data.dataset import ValidationWindows, open_dataset
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
 from pipeline.train.evaluate import Validation, evaluate
@@ -101,7 +101,7 @@ def evaluated(world: World, config_file: str, stage: int) -> dict[str, Any]:
     """The evaluation of the fresh model, as training does it."""
     config = load_config(config_file, [f"train.zero_stage={stage}"])
     dataset = open_dataset(config.data.path, "validation")
-    windows = validation_windows(dataset, config.model.context_length)
+    windows = ValidationWindows(dataset, config.model.context_length)
     engine = Engine(new_model(config), config, world, torch.device("cpu"))
     found = evaluate(engine, Validation(dataset, windows, WINDOWS, CHUNK, world, engine.device), step=0)
     return asdict(found)
