@@ -53,7 +53,7 @@ def run_checks(config_file: str, site_file: str | None, overrides: Sequence[str]
     if site is not None:
         from pipeline.check.site_request import check_site_request
 
-        found += check_site_request(config, site, run)
+        found += check_site_request(site, run)
     container = site.container if site else SiteContainer()
     from_job = site is not None and bool(site.modules or site.setup)
     found += _container(config, container, run, from_job)

@@ -125,7 +125,7 @@ def files(run: Run) -> Iterator[tuple[Path, str | None]]:
                 yield file, "samples"
 
 
-def dataset(run: Run, config: Config, given: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
+def dataset(config: Config, given: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
     """Returns name, digest, source and profile of the data; None where nothing is known yet."""
     about = dict(given)
     manifest = Path(config.data.path) / MANIFEST

@@ -196,7 +196,7 @@ class Feed:
         store.set_tags(run_id, tags)
 
     def _send_dataset(self, store: Store, run_id: str) -> None:
-        about = describe.dataset(self._run, self._config, upload_state.load(self._run).dataset)
+        about = describe.dataset(self._config, upload_state.load(self._run).dataset)
         if about is not None:
             store.set_dataset(run_id, *about)
 

@@ -6,7 +6,6 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,13 +171,13 @@ def _target(run: Run, uri: str | None) -> str | None:
     return None if configured == "none" else resolve_uri(configured)
 
 
-def _wait_for_lock(run: Run, clock: Callable[[], float] = time.monotonic) -> int:
-    until = clock() + _LOCK_WAIT_S
+def _wait_for_lock(run: Run) -> int:
+    until = time.monotonic() + _LOCK_WAIT_S
     while True:
         fd = lock_upload(run)
         if fd is not None:
             return fd
-        if clock() > until:
+        if time.monotonic() > until:
             raise PipelineError(
                 f"{run.path}: another process has been sending this run for {_LOCK_WAIT_S:.0f} s; try again later"
             )
