@@ -14,6 +14,7 @@ from pipeline.config.sections import Config
 from pipeline.errors import UsageError
 from pipeline.run.folder import Run, run_for
 from pipeline.run.world import world_from_environment
+from pipeline.text_format import rounded_duration
 
 if TYPE_CHECKING:
     from pipeline.train.evaluate import Evaluation
@@ -58,7 +59,7 @@ def _results(run: Run, evaluation: Evaluation, bigram: float, seconds: float) ->
     bits_per_byte_per_nat = evaluation.bits_per_byte / evaluation.loss
     for name, loss in ((f"model, step {evaluation.step}", evaluation.loss), ("bigram counts", bigram)):
         table.add_row(name, f"{loss:.4f}", f"{math.exp(loss):.1f}", f"{loss * bits_per_byte_per_nat:.3f}")
-    table.caption = f"{evaluation.tokens:,} tokens; {seconds:.0f} s in all"
+    table.caption = f"{evaluation.tokens:,} tokens; {rounded_duration(seconds)} in all"
     return table
 
 

@@ -243,7 +243,7 @@ class BatchReader:
 
 
 class ValidationWindows:
-    """Fixed windows that do not overlap, from the first token; leaves out the tokens after the last whole window."""
+    """The windows of every validation: side by side from the first token, without what follows the last whole one."""
 
     def __init__(self, dataset: TokenDataset, context_length: int) -> None:
         _check_long_enough(len(dataset), context_length, f"{dataset.path}: the {dataset.name} split")
@@ -255,11 +255,6 @@ class ValidationWindows:
         """Returns windows `[start, stop)`: `x` and `y`, int64 on the CPU."""
         starts = np.arange(start, min(stop, self.count), dtype=np.int64) * self._context_length
         return _tensors(self._stream.gather(starts, self._context_length + 1))
-
-
-def validation_windows(dataset: TokenDataset, context_length: int) -> ValidationWindows:
-    """The windows of a split on which every validation of a run is done."""
-    return ValidationWindows(dataset, context_length)
 
 
 def _weight(known: dict[str, float], name: str, dataset: TokenDataset) -> float:

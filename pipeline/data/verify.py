@@ -44,13 +44,7 @@ def verify_dataset(path: str | Path, progress: ByteCounter | None = None) -> Ver
 def verify_shards(
     path: Path, shards: Sequence[Shard], progress: ByteCounter | None = None, more: dict[str, str] | None = None
 ) -> int:
-    """Compares the SHA-256 of shards and their indices, on all cores.
-
-    Args:
-        path: The dataset folder.
-        shards: The shards to read.
-        progress: Called after each file.
-        more: Digests of further files, by name.
+    """Compares the SHA-256 of shards, their indices and more files, given by name, on all cores.
 
     Returns:
         The bytes that were read.

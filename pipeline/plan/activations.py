@@ -69,7 +69,7 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
     kept = layers * per_block + norm + ids
     rows_at_once = min(train.loss_chunk_tokens, tokens)
     gradient = 4 * vocab * d
-    # Float32 logits, over which their gradient is written; in bf16 also the product they come from, later their gradient.
+    # Float32 logits, over which their gradient is written; in bf16 also the product that they come from.
     logits = (6 if bf16 else 4) * vocab * rows_at_once
     # A GPU adds the head's gradient of a chunk as a float32 product; a CPU adds in place, from float32 inputs.
     product = (4 * d * rows_at_once if on_cpu else gradient) if bf16 else 0

@@ -152,7 +152,7 @@ def _moments(
     if stage == 3:
         whole = width * _persistent(model, zero_setting(config, "stage3_param_persistence_threshold", _PERSISTENT))
         live, arriving = _gathered(config, width)
-        block = min(block, live)  # nothing is gathered where every weight is kept whole
+        block = min(block, int(live))  # nothing is gathered where every weight is kept whole
         node_ranks = zero_setting(config, "zero_hpz_partition_size", 1)
         second = width * total / node_ranks if node_ranks > 1 else 0.0
         base += bucket + whole + second

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Self
 from pipeline.files import fsync_file, write_bytes
 
 _BLOCK = 1 << 20
+_TAIL = 1 << 14  # lines are about 400 bytes
 
 
 @dataclass(frozen=True)
@@ -67,25 +69,14 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
 
 def last(path: Path) -> dict[str, Any] | None:
     """Returns the last complete record, searching from the end of the file; None without one."""
-    try:
-        source = path.open("rb")
-    except FileNotFoundError:
-        return None
-    with source:
-        end = source.seek(0, os.SEEK_END)
-        tail = b""
-        while end > 0:
-            start = max(0, end - _BLOCK)
-            source.seek(start)
-            tail = source.read(end - start) + tail
-            end = start
-            # The block's edge may cut its first piece, which therefore counts only at the start of the file.
-            pieces = tail.split(b"\n")[:-1]
-            for raw in reversed(pieces if start == 0 else pieces[1:]):
-                record = _parse(raw)
-                if record is not None:
-                    return record
-    return None
+    length = _TAIL
+    while True:
+        # The tail may begin within a line: what is left of it is not a JSON object, and `read` skips it.
+        start = max(0, size(path) - length)
+        newest = next(iter(deque(read(path, start), maxlen=1)), None)
+        if newest is not None or start == 0:
+            return newest.record if newest is not None else None
+        length *= 16
 
 
 def size(path: Path) -> int:

@@ -23,12 +23,7 @@ _ROUNDING = 1e-2
 
 
 class History:
-    """Writes metrics.jsonl: one object per run, in one process.
-
-    Args:
-        run: The run.
-        step: Finished steps that training starts with; it is about to repeat the lines of later steps.
-    """
+    """Writes metrics.jsonl, one object per run, in one process; training is about to repeat the steps after `step`."""
 
     def __init__(self, run: Run, step: int) -> None:
         self._run = run

@@ -114,10 +114,7 @@ def settled(run: Run) -> State:
 def update(run: Run, change: Callable[[State], None], then: Callable[[], None] | None = None) -> State:
     """Changes the state on disk under a lock held for milliseconds; returns the new state.
 
-    Args:
-        run: The run.
-        change: Changes the state passed to it.
-        then: Runs after the state is published and before the lock is released.
+    `then` runs after the state is published and before the lock is released.
     """
     with file_lock(run.state_lock):
         state = load(run)

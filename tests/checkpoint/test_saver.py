@@ -240,7 +240,7 @@ def test_after_a_failed_save_the_run_continues_or_ends(
         one.wait()
     assert reports[0].error and steps(folder) == ["step_00000001"]
     if policy == "stop":
-        with pytest.raises(CheckpointError, match=r"on_failure is stop.*No space left"):
+        with pytest.raises(CheckpointError, match=r"on_failure.*No space left"):
             one.save(3, fragments(3.0), {})
     else:
         one.save(3, fragments(3.0), {})

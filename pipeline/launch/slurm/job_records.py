@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from pipeline.files import read_json, write_json
+from pipeline.launch.slurm.client import base
 from pipeline.run import events
 from pipeline.run.events import Event, EventLog
 from pipeline.run.folder import Run
@@ -88,6 +89,10 @@ class Job:
         The id alone does not tell: a new cluster starts counting ids again, and two clusters may share a file system.
         """
         return self.name in ("", name)
+
+    def holds(self, task: str) -> bool:
+        """Whether an id of Slurm's is this job's or that of one of its tasks."""
+        return self.id in (task, base(task))
 
 
 def jobs(run: Run) -> list[Job]:

@@ -33,9 +33,7 @@ def refuse_percent(home: Run) -> None:
 def refuse_active(runs: list[Run], home: Run) -> None:
     """Refuses runs that are already in the queue: two jobs would train one run, or read each other's work.
 
-    Args:
-        runs: The runs to be submitted.
-        home: Holds the files of the jobs and remembers the jobs of a sweep, whose run folders may be gone.
+    `home` remembers the jobs of a sweep, whose run folders may be gone.
 
     Raises:
         UsageError: One of their jobs waits or runs.
@@ -73,16 +71,11 @@ def refuse_invisible(configs: list[Config], site: Site) -> None:
 def refuse_unfit_images(configs: list[Config], site: Site, allow_image_change: bool) -> None:
     """Refuses images that cannot be used, and images that a run was not trained in; starts each image once.
 
-    Args:
-        configs: The configs of all runs.
-        site: The cluster; what its modules provide is checked on the nodes.
-        allow_image_change: Whether a run may continue in another image.
-
     Raises:
         UsageError: An image is missing, damaged, of another architecture, not ours, or not the run's.
         PipelineError: An image cannot be read.
     """
-    from_job = bool(site.modules or site.setup)
+    from_job = bool(site.modules or site.setup)  # what these provide is checked on the nodes
     by_image: dict[Path, Config] = {image_path(config): config for config in _contained(configs)}
     problems = [
         problem for config in by_image.values() for problem in check_image(config, site.container, from_job=from_job)

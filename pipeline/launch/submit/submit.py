@@ -215,14 +215,14 @@ def _submit_job(chain: Chain, job: JobSpec, before: list[Job], now: float) -> Jo
     words = io.StringIO()
     try:
         with contextlib.redirect_stderr(words):  # submitit also prints what it raises
-            made = executor(job, _dependency(chain, job, before))
+            made = executor(job, _dependency(chain, before))
             job_id = submit_tasks(made, job)
     except (FailedJobError, FailedSubmissionError) as error:
         raise refused(str(error), job.stage, chain.site_file) from error
     return Job(job_id, job.stage, len(job.tasks), now, chain.site.name, chain.site.accounting, name=job.name)
 
 
-def _dependency(chain: Chain, job: JobSpec, before: list[Job]) -> str | None:
+def _dependency(chain: Chain, before: list[Job]) -> str | None:
     if not before:
         return None
     # In a sweep, the evaluation of a run waits for the training of that run only; slices belong to no run.
@@ -234,7 +234,7 @@ def _placeholders(chain: Chain) -> list[str | None]:
     before: list[Job] = []
     found: list[str | None] = []
     for job in chain.jobs:
-        found.append(_dependency(chain, job, before))
+        found.append(_dependency(chain, before))
         before.append(Job(f"<{job.stage}>", job.stage, 1, 0.0, chain.site.name, False))
     return found
 

@@ -64,13 +64,7 @@ def printed(run: Run, rank: int = 0) -> Iterator[str]:
 
 
 def follow(run: Run, rank: int, ended: Callable[[], bool]) -> Iterator[str]:
-    """Yields all output so far and all that follows, attempt after attempt, until the run has ended.
-
-    Args:
-        run: The run.
-        rank: The rank whose output is shown.
-        ended: Tells whether no job of the run waits or runs any longer.
-    """
+    """Yields all output so far and all that follows, attempt after attempt, until no job of the run waits or runs."""
     positions: dict[Path, int] = {}
     current: Path | None = None
     asked = -math.inf
@@ -135,6 +129,6 @@ def _natural(path: Path) -> list[int]:
 
 
 def _ranks_with_output(run: Run) -> str:
-    files = [path for path in run.logs.rglob("attempt_*.log") if _NAME.search(path.name)]
-    ranks = sorted({int(m[2]) for path in files if (m := _NAME.search(path.name))})
+    found = (_NAME.search(path.name) for path in run.logs.rglob("attempt_*.log"))
+    ranks = sorted({int(match[2]) for match in found if match})
     return f"; ranks with output: {', '.join(map(str, ranks))}" if ranks else ""

@@ -130,7 +130,7 @@ def _ask_slurm(jobs: Sequence[Job]) -> dict[str, JobInfo] | None:
 
 
 def _belongs(info: JobInfo, job: Job) -> bool:
-    return job.id in (info.id, slurm.base(info.id)) and job.is_named(info.name)
+    return job.holds(info.id) and job.is_named(info.name)
 
 
 def _known(run: Run, events: EventLog, chain: Sequence[Job], infos: dict[str, JobInfo] | None) -> _Known:

@@ -17,7 +17,7 @@ from pipeline.text_format import rounded_duration, short
 from pipeline.tracking.goodput import goodput
 from pipeline.tracking.report.charts import Curve, Series, goodput_chart, line_chart, time_chart, to_html
 from pipeline.tracking.report.page import Section, render
-from pipeline.tracking.upload.describe import checkpoints, flatten
+from pipeline.tracking.upload.describe import as_text, checkpoints, flatten
 
 _QUIET = (Ready, Checkpointed)  # shown elsewhere
 _UNTOLD = ("began", "last_seen")
@@ -35,11 +35,7 @@ _SAMPLES = 5
 
 
 def write_report(runs: Sequence[Run], output: Path | None = None) -> Path:
-    """Writes the report of one run, or of several runs overlaid, and returns its file.
-
-    Args:
-        runs: The runs, at least one.
-        output: The file to write; None for `report.html` in the first run's folder.
+    """Writes the report of one run, or of several overlaid, and returns its file: by default in the first run's folder.
 
     Raises:
         UsageError: No run has metrics yet.
@@ -212,5 +208,5 @@ def _provenance(run: Run, of: str) -> Section:
     if not starts:
         return Section(f"Provenance{of}", html="<p>None.</p>")
     values = dict(flatten(starts[-1]))
-    rows = [[k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)] for k, v in values.items()]
+    rows = [[key, as_text(value)] for key, value in values.items()]
     return Section(f"Provenance{of}", head=[f"start {len(starts)} of {len(starts)}", ""], rows=rows)

@@ -20,7 +20,7 @@ from pipeline.tracking.upload_state import State
 
 def params(config: Config) -> dict[str, str]:
     """Returns the resolved config as dotted names and text values."""
-    return {name: _text(value) for name, value in flatten(config.model_dump(mode="json"))}
+    return {name: as_text(value) for name, value in flatten(config.model_dump(mode="json"))}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -32,7 +32,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Returns a text as it is and anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -42,7 +43,7 @@ def tags(run: Run) -> dict[str, str]:
     starts = run.provenance()
     if starts:
         newest = starts[-1]
-        found |= {f"provenance.{name}": _text(value) for name, value in flatten(newest)}
+        found |= {f"provenance.{name}": as_text(value) for name, value in flatten(newest)}
         found["pipeline.starts"] = str(len(starts))
         commit = (newest.get("git") or {}).get("commit")
         if commit:
@@ -124,7 +125,7 @@ def files(run: Run) -> Iterator[tuple[Path, str | None]]:
                 yield file, "samples"
 
 
-def dataset(run: Run, config: Config, given: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
+def dataset(config: Config, given: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
     """Returns name, digest, source and profile of the data; None where nothing is known yet."""
     about = dict(given)
     manifest = Path(config.data.path) / MANIFEST

@@ -28,13 +28,7 @@ _log = logging.getLogger("pipeline.tracking")
 
 
 class Feed:
-    """Sends one run folder to one store.
-
-    Args:
-        run: The run.
-        config: Its config.
-        uri: Resolved address of the store.
-    """
+    """Sends one run folder to one store, named by its resolved address."""
 
     def __init__(self, run: Run, config: Config, uri: str) -> None:
         self._run = run
@@ -174,19 +168,14 @@ class Feed:
                     raise
                 # A refusal is permanent and must not hold the metrics back.
                 _log.warning("MLflow refuses a part of the description: %s", in_words(error))
-        if (
-            upload_state.load(self._run).of(self._uri).status is None
-            or upload_state.load(self._run).status == "RUNNING"
-        ):
+        s = upload_state.load(self._run)
+        if s.of(self._uri).status is None or s.status == "RUNNING":
             self._send_status(store, run_id)
         self._described = newest
 
     def _fingerprint(self) -> Any:
-        stats = []
-        for file, folder in describe.files(self._run):
-            found = file.stat()
-            stats.append((folder, file.name, found.st_size, found.st_mtime_ns))
-        return stats
+        found = [(folder, file.name, file.stat()) for file, folder in describe.files(self._run)]
+        return [(folder, name, stat.st_size, stat.st_mtime_ns) for folder, name, stat in found]
 
     def _send_params(self, store: Store, run_id: str) -> None:
         now = describe.params(self._config)
@@ -207,7 +196,7 @@ class Feed:
         store.set_tags(run_id, tags)
 
     def _send_dataset(self, store: Store, run_id: str) -> None:
-        about = describe.dataset(self._run, self._config, upload_state.load(self._run).dataset)
+        about = describe.dataset(self._config, upload_state.load(self._run).dataset)
         if about is not None:
             store.set_dataset(run_id, *about)
 
@@ -271,17 +260,11 @@ def _points(record: dict[str, Any], retry: int) -> Iterator[Point]:
             yield Point(key + suffix, float(value), time_ms, step)
 
 
-class UploadLock:
-    """Keeps two processes from feeding one run at the same time; a process holds it for one round."""
-
-    def __init__(self, run: Run) -> None:
-        run.tracking.mkdir(parents=True, exist_ok=True)
-        self._path = run.upload_lock
-
-    def acquire(self) -> int | None:
-        """Returns an open file that holds the lock until it is closed; None where another process has it."""
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        if upload_state.lock(fd, wait=False):
-            return fd
-        os.close(fd)
-        return None
+def lock_upload(run: Run) -> int | None:
+    """Keeps other processes from feeding the run until the file that it returns is closed; None where one does."""
+    run.tracking.mkdir(parents=True, exist_ok=True)
+    fd = os.open(run.upload_lock, os.O_RDWR | os.O_CREAT, 0o644)
+    if upload_state.lock(fd, wait=False):
+        return fd
+    os.close(fd)
+    return None

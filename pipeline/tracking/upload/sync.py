@@ -6,7 +6,6 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from pipeline.run.folder import Run
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload import describe
 from pipeline.tracking.upload.errors import in_words
-from pipeline.tracking.upload.feed import Feed, UploadLock
+from pipeline.tracking.upload.feed import Feed, lock_upload
 from pipeline.tracking.upload.store import Store, resolve_uri
 
 # How long after its last line a process counts as alive on a machine whose locks this one may not see; its sampler
@@ -98,12 +97,8 @@ def sync_quietly(run: Run) -> None:
 def register_export(run: Run, folder: Path, name: str) -> str:
     """Registers an exported model as a model version; returns the number of the version.
 
-    It first stores the files as artifacts of the run: a server refuses a version at a path it cannot reach.
-
-    Args:
-        run: The run the model is from.
-        folder: The exported files.
-        name: Name of the registered model; created if missing.
+    It first stores the files as artifacts of the run: a server refuses a version at a path it cannot reach. A missing
+    registered model is created.
 
     Raises:
         UsageError: The run has no store.
@@ -176,14 +171,13 @@ def _target(run: Run, uri: str | None) -> str | None:
     return None if configured == "none" else resolve_uri(configured)
 
 
-def _wait_for_lock(run: Run, clock: Callable[[], float] = time.monotonic) -> int:
-    lock = UploadLock(run)
-    until = clock() + _LOCK_WAIT_S
+def _wait_for_lock(run: Run) -> int:
+    until = time.monotonic() + _LOCK_WAIT_S
     while True:
-        fd = lock.acquire()
+        fd = lock_upload(run)
         if fd is not None:
             return fd
-        if clock() > until:
+        if time.monotonic() > until:
             raise PipelineError(
                 f"{run.path}: another process has been sending this run for {_LOCK_WAIT_S:.0f} s; try again later"
             )
