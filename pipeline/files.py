@@ -1,24 +1,29 @@
-"""Publishing files so that half of one is never visible: temp + fsync + rename, and digests."""
+"""Publishing files so that half of one is never visible, reading files that others made, and digests."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.errors import PipelineError
 
 # Deadlines and the times of events are compared between nodes.
 MAX_CLOCK_SKEW_S = 5.0
+
+# The manifest of a checkpoint by a thousand ranks, or of a dataset of a hundred thousand shards, is a fifth of this.
+LARGEST_JSON = 256 << 20
 
 
 @contextlib.contextmanager
@@ -92,15 +97,77 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, bytes(content + b"\n"))
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+def open_regular(path: str | Path, inside: str | Path | None = None) -> BinaryIO:
+    """Opens a file that others may have made, and refuses everything that is not a regular file.
+
+    A device has no end, a FIFO blocks, and a link can name any file of the user, which a report would then publish.
+
+    Args:
+        path: The file.
+        inside: The folder that was received; no link may lead out of it. The folder itself may be a link.
 
     Raises:
-        PipelineError: The file is missing or is no JSON; the message names it.
+        OSError: It cannot be opened, is not a regular file, or is outside the folder.
+    """
+    real = os.path.realpath(path)
+    if inside is not None and not Path(real).is_relative_to(os.path.realpath(inside)):
+        raise PermissionError(errno.EPERM, f"a link leads out of {inside}", str(path))
+    # Without O_NONBLOCK, opening a FIFO waits for a writer.
+    fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return os.fdopen(fd, "rb")
+    os.close(fd)
+    raise OSError(errno.EINVAL, "is not a regular file", str(path))
+
+
+def is_regular(path: str | Path, inside: str | Path | None = None) -> bool:
+    """Whether `open_regular` would open the file."""
+    try:
+        open_regular(path, inside).close()
+    except (OSError, ValueError):  # ValueError: a null character in the name
+        return False
+    return True
+
+
+def read_bounded(path: str | Path, inside: str | Path | None = None, most: int = LARGEST_JSON) -> bytes:
+    """Reads a file that others may have made; see `open_regular`.
+
+    Args:
+        path: The file.
+        inside: The folder that was received.
+        most: The largest size that is read, in bytes.
+
+    Raises:
+        OSError: As `open_regular`, or the file is larger.
+    """
+    with open_regular(path, inside) as source:
+        content = source.read(min(os.fstat(source.fileno()).st_size, most) + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"has more than {most:,} bytes", str(path))
+    return content
+
+
+def parse_json(content: bytes) -> Any:
+    """Parses JSON of any origin.
+
+    Raises:
+        ValueError: It is no JSON, holds half a surrogate pair, or is nested too deeply.
+    """
+    try:
+        return json.loads(content.decode())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(path: Path, inside: Path | None = None) -> Any:
+    """Reads a JSON file that others may have made; `inside` is the folder that was received.
+
+    Raises:
+        PipelineError: The file is missing, is not a regular file in that folder, or is no JSON; the message names it.
     """
     try:
         with naming(path, "cannot be read"):
-            return json.loads(path.read_text(encoding="utf-8"))
+            return parse_json(read_bounded(path, inside))
     except ValueError as error:
         raise PipelineError(f"{path}: is not valid JSON ({error})") from error
 

@@ -26,7 +26,7 @@ from pipeline.launch.job.spec import JobSpec, Task
 from pipeline.launch.site import Site, load_site
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import Job, Stage
-from pipeline.launch.submit.admission import refuse_active, refuse_invisible, refuse_percent, refuse_unfit_images
+from pipeline.launch.submit.admission import refuse_active, refuse_invisible, refuse_unfit_folder, refuse_unfit_images
 from pipeline.launch.submit.sbatch_errors import refused
 from pipeline.launch.submit.signal_time import signal_time_s
 from pipeline.launch.submit.snapshot import take_snapshot
@@ -81,7 +81,7 @@ def plan_chain(
     site = load_site(site_file)
     configs = experiments(config_file, overrides, sweeps, site.train.nodes * site.train.tasks_per_node)
     home = home_of(configs)
-    refuse_percent(home)
+    refuse_unfit_folder(home)
     refuse_invisible(configs, site)
     commands, skipped = _stages(configs, site, ("--allow-image-change",) if allow_image_change else ())
     jobs = [_job(stage, tasks, configs, site, home) for stage, tasks in commands.items()]

@@ -103,6 +103,17 @@ def test_where_slurm_does_not_say_whether_it_holds_a_job_that_is_said(tmp_path: 
     assert "whether it holds a job" in done.err and "`squeue --me`" in done.err
 
 
+@pytest.mark.parametrize("character", ["\n", "\x1b", "\x85"])
+def test_a_working_folder_with_a_control_character_in_its_name_is_refused(tmp_path: Path, slurm: FakeSlurm, character):
+    folder = tmp_path / f"p{character}touch pwned{character}"
+    folder.mkdir()
+    write_files(folder)
+    for more in ((), ("--dry-run",)):
+        done = submit(folder, slurm, *more)
+        assert done.status == 2 and not done.out and done.err.count("\n") == 1 and "touch pwned" in done.err
+    assert not slurm.calls("sbatch") and not (folder / "runs").exists()
+
+
 @pytest.mark.parametrize("folder", ["p%A_%a", "p%j"])
 def test_a_folder_that_slurm_would_fill_in_is_refused(tmp_path: Path, slurm: FakeSlurm, folder: str):
     write_files(tmp_path)
