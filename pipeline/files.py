@@ -14,8 +14,9 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pipeline.errors import PipelineError
 
@@ -97,7 +98,7 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, bytes(content + b"\n"))
 
 
-def open_regular(path: str | Path, inside: str | Path | None = None) -> BinaryIO:
+def open_regular(path: str | Path, inside: str | Path | None = None) -> BufferedReader:
     """Opens a file that others may have made, and refuses everything that is not a regular file.
 
     A device has no end, a FIFO blocks, and a link can name any file of the user, which a report would then publish.
@@ -109,24 +110,49 @@ def open_regular(path: str | Path, inside: str | Path | None = None) -> BinaryIO
     Raises:
         OSError: It cannot be opened, is not a regular file, or is outside the folder.
     """
-    real = os.path.realpath(path)
-    if inside is not None and not Path(real).is_relative_to(os.path.realpath(inside)):
-        raise PermissionError(errno.EPERM, f"a link leads out of {inside}", str(path))
-    # Without O_NONBLOCK, opening a FIFO waits for a writer.
-    fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        return os.fdopen(fd, "rb")
-    os.close(fd)
-    raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    with _regular(path, inside) as fd:
+        return os.fdopen(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC), "rb")
+
+
+def size_of_regular(path: str | Path, inside: str | Path | None = None) -> int:
+    """Returns the size of a file in bytes, with the conditions and errors of `open_regular`."""
+    with _regular(path, inside) as fd:
+        return os.fstat(fd).st_size
 
 
 def is_regular(path: str | Path, inside: str | Path | None = None) -> bool:
     """Whether `open_regular` would open the file."""
     try:
-        open_regular(path, inside).close()
+        size_of_regular(path, inside)
     except (OSError, ValueError):  # ValueError: a null character in the name
         return False
     return True
+
+
+@contextlib.contextmanager
+def _regular(path: str | Path, inside: str | Path | None) -> Iterator[int]:
+    # O_PATH finds the file without opening it: opening a FIFO waits, and opening a device may do something.
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        if inside is not None and not _place(fd).startswith(_folder_place(inside)):
+            raise PermissionError(errno.EPERM, f"a link leads out of {inside}", str(path))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _place(fd: int) -> str:
+    return str(Path(f"/proc/self/fd/{fd}").readlink())
+
+
+def _folder_place(folder: str | Path) -> str:
+    fd = os.open(folder, os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY)
+    try:
+        return _place(fd).rstrip("/") + "/"
+    finally:
+        os.close(fd)
 
 
 def read_bounded(path: str | Path, inside: str | Path | None = None, most: int = LARGEST_JSON) -> bytes:
@@ -159,17 +185,22 @@ def parse_json(content: bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def read_json(path: Path, inside: Path | None = None) -> Any:
-    """Reads a JSON file that others may have made; `inside` is the folder that was received.
+def read_json(path: Path, inside: Path | None = None, error_type: type[PipelineError] = PipelineError) -> Any:
+    """Reads a JSON file that others may have made.
+
+    Args:
+        path: The file.
+        inside: The folder that was received.
+        error_type: The type that is raised.
 
     Raises:
         PipelineError: The file is missing, is not a regular file in that folder, or is no JSON; the message names it.
     """
     try:
-        with naming(path, "cannot be read"):
+        with naming(path, "cannot be read", error=error_type):
             return parse_json(read_bounded(path, inside))
     except ValueError as error:
-        raise PipelineError(f"{path}: is not valid JSON ({error})") from error
+        raise error_type(f"{path}: is not valid JSON ({error})") from error
 
 
 def publish_dir(temp: Path, final: Path) -> None:
@@ -224,7 +255,7 @@ def sha256_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal, read in pieces."""
-    with path.open("rb") as source:
+def sha256_file(path: Path, inside: Path | None = None) -> str:
+    """The SHA-256 of a file in hexadecimal, read in pieces; see `open_regular` for `inside`."""
+    with open_regular(path, inside) as source:
         return hashlib.file_digest(source, "sha256").hexdigest()

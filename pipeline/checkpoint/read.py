@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.layout import Fragment, Manifest, published
 from pipeline.errors import CheckpointError, listing
-from pipeline.files import naming, open_regular, sha256_file
+from pipeline.files import naming, sha256_file, size_of_regular
 
 
 class CheckpointReader:
@@ -78,7 +77,7 @@ class CheckpointReader:
         try:
             with naming(path, "cannot be read", error=CheckpointError):
                 if fragment.file not in self._files:
-                    open_regular(path, self.folder).close()  # safe_open would wait for the writer of a FIFO
+                    size_of_regular(path, self.folder)  # safe_open would wait for the writer of a FIFO
                     self._files[fragment.file] = safe_open(path, framework="pt")
                 found = self._files[fragment.file].get_slice(key)
         except SafetensorError as error:
@@ -110,11 +109,10 @@ def verify(folder: Path, mine: Callable[[int], bool] = lambda index: True, threa
 
 def _check_file(path: Path, expected: dict[str, Any]) -> None:
     with naming(path, "cannot be read", error=CheckpointError):
-        with open_regular(path, path.parent) as file:
-            size = os.fstat(file.fileno()).st_size
+        size = size_of_regular(path, path.parent)
         if size != expected["bytes"]:
             raise CheckpointError(f"{path}: is torn: {size} bytes of {expected['bytes']}")
-        if sha256_file(path) != expected["sha256"]:
+        if sha256_file(path, path.parent) != expected["sha256"]:
             raise CheckpointError(f"{path}: is damaged: its SHA-256 does not match the manifest's")
 
 

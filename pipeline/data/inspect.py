@@ -22,8 +22,10 @@ from pipeline.files import write_text
 
 # At most this many tokens of a split are counted: the beginnings of all its shards, the same number of each.
 _MOST_COUNTED = 200_000_000
+_COUNTED_AT_ONCE = 1 << 22
 _BINS_PER_OCTAVE = 2
 _TOKENS_SHOWN = 50
+_CURE = "remove the dataset and prepare it again"
 
 # Whatever a token or a name contains, the page can load nothing and send nothing.
 _PAGE = """<!doctype html>
@@ -129,7 +131,10 @@ def document_lengths(path: Path, shards: Sequence[Shard]) -> npt.NDArray[np.int6
     """Counts documents by their length in tokens, in `_BINS_PER_OCTAVE` logarithmic bins for each doubling."""
     counts = np.zeros(64 * _BINS_PER_OCTAVE, np.int64)
     for shard in shards:
-        lengths = np.diff(np.fromfile(path / shard.index, "<u8").astype(np.int64))
+        index = np.fromfile(path / shard.index, "<u8")
+        lengths = np.diff(index.astype(np.int64))
+        if index[0] != 0 or index[-1] != shard.tokens or (lengths <= 0).any():
+            raise DataError(f"{path / shard.index}: is damaged: it is no list of growing offsets; {_CURE}")
         bins = np.floor(np.log2(lengths) * _BINS_PER_OCTAVE + 1e-9).astype(np.int64)
         counts += np.bincount(bins, minlength=len(counts))
     return counts
@@ -139,13 +144,26 @@ def count_tokens(path: Path, manifest: DatasetManifest, shards: Sequence[Shard])
     """Returns the count of each token id and the number of tokens that were counted."""
     counts = np.zeros(manifest.vocab_size, np.int64)
     share = max(1, _MOST_COUNTED // len(shards))
+    waiting: list[npt.NDArray[Any]] = []
+
+    def count() -> int:
+        tokens = np.concatenate(waiting)
+        found = np.bincount(tokens, minlength=len(counts))
+        if len(found) > len(counts):
+            raise DataError(f"{path}: holds the token id {len(found) - 1}, beyond its vocabulary; {_CURE}")
+        counts[:] += found
+        waiting.clear()
+        return len(tokens)
+
     counted = 0
     for shard in shards:
-        tokens = np.memmap(path / shard.file, manifest.numpy_dtype, "r")[:share]
-        for start in range(0, len(tokens), 1 << 22):
-            counts += np.bincount(tokens[start : start + (1 << 22)], minlength=len(counts))
-        counted += len(tokens)
-    return counts, counted
+        tokens = np.fromfile(path / shard.file, manifest.numpy_dtype, count=share)
+        for start in range(0, len(tokens), _COUNTED_AT_ONCE):
+            waiting.append(tokens[start : start + _COUNTED_AT_ONCE])
+            # Not shard by shard: each count costs as much as the vocabulary, and there may be many small shards.
+            if sum(map(len, waiting)) >= _COUNTED_AT_ONCE:
+                counted += count()
+    return counts, counted + (count() if waiting else 0)
 
 
 def _length_chart(counts: npt.NDArray[np.int64], split: str) -> str:
