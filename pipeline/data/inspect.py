@@ -145,25 +145,25 @@ def count_tokens(path: Path, manifest: DatasetManifest, shards: Sequence[Shard])
     counts = np.zeros(manifest.vocab_size, np.int64)
     share = max(1, _MOST_COUNTED // len(shards))
     waiting: list[npt.NDArray[Any]] = []
-
-    def count() -> int:
-        tokens = np.concatenate(waiting)
-        found = np.bincount(tokens, minlength=len(counts))
-        if len(found) > len(counts):
-            raise DataError(f"{path}: holds the token id {len(found) - 1}, beyond its vocabulary; {_CURE}")
-        counts[:] += found
-        waiting.clear()
-        return len(tokens)
-
-    counted = 0
+    held = counted = 0
     for shard in shards:
         tokens = np.fromfile(path / shard.file, manifest.numpy_dtype, count=share)
+        counted += len(tokens)
         for start in range(0, len(tokens), _COUNTED_AT_ONCE):
             waiting.append(tokens[start : start + _COUNTED_AT_ONCE])
+            held += len(waiting[-1])
             # Not shard by shard: each count costs as much as the vocabulary, and there may be many small shards.
-            if sum(map(len, waiting)) >= _COUNTED_AT_ONCE:
-                counted += count()
-    return counts, counted + (count() if waiting else 0)
+            if held >= _COUNTED_AT_ONCE:
+                counts += _counts(path, waiting, len(counts))
+                waiting, held = [], 0
+    return counts + _counts(path, waiting, len(counts)), counted
+
+
+def _counts(path: Path, tokens: Sequence[npt.NDArray[Any]], vocab_size: int) -> npt.NDArray[np.int64]:
+    found = np.bincount(np.concatenate([np.zeros(0, np.uint16), *tokens]), minlength=vocab_size)
+    if len(found) > vocab_size:
+        raise DataError(f"{path}: holds the token id {len(found) - 1}, beyond its vocabulary; {_CURE}")
+    return found
 
 
 def _length_chart(counts: npt.NDArray[np.int64], split: str) -> str:

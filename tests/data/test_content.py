@@ -161,4 +161,4 @@ def test_a_dataset_of_a_hundred_thousand_shards_is_inspected_in_seconds(copy: Pa
     began = time.process_time()
     assert len(draw_documents(copy, "train", 3, 0)) == 3
     write_page(copy, tmp_path / "page.html")
-    assert time.process_time() - began < 40
+    assert time.process_time() - began < 30
