@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.arguments import ConfigFile, Overrides
+from pipeline.text_format import say
 
 app = typer.Typer()
 
@@ -54,4 +55,4 @@ def verify(
     """Check every byte of a dataset, a checkpoint, or a run and its dataset against the checksums."""
     from pipeline.commands.verify import verify_path
 
-    print(verify_path(path))
+    say(verify_path(path))

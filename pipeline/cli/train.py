@@ -8,6 +8,7 @@ import typer
 
 from pipeline.cli.arguments import AllowImageChange, ConfigFile, Overrides, RunFolder
 from pipeline.errors import UsageError
+from pipeline.text_format import say
 
 if TYPE_CHECKING:
     from pipeline.config.sections import Config
@@ -39,7 +40,7 @@ def sample(
     from pipeline.tracking.upload.sync import sync_quietly
 
     for text in sample_run(opened, prompt, count, seed):
-        print(text)
+        say(text)
     sync_quietly(opened)
 
 
@@ -53,7 +54,7 @@ def evaluate(run_folder: RunFolder) -> None:
     from pipeline.train.evaluate import evaluate_run
 
     found = evaluate_run(opened)
-    print(
+    say(
         f"step {found.step}: loss {found.loss:.4f} nats/token, perplexity {found.perplexity:.2f}, "
         f"{found.bits_per_byte:.4f} bits/byte on {found.tokens:,} validation tokens"
     )
@@ -83,11 +84,11 @@ def export(
     from pipeline.commands.export import export_run
 
     written = export_run(opened, form, step, Path(output) if output else None)
-    print(written)
+    say(written)
     if register is not None:
         from pipeline.tracking.upload.sync import register_export
 
-        print(f"{register}: version {register_export(opened, written, register)}")
+        say(f"{register}: version {register_export(opened, written, register)}")
 
 
 def config_for_this_world(config_file: str, overrides: list[str] | None) -> Config:

@@ -14,6 +14,7 @@ from pipeline.config.sections import tracking_uri_problem
 from pipeline.errors import PipelineError, UsageError
 from pipeline.run.events import EventLog, StartBegan
 from pipeline.run.folder import Run
+from pipeline.text_format import say
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload import describe
 from pipeline.tracking.upload.errors import in_words
@@ -92,7 +93,7 @@ def sync_quietly(run: Run) -> None:
     try:
         sync(run)
     except PipelineError as error:
-        print(f"pipeline: {error}", file=sys.stderr)
+        say(f"pipeline: {error}", sys.stderr)
 
 
 def register_export(run: Run, folder: Path, name: str) -> str:
