@@ -186,9 +186,12 @@ def parse_json(content: bytes) -> Any:
         ValueError: It is no JSON, holds half a surrogate pair, or is nested too deeply.
     """
     try:
-        return json.loads(content.decode())
+        value = json.loads(content.decode())
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if b"\\ud" in content.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # a lone half could be neither printed nor written
+    return value
 
 
 def read_json(path: Path, inside: Path | None = None, error_type: type[PipelineError] = PipelineError) -> Any:

@@ -37,15 +37,15 @@ class Vocabulary(Generic[S]):
     example: str
     """A file to start from."""
 
-    def read(self, path: str | Path) -> str:
-        """Returns the text of a file.
+    def read(self, path: str | Path, inside: Path | None = None) -> str:
+        """Returns the text of a file; `inside` is the folder that was received with it.
 
         Raises:
             UsageError: It cannot be read.
         """
         try:
             with naming(path, f"the {self.kind} file cannot be read", error=UsageError):
-                return read_bounded(path, most=MOST_BYTES).decode()
+                return read_bounded(path, inside, MOST_BYTES).decode()
         except UnicodeDecodeError as error:
             where = f"{error.reason} at byte {error.start}"
             raise UsageError(f"{path}: the {self.kind} file is not UTF-8 text ({where})") from error

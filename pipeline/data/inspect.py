@@ -83,7 +83,7 @@ def draw_documents(path: str | Path, split: str, count: int, seed: int) -> list[
     if not len(ends):
         raise DataError(f"{path}: the {split} split has no documents")
     check_sizes(path, shards, manifest.numpy_dtype)
-    tokenizer = Tokenizer.load(path / TOKENIZER)
+    tokenizer = Tokenizer.load(path / TOKENIZER, inside=path)
     total = int(ends[-1])
     numbers = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
     documents = []
@@ -106,7 +106,7 @@ def write_page(path: str | Path, out: Path) -> None:
     path = Path(path)
     manifest = DatasetManifest.load(path)
     check_sizes(path, manifest.shards, manifest.numpy_dtype)
-    tokenizer = Tokenizer.load(path / TOKENIZER)
+    tokenizer = Tokenizer.load(path / TOKENIZER, inside=path)
     parts = []
     for name, split in manifest.splits.items():
         if not split.shards:

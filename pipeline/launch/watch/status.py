@@ -224,7 +224,7 @@ def _last_lines(run: Run) -> list[dict[str, Any]]:
         return []
     start = max(0, run.metrics_file.stat().st_size - _TAIL_BYTES)
     # The tail may begin within a line: what is left of it is not a JSON object, and the reader skips it.
-    found = (line.record for line in journal.read(run.metrics_file, start))
+    found = (line.record for line in journal.read_steps(run.metrics_file, start))
     return [record for record in found if "train/loss" in record]
 
 
