@@ -11,10 +11,11 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Self
 
-from pipeline.files import fsync_file, open_regular, write_bytes
+from pipeline.files import fsync_file, naming, open_regular, write_bytes
 
 _BLOCK = 1 << 20
 _LONGEST_LINE = 16 << 20
@@ -47,11 +48,10 @@ def read(path: Path, offset: int = 0) -> Iterator[Line]:
     It skips a last line without a newline and any line that is not a JSON object (two torn writes).
 
     Raises:
-        OSError: It is not a regular file, or a link leads out of its folder.
+        PipelineError: It cannot be read, is not a regular file, or a link leads out of its folder.
     """
-    try:
-        source = open_regular(path, path.parent)
-    except FileNotFoundError:
+    source = _open(path)
+    if source is None:
         return
     with source:
         source.seek(offset)
@@ -65,6 +65,14 @@ def read(path: Path, offset: int = 0) -> Iterator[Line]:
             whole = True
             if record is not None:
                 yield Line(record, raw, end)
+
+
+def _open(path: Path) -> BufferedReader | None:
+    with naming(path, "cannot be read"):
+        try:
+            return open_regular(path, path.parent)
+        except FileNotFoundError:
+            return None
 
 
 def read_steps(path: Path, offset: int = 0) -> Iterator[Line]:
@@ -110,9 +118,8 @@ def last_step(path: Path) -> dict[str, Any] | None:
 
 
 def _newest(path: Path, usable: Callable[[dict[str, Any]], dict[str, Any] | None]) -> dict[str, Any] | None:
-    try:
-        source = open_regular(path, path.parent)
-    except FileNotFoundError:
+    source = _open(path)
+    if source is None:
         return None
     with source:
         end = source.seek(0, os.SEEK_END)

@@ -55,7 +55,8 @@ def test_stages_that_are_done_are_skipped(tmp_path: Path, slurm: FakeSlurm):
     run = tmp_path / "runs/tiny"
     (run / "checkpoints/step_00000100").mkdir()
     (run / "checkpoints/step_00000100/manifest.json").write_text("{}")
-    (run / "evaluation.json").write_text('{"step": 100}')
+    evaluated = {"step": 100, "loss": 3.0, "perplexity": 20.0, "bits_per_byte": 1.5, "tokens": 100}
+    (run / "evaluation.json").write_text(json.dumps(evaluated))
     (run / "report.html").write_text("")
     done = submit(tmp_path, slurm)
     assert "Everything is done; nothing was submitted." in done.out
