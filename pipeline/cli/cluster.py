@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -166,6 +167,6 @@ def plan(
 
 def _counts(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"--nodes {text}: allowed are numbers from 1, separated by commas, for example 1,8,64")
+    if not all(re.fullmatch(r" *[1-9][0-9]{0,8} *", part) for part in parts):
+        raise UsageError(f"--nodes {text[:60]}: allowed are numbers from 1, separated by commas, for example 1,8,64")
     return [int(part) for part in parts]

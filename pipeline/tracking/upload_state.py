@@ -70,6 +70,8 @@ class State(BaseModel):
     """What the first start said about the data."""
     store: str | None = None
     """Address of the store fed by default."""
+    place: str | None = None
+    """Where `store` was recorded; see `place_of`."""
     stores: dict[str, StoreState] = {}
     """How far each store has been fed, by its address, which never contains a password."""
 
@@ -101,6 +103,24 @@ def load(run: Run) -> State:
                 "the run is then sent to MLflow again, as a new MLflow run"
             ) from error
     return State(identity=uuid.uuid4().hex)
+
+
+def place_of(run: Run) -> str:
+    """Returns a name of this very folder, which no copy of it and no archive can have.
+
+    The kernel sets the change time of the lock file, which nothing writes to, when it makes the file.
+    """
+    found = run.state_lock.stat()
+    return f"{found.st_ino}-{found.st_ctime_ns}"
+
+
+def was_recorded_here(run: Run, state: State) -> bool:
+    """Whether this user's own training recorded the store of a run in this folder, and not whoever sent the folder."""
+    try:
+        owned = run.path.stat().st_uid == run.state_lock.stat().st_uid == os.geteuid()
+        return owned and state.place == place_of(run)
+    except OSError:
+        return False
 
 
 def settled(run: Run) -> State:

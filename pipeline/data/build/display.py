@@ -143,7 +143,7 @@ def parse_slice(text: str | None) -> tuple[int, int] | None:
     """
     if text is None:
         return None
-    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if found is None:
         raise UsageError(f"--slice {text}: must be I/N with I from 1 to N, for example 3/8")
     return int(found[1]), int(found[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import sys
 import time
@@ -58,7 +59,8 @@ def sync(run: Run, uri: str | None = None) -> Synced:
 
     Args:
         run: The run.
-        uri: The store; None for the one the run was recorded for.
+        uri: The store; None for the one the run was recorded for, if this user's training recorded it in this folder
+            or the environment names it too.
 
     Raises:
         UsageError: `uri` has none of the allowed forms.
@@ -170,11 +172,26 @@ def _target(run: Run, uri: str | None) -> str | None:
         if problem is not None:
             raise UsageError(f"--uri {problem}")
         return resolve_uri(uri)
-    recorded = upload_state.load(run).store
-    if recorded is not None:
-        return recorded
-    configured = run.config().tracking.uri
-    return None if configured == "none" else resolve_uri(configured)
+    state = upload_state.load(run)
+    address = state.store or run.config().tracking.uri
+    if address == "none":
+        return None
+    problem = tracking_uri_problem(address)
+    if problem is not None:
+        raise PipelineError(f"{run.mlflow_file}: the store {problem}")
+    found = resolve_uri(address)
+    if upload_state.was_recorded_here(run, state) or found == _of_environment():
+        return found
+    # Whoever sent the folder would get this user's credentials, or have any file of this user written to.
+    raise PipelineError(
+        f"{run.path}: names the store {found}, but was not trained in this folder by this user; nothing was sent. If "
+        f"the store is yours: pipeline sync {shlex.quote(str(run.path))} --uri {shlex.quote(found)}"
+    )
+
+
+def _of_environment() -> str | None:
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "none")
+    return None if uri == "none" or tracking_uri_problem(uri) is not None else resolve_uri(uri)
 
 
 def _wait_for_lock(run: Run, clock: Callable[[], float] = time.monotonic) -> int:
