@@ -114,9 +114,6 @@ class PrepareEnded(Event, kind="prepare_ended"):
     done: bool = False
 
 
-# ---- from training ----------------------------------------------------------------------------------
-
-
 class StartBegan(Event, kind="attempt"):
     """A training process began."""
 
@@ -243,9 +240,6 @@ class Failed(Accounted, kind="failed"):
     """The start ended with an error."""
 
     error: str = ""
-
-
-# ---- writing and reading ---------------------------------------------------------------------------
 
 
 def append(path: Path, event: E) -> E:

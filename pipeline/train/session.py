@@ -163,7 +163,7 @@ class Session:
             return
         recorded = self.world.is_first and any(
             line.record["step"] == self.step and "val/loss" in line.record
-            for line in journal.read_steps(self.run.metrics_file)
+            for line in journal.read(self.run.metrics_file)
         )
         if not group.broadcast(recorded, self.world):
             self.validate(self.step)
