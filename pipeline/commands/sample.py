@@ -24,7 +24,7 @@ def sample_run(run: Run, prompt: str | None = None, count: int = 1, seed: int = 
     """
     config = run.config()
     settings = config.sample
-    tokenizer = Tokenizer.load(run.tokenizer_file, config.tokenizer.end_of_text)
+    tokenizer = Tokenizer.load(run.tokenizer_file, config.tokenizer.end_of_text, run.path)
     prompt_ids = tokenizer.encode(settings.prompt if prompt is None else prompt)
     if not prompt_ids:
         raise UsageError("the prompt is empty; give at least one character")

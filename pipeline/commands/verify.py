@@ -38,7 +38,7 @@ def _is_dataset(folder: Path) -> bool:
     if (folder / PLAN).exists():
         return True
     manifest = folder / MANIFEST
-    tree = read_json(manifest) if manifest.exists() else None
+    tree = read_json(manifest, folder) if manifest.exists() else None
     return isinstance(tree, dict) and "tokenizer_digest" in tree
 
 

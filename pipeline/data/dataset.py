@@ -15,7 +15,7 @@ from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import SPLITS, DatasetManifest, Shard, SplitName, check_sizes
 from pipeline.data.order import Order, sample_numbers
 from pipeline.errors import DataError
-from pipeline.files import sha256_file
+from pipeline.files import naming, sha256_file
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -153,7 +153,9 @@ def _check_tokenizer_file(path: Path, manifest: DatasetManifest) -> None:
     file = path / TOKENIZER
     if not file.is_file():
         raise DataError(f"{file}: is missing; the tokens cannot be decoded without it: prepare the dataset again")
-    if sha256_file(file) != manifest.tokenizer_digest:
+    with naming(file, "cannot be read", error=DataError):
+        digest = sha256_file(file, path)
+    if digest != manifest.tokenizer_digest:
         raise DataError(f"{file}: is not the tokenizer that made these tokens (its digest differs from the manifest's)")
 
 

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 import pipeline
@@ -26,6 +25,7 @@ from pipeline.image.base import Base, read_base
 from pipeline.image.record import IMAGE_HOME, record_file, write_record
 from pipeline.image.wheels import PROJECT_PARTS, lock_digest, locks_of, project_wheel, wheelhouse
 from pipeline.run.provenance import git_state, untracked
+from pipeline.terminal import Terminal
 from pipeline.text_format import gigabytes
 
 CONTAINERS = "containers"
@@ -138,7 +138,7 @@ class _Steps:
     """Prints one line per step on stderr, with the seconds since the start, and shows a clock on a terminal."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Terminal(stderr=True, soft_wrap=True)
         self._clock = Progress(
             SpinnerColumn(), TimeElapsedColumn(), console=self._console, transient=True,
             disable=not self._console.is_terminal,
@@ -154,7 +154,7 @@ class _Steps:
         self._clock.stop()
 
     def show(self, what: str) -> None:
-        self._console.print(f"[{time.monotonic() - self._began:4.0f} s] {what}", markup=False)
+        self._console.print(f"[{time.monotonic() - self._began:4.0f} s] {what}")
 
 
 @contextmanager

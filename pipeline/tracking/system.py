@@ -46,7 +46,7 @@ class NodeSampler:
         try:
             monitors = open_monitors()
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            newest = journal.last(self._file)
+            newest = journal.last_step(self._file)
             step = int(newest["step"]) + 1 if newest else 0
             with journal.Writer(self._file) as writer:
                 while not self._closing.is_set():

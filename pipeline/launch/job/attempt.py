@@ -38,6 +38,7 @@ from pipeline.run.events import (
     append,
 )
 from pipeline.run.world import DEADLINE_VARIABLE
+from pipeline.text_format import say
 
 # The signal comes at most a quarter of a short time limit before its end.
 _LIMIT_IS_NEAR = 0.25
@@ -214,12 +215,12 @@ def _record(attempt: Attempt, event: Event) -> None:
         else:
             append(attempt.run.events_file, event)
     except OSError as error:
-        print(f"pipeline: {error}; the outcome of this attempt is not recorded", file=sys.stderr, flush=True)
+        say(f"pipeline: {error}; the outcome of this attempt is not recorded", sys.stderr)
 
 
 def _give_up(attempt: Attempt, why: str) -> None:
     _record(attempt, GaveUp(job=attempt.job, stage=attempt.stage, reason=why))
-    print(f"pipeline: error: {attempt.stage}: {why}", file=sys.stderr, flush=True)
+    say(f"pipeline: error: {attempt.stage}: {why}", sys.stderr)
 
 
 def _bad_nodes_in_words(event: BadNode | None) -> str:
@@ -241,7 +242,7 @@ def main(arguments: list[str]) -> int:
             return end(attempt, int(arguments[2]))
         lines = begin(attempt)
     except PipelineError as error:
-        print(f"pipeline: error: {error}", file=sys.stderr, flush=True)
+        say(f"pipeline: error: {error}", sys.stderr)
         return EXIT_FAILED
     if lines is None:
         return EXIT_FAILED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from pipeline.config.sections import Config
@@ -13,15 +14,24 @@ from pipeline.launch.slurm import client as slurm
 from pipeline.launch.slurm import job_records
 from pipeline.run.folder import Run, run_for
 from pipeline.run.provenance import refuse_other_image
+from pipeline.text_format import hidden_character
 
 
-def refuse_percent(home: Run) -> None:
-    """Refuses a folder for the files of the jobs whose name Slurm would expand.
+def refuse_unfit_folder(home: Run) -> None:
+    """Refuses a folder for the files of the jobs whose name Slurm or a shell would not take as a name.
 
     Raises:
-        UsageError: Its name contains a %.
+        UsageError: Its name contains a % or a control character.
     """
     folder = home.launch.absolute()
+    for path in (str(folder), sys.executable):
+        hidden = hidden_character(path)
+        if hidden is not None:
+            # A line break would become a line of the batch script.
+            raise UsageError(
+                f"{path!r}: has the control character {hidden} in its name, which a batch script must not hold; "
+                "rename the folder"
+            )
     if "%" in str(folder):
         # Slurm and submitit both expand it, each in its own way, and submitit only when the job is in the queue.
         raise UsageError(

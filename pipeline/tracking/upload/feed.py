@@ -213,7 +213,7 @@ class Feed:
         there = upload_state.load(self._run).of(self._uri).files
         for file, folder in describe.files(self._run):
             name = f"{folder}/{file.name}" if folder else file.name
-            digest = sha256_file(file)
+            digest = sha256_file(file, self._run.path)
             if there.get(name) != digest:
                 store.send_file(run_id, file, folder)
                 upload_state.update(self._run, lambda s, n=name, d=digest: s.of(self._uri).files.update({n: d}))  # type: ignore[misc]
@@ -228,7 +228,7 @@ class Feed:
             split = goodput(self._run, EventLog.load(self._run.events_file))
             if split is not None:
                 at = int((s.ended or time.time()) * 1000)
-                last = journal.last(self._run.metrics_file) or {"step": 0}
+                last = journal.last_step(self._run.metrics_file) or {"step": 0}
                 self._send(store, run_id, [Point(k, v, at, int(last["step"])) for k, v in split.metrics().items()])
         store.set_status(run_id, wanted, None if s.ended is None else int(s.ended * 1000))
         upload_state.update(self._run, lambda s: setattr(s.of(self._uri), "status", key))
@@ -242,7 +242,7 @@ def _batch(file: Path, offset: int, retry_of: Callable[[int], int]) -> tuple[lis
     """Returns the points of complete lines from an offset, at most one request full, and where they end."""
     points: list[Point] = []
     end = offset
-    for line in journal.read(file, offset):
+    for line in journal.read_steps(file, offset):
         of_line = list(_points(line.record, retry_of(int(line.record["step"]))))
         if points and len(points) + len(of_line) > MAX_POINTS:
             break

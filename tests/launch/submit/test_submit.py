@@ -56,7 +56,8 @@ def test_stages_that_are_done_are_skipped(tmp_path: Path, slurm: FakeSlurm):
     run = tmp_path / "runs/tiny"
     (run / "checkpoints/step_00000100").mkdir()
     (run / "checkpoints/step_00000100/manifest.json").write_text("{}")
-    (run / "evaluation.json").write_text('{"step": 100}')
+    evaluated = {"step": 100, "loss": 3.0, "perplexity": 20.0, "bits_per_byte": 1.5, "tokens": 100}
+    (run / "evaluation.json").write_text(json.dumps(evaluated))
     (run / "report.html").write_text("")
     done = submit(tmp_path, slurm)
     assert "nothing was submitted" in done.out
@@ -102,6 +103,17 @@ def test_where_slurm_does_not_say_whether_it_holds_a_job_that_is_said(tmp_path: 
     done = submit(tmp_path, slurm)
     assert (done.status, done.err.count("\n")) == (1, 1), done.err
     assert "holds a job" in done.err and "`squeue --me`" in done.err
+
+
+@pytest.mark.parametrize("character", ["\n", "\x1b", "\x85"])
+def test_a_working_folder_with_a_control_character_in_its_name_is_refused(tmp_path: Path, slurm: FakeSlurm, character):
+    folder = tmp_path / f"p{character}touch pwned{character}"
+    folder.mkdir()
+    write_files(folder)
+    for more in ((), ("--dry-run",)):
+        done = submit(folder, slurm, *more)
+        assert done.status == 2 and not done.out and done.err.count("\n") == 1 and "touch pwned" in done.err
+    assert not slurm.calls("sbatch") and not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize("folder", ["p%A_%a", "p%j"])
