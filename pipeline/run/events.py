@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -19,6 +19,7 @@ from pipeline.run import journal
 E = TypeVar("E", bound="Event")
 _KINDS: dict[str, type[Event]] = {}
 _END_OF_TIME = 1e11  # Unix seconds
+_FORM: Any = functools.cache(TypeAdapter)
 
 
 def _optional() -> Any:
@@ -264,15 +265,10 @@ def parse(record: Mapping[str, Any]) -> Event:
     kind = _KINDS.get(str(record.get("event")))
     if kind is not None:
         try:
-            return _form(cast(Any, kind)).validate_python({**values, "time": at})
+            return _FORM(kind).validate_python({**values, "time": at})
         except ValidationError:
             pass  # others may have written the file: values of other types are an event of a kind we do not know
     return UnknownEvent(time=at, name=str(record.get("event", "")), values=values)
-
-
-@functools.cache
-def _form(kind: Any) -> TypeAdapter[Event]:
-    return TypeAdapter(kind)
 
 
 class EventLog(tuple[Event, ...]):
