@@ -5,6 +5,7 @@ The kinds of launch/attempts.jsonl, which only the launcher reads, are in launch
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Mapping
@@ -264,10 +265,8 @@ def parse(record: Mapping[str, Any]) -> Event:
     at = float(given) if isinstance(given, (int, float)) and 0 <= given < _END_OF_TIME else 0.0
     kind = _KINDS.get(str(record.get("event")))
     if kind is not None:
-        try:
+        with contextlib.suppress(ValidationError):  # others may have written the file, with values of other types
             return _FORM(kind).validate_python({**values, "time": at})
-        except ValidationError:
-            pass  # others may have written the file: values of other types are an event of a kind we do not know
     return UnknownEvent(time=at, name=str(record.get("event", "")), values=values)
 
 
