@@ -5,12 +5,13 @@ The kinds of launch/attempts.jsonl, which only the launcher reads, are in launch
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -19,6 +20,7 @@ from pipeline.run import journal
 E = TypeVar("E", bound="Event")
 _KINDS: dict[str, type[Event]] = {}
 _END_OF_TIME = 1e11  # Unix seconds
+_FORM: Any = functools.cache(TypeAdapter)
 
 
 def _optional() -> Any:
@@ -263,16 +265,9 @@ def parse(record: Mapping[str, Any]) -> Event:
     at = float(given) if isinstance(given, (int, float)) and 0 <= given < _END_OF_TIME else 0.0
     kind = _KINDS.get(str(record.get("event")))
     if kind is not None:
-        try:
-            return _form(cast(Any, kind)).validate_python({**values, "time": at})
-        except ValidationError:
-            pass  # others may have written the file: values of other types are an event of a kind we do not know
+        with contextlib.suppress(ValidationError):  # others may have written the file, with values of other types
+            return _FORM(kind).validate_python({**values, "time": at})
     return UnknownEvent(time=at, name=str(record.get("event", "")), values=values)
-
-
-@functools.cache
-def _form(kind: Any) -> TypeAdapter[Event]:
-    return TypeAdapter(kind)
 
 
 class EventLog(tuple[Event, ...]):
