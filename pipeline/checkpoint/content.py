@@ -44,6 +44,7 @@ class _State(TypedDict):
     val_loss: NotRequired[_Float | None]
     dataset: NotRequired[Annotated[str, Strict()]]
     rng: NotRequired[_Hex]
+    initialization: NotRequired[_Int]
     mlflow_run_id: NotRequired[Annotated[str, Strict()] | None]
 
 
