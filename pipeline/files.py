@@ -1,17 +1,20 @@
-"""Publishing files so that half of one is never visible: temp + fsync + rename, and digests."""
+"""Publishing files so that half of one is never visible, reading files that others made, and digests."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ from pipeline.errors import PipelineError
 
 # Deadlines and the times of events are compared between nodes.
 MAX_CLOCK_SKEW_S = 5.0
+
+# The manifest of a checkpoint by a thousand ranks, or of a dataset of a hundred thousand shards, is a fifth of this.
+LARGEST_JSON = 256 << 20
 
 
 @contextlib.contextmanager
@@ -92,17 +98,118 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, bytes(content + b"\n"))
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+def open_regular(path: str | Path, inside: str | Path | None = None) -> BufferedReader:
+    """Opens a file that others may have made, and refuses everything that is not a regular file.
+
+    A device has no end, a FIFO blocks, and a link can name any file of the user, which a report would then publish.
+
+    Args:
+        path: The file.
+        inside: The folder that was received; no link may lead out of it. The folder itself may be a link.
 
     Raises:
-        PipelineError: The file is missing or is no JSON; the message names it.
+        OSError: It cannot be opened, is not a regular file, or is outside the folder.
+    """
+    fd = _find_regular(path, inside)
+    try:
+        return os.fdopen(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC), "rb")
+    finally:
+        os.close(fd)
+
+
+def size_of_regular(path: str | Path, inside: str | Path | None = None) -> int:
+    """Returns the size of a file in bytes, with the conditions and errors of `open_regular`."""
+    fd = _find_regular(path, inside)
+    try:
+        return os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+
+
+def is_regular(path: str | Path, inside: str | Path | None = None) -> bool:
+    """Whether `open_regular` would open the file."""
+    try:
+        size_of_regular(path, inside)
+    except (OSError, ValueError):  # ValueError: a null character in the name
+        return False
+    return True
+
+
+def _find_regular(path: str | Path, inside: str | Path | None) -> int:
+    """Returns a descriptor that names the file without opening it: a FIFO would wait, and a device may do something."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        if inside is not None and not _place(fd).startswith(_folder_place(inside)):
+            raise PermissionError(errno.EPERM, f"a link leads out of {inside}", str(path))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _folder_place(folder: str | Path) -> str:
+    fd = os.open(folder, os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY)
+    try:
+        return _place(fd).rstrip("/") + "/"
+    finally:
+        os.close(fd)
+
+
+def _place(fd: int) -> str:
+    return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115  # called for each of a hundred thousand shards
+
+
+def read_bounded(path: str | Path, inside: str | Path | None = None, most: int = LARGEST_JSON) -> bytes:
+    """Reads a file that others may have made; see `open_regular`.
+
+    Args:
+        path: The file.
+        inside: The folder that was received.
+        most: The largest size that is read, in bytes.
+
+    Raises:
+        OSError: As `open_regular`, or the file is larger.
+    """
+    with open_regular(path, inside) as source:
+        content = source.read(min(os.fstat(source.fileno()).st_size, most) + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"has more than {most:,} bytes", str(path))
+    return content
+
+
+def parse_json(content: bytes) -> Any:
+    """Parses JSON of any origin.
+
+    Raises:
+        ValueError: It is no JSON, holds half a surrogate pair, or is nested too deeply.
     """
     try:
-        with naming(path, "cannot be read"):
-            return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(content.decode())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if b"\\ud" in content.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # a lone half could be neither printed nor written
+    return value
+
+
+def read_json(path: Path, inside: Path | None = None, error_type: type[PipelineError] = PipelineError) -> Any:
+    """Reads a JSON file that others may have made.
+
+    Args:
+        path: The file.
+        inside: The folder that was received.
+        error_type: The type that is raised.
+
+    Raises:
+        PipelineError: The file is missing, is not a regular file in that folder, or is no JSON; the message names it.
+    """
+    try:
+        with naming(path, "cannot be read", error=error_type):
+            return parse_json(read_bounded(path, inside))
     except ValueError as error:
-        raise PipelineError(f"{path}: is not valid JSON ({error})") from error
+        raise error_type(f"{path}: is not valid JSON ({error})") from error
 
 
 def publish_dir(temp: Path, final: Path) -> None:
@@ -157,7 +264,7 @@ def sha256_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal, read in pieces."""
-    with path.open("rb") as source:
+def sha256_file(path: Path, inside: Path | None = None) -> str:
+    """The SHA-256 of a file in hexadecimal, read in pieces; see `open_regular` for `inside`."""
+    with open_regular(path, inside) as source:
         return hashlib.file_digest(source, "sha256").hexdigest()

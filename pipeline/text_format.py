@@ -1,6 +1,44 @@
-"""Numbers, durations and bytes as text."""
+"""Numbers, durations and bytes as text, and text of any origin as characters that a terminal only shows."""
 
 from __future__ import annotations
+
+import logging
+import re
+import sys
+from typing import TextIO
+
+# C0 and C1, the line and paragraph separators, the controls of writing direction, and halves of surrogate pairs.
+_CONTROL = "\x00-\x1f\x7f-\x9f\u2028\u2029"
+_DIRECTION = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_HIDDEN = re.compile(f"[{_CONTROL}{_DIRECTION}\ud800-\udfff]")
+_HIDDEN_BUT_LINES = re.compile(f"(?![\t\n])[{_CONTROL}{_DIRECTION}\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    r"""Returns text that no terminal obeys: every character that controls one is spelled, for example `\x1b`.
+
+    Tabs and line breaks stay. Everything that comes from documents, names, manifests, logs or configs is printed so.
+    """
+    return _HIDDEN_BUT_LINES.sub(lambda found: ascii(found[0])[1:-1], str(text).replace("\r\n", "\n"))
+
+
+def say(text: object, file: TextIO | None = None, end: str = "\n") -> None:
+    """Prints text on stdout, or on another stream, with control characters spelled."""
+    print(printable(text), file=file or sys.stdout, end=end, flush=True)
+
+
+class PlainFormatter(logging.Formatter):
+    """Formats log messages with control characters spelled."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line of a message."""
+        return printable(super().format(record))
+
+
+def hidden_character(text: str) -> str | None:
+    r"""Returns the first character that a name or path must not hold, spelled as `\n`; None if there is none."""
+    found = _HIDDEN.search(text)
+    return None if found is None else ascii(found[0])[1:-1]
 
 
 def short(value: float) -> str:

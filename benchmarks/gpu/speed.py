@@ -58,12 +58,11 @@ def all_speeds(device: torch.device, tiny: bool) -> Iterator[Callable[[], Speed]
         yield lambda: own(Size("tiny", TINY, 2), "stage 2, compiled", device)
         yield lambda: llama(Size("tiny", TINY, 2), False, device)
         return
-    for size in SIZES:
-        for way in ("stage 0", "stage 2", "stage 2, compiled"):
+    for way, compiled in (("stage 2, compiled", True), ("stage 2", False)):
+        for size in SIZES:
             yield lambda s=size, w=way: own(s, w, device)
-        for compiled in (False, True):
             yield lambda s=size, c=compiled: llama(s, c, device)
-    for way in list(VARIANTS)[3:]:
+    for way in ("stage 0", *list(VARIANTS)[3:]):
         yield lambda w=way: own(SIZES[-1], w, device)
 
 

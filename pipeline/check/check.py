@@ -30,7 +30,7 @@ from pipeline.plan.devices import GIB, device_named
 from pipeline.plan.memory import checkpoint_bytes, process_memory
 from pipeline.plan.plan import fits_device, needed_bytes
 from pipeline.run.folder import Run, run_for
-from pipeline.text_format import gigabytes
+from pipeline.text_format import gigabytes, megabytes
 
 _NODE_TIMEOUT_S = 300
 # Checks of a node that depend on the packages of its Python; `node` fails where that Python does not even start.
@@ -53,7 +53,7 @@ def run_checks(config_file: str, site_file: str | None, overrides: Sequence[str]
     if site is not None:
         from pipeline.check.site_request import check_site_request
 
-        found += check_site_request(config, site, run)
+        found += check_site_request(site, run)
     container = site.container if site else SiteContainer()
     from_job = site is not None and bool(site.modules or site.setup)
     found += _container(config, container, run, from_job)
@@ -132,12 +132,14 @@ def _data(config: Config) -> Check:
             files = [file for source in config.data.sources for file in find_files(source)]
         except PipelineError as error:
             return Check("data", "failed", str(error), "correct data.sources")
-        size = sum(Path(file.path).stat().st_size for file in files) / 1e6
-        found = f"to be prepared from {len(files):,} files, {size:,.1f} MB"
+        size = sum(Path(file.path).stat().st_size for file in files)
+        found = f"to be prepared from {len(files):,} files, {megabytes(size)}"
         place = nearest_existing(folder)
-        free = shutil.disk_usage(place).free / 1e6
+        free = shutil.disk_usage(place).free
         if free < size:  # tokens usually take half of plain text, and more than compressed text
-            return Check("data", "warning", f"{found}; {free:,.1f} MB are free at {place}", "make room for the tokens")
+            return Check(
+                "data", "warning", f"{found}; {megabytes(free)} are free at {place}", "make room for the tokens"
+            )
         return Check("data", "ok", found)
     try:
         manifest = DatasetManifest.load(folder)

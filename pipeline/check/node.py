@@ -28,11 +28,7 @@ _MIN_OPEN_FILES = 4096
 
 
 def node_checks(folders: list[str]) -> list[Check]:
-    """Returns every check of this machine.
-
-    Args:
-        folders: Where training will write.
-    """
+    """Returns every check of this machine; training will write to `folders`."""
     parts: list[Callable[[], Check]] = [lambda: _imports("torch"), lambda: _imports("deepspeed"), _devices]
     found = [part() for part in parts]
     found += [_writable(Path(folder)) for folder in folders]

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, replace
 
 from pipeline.check.result import Check
-from pipeline.config.sections import Config
 from pipeline.errors import PipelineError
 from pipeline.launch.site import Resources, Site, TrainResources
 from pipeline.launch.slurm import client as slurm
@@ -28,7 +27,7 @@ class _Partition:
     up: bool
 
 
-def check_site_request(config: Config, site: Site, run: Run) -> list[Check]:
+def check_site_request(site: Site, run: Run) -> list[Check]:
     """Compares every stage's request with its partition; checks the time limit and accounting."""
     if not slurm.installed():
         return [Check("slurm", "failed", "its commands are not installed on this machine", "run this on a login node")]

@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint import content as manifest_content
 from pipeline.errors import CheckpointError
-from pipeline.files import naming, sha256_bytes, write_bytes
+from pipeline.files import naming, parse_json, read_bounded, sha256_bytes, write_bytes
 from pipeline.run.folder import CHECKPOINT_MANIFEST
 
 FORMAT_VERSION = 1
 KEYS = ("weight", "exp_avg", "exp_avg_sq")
 
-_NAME = re.compile(r"^step_(\d{8,})$")
+_NAME = re.compile(r"step_([0-9]{8,15})")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Reads and checks manifest.json.
+        """Reads and checks manifest.json, which may come from anyone: every value, and that fragments cover exactly.
 
         Raises:
             CheckpointError: It is missing, damaged or of another format.
@@ -75,8 +76,8 @@ class Manifest:
         path = folder / CHECKPOINT_MANIFEST
         try:
             with naming(path, "cannot be read", error=CheckpointError):
-                content = path.read_bytes()
-            tree = json.loads(content)
+                content = read_bounded(path, folder)
+            tree = parse_json(content)
         except ValueError as error:
             raise CheckpointError(f"{path}: is damaged ({error})") from error
         if not isinstance(tree, dict) or tree.get("format_version") != FORMAT_VERSION:
@@ -84,6 +85,9 @@ class Manifest:
         if not _is_intact(content, tree.pop("digest", None), tree):
             raise CheckpointError(f"{path}: is damaged (its digest does not match its content)")
         tree.pop("format_version")
+        problem = manifest_content.problem(tree)
+        if problem is not None:
+            raise CheckpointError(f"{path}: is damaged ({problem})")
         return cls(**tree)
 
 
@@ -94,7 +98,7 @@ def rank_file(rank: int) -> str:
 
 def step_of(folder: Path) -> int | None:
     """Returns the step that a folder's name claims; None if the folder is not a published checkpoint."""
-    match = _NAME.match(folder.name)
+    match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 

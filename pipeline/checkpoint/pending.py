@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from pipeline.checkpoint.content import coverage_problem
 from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.layout import Manifest, rank_file
 from pipeline.errors import CheckpointError
@@ -198,7 +198,7 @@ def _merged(parts: list[Path], step: int, identity: RankIdentity, state: dict[st
             # A tuple: the garbage collector, which halts training, stops tracking tuples of plain values, never lists.
             entry["fragments"].append((part["file"], start, length))
     for name, entry in parameters.items():
-        covered = sum(length for _, _, length in entry["fragments"])
-        if covered != torch.Size(entry["shape"]).numel():
-            raise CheckpointError(f"{covered} elements of {name} {entry['shape']} arrived; nothing is published")
+        problem = coverage_problem(entry["shape"], ((start, length) for _, start, length in entry["fragments"]))
+        if problem is not None:
+            raise CheckpointError(f"{name} {entry['shape']}: {problem}; nothing is published")
     return Manifest(step, identity.world_size, identity.zero_stage, files, parameters, state)

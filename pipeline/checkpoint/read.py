@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.checkpoint.layout import Manifest, published
+from pipeline.checkpoint.layout import Fragment, Manifest, published
 from pipeline.errors import CheckpointError, listing
-from pipeline.files import naming, sha256_file
+from pipeline.files import naming, sha256_file, size_of_regular
 
 
 class CheckpointReader:
@@ -38,13 +39,15 @@ class CheckpointReader:
             out: One-dimensional, contiguous or not, on any device.
 
         Raises:
-            CheckpointError: The fragments do not cover the range.
+            CheckpointError: The checkpoint does not hold the range, or a file is not what the manifest says.
         """
+        if name not in self.manifest.parameters:
+            raise CheckpointError(f"{self.folder}: holds no parameter {name}; it is a checkpoint of another model")
         stop, filled = start + out.numel(), 0
         for fragment in self.manifest.fragments(name):
             low, high = max(start, fragment.start), min(stop, fragment.start + fragment.length)
             if low < high:
-                source = self._open(fragment.file).get_slice(f"{key}/{name}")
+                source = self._tensor(fragment, f"{key}/{name}")
                 out[low - start : high - start].copy_(source[low - fragment.start : high - fragment.start])
                 filled += high - low
         if filled != out.numel():
@@ -53,18 +56,37 @@ class CheckpointReader:
     def read_whole(self, key: str, name: str) -> Tensor:
         """Returns a whole parameter in its shape, float32 on the CPU."""
         shape = self.manifest.parameters[name]["shape"]
-        flat = torch.empty(torch.Size(shape).numel())
+        flat = torch.empty(self._size_of(name, shape))
         self.read(key, name, 0, flat)
         return flat.view(shape)
+
+    def _size_of(self, name: str, shape: list[int]) -> int:
+        """Returns the elements of a shape, after checking that the files can hold them: a manifest may claim any."""
+        numel, held = math.prod(shape), sum(file["bytes"] for file in self.manifest.files.values())
+        if 4 * numel > held:
+            raise CheckpointError(f"{self.folder}: {name} {shape} is larger than all files of the checkpoint")
+        return numel
 
     def close(self) -> None:
         """Unmaps the files."""
         self._files.clear()
 
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            self._files[file] = safe_open(self.folder / file, framework="pt")
-        return self._files[file]
+    def _tensor(self, fragment: Fragment, key: str) -> Any:
+        """Returns the stored fragment of `KEY/NAME`, which must be as long as the manifest says."""
+        path = self.folder / fragment.file
+        try:
+            with naming(path, "cannot be read", error=CheckpointError):
+                if fragment.file not in self._files:
+                    size_of_regular(path, self.folder)  # safe_open would wait for the writer of a FIFO
+                    self._files[fragment.file] = safe_open(path, framework="pt")
+                found = self._files[fragment.file].get_slice(key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: is damaged ({error})") from error
+        # PyTorch would spread a tensor of one element over the whole fragment.
+        if found.get_shape() != [fragment.length] or found.get_dtype() != "F32":
+            stored = f"{found.get_dtype()} {found.get_shape()}"
+            raise CheckpointError(f"{path}: holds {key} as {stored} instead of F32 [{fragment.length}]")
+        return found
 
 
 def verify(folder: Path, mine: Callable[[int], bool] = lambda index: True, threads: int = 4) -> Manifest:
@@ -87,10 +109,10 @@ def verify(folder: Path, mine: Callable[[int], bool] = lambda index: True, threa
 
 def _check_file(path: Path, expected: dict[str, Any]) -> None:
     with naming(path, "cannot be read", error=CheckpointError):
-        size = path.stat().st_size
+        size = size_of_regular(path, path.parent)
         if size != expected["bytes"]:
             raise CheckpointError(f"{path}: is torn: {size} bytes of {expected['bytes']}")
-        if sha256_file(path) != expected["sha256"]:
+        if sha256_file(path, path.parent) != expected["sha256"]:
             raise CheckpointError(f"{path}: is damaged: its SHA-256 does not match the manifest's")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +17,8 @@ from pipeline.checkpoint.pending import PendingCheckpoint, RankIdentity
 from pipeline.checkpoint.retention import Retention
 from pipeline.config.sections import CheckpointConfig
 from pipeline.errors import CheckpointError
+
+_log = logging.getLogger("pipeline.checkpoint")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class CheckpointSaver:
         self._host_copy = HostCopy()
         self._deferred: _Request | None = None
         self._failure: str | None = None
+        self._died: str | None = None
         self._saves = 0
 
     @property
@@ -132,9 +135,14 @@ class CheckpointSaver:
         """Blocks until the save in progress, if any, is durable or has failed, at most `timeout_s` seconds.
 
         Without a time limit a deferred save is made too.
+
+        Raises:
+            CheckpointError: The saving thread ended without reporting the outcome of a save.
         """
         if self._thread is not None:
             self._thread.join(timeout_s)
+        if self._died is not None:
+            raise CheckpointError(f"{self._checkpoints}: the thread that saves checkpoints ended: {self._died}")
         if timeout_s is None and self._deferred is not None:
             request, self._deferred = self._deferred, None
             self._begin(request)
@@ -163,6 +171,13 @@ class CheckpointSaver:
         return values
 
     def _save(self, request: _Request, ready: Any, began: float) -> None:
+        try:
+            self._save_and_report(request, ready, began)
+        except Exception as error:  # whatever it is: training must not end as if everything were saved
+            self._died = f"{type(error).__name__}: {error}"
+            _log.exception("the thread that saves checkpoints ended")
+
+    def _save_and_report(self, request: _Request, ready: Any, began: float) -> None:
         pending = PendingCheckpoint(self._checkpoints, self._identity, request.step, self._saves)
         path, digest, problem = None, None, None
         try:
@@ -184,6 +199,8 @@ class CheckpointSaver:
             return
         self._failure = problem
         if path is not None:
-            with contextlib.suppress(OSError):  # the new one is whole; the next save retries the deletion
+            try:  # the new one is whole; the next save retries the deletion
                 self._retention.remove_old(path, request.state.get("val_loss"))
+            except Exception as error:
+                _log.warning("%s: old checkpoints could not be removed (%s)", self._checkpoints, error)
         self._report(Saved(request.step, path, problem, time.monotonic() - began, digest))

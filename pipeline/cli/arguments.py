@@ -16,4 +16,5 @@ RunFolders = Annotated[list[str], typer.Argument(metavar="RUN...", help="One or 
 AllowImageChange = Annotated[
     bool, typer.Option("--allow-image-change", help="Resume in another image than the run was trained in.")
 ]
+LARGEST_SEED = 2**63 - 1
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from pipeline.cli.arguments import AllowImageChange, AsJson, ConfigFile, Overrides, RunFolder, RunFolders
 from pipeline.errors import EXIT_FAILED, UsageError
+from pipeline.text_format import say
 
 if TYPE_CHECKING:
     from pipeline.launch.watch.status import RunStatus
@@ -37,9 +39,9 @@ def submit(
 
     chain = launch.plan_chain(config_file, site_file, overrides or (), sweep or (), allow_image_change)
     if dry_run:
-        print(launch.dry_run(chain), end="")
+        say(launch.dry_run(chain), end="")
         return
-    print(summary(chain, launch.submit(chain) if chain.jobs else []))
+    say(summary(chain, launch.submit(chain) if chain.jobs else []))
 
 
 @app.command()
@@ -51,16 +53,15 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every five seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Show the state of runs: step, loss, speed, time left, restarts, goodput, last checkpoint."""
-    from rich.console import Console
-
     from pipeline.launch.watch import status_view
     from pipeline.launch.watch.status import find_runs, statuses
+    from pipeline.terminal import Terminal
 
     def refresh() -> list[RunStatus]:
         return statuses(find_runs(paths or ["runs"]))
 
     # A pipe has no screen width that lines would have to be cut to.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = Terminal(width=None if sys.stdout.isatty() else 200)
     if as_json:
         print(json.dumps([found.to_json() for found in refresh()], indent=2))
     elif watch:
@@ -86,8 +87,7 @@ def logs(
     else:
         pieces = job_logs.printed(run, rank)
     for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        say(piece.replace("\r\n", "\n").replace("\r", "\n"), end="")
 
 
 @app.command()
@@ -98,7 +98,7 @@ def cancel(run_folders: RunFolders) -> None:
 
     for run in [open_run(folder) for folder in run_folders]:
         ids = cancel_run(run)
-        print(f"{run.path}: " + (f"cancelled job {', '.join(ids)}" if ids else "no job in the queue"))
+        say(f"{run.path}: " + (f"cancelled job {', '.join(ids)}" if ids else "no job in the queue"))
 
 
 @app.command()
@@ -111,16 +111,15 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Check whether a config will work: memory, disk, data, devices, Slurm, image; exit status 1 if not."""
-    from rich.console import Console
-
     from pipeline.check.check import run_checks
     from pipeline.check.table import print_checks
+    from pipeline.terminal import Terminal
 
     found = run_checks(config_file, site_file, overrides or ())
     if as_json:
         print(json.dumps([one.to_json() for one in found], indent=2))
     else:
-        print_checks(found, Console(highlight=False))
+        print_checks(found, Terminal())
     if any(one.status == "failed" for one in found):
         raise typer.Exit(EXIT_FAILED)
 
@@ -142,12 +141,11 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Estimate a config on many nodes: memory, step time, efficiency, goodput."""
-    from rich.console import Console
-
     from pipeline.config.load import load_config
     from pipeline.plan.devices import device_named
     from pipeline.plan.plan import MTBF_NODE_HOURS, Cluster, make_plan
     from pipeline.plan.tables import print_plan
+    from pipeline.terminal import Terminal
 
     found = device_named(device)
     cluster = Cluster(
@@ -164,11 +162,11 @@ def plan(
     if as_json:
         print(json.dumps([row.to_json() for row in rows], indent=2))
     else:
-        print_plan(config, rows, cluster, Console(highlight=False))
+        print_plan(config, rows, cluster, Terminal())
 
 
 def _counts(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"--nodes {text}: allowed are numbers from 1, separated by commas, for example 1,8,64")
+    if not all(re.fullmatch(r" *[1-9][0-9]{0,8} *", part) for part in parts):
+        raise UsageError(f"--nodes {text[:60]}: allowed are numbers from 1, separated by commas, for example 1,8,64")
     return [int(part) for part in parts]

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.arguments import ConfigFile, Overrides
+from pipeline.cli.arguments import LARGEST_SEED, ConfigFile, Overrides
+from pipeline.text_format import say
 
 app = typer.Typer()
 
@@ -38,7 +39,7 @@ def inspect(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="The dataset folder, for example `data/tokens`.")],
     split: Annotated[str, typer.Option(help="`train` or `validation`.")] = "train",
     count: Annotated[int, typer.Option(min=0, help="Number of documents to print.")] = 3,
-    seed: Annotated[int, typer.Option(min=0, help="Seed that picks the documents.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed that picks the documents.")] = 0,
     html: Annotated[str | None, typer.Option(help="HTML file to write; DATASET/inspect.html by default.")] = None,
 ) -> None:
     """Print documents of a dataset and write a page of its lengths and most frequent tokens."""
@@ -54,4 +55,4 @@ def verify(
     """Check every byte of a dataset, a checkpoint, or a run and its dataset against the checksums."""
     from pipeline.commands.verify import verify_path
 
-    print(verify_path(path))
+    say(verify_path(path))

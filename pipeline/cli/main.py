@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any
@@ -12,7 +13,8 @@ from typer.core import TyperGroup
 from pipeline.cli import cluster, data, image, tracking, train
 from pipeline.cli.arguments import ConfigFile, Overrides
 from pipeline.devcluster import cli as devcluster
-from pipeline.errors import PipelineError, StopRequested
+from pipeline.errors import EXIT_FAILED, PipelineError, StopRequested
+from pipeline.text_format import PlainFormatter, say
 
 
 class _Interrupted(PipelineError):
@@ -60,11 +62,17 @@ def main() -> None:
     """Runs the command line; a user's mistake becomes one message on stderr and the documented exit status."""
     # MLflow reports usage by default; nothing that this project starts does so unless the user asks for it.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PlainFormatter())
     try:
         app()
     except (StopRequested, _Interrupted) as stop:
-        print(f"pipeline: {stop}", file=sys.stderr)
+        say(f"pipeline: {stop}", sys.stderr)
         sys.exit(stop.exit_code)
     except PipelineError as error:
-        print(f"pipeline: error: {error}", file=sys.stderr)
+        say(f"pipeline: error: {error}", sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a name that no file system takes, a folder that disappeared
+        place = f"{str(error.filename)[:200]}: " if error.filename else ""
+        say(f"pipeline: error: {place}{error.strerror or error}", sys.stderr)
+        sys.exit(EXIT_FAILED)

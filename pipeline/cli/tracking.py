@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.arguments import RunFolder, RunFolders
+from pipeline.text_format import say
 
 app = typer.Typer()
 
@@ -24,7 +25,7 @@ def report(
     from pipeline.tracking.upload.sync import sync_quietly
 
     runs = [open_run(folder) for folder in run_folders]
-    print(write_report(runs, Path(output) if output else None))
+    say(write_report(runs, Path(output) if output else None))
     if output is None:  # a page elsewhere is not an artifact of the run
         sync_quietly(runs[0])
 
@@ -40,7 +41,7 @@ def sync(
     from pipeline.run.folder import open_run
     from pipeline.tracking.upload.sync import sync as sync_run
 
-    print(sync_run(open_run(run_folder), uri).message())
+    say(sync_run(open_run(run_folder), uri).message())
 
 
 @app.command()

@@ -79,7 +79,7 @@ def _write_hugging_face(folder: Path, run: Run, checkpoint: Path) -> None:
     config = run.config()
     model = config.model
     _check_replaceable(folder)
-    tokenizer = Tokenizer.load(run.tokenizer_file, config.tokenizer.end_of_text)
+    tokenizer = Tokenizer.load(run.tokenizer_file, config.tokenizer.end_of_text, run.path)
     end = tokenizer.end_of_text_id
     with staged_dir(folder) as temp:
         write_weights(

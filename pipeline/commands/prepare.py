@@ -12,11 +12,9 @@ from pipeline.run.events import PrepareBegan, PrepareEnded, append
 
 @contextlib.contextmanager
 def prepare_events(path: Path, part: str | None) -> Iterator[None]:
-    """Records when a job that prepares the data of a submitted run began and ended; outside a job, nothing.
+    """Records in a run's events when a job that prepares its data, or a part of it, began and ended.
 
-    Args:
-        path: The run's events file; without it there is no run to record anything for.
-        part: Which slice is prepared, for example `1/8`; None for everything.
+    Outside a job, or without the events file of a submitted run, it records nothing.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or not path.exists():

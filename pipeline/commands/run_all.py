@@ -7,13 +7,14 @@ import shlex
 import time
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from pipeline.config.sections import Config
 from pipeline.errors import UsageError
 from pipeline.run.folder import Run, run_for
 from pipeline.run.world import world_from_environment
+from pipeline.terminal import Terminal
+from pipeline.text_format import rounded_duration
 
 if TYPE_CHECKING:
     from pipeline.train.evaluate import Evaluation
@@ -43,11 +44,11 @@ def run_all(config: Config) -> None:
     train_data, validation_data = (open_dataset(config.data.path, name) for name in ("train", "validation"))
     bigram = bigram_loss(train_data, validation_data, config.model.context_length, config.model.vocab_size)
     texts = sample_run(run)
-    console = Console(highlight=False)
+    console = Terminal()
     console.print(_results(run, evaluation, bigram, time.monotonic() - began))
-    console.print("[bold]A sample:[/bold]")
-    console.print(texts[0], soft_wrap=True, markup=False)
-    console.print(_next_commands(run, config), soft_wrap=True, markup=False)
+    console.print("A sample:", style="bold")
+    console.print(texts[0], soft_wrap=True)
+    console.print(_next_commands(run, config), soft_wrap=True)
     sync_quietly(run)  # tracking ended with training, before the evaluation and the sample were written
 
 
@@ -58,7 +59,7 @@ def _results(run: Run, evaluation: Evaluation, bigram: float, seconds: float) ->
     bits_per_byte_per_nat = evaluation.bits_per_byte / evaluation.loss
     for name, loss in ((f"model, step {evaluation.step}", evaluation.loss), ("bigram counts", bigram)):
         table.add_row(name, f"{loss:.4f}", f"{math.exp(loss):.1f}", f"{loss * bits_per_byte_per_nat:.3f}")
-    table.caption = f"{evaluation.tokens:,} tokens; {seconds:.0f} s in all"
+    table.caption = f"{evaluation.tokens:,} tokens; {rounded_duration(seconds)} in all"
     return table
 
 

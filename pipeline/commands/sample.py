@@ -16,11 +16,7 @@ from pipeline.train.model import load_model
 def sample_run(run: Run, prompt: str | None = None, count: int = 1, seed: int = 0) -> list[str]:
     """Returns texts generated from the newest checkpoint, prompt included; also writes them to the run folder.
 
-    Args:
-        run: The run.
-        prompt: Beginning of each text; None means the config's.
-        count: Number of texts.
-        seed: The same seed gives the same texts.
+    Each begins with the prompt, by default the config's; the same seed gives the same texts.
 
     Raises:
         UsageError: The prompt is empty.
@@ -28,7 +24,7 @@ def sample_run(run: Run, prompt: str | None = None, count: int = 1, seed: int = 
     """
     config = run.config()
     settings = config.sample
-    tokenizer = Tokenizer.load(run.tokenizer_file, config.tokenizer.end_of_text)
+    tokenizer = Tokenizer.load(run.tokenizer_file, config.tokenizer.end_of_text, run.path)
     prompt_ids = tokenizer.encode(settings.prompt if prompt is None else prompt)
     if not prompt_ids:
         raise UsageError("the prompt is empty; give at least one character")

@@ -10,6 +10,7 @@ from pipeline.data.manifest import DatasetManifest
 from pipeline.errors import CheckpointError, PipelineError, UsageError, listing
 from pipeline.files import read_json
 from pipeline.run.folder import CHECKPOINT_MANIFEST, Run, open_run
+from pipeline.text_format import megabytes
 
 
 def verify_path(path: str) -> str:
@@ -37,7 +38,7 @@ def _is_dataset(folder: Path) -> bool:
     if (folder / PLAN).exists():
         return True
     manifest = folder / MANIFEST
-    tree = read_json(manifest) if manifest.exists() else None
+    tree = read_json(manifest, folder) if manifest.exists() else None
     return isinstance(tree, dict) and "tokenizer_digest" in tree
 
 
@@ -86,5 +87,5 @@ def _verify_dataset(folder: Path) -> str:
 
     with Display("verify") as display:
         done = verify_dataset(folder, display.bytes)
-    contents = f"all {done.files:,} files ({done.bytes / 1e6:,.1f} MB) of the dataset {done.digest[:12]}"
+    contents = f"all {done.files:,} files ({megabytes(done.bytes)}) of the dataset {done.digest[:12]}"
     return f"{folder}: {contents} match its manifest"

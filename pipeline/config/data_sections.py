@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.section_base import Fraction, Name, Positive, Section, rule, wrong_value
+from pipeline.config.section_base import ANY_TEXT, Fraction, Name, Positive, Section, rule, wrong_value
 from pipeline.errors import Problem
 from pipeline.text_format import byte_characters
 
@@ -21,9 +21,9 @@ class SourceConfig(Section):
     """File names or globs, relative to the working folder; matches are sorted."""
     format: Literal["auto", "txt", "jsonl", "parquet"] = "auto"
     """Format of the files; `auto` goes by the name: `.txt`, `.jsonl`, `.parquet`, or these with `.gz`, `.zst` ..."""
-    separator: str | None = Field(default=None, min_length=1)
+    separator: Annotated[str | None, ANY_TEXT] = Field(default=None, min_length=1)
     """Splits a text file into documents; without it, one file is one document."""
-    field: str = "text"
+    field: Annotated[str, ANY_TEXT] = "text"
     """JSON field or Parquet column that holds the text."""
     split: Literal["auto", "train", "validation"] = "auto"
     """Split that the documents go to; `auto` decides by a hash of each document."""
@@ -77,9 +77,9 @@ class TokenizerConfig(Section):
     """The tokenizer.json to use, with `kind: file`."""
     split_pattern: Literal["gpt2", "gpt4"] = "gpt2"
     """Pre-tokenization pattern of a trained BPE."""
-    end_of_text: str = Field(default="<|endoftext|>", min_length=1)
+    end_of_text: Annotated[str, ANY_TEXT] = Field(default="<|endoftext|>", min_length=1)
     """The special token that ends every document."""
-    special_tokens: tuple[str, ...] = ()
+    special_tokens: Annotated[tuple[str, ...], ANY_TEXT] = ()
     """Further special tokens, reserved in the vocabulary; not with `kind: file`, whose tokenizer.json has its own."""
     train_sample_mb: Positive = 256.0
     """Maximum size of the text that a BPE is trained on, in megabytes."""

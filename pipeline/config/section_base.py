@@ -12,25 +12,25 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from pipeline.errors import Problem
+from pipeline.text_format import hidden_character
 
 Count = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+# A folder is called so, with what a temporary file adds to its name; file systems allow 255 bytes.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+
+
+class FreeText:
+    """Marks a field whose text may hold line breaks and other control characters: it is content, never a name."""
+
+
+ANY_TEXT = FreeText()
 
 Location = tuple[int | str, ...]
 _Rule = TypeVar("_Rule", bound=Callable[..., Iterator[Problem]])
-
-
-class Section(BaseModel):
-    """A part of a config or a site file; it is frozen and rejects unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-S = TypeVar("S", bound=Section)
 
 
 def rule(method: _Rule) -> _Rule:
@@ -41,6 +41,39 @@ def rule(method: _Rule) -> _Rule:
     """
     method.__dict__["is_rule"] = True
     return method
+
+
+class Section(BaseModel):
+    """A part of a config or a site file; it is frozen and rejects unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @rule
+    def _names_and_paths_hold_no_control_characters(self) -> Iterator[Problem]:
+        # A line break in a path would become a line of a batch script.
+        for name, info in type(self).model_fields.items():
+            if ANY_TEXT in info.metadata:
+                continue
+            for path, text in _texts(self.__dict__.get(name), name):
+                hidden = hidden_character(text)
+                if hidden is not None:
+                    yield wrong_value(path, text, f"text without control characters, which {hidden} is")
+
+
+S = TypeVar("S", bound=Section)
+
+
+def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yields every text in a value with its dotted path; keys are text too, and sections look after themselves."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _texts(item, f"{path}.{index}")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield path, key
+            yield from _texts(item, f"{path}.{key}")
 
 
 def broken_rules(
@@ -84,8 +117,9 @@ def usable_part(model: type[S], tree: dict[str, Any], flawed: Sequence[Location]
         flawed: Where pydantic found values that are wrong or missing, relative to the section.
     """
     section = model.model_construct()
+    below = _by_key(flawed)
     for name, info in model.model_fields.items():
-        inside = _below(flawed, name)
+        inside = below.get(name, [])
         if name in tree or inside:
             try:
                 section.__dict__[name] = _usable_value(section_of(info), tree.get(name), inside)
@@ -97,19 +131,24 @@ def usable_part(model: type[S], tree: dict[str, Any], flawed: Sequence[Location]
 def _usable_value(model: type[Section] | None, value: Any, flawed: list[Location]) -> Any:
     if () in flawed:
         raise _UnusableError
+    below = _by_key(flawed)
     if isinstance(value, dict):
         if model is not None:
             return usable_part(model, value, flawed)
-        return {key: item for key, item in value.items() if not _below(flawed, key)}
+        return {key: item for key, item in value.items() if key not in below}
     if isinstance(value, list):
-        return [_usable_value(model, item, _below(flawed, index)) for index, item in enumerate(value)]
+        return [_usable_value(model, item, below.get(index, [])) for index, item in enumerate(value)]
     if flawed:
         raise _UnusableError
     return value
 
 
-def _below(locations: Sequence[Location], key: int | str) -> list[Location]:
-    return [location[1:] for location in locations if location[0] == key]
+def _by_key(locations: Sequence[Location]) -> dict[int | str, list[Location]]:
+    found: dict[int | str, list[Location]] = {}
+    for location in locations:
+        if location:
+            found.setdefault(location[0], []).append(location[1:])
+    return found
 
 
 def section_of(info: FieldInfo) -> type[Section] | None:
@@ -122,5 +161,9 @@ def section_of(info: FieldInfo) -> type[Section] | None:
 
 def wrong_value(path: str, value: Any, allowed: str) -> Problem:
     """Returns the problem of a given value, of which at most 60 characters are shown."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return Problem(path, f"given {text if len(text) <= 60 else text[:57] + '...'}, allowed: {allowed}")
+    return Problem(path, f"given {cut(json.dumps(value, ensure_ascii=False, default=str))}, allowed: {allowed}")
+
+
+def cut(text: str, most: int = 60) -> str:
+    """Returns at most the given number of characters of a text."""
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field
 from pipeline.config.data_sections import DataConfig, TokenizerConfig
 from pipeline.config.deepspeed_keys import refused_settings
 from pipeline.config.section_base import (
+    ANY_TEXT,
     Count,
     Fraction,
     Name,
@@ -241,7 +242,7 @@ class ContainerConfig(Section):
 class SampleConfig(Section):
     """Text generated at the end of a run and by `pipeline sample`."""
 
-    prompt: str = Field(default="The", min_length=1)
+    prompt: Annotated[str, ANY_TEXT] = Field(default="The", min_length=1)
     """Beginning of the text."""
     max_new_tokens: Count = 100
     """Maximum number of tokens to generate."""

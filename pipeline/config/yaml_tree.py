@@ -16,30 +16,14 @@ from typing import Any, Generic
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.section_base import S, Section, broken_rules, section_of, usable_part, wrong_value
+from pipeline.config.section_base import S, Section, broken_rules, cut, section_of, usable_part, wrong_value
+from pipeline.config.yaml_loader import MOST_BYTES, read_yaml, write_yaml
 from pipeline.errors import ConfigError, Problem, UsageError
-from pipeline.files import naming
+from pipeline.files import naming, read_bounded
 
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader; it also reads YAML 1.2 floats (`1e-3` is a number) and rejects duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-# PyYAML follows YAML 1.1, where 1e-3 is a string: a learning rate without a dot would be refused.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+# A file of another kind has a problem in every line.
+_MOST_PROBLEMS = 50
+_MOST_KEYS = 20
 
 
 @dataclass(frozen=True)
@@ -53,15 +37,15 @@ class Vocabulary(Generic[S]):
     example: str
     """A file to start from."""
 
-    def read(self, path: str | Path) -> str:
-        """Returns the text of a file.
+    def read(self, path: str | Path, inside: Path | None = None) -> str:
+        """Returns the text of a file; `inside` is the folder that was received with it.
 
         Raises:
             UsageError: It cannot be read.
         """
         try:
             with naming(path, f"the {self.kind} file cannot be read", error=UsageError):
-                return Path(path).read_text(encoding="utf-8")
+                return read_bounded(path, inside, MOST_BYTES).decode()
         except UnicodeDecodeError as error:
             where = f"{error.reason} at byte {error.start}"
             raise UsageError(f"{path}: the {self.kind} file is not UTF-8 text ({where})") from error
@@ -87,18 +71,18 @@ class Vocabulary(Generic[S]):
         """
         given = self._parse_yaml(text, source)
         problems = [problem for override in overrides if (problem := _apply_override(given, override))]
-        document = json.dumps(given, default=str)
+        document = json.dumps(given)
         try:
             # Strict JSON mode rejects "3", 3.0 and true as integers, while lists still become tuples.
             tree = self.model.model_validate_json(document, strict=True)
         except ValidationError as invalid:
             errors = [error for error in invalid.errors() if not _only_counts_valid_items(error)]
-            problems += map(self._problem, errors)
+            problems += map(self._problem, errors[:_MOST_PROBLEMS])
             tree = usable_part(self.model, json.loads(document), [error["loc"] for error in errors])
         named = {problem.path for problem in problems}
         problems += [problem for problem in broken_rules(tree, rules=rules) if problem.path not in named]
         if problems:
-            raise ConfigError(source, problems, self.kind)
+            raise ConfigError(source, problems[:_MOST_PROBLEMS], self.kind)
         return tree
 
     def json_schema(self) -> dict[str, Any]:
@@ -107,13 +91,11 @@ class Vocabulary(Generic[S]):
 
     def _parse_yaml(self, text: str, source: str) -> dict[str, Any]:
         try:
-            tree = yaml.load(text, Loader=_Loader)
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark
-            where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-            message = f"bad YAML, {where}{error.problem}"
+            tree = read_yaml(text)
         except yaml.YAMLError as error:
-            message = f"bad YAML: {error}"
+            mark = getattr(error, "problem_mark", None)
+            where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+            message = f"bad YAML, {where}{_reason(error)}"
         else:
             if isinstance(tree, dict):
                 return tree
@@ -123,7 +105,7 @@ class Vocabulary(Generic[S]):
         raise ConfigError(source, [Problem("", message)], self.kind)
 
     def _problem(self, error: Any) -> Problem:
-        path = ".".join(str(part) for part in error["loc"])
+        path = cut(".".join(str(part) for part in error["loc"]), 200)
         if error["type"] == "extra_forbidden":
             return Problem(path, self._unknown_key_message(path))
         if error["type"] == "missing":
@@ -148,6 +130,10 @@ class Vocabulary(Generic[S]):
         return f"unknown key; allowed here: {names}"
 
 
+def _reason(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or error)
+
+
 def _only_counts_valid_items(error: Any) -> bool:
     """Whether pydantic calls a list too short because its items, which have errors of their own, are not valid."""
     return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
@@ -164,27 +150,30 @@ def known_paths(model: type[Section], prefix: str = "") -> Iterator[str]:
 
 def dump(tree: BaseModel) -> str:
     """Returns the tree as YAML that reads back equal."""
-    return yaml.safe_dump(json.loads(tree.model_dump_json()), sort_keys=False, allow_unicode=True)
+    return write_yaml(json.loads(tree.model_dump_json()))
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> Problem | None:
     dotted, equals, value = override.partition("=")
     keys = dotted.split(".")
-    if not equals or not all(keys):
-        return Problem(override, "is not an override, allowed: dotted.key=value, for example train.max_iters=100")
+    shown = cut(dotted, 200)
+    if not equals or not all(keys) or len(keys) > _MOST_KEYS:
+        allowed = "allowed: dotted.key=value, for example train.max_iters=100"
+        return Problem(cut(override, 200), f"is not an override, {allowed}")
     node: Any = tree
     for depth, key in enumerate(keys[:-1]):
         node = _child(node, key)
         if not isinstance(node, (dict, list)):
-            return Problem(dotted, f"{'.'.join(keys[: depth + 1])} is not a section that can be overridden")
+            return Problem(shown, f"{cut('.'.join(keys[: depth + 1]), 200)} is not a section that can be overridden")
     try:
-        parsed = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        return Problem(dotted, f"the value {value!r} is not valid YAML")
+        parsed = read_yaml(value)
+    except yaml.YAMLError as error:
+        return Problem(shown, f"the value {cut(repr(value))} is not valid YAML: {_reason(error)}")
     if isinstance(node, list):
-        if not keys[-1].isdigit() or int(keys[-1]) >= len(node):
-            return Problem(dotted, f"has {len(node)} entries, allowed: an index from 0 to {len(node) - 1}")
-        node[int(keys[-1])] = parsed
+        index = _index(node, keys[-1])
+        if index is None:
+            return Problem(shown, f"has {len(node)} entries, allowed: an index from 0 to {len(node) - 1}")
+        node[index] = parsed
     else:
         node[keys[-1]] = parsed
     return None
@@ -192,7 +181,14 @@ def _apply_override(tree: dict[str, Any], override: str) -> Problem | None:
 
 def _child(node: Any, key: str) -> Any:
     if isinstance(node, list):
-        return node[int(key)] if key.isdigit() and int(key) < len(node) else None
+        index = _index(node, key)
+        return None if index is None else node[index]
     if node.get(key) is None:
         node[key] = {}
     return node[key]
+
+
+def _index(items: list[Any], key: str) -> int | None:
+    # `²` is a digit to Python, but no number.
+    found = int(key) if re.fullmatch(r"[0-9]{1,9}", key) else len(items)
+    return found if found < len(items) else None

@@ -15,7 +15,7 @@ from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import SPLITS, DatasetManifest, Shard, SplitName, check_sizes
 from pipeline.data.order import Order, sample_numbers
 from pipeline.errors import DataError
-from pipeline.files import sha256_file
+from pipeline.files import naming, sha256_file
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -153,7 +153,9 @@ def _check_tokenizer_file(path: Path, manifest: DatasetManifest) -> None:
     file = path / TOKENIZER
     if not file.is_file():
         raise DataError(f"{file}: is missing; the tokens cannot be decoded without it: prepare the dataset again")
-    if sha256_file(file) != manifest.tokenizer_digest:
+    with naming(file, "cannot be read", error=DataError):
+        digest = sha256_file(file, path)
+    if digest != manifest.tokenizer_digest:
         raise DataError(f"{file}: is not the tokenizer that made these tokens (its digest differs from the manifest's)")
 
 
@@ -243,7 +245,7 @@ class BatchReader:
 
 
 class ValidationWindows:
-    """Fixed windows that do not overlap, from the first token; leaves out the tokens after the last whole window."""
+    """The windows of every validation: side by side from the first token, without what follows the last whole one."""
 
     def __init__(self, dataset: TokenDataset, context_length: int) -> None:
         _check_long_enough(len(dataset), context_length, f"{dataset.path}: the {dataset.name} split")
@@ -255,11 +257,6 @@ class ValidationWindows:
         """Returns windows `[start, stop)`: `x` and `y`, int64 on the CPU."""
         starts = np.arange(start, min(stop, self.count), dtype=np.int64) * self._context_length
         return _tensors(self._stream.gather(starts, self._context_length + 1))
-
-
-def validation_windows(dataset: TokenDataset, context_length: int) -> ValidationWindows:
-    """The windows of a split on which every validation of a run is done."""
-    return ValidationWindows(dataset, context_length)
 
 
 def _weight(known: dict[str, float], name: str, dataset: TokenDataset) -> float:

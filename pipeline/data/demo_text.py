@@ -22,8 +22,7 @@ VALIDATION_DOCUMENTS = 12
 def fetch_demo_text(folder: Path) -> int:
     """Writes the speeches to `folder/train` and, the last twelve by name, to `folder/validation`.
 
-    Args:
-        folder: Appears only when complete; if it exists, nothing is downloaded.
+    The folder appears only when complete; if it exists, nothing is downloaded.
 
     Returns:
         The number of documents.

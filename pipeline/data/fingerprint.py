@@ -46,11 +46,6 @@ def refuse_other_settings(path: str | Path, settings: dict[str, Any], config: Co
 
     Compares settings only: the text may be moved or removed once the dataset is finished.
 
-    Args:
-        path: The dataset folder, for the message.
-        settings: `settings` of its manifest.
-        config: The experiment.
-
     Raises:
         DataError: Names every setting that differs.
     """

@@ -22,8 +22,10 @@ from pipeline.files import write_text
 
 # At most this many tokens of a split are counted: the beginnings of all its shards, the same number of each.
 _MOST_COUNTED = 200_000_000
+_COUNTED_AT_ONCE = 1 << 22
 _BINS_PER_OCTAVE = 2
 _TOKENS_SHOWN = 50
+_CURE = "remove the dataset and prepare it again"
 
 # Whatever a token or a name contains, the page can load nothing and send nothing.
 _PAGE = """<!doctype html>
@@ -81,7 +83,7 @@ def draw_documents(path: str | Path, split: str, count: int, seed: int) -> list[
     if not len(ends):
         raise DataError(f"{path}: the {split} split has no documents")
     check_sizes(path, shards, manifest.numpy_dtype)
-    tokenizer = Tokenizer.load(path / TOKENIZER)
+    tokenizer = Tokenizer.load(path / TOKENIZER, inside=path)
     total = int(ends[-1])
     numbers = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
     documents = []
@@ -104,7 +106,7 @@ def write_page(path: str | Path, out: Path) -> None:
     path = Path(path)
     manifest = DatasetManifest.load(path)
     check_sizes(path, manifest.shards, manifest.numpy_dtype)
-    tokenizer = Tokenizer.load(path / TOKENIZER)
+    tokenizer = Tokenizer.load(path / TOKENIZER, inside=path)
     parts = []
     for name, split in manifest.splits.items():
         if not split.shards:
@@ -129,7 +131,10 @@ def document_lengths(path: Path, shards: Sequence[Shard]) -> npt.NDArray[np.int6
     """Counts documents by their length in tokens, in `_BINS_PER_OCTAVE` logarithmic bins for each doubling."""
     counts = np.zeros(64 * _BINS_PER_OCTAVE, np.int64)
     for shard in shards:
-        lengths = np.diff(np.fromfile(path / shard.index, "<u8").astype(np.int64))
+        index = np.fromfile(path / shard.index, "<u8")
+        lengths = np.diff(index.astype(np.int64))
+        if index[0] != 0 or index[-1] != shard.tokens or (lengths <= 0).any():
+            raise DataError(f"{path / shard.index}: is damaged: it is no list of growing offsets; {_CURE}")
         bins = np.floor(np.log2(lengths) * _BINS_PER_OCTAVE + 1e-9).astype(np.int64)
         counts += np.bincount(bins, minlength=len(counts))
     return counts
@@ -139,13 +144,26 @@ def count_tokens(path: Path, manifest: DatasetManifest, shards: Sequence[Shard])
     """Returns the count of each token id and the number of tokens that were counted."""
     counts = np.zeros(manifest.vocab_size, np.int64)
     share = max(1, _MOST_COUNTED // len(shards))
-    counted = 0
+    waiting: list[npt.NDArray[Any]] = []
+    held = counted = 0
     for shard in shards:
-        tokens = np.memmap(path / shard.file, manifest.numpy_dtype, "r")[:share]
-        for start in range(0, len(tokens), 1 << 22):
-            counts += np.bincount(tokens[start : start + (1 << 22)], minlength=len(counts))
+        tokens = np.fromfile(path / shard.file, manifest.numpy_dtype, count=share)
         counted += len(tokens)
-    return counts, counted
+        for start in range(0, len(tokens), _COUNTED_AT_ONCE):
+            waiting.append(tokens[start : start + _COUNTED_AT_ONCE])
+            held += len(waiting[-1])
+            # Not shard by shard: each count costs as much as the vocabulary, and there may be many small shards.
+            if held >= _COUNTED_AT_ONCE:
+                counts += _counts(path, waiting, len(counts))
+                waiting, held = [], 0
+    return counts + _counts(path, waiting, len(counts)), counted
+
+
+def _counts(path: Path, tokens: Sequence[npt.NDArray[Any]], vocab_size: int) -> npt.NDArray[np.int64]:
+    found = np.bincount(np.concatenate([np.zeros(0, np.uint16), *tokens]), minlength=vocab_size)
+    if len(found) > vocab_size:
+        raise DataError(f"{path}: holds the token id {len(found) - 1}, beyond its vocabulary; {_CURE}")
+    return found
 
 
 def _length_chart(counts: npt.NDArray[np.int64], split: str) -> str:

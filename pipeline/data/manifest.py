@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.data import content
 from pipeline.data.layout import MANIFEST, PLAN
 from pipeline.errors import DataError, PipelineError
-from pipeline.files import naming, read_json, sha256_bytes, write_json
+from pipeline.files import naming, read_json, sha256_bytes, size_of_regular, write_json
 
 FORMAT_VERSION = 1
 SplitName = Literal["train", "validation"]
@@ -152,7 +153,7 @@ class DatasetManifest:
         if not file.exists():
             state = "the dataset is not finished" if (Path(folder) / PLAN).exists() else "there is no dataset here"
             raise DataError(f"{folder}: {state} (no {MANIFEST}); run `pipeline prepare CONFIG`")
-        tree = read_json(file)
+        tree = read_json(file, Path(folder), DataError)
         version = tree.get("format_version") if isinstance(tree, dict) else None
         if version != FORMAT_VERSION:
             raise DataError(
@@ -161,6 +162,9 @@ class DatasetManifest:
         digest = tree.pop("digest", "")
         if _digest(tree) != digest:
             raise DataError(f"{file}: was changed after it was written (its digest does not match); prepare it again")
+        problem = content.problem(tree)
+        if problem is not None:
+            raise DataError(f"{file}: is damaged ({problem}); prepare the dataset again")
         shards = [Shard(**shard) for shard in tree["shards"]]
         return cls(
             **{k: v for k, v in tree.items() if k not in ("format_version", "shards", "totals", "sources")},
@@ -171,11 +175,11 @@ class DatasetManifest:
 
     def save(self, folder: Path) -> None:
         """Publishes the manifest, which makes the dataset finished; leaves an identical one untouched."""
-        content = {**self._content(), "digest": self.digest}
+        tree = {**self._content(), "digest": self.digest}
         with contextlib.suppress(PipelineError):
-            if read_json(folder / MANIFEST) == content:
+            if read_json(folder / MANIFEST) == tree:
                 return
-        write_json(folder / MANIFEST, content)
+        write_json(folder / MANIFEST, tree)
 
     def _content(self) -> dict[str, Any]:
         return {
@@ -217,10 +221,10 @@ def check_sizes(folder: Path, shards: Iterable[Shard], dtype: np.dtype[Any], cur
         for name, expected in shard.sizes(dtype).items():
             file = folder / name
             with naming(file, "the shard cannot be read", cure, DataError):
-                size = file.stat().st_size
+                size = size_of_regular(file, folder)
             if size != expected:
                 raise DataError(f"{file}: has {size} bytes instead of {expected}; the shard is damaged: {cure}")
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return sha256_bytes(json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode())
+def _digest(tree: dict[str, Any]) -> str:
+    return sha256_bytes(json.dumps(tree, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode())

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import DatasetManifest, Shard
 from pipeline.errors import DataError, PipelineError, listing
-from pipeline.files import naming, sha256_file
+from pipeline.files import is_regular, naming, sha256_file, size_of_regular
 
 ByteCounter = Callable[[int, int], None]
 """Called with the bytes done and the bytes in total."""
@@ -44,13 +44,7 @@ def verify_dataset(path: str | Path, progress: ByteCounter | None = None) -> Ver
 def verify_shards(
     path: Path, shards: Sequence[Shard], progress: ByteCounter | None = None, more: dict[str, str] | None = None
 ) -> int:
-    """Compares the SHA-256 of shards and their indices, on all cores.
-
-    Args:
-        path: The dataset folder.
-        shards: The shards to read.
-        progress: Called after each file.
-        more: Digests of further files, by name.
+    """Compares the SHA-256 of shards, their indices and more files, given by name, on all cores.
 
     Returns:
         The bytes that were read.
@@ -61,10 +55,10 @@ def verify_shards(
     expected = dict(more or {})
     for shard in shards:
         expected |= {shard.file: shard.sha256, shard.index: shard.index_sha256}
-    sizes = {name: (path / name).stat().st_size if (path / name).is_file() else 0 for name in expected}
+    sizes = {name: size_of_regular(path / name, path) if is_regular(path / name, path) else 0 for name in expected}
     total, done, problems = sum(sizes.values()), 0, []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        found = pool.map(_problem, (path / name for name in expected), expected.values())
+        found = pool.map(lambda name: _problem(path, name, expected[name]), expected)
         for size, problem in zip(sizes.values(), found, strict=True):
             done += size
             if progress is not None:
@@ -77,10 +71,11 @@ def verify_shards(
     return total
 
 
-def _problem(file: Path, digest: str) -> str | None:
+def _problem(folder: Path, name: str, digest: str) -> str | None:
+    file = folder / name
     try:
         with naming(file, "cannot be read"):
-            found = sha256_file(file)
+            found = sha256_file(file, folder)
     except PipelineError as error:
         return str(error)
     return None if found == digest else f"{file}: sha256 is {found[:16]}..., not {digest[:16]}..."

@@ -72,7 +72,9 @@ def start_controller(settings: Settings) -> None:
     """Starts slurmctld and waits until it answers."""
     log = settings.logs / "slurmctld.log"
     start_daemon(settings, LOGIN, ["slurmctld", "-D"], settings.logs / "slurmctld.out")
-    wait_for(lambda: controller_answers(settings), _START_S, "answer of slurmctld", log)
+    wait_for(
+        lambda: " is UP" in run_on(settings, LOGIN, ["scontrol", "ping"]).stdout, _START_S, "answer of slurmctld", log
+    )
 
 
 def stop_controller(settings: Settings) -> None:
@@ -90,11 +92,6 @@ def stop_controller(settings: Settings) -> None:
         _START_S,
         "end of slurmctld",
     )
-
-
-def controller_answers(settings: Settings) -> bool:
-    """Tells whether slurmctld answers a ping."""
-    return " is UP" in run_on(settings, LOGIN, ["scontrol", "ping"]).stdout
 
 
 def start_slurmd(settings: Settings, node: str) -> None:

@@ -100,15 +100,6 @@ def _follow(said: IO[bytes], log: IO[bytes], show: Callable[[str], None]) -> Non
                 show(step)
 
 
-def read_inside(image: Path, file: Path) -> str:
-    """Returns the content of a text file in an image.
-
-    Raises:
-        PipelineError: The image cannot be started, or has no such file.
-    """
-    return run_inside(image, "cat", str(file))
-
-
 def run_inside(image: Path, *command: str) -> str:
     """Returns what a command in the image prints; of the host it sees only /tmp.
 

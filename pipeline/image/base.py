@@ -38,11 +38,7 @@ class Base:
 
 
 def read_base(name: str, root: Path) -> Base:
-    """Reads and checks the argument file that `--base` names.
-
-    Args:
-        name: Name of a file in `containers/`, or the path of another file.
-        root: The checkout.
+    """Reads and checks the argument file that `--base` names: one in `containers/` of the checkout, or another by path.
 
     Raises:
         UsageError: There is no such file, or it does not pin the base.

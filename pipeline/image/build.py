@@ -15,17 +15,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 import pipeline
 from pipeline.errors import UsageError
 from pipeline.files import naming, sha256_bytes
-from pipeline.image.apptainer import apptainer_version, build, read_inside
+from pipeline.image.apptainer import apptainer_version, build, run_inside
 from pipeline.image.base import Base, read_base
 from pipeline.image.record import IMAGE_HOME, record_file, write_record
 from pipeline.image.wheels import PROJECT_PARTS, lock_digest, locks_of, project_wheel, wheelhouse
 from pipeline.run.provenance import git_state, untracked
+from pipeline.terminal import Terminal
 from pipeline.text_format import gigabytes
 
 CONTAINERS = "containers"
@@ -58,10 +58,6 @@ def commit_of(root: Path) -> str:
 
 def build_image(base_name: str, sandbox: bool) -> Path:
     """Builds an image of this checkout into `build/images`, tests it and records what it was built from.
-
-    Args:
-        base_name: Name of a file in `containers/`, or the path of another argument file.
-        sandbox: Build a folder instead of a SIF file.
 
     Raises:
         UsageError: The base cannot be used, or a program is missing.
@@ -120,7 +116,7 @@ def _folder(images: Path) -> Path:
 
 def _record(base: Base, image: Path, arguments: dict[str, str]) -> dict[str, Any]:
     """Returns what the image was built from, as plain JSON values."""
-    python, system = (read_inside(image, IMAGE_HOME / f"{kind}-packages.txt") for kind in ("python", "system"))
+    python, system = (run_inside(image, "cat", f"{IMAGE_HOME}/{kind}-packages.txt") for kind in ("python", "system"))
     return {
         "base": {
             "bootstrap": base.arguments["BOOTSTRAP"],
@@ -142,7 +138,7 @@ class _Steps:
     """Prints one line per step on stderr, with the seconds since the start, and shows a clock on a terminal."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Terminal(stderr=True, soft_wrap=True)
         self._clock = Progress(
             SpinnerColumn(), TimeElapsedColumn(), console=self._console, transient=True,
             disable=not self._console.is_terminal,
@@ -158,7 +154,7 @@ class _Steps:
         self._clock.stop()
 
     def show(self, what: str) -> None:
-        self._console.print(f"[{time.monotonic() - self._began:4.0f} s] {what}", markup=False)
+        self._console.print(f"[{time.monotonic() - self._began:4.0f} s] {what}")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pipeline.image.apptainer import labels
 from pipeline.image.build import CONTAINERS, checkout, commit_of
 from pipeline.image.record import PACKAGE_LISTS, digest, read_record
 from pipeline.image.wheels import lock_digest, locks_of
+from pipeline.text_format import say
 
 _BASE = ("base.name", "base.bootstrap", "base.digest")
 _SHOWN = ("accelerator", "architecture", "version", "commit", "lock_sha256", "date", "apptainer", "size_mb", "sha256")
@@ -27,13 +28,13 @@ def print_info(image: Path) -> None:
         raise UsageError(f"{image}: does not exist; build it with `pipeline image build`")
     record = read_record(image, (*_BASE, *_SHOWN, *PACKAGE_LISTS))
     base = record["base"]
-    print(f"{'base':<13} {base['name']} by {base['bootstrap']}, {base['digest']}")
+    say(f"{'base':<13} {base['name']} by {base['bootstrap']}, {base['digest']}")
     for key in _SHOWN:
-        print(f"{key:<13} {record[key]}")
+        say(f"{key:<13} {record[key]}")
     python, system = (len(record[kind]) for kind in PACKAGE_LISTS)
     print(f"{'packages':<13} {python} of Python, {system} of the system")
     for line in _differences_from_checkout(record):
-        print(line)
+        say(line)
     problems = _contradictions(image, record)
     if problems:
         raise PipelineError(listing(f"{image}: does not match its record:", problems))

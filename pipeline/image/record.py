@@ -23,11 +23,7 @@ def record_file(image: Path) -> Path:
 
 
 def read_record(image: Path, keys: Collection[str] = ()) -> dict[str, Any]:
-    """Returns the record of an image.
-
-    Args:
-        image: A SIF file or a sandbox.
-        keys: Dotted keys that the record must hold besides the checksum.
+    """Returns the record of an image, which must hold these dotted keys besides the checksum.
 
     Raises:
         PipelineError: The record is missing or damaged.

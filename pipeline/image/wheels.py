@@ -40,12 +40,6 @@ def lock_digest(locks: Sequence[Path]) -> str:
 def wheelhouse(accelerator: str, locks: Sequence[Path], store: Path, show: Callable[[str], None]) -> Path:
     """Returns a folder with a wheel of every package in the locks; wheels are fetched once per locks and accelerator.
 
-    Args:
-        accelerator: `cpu`, `cuda` or `rocm`: the build of torch.
-        locks: Files with one `name==version` per line.
-        store: Folder of the wheelhouses.
-        show: Called with each step.
-
     Raises:
         PipelineError: pip cannot fetch a wheel.
         UsageError: The torch that pip finds is built for another accelerator.
@@ -72,12 +66,9 @@ def wheelhouse(accelerator: str, locks: Sequence[Path], store: Path, show: Calla
 
 
 def project_wheel(root: Path, folder: Path, wheels: Path) -> None:
-    """Builds the project's own wheel from a copy of the checkout, without leftovers of an earlier build.
+    """Builds the project's own wheel into a folder from a copy of the checkout, without leftovers of an earlier build.
 
-    Args:
-        root: The checkout.
-        folder: Receives the wheel.
-        wheels: The wheelhouse; it holds the build requirements, so pip needs no index.
+    The wheelhouse holds the build requirements, so pip needs no index.
     """
     with tempfile.TemporaryDirectory() as temp:
         copy = Path(temp)

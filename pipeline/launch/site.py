@@ -12,9 +12,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.section_base import Count, Name, NonNegativeInt, Positive, Section, rule, wrong_value
+from pipeline.config.section_base import ANY_TEXT, Count, Name, NonNegativeInt, Positive, Section, rule, wrong_value
 from pipeline.config.yaml_tree import Vocabulary
 from pipeline.errors import Problem
+from pipeline.text_format import hidden_character
 
 
 class Resources(Section):
@@ -108,7 +109,7 @@ class Site(Section):
     """Environment variables of every job."""
     modules: tuple[str, ...] = ()
     """Modules that every job loads, for example `apptainer/1.3`."""
-    setup: tuple[str, ...] = ()
+    setup: Annotated[tuple[str, ...], ANY_TEXT] = ()
     """Shell lines that the batch script runs on the first node before the job's own work."""
     scratch: str | None = None
     """Scratch folder for caches, node-local or shared, visible in the job."""
@@ -130,6 +131,13 @@ class Site(Section):
                 reason = "the launcher sets it, so that jobs run the code that was submitted"
                 cure = "install further packages into the jobs' Python or into the image"
                 yield Problem(f"environment.{name}", f"allowed: other names; {reason} ({cure})")
+
+    @rule
+    def _setup_is_lines_of_text(self) -> Iterator[Problem]:
+        for index, line in enumerate(self.setup):
+            hidden = hidden_character(re.sub(r"[\t\n]", " ", line))
+            if hidden is not None:
+                yield wrong_value(f"setup.{index}", line, f"shell lines without control characters, which {hidden} is")
 
     @rule
     def _extra_sbatch_contradicts_no_field(self) -> Iterator[Problem]:

@@ -80,6 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_sums = torch.empty_like(losses)
         # One buffer for all chunks: on a CPU, fresh memory of this size costs as much as a pass over it.
         buffer = torch.empty(0 if compiled else min(chunk_tokens, count), len(weight), dtype=wide, device=x.device)
+        look_at = _compiled() if compiled else _look_at_in_place
         counted = targets >= 0
         shares = counted / counted.sum().clamp(min=1).to(wide)
         targets = targets.clamp(min=0)
@@ -88,29 +89,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, count, chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 chunk = x[rows].to(low)
-                if compiled:
-                    product, share = chunk @ matrix.T, shares[rows].unsqueeze(-1)
-                    losses[rows], log_sums[rows], errors = _compiled()(product, targets[rows], share, z_loss)
-                    del product
-                    if grad_x is not None:
-                        _write_product(grad_x[rows], errors, matrix)
-                    if grad_weight is not None:
-                        _add_product(grad_weight, errors, chunk)
+                logits = chunk @ matrix.T if compiled else _write_product(buffer[: len(chunk)], chunk, matrix.T)
+                share = shares[rows].unsqueeze(-1) if wants_x or wants_weight else None
+                losses[rows], log_sums[rows], errors = look_at(logits, targets[rows], share, z_loss)
+                if errors is None:
                     continue
-                logits = buffer[: len(chunk)]
-                _write_product(logits, chunk, matrix.T)
-                sums = _exponentiate(logits, targets[rows], losses[rows], log_sums[rows])
-                if grad_x is None and grad_weight is None:
-                    continue
-                share = shares[rows].unsqueeze(-1)
-                factors = share * (1 + 2 * z_loss * log_sums[rows].unsqueeze(-1)) / sums
-                errors = _to_errors(logits, targets[rows], factors, share)
                 rounded = errors.to(low)
                 if grad_x is not None:
                     _write_product(grad_x[rows], rounded, matrix)
                 if grad_weight is not None:
                     _add_product(grad_weight, rounded if rounded.is_cuda else errors, chunk)
-                del rounded  # in bfloat16 a copy, which would live beside the next chunk's
+                del logits, errors, rounded  # they would live beside the next chunk's
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype
         entropy = (losses * shares).sum()
@@ -129,60 +118,57 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None, None
 
 
-def _losses_and_errors(logits: Tensor, targets: Tensor, share: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Does what `_exponentiate` and `_to_errors` do, without a step in place, which the compiler would not fuse.
+def _look_at_in_place(
+    logits: Tensor, targets: Tensor, share: Tensor | None, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns what `_look_at` returns, written over the logits, which are wide already."""
+    places = targets.unsqueeze(-1)
+    largest = logits.amax(dim=-1, keepdim=True)
+    target_logits = logits.sub_(largest).gather(-1, places)
+    sums = logits.exp_().sum(dim=-1, keepdim=True)
+    losses, log_sums = sums.log() - target_logits, sums.log() + largest
+    errors = None
+    if share is not None:
+        errors = logits.mul_(share * (1 + 2 * z_loss * log_sums) / sums).scatter_add_(-1, places, -share)
+    return losses.squeeze(-1), log_sums.squeeze(-1), errors
+
+
+def _look_at(
+    logits: Tensor, targets: Tensor, share: Tensor | None, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns what the loss needs of a chunk of logits, in the form that torch.compile fuses.
 
     Args:
         logits: `(tokens, vocab)`.
         targets: `(tokens,)`.
-        share: `(tokens, 1)`: what a token's loss is multiplied with.
+        share: `(tokens, 1)`: what a token's loss is multiplied with; None if no gradients are wanted.
         z_loss: As in `linear_cross_entropy`.
 
     Returns:
-        The loss of each token, the logarithm of its sum, and the gradient by the logits in their dtype.
+        Each token's loss; the logarithm of its sum of exponentials; the gradient by the logits, in their dtype.
     """
-    wide = logits.to(share.dtype)
+    places = targets.unsqueeze(-1)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest = wide.amax(dim=-1, keepdim=True)
     exponentials = (wide - largest).exp()
     sums = exponentials.sum(dim=-1, keepdim=True)
     log_sums = sums.log() + largest
-    places = targets.unsqueeze(-1)
-    losses = log_sums - wide.gather(-1, places)
-    hit = torch.arange(logits.shape[-1], device=logits.device) == places
-    errors = exponentials * (share * (1 + 2 * z_loss * log_sums) / sums) - hit * share
-    return losses.squeeze(-1), log_sums.squeeze(-1), errors.to(logits.dtype)
+    losses, errors = log_sums - wide.gather(-1, places), None
+    if share is not None:
+        hit = torch.arange(logits.shape[-1], device=logits.device) == places
+        errors = exponentials * (share * (1 + 2 * z_loss * log_sums) / sums) - hit * share
+        errors = errors.to(logits.dtype)
+    return losses.squeeze(-1), log_sums.squeeze(-1), errors
 
 
 @functools.cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(_losses_and_errors, dynamic=False)
+def _compiled() -> Callable[[Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor, Tensor | None]]:
+    return torch.compile(_look_at, dynamic=False)
 
 
-def _exponentiate(logits: Tensor, targets: Tensor, losses: Tensor, log_sums: Tensor) -> Tensor:
-    """Makes of logits their exponentials, shifted by the largest, and returns the sum of each row `(tokens, 1)`.
-
-    Writes each token's loss and the logarithm of its unshifted sum.
-    """
-    largest = logits.amax(dim=-1, keepdim=True)
-    target_logits = logits.sub_(largest).gather(-1, targets.unsqueeze(-1))
-    sums = logits.exp_().sum(dim=-1, keepdim=True)
-    torch.sub(sums.log(), target_logits, out=losses.unsqueeze(-1))
-    torch.add(sums.log(), largest, out=log_sums.unsqueeze(-1))
-    return sums
-
-
-def _to_errors(exponentials: Tensor, targets: Tensor, factors: Tensor, share: Tensor) -> Tensor:
-    """Makes of exponentials the gradient of the loss by the logits: softmax - one-hot, scaled; returns them."""
-    places = targets.unsqueeze(-1)
-    return exponentials.mul_(factors).scatter_add_(-1, places, -share)
-
-
-def _write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Writes `a @ b`, rounded to their dtype, into `out`."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
+def _write_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Writes `a @ b`, rounded to their dtype, into `out`; returns it."""
+    return torch.mm(a, b, out=out) if out.dtype == a.dtype else out.copy_(a @ b)
 
 
 def _add_product(total: Tensor, errors: Tensor, chunk: Tensor) -> None:

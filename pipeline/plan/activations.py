@@ -67,15 +67,15 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
     }[train.activation_checkpointing]
     ids = 16 * tokens  # inputs and targets
     kept = layers * per_block + norm + ids
-    chunk = vocab * min(train.loss_chunk_tokens, tokens)
+    rows_at_once = min(train.loss_chunk_tokens, tokens)
     gradient = 4 * vocab * d
-    # The sum of the head's gradient grows in place in float32; in bf16 each chunk's product exists beside it.
-    product = (gradient + 2 * vocab * d if on_cpu else gradient) if bf16 else 0
-    # Logits, their float32 log-softmax, and the errors of the chunk before.
-    logits = (4 + 2 * width) * chunk
+    # Float32 logits, over which their gradient is written; in bf16 also the product that they come from.
+    logits = (6 if bf16 else 4) * vocab * rows_at_once
+    # A GPU adds the head's gradient of a chunk as a float32 product; a CPU adds in place, from float32 inputs.
+    product = (4 * d * rows_at_once if on_cpu else gradient) if bf16 else 0
     rows = 2 * stream * d * tokens  # the normed input and its gradient
     copy = 2 * vocab * d if autocast else 0
-    loss = rows + gradient + copy + max(logits, width * chunk + product)
+    loss = rows + gradient + copy + logits + product
     head = gradient + (2 * vocab * d if bf16 and not autocast else 0)
     recomputing = 0.0
     if train.activation_checkpointing != "none":

@@ -152,6 +152,7 @@ def _moments(
     if stage == 3:
         whole = width * _persistent(model, zero_setting(config, "stage3_param_persistence_threshold", _PERSISTENT))
         live, arriving = _gathered(config, width)
+        block = min(block, int(live))  # nothing is gathered where every weight is kept whole
         node_ranks = zero_setting(config, "zero_hpz_partition_size", 1)
         second = width * total / node_ranks if node_ranks > 1 else 0.0
         base += bucket + whole + second
@@ -215,6 +216,8 @@ def _gathered(config: Config, width: int) -> tuple[float, float]:
         model, zero_setting(config, "stage3_param_persistence_threshold", _PERSISTENT)
     )
     largest = max(model.vocab_size * model.d_model, _block(model))
+    if parts == 0:
+        return 0.0, 0.0
     live = max(largest, min(parts, zero_setting(config, "stage3_max_live_parameters", LIVE_ELEMENTS)))
     blocks = max(0, parts - 2 * model.vocab_size * model.d_model)
     arriving = min(blocks, zero_setting(config, "stage3_prefetch_bucket_size", PREFETCH_ELEMENTS))

@@ -5,16 +5,22 @@ The kinds of launch/attempts.jsonl, which only the launcher reads, are in launch
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from pipeline.run import journal
 
 E = TypeVar("E", bound="Event")
 _KINDS: dict[str, type[Event]] = {}
+_END_OF_TIME = 1e11  # Unix seconds
+_FORM: Any = functools.cache(TypeAdapter)
 
 
 def _optional() -> Any:
@@ -27,6 +33,7 @@ def _optional() -> Any:
 class Event:
     """Something that happened, as a frozen dataclass; every field has a default, so that older events can be read."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False)
     kind: ClassVar[str] = ""
     time: float = 0.0
     """When it was written, in Unix seconds; 0 before that."""
@@ -107,9 +114,6 @@ class PrepareEnded(Event, kind="prepare_ended"):
     slice: str | None = None
     job: str = ""
     done: bool = False
-
-
-# ---- from training ----------------------------------------------------------------------------------
 
 
 class StartBegan(Event, kind="attempt"):
@@ -240,9 +244,6 @@ class Failed(Accounted, kind="failed"):
     error: str = ""
 
 
-# ---- writing and reading ---------------------------------------------------------------------------
-
-
 def append(path: Path, event: E) -> E:
     """Appends an event; several processes (launcher, trainer, a cancelling user) may write to the file.
 
@@ -260,12 +261,13 @@ def append(path: Path, event: E) -> E:
 def parse(record: Mapping[str, Any]) -> Event:
     """Returns the event of one line; ignores fields that its kind does not have."""
     values = {name: value for name, value in record.items() if name not in ("time", "event")}
-    at = float(record.get("time") or 0.0)
+    given = record.get("time")
+    at = float(given) if isinstance(given, (int, float)) and 0 <= given < _END_OF_TIME else 0.0
     kind = _KINDS.get(str(record.get("event")))
-    if kind is None:
-        return UnknownEvent(time=at, name=str(record.get("event", "")), values=values)
-    known = {f.name for f in fields(kind)}
-    return kind(time=at, **{name: value for name, value in values.items() if name in known})
+    if kind is not None:
+        with contextlib.suppress(ValidationError):  # others may have written the file, with values of other types
+            return _FORM(kind).validate_python({**values, "time": at})
+    return UnknownEvent(time=at, name=str(record.get("event", "")), values=values)
 
 
 class EventLog(tuple[Event, ...]):

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.load import dump_config, parse_config
+from pipeline.config.load import CONFIG, dump_config, parse_config
 from pipeline.config.sections import Config
 from pipeline.errors import UsageError, listing
-from pipeline.files import naming, read_json, write_json, write_text
+from pipeline.files import naming, write_json, write_text
+from pipeline.run.records import EVALUATION, PROVENANCE, Evaluation, read_checked
 
 # What the weights after step t are a function of. Everything else (intervals, ZeRO stage, precision,
 # micro-batch, device, tracking ...) may change between two starts of one run.
@@ -115,11 +116,27 @@ class Run:
 
     def config(self) -> Config:
         """Returns the config that the run was created with."""
-        return parse_config(self.config_file.read_text(encoding="utf-8"), source=str(self.config_file))
+        return parse_config(self.config_text(), source=str(self.config_file))
+
+    def config_text(self) -> str:
+        """Returns the config file as it is.
+
+        Raises:
+            UsageError: It cannot be read, or is no text.
+        """
+        return CONFIG.read(self.config_file, self.path)
 
     def provenance(self) -> list[dict[str, Any]]:
         """Returns one entry per start of the run, oldest first."""
-        return read_json(self.provenance_file)["starts"] if self.provenance_file.exists() else []
+        if not self.provenance_file.exists():
+            return []
+        return list(read_checked(self.provenance_file, self.path, PROVENANCE)["starts"])
+
+    def evaluation(self) -> Evaluation | None:
+        """Returns the result of the last `pipeline evaluate`; None without one."""
+        if not self.evaluation_file.exists():
+            return None
+        return read_checked(self.evaluation_file, self.path, EVALUATION)
 
     def add_provenance(self, start: dict[str, Any]) -> None:
         """Appends what is known about this start."""

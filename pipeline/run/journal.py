@@ -9,14 +9,19 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Self
 
-from pipeline.files import fsync_file, write_bytes
+from pipeline.files import fsync_file, naming, open_regular, write_bytes
 
 _BLOCK = 1 << 20
+_LONGEST_LINE = 16 << 20
+# Longer numbers are no counts; as floats they stay numbers of bounded size.
+_LONGEST_INT = 18
+_END_OF_TIME = 1e11  # Unix seconds, in the year 5138
 
 
 @dataclass(frozen=True)
@@ -33,48 +38,93 @@ class Line:
 
 def encode(record: Mapping[str, Any]) -> bytes:
     """Returns a record as the bytes of a line; NaN and Infinity are written as Python's json writes them."""
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    # A path that is not UTF-8 has halves of surrogate pairs, which no file can hold.
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode(errors="replace") + b"\n"
 
 
 def read(path: Path, offset: int = 0) -> Iterator[Line]:
     """Yields the complete lines of a journal from a byte offset; none where there is no file.
 
     It skips a last line without a newline and any line that is not a JSON object (two torn writes).
+
+    Raises:
+        PipelineError: It cannot be read, is not a regular file, or a link leads out of its folder.
     """
-    try:
-        source = path.open("rb")
-    except FileNotFoundError:
+    source = _open(path)
+    if source is None:
         return
     with source:
         source.seek(offset)
-        end = offset
-        for raw in source:
-            if not raw.endswith(b"\n"):
-                return
+        end, whole = offset, True
+        while raw := source.readline(_LONGEST_LINE):
             end += len(raw)
-            record = _parse(raw)
+            if not raw.endswith(b"\n"):
+                whole = False  # the rest of an endless line is no record, nor is a last line without a newline
+                continue
+            record = _parse(raw) if whole else None
+            whole = True
             if record is not None:
                 yield Line(record, raw, end)
 
 
+def _open(path: Path) -> BufferedReader | None:
+    with naming(path, "cannot be read"):
+        try:
+            return open_regular(path, path.parent)
+        except FileNotFoundError:
+            return None
+
+
+def read_steps(path: Path, offset: int = 0) -> Iterator[Line]:
+    """Yields the lines of a journal of metrics, like `read`, whose step and time are usable; records hold numbers only.
+
+    Others may have written the file: what is no metric is skipped like a torn line.
+    """
+    for line in read(path, offset):
+        record = _metrics(line.record)
+        if record is not None:
+            yield Line(record, line.raw, line.end)
+
+
 def _parse(raw: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(raw)
-    except ValueError:
+        record = json.loads(raw, parse_int=_number)
+        if b"\\ud" in raw.lower():
+            json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
 
+def _number(text: str) -> int | float:
+    return int(text) if len(text) < _LONGEST_INT else float(text)
+
+
+def _metrics(record: dict[str, Any]) -> dict[str, Any] | None:
+    step, at = record.get("step"), record.get("time", -1)
+    if not isinstance(step, int) or step < 0 or not isinstance(at, (int, float)) or not 0 <= at < _END_OF_TIME:
+        return None
+    return {key: value for key, value in record.items() if type(value) in (int, float)}
+
+
 def last(path: Path) -> dict[str, Any] | None:
     """Returns the last complete record, searching from the end of the file; None without one."""
-    try:
-        source = path.open("rb")
-    except FileNotFoundError:
+    return _newest(path, lambda record: record)
+
+
+def last_step(path: Path) -> dict[str, Any] | None:
+    """Returns the last record that `read_steps` would yield; None without one."""
+    return _newest(path, _metrics)
+
+
+def _newest(path: Path, usable: Callable[[dict[str, Any]], dict[str, Any] | None]) -> dict[str, Any] | None:
+    source = _open(path)
+    if source is None:
         return None
     with source:
         end = source.seek(0, os.SEEK_END)
         tail = b""
-        while end > 0:
+        while end > 0 and len(tail) < _LONGEST_LINE:
             start = max(0, end - _BLOCK)
             source.seek(start)
             tail = source.read(end - start) + tail
@@ -83,8 +133,9 @@ def last(path: Path) -> dict[str, Any] | None:
             pieces = tail.split(b"\n")[:-1]
             for raw in reversed(pieces if start == 0 else pieces[1:]):
                 record = _parse(raw)
-                if record is not None:
-                    return record
+                found = None if record is None else usable(record)
+                if found is not None:
+                    return found
     return None
 
 
@@ -130,7 +181,7 @@ class Writer:
 
     def __init__(self, path: Path) -> None:
         repair(path)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
 
     def write(self, raw: bytes) -> None:
         """Appends complete lines with one write.
@@ -166,7 +217,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         OSError: It cannot be written completely; readers ignore the part that was written.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     try:
         before = os.fstat(fd).st_size
         # With several writers a torn end cannot be cut off: a newline closes it, and readers skip it.

@@ -56,10 +56,6 @@ def refuse_other_image(starts: list[dict[str, Any]], image: Mapping[str, str | N
 
     A start outside any image is allowed: its user sees what is installed there.
 
-    Args:
-        starts: The provenance of the run so far.
-        image: Path and sha256 of the image to resume in; None outside any.
-
     Raises:
         UsageError: The image differs.
     """

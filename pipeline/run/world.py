@@ -66,9 +66,11 @@ def _from_torchrun(environ: Mapping[str, str]) -> World:
     rank, size, local_rank = (_number(environ, name) for name in _TORCHRUN)
     if not 0 <= rank < size:
         raise UsageError(f"RANK={rank} is not below WORLD_SIZE={size}")
+    if local_rank < 0:
+        raise UsageError(f"LOCAL_RANK={local_rank} is below 0")
     if size > 1 and ("MASTER_ADDR" not in environ or "MASTER_PORT" not in environ):
         raise UsageError("WORLD_SIZE above 1 needs MASTER_ADDR and MASTER_PORT in the environment")
-    port = _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else 0
+    port = _port(environ) if "MASTER_PORT" in environ else 0
     return World(rank, local_rank, size, environ.get("MASTER_ADDR", "127.0.0.1"), port)
 
 
@@ -81,14 +83,19 @@ def world_from_srun(environ: Mapping[str, str]) -> World:
     rank, size, local_rank = (
         _number(environ, name) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     )
+    if not 0 <= rank < size or local_rank < 0:
+        raise UsageError(
+            f"SLURM_PROCID={rank} and SLURM_LOCALID={local_rank} are no task of a step of "
+            f"SLURM_STEP_NUM_TASKS={size}; start the ranks with srun"
+        )
     nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
     # Derived from the job, so that all ranks agree without a message and two jobs on a node do not collide; and from
     # the restart, as ranks of the previous attempt may still live on a node that Slurm gave up too early.
-    attempt = int(environ.get("SLURM_RESTART_COUNT", 0))
+    attempt = _number(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
     port = 20000 + (_number(environ, "SLURM_JOB_ID") * 7 + _number(environ, "SLURM_STEP_ID") + attempt) % 20000
-    return World(
-        rank, local_rank, size, environ.get("MASTER_ADDR", first_host(nodes)), int(environ.get("MASTER_PORT", port))
-    )
+    if "MASTER_PORT" in environ:
+        port = _port(environ)
+    return World(rank, local_rank, size, environ.get("MASTER_ADDR") or first_host(nodes), port)
 
 
 def first_host(nodes: str) -> str:
@@ -99,10 +106,17 @@ def first_host(nodes: str) -> str:
     return match[1] + (match[2] or "") + match[3]
 
 
+def _port(environ: Mapping[str, str]) -> int:
+    port = _number(environ, "MASTER_PORT")
+    if not 0 <= port < 1 << 16:  # 0 for a lone process, whose rank 0 listens nowhere
+        raise UsageError(f"MASTER_PORT={port} is no port; allowed: 1 to 65535")
+    return port
+
+
 def _number(environ: Mapping[str, str], name: str) -> int:
     try:
         return int(environ[name])
     except KeyError as error:
         raise UsageError(f"the environment lacks {name}") from error
     except ValueError as error:
-        raise UsageError(f"{name}={environ[name]!r} is not a number") from error
+        raise UsageError(f"{name}={environ[name][:60]!r} is not a number") from error

@@ -90,7 +90,7 @@ def goodput(run: Run, events: EventLog, now: float | None = None) -> Goodput | N
         now: Unix seconds up to which a training or queued run is counted; None for its last sign of life (its
             last event or the last line of metrics.jsonl).
     """
-    last = journal.last(run.metrics_file)
+    last = journal.last_step(run.metrics_file)
     return split(events, last_line=float(last["time"]) if last else None, now=now)
 
 

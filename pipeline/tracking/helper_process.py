@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 from pipeline.run.folder import Run
+from pipeline.text_format import PlainFormatter
 from pipeline.tracking.helper import EVERYTHING_SENT, POINTS_LEFT
 from pipeline.tracking.system import NodeSampler, node_name
 from pipeline.tracking.upload.sync import note_killed
@@ -22,7 +23,9 @@ _LAST_ROUND_S = 20.0  # for the remaining points of a killed training
 def main(folder: str, uri: str, attempt: int) -> int:
     """Samples this node and feeds the store at `uri`, if any, until this start ends; returns the exit status."""
     _step_back()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     run = Run(Path(folder))
     closing = threading.Event()
     told: list[bytes] = []

@@ -23,12 +23,7 @@ _ROUNDING = 1e-2
 
 
 class History:
-    """Writes metrics.jsonl: one object per run, in one process.
-
-    Args:
-        run: The run.
-        step: Finished steps that training starts with; it is about to repeat the lines of later steps.
-    """
+    """Writes metrics.jsonl, one object per run, in one process; training is about to repeat the steps after `step`."""
 
     def __init__(self, run: Run, step: int) -> None:
         self._run = run
@@ -90,7 +85,7 @@ class History:
         kept: list[tuple[int, bytes]] = []
         cut: list[journal.Line] = []
         whole = 0  # bytes at the start of the file that do not change
-        for line in journal.read(self._run.metrics_file):
+        for line in journal.read_steps(self._run.metrics_file):
             at = int(line.record["step"])
             self.reached = max(self.reached, at)
             self.last_time = float(line.record["time"])
@@ -104,7 +99,7 @@ class History:
         def lower(s: upload_state.State) -> None:
             nonlocal whole
             self._pending = _merge(
-                [line.record for line in journal.read(self._pending_file)],
+                [line.record for line in journal.read_steps(self._pending_file)],
                 [line.record for line in cut if line.end <= s.possibly_published()],
             )
             # Published lines up to `step` that the killed process had not yet put back.

@@ -25,13 +25,7 @@ _FIRST_S = 10.0  # opening the monitors costs two CPU seconds, too much for a ru
 
 
 class NodeSampler:
-    """Samples this node in a thread until `close`.
-
-    Args:
-        run: The run.
-        node: Name of the node; part of every metric's name.
-        interval_s: Seconds between samples.
-    """
+    """Samples this node in a thread until `close`; `node` becomes part of every metric's name."""
 
     def __init__(self, run: Run, node: str, interval_s: float = _INTERVAL_S) -> None:
         self._node = re.sub(r"[^A-Za-z0-9_.-]", "_", node)
@@ -52,7 +46,7 @@ class NodeSampler:
         try:
             monitors = open_monitors()
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            newest = journal.last(self._file)
+            newest = journal.last_step(self._file)
             step = int(newest["step"]) + 1 if newest else 0
             with journal.Writer(self._file) as writer:
                 while not self._closing.is_set():

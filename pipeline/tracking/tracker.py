@@ -80,6 +80,7 @@ class RunTracker(Tracker):
 
         def begin(s: upload_state.State) -> None:
             s.status, s.ended, s.store, s.attempt = "RUNNING", None, uri, s.attempt + 1
+            s.place = upload_state.place_of(run)
             s.dataset = dict(dataset) or s.dataset
             # Held until the process ends in any way: it shows other processes that the run is alive.
             self._alive = upload_state.hold_alive(run, s.attempt)

@@ -9,14 +9,17 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.errors import PipelineError
 from pipeline.files import read_json, write_json
 from pipeline.run.folder import Run
+from pipeline.run.records import first_problem
 
+_Count = Annotated[int, Field(ge=0, le=1 << 53)]
+_Moment = Annotated[float, Field(ge=0, lt=1e11)]
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -26,9 +29,9 @@ class Retry(BaseModel):
     MLflow cannot remove a point, so the first values stay, and no second value joins them under their keys.
     """
 
-    number: int
-    first_step: int
-    last_step: int
+    number: _Count
+    first_step: _Count
+    last_step: _Count
 
 
 class StoreState(BaseModel):
@@ -36,11 +39,11 @@ class StoreState(BaseModel):
 
     run_id: str | None = None
     """Id of the MLflow run; None before it exists."""
-    sent: int = 0
+    sent: _Count = 0
     """Bytes of metrics.jsonl the store has acknowledged."""
-    sending: int = 0
+    sending: _Count = 0
     """Bytes of metrics.jsonl that may have arrived; never less than `sent`."""
-    system: dict[str, int] = {}
+    system: dict[str, _Count] = {}
     """Bytes acknowledged of the system metrics file of each node."""
     files: dict[str, str] = {}
     """SHA-256 of every artifact the store has, by its name."""
@@ -53,13 +56,13 @@ class State(BaseModel):
 
     identity: str
     """A tag that the MLflow run gets first, so that a run whose id was lost can be found again."""
-    generation: int = 0
+    generation: _Count = 0
     """Raised when metrics.jsonl is cut or a retry begins; it invalidates batches read before."""
-    attempt: int = 0
+    attempt: _Count = 0
     """Number of starts of the run."""
     status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED", "STOPPED"] = "RUNNING"
     """How the last process ended; RUNNING until then, STOPPED where a scheduler will start the next one."""
-    ended: float | None = None
+    ended: _Moment | None = None
     """When it ended, in Unix seconds."""
     retries: list[Retry] = []
     """See `Retry`."""
@@ -67,6 +70,8 @@ class State(BaseModel):
     """What the first start said about the data."""
     store: str | None = None
     """Address of the store fed by default."""
+    place: str | None = None
+    """Where `store` was recorded; see `place_of`."""
     stores: dict[str, StoreState] = {}
     """How far each store has been fed, by its address, which never contains a password."""
 
@@ -91,18 +96,31 @@ def load(run: Run) -> State:
     """
     if run.mlflow_file.exists():
         try:
-            return State.model_validate(read_json(run.mlflow_file))
+            return State.model_validate(read_json(run.mlflow_file, run.path))
         except ValidationError as error:
             raise PipelineError(
-                f"{run.mlflow_file}: is damaged ({_first(error)}); restore it from a backup, or remove it: "
+                f"{run.mlflow_file}: is damaged ({first_problem(error)}); restore it from a backup, or remove it: "
                 "the run is then sent to MLflow again, as a new MLflow run"
             ) from error
     return State(identity=uuid.uuid4().hex)
 
 
-def _first(error: ValidationError) -> str:
-    found = error.errors()[0]
-    return ": ".join(filter(None, [".".join(map(str, found["loc"])), found["msg"]]))
+def place_of(run: Run) -> str:
+    """Returns a name of this very folder, which no copy of it and no archive can have.
+
+    The kernel sets the change time of the lock file, which nothing writes to, when it makes the file.
+    """
+    found = run.state_lock.stat()
+    return f"{found.st_ino}-{found.st_ctime_ns}"
+
+
+def was_recorded_here(run: Run, state: State) -> bool:
+    """Whether this user's own training recorded the store of a run in this folder, and not whoever sent the folder."""
+    try:
+        owned = run.path.stat().st_uid == run.state_lock.stat().st_uid == os.geteuid()
+        return owned and state.place == place_of(run)
+    except OSError:
+        return False
 
 
 def settled(run: Run) -> State:
@@ -114,10 +132,7 @@ def settled(run: Run) -> State:
 def update(run: Run, change: Callable[[State], None], then: Callable[[], None] | None = None) -> State:
     """Changes the state on disk under a lock held for milliseconds; returns the new state.
 
-    Args:
-        run: The run.
-        change: Changes the state passed to it.
-        then: Runs after the state is published and before the lock is released.
+    `then` runs after the state is published and before the lock is released.
     """
     with file_lock(run.state_lock):
         state = load(run)
@@ -135,7 +150,7 @@ def file_lock(path: Path) -> Iterator[None]:
     A file system without locks locks nothing: sending points twice is harmless, as the store keeps one of each.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
         lock(fd, wait=True)
         yield
@@ -150,7 +165,7 @@ def hold_alive(run: Run, attempt: int) -> int:
     """
     for older in run.tracking.glob("alive.*.lock"):
         older.unlink(missing_ok=True)
-    fd = os.open(_alive_file(run, attempt), os.O_RDWR | os.O_CREAT, 0o644)
+    fd = os.open(_alive_file(run, attempt), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     lock(fd, wait=True)  # `holds_alive` may have it for a moment
     return fd
 
@@ -158,7 +173,9 @@ def hold_alive(run: Run, attempt: int) -> int:
 def holds_alive(run: Run, attempt: int) -> bool:
     """Returns whether a process holds the lock of that start, as far as this machine can see."""
     try:
-        fd = os.open(_alive_file(run, attempt), os.O_RDONLY)  # the reader may lack write permission
+        fd = os.open(
+            _alive_file(run, attempt), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        )  # the reader may lack write permission
     except FileNotFoundError:
         return False
     try:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from pipeline.checkpoint.layout import step_of
 from pipeline.checkpoint.read import newest_checkpoint
-from pipeline.data.dataset import TokenDataset, ValidationWindows, open_dataset, validation_windows
+from pipeline.data.dataset import TokenDataset, ValidationWindows, open_dataset
 from pipeline.files import write_json
 from pipeline.model.chunked_loss import IGNORED, LossParts
 from pipeline.run.folder import Run
@@ -100,7 +100,7 @@ def evaluate_run(run: Run) -> Evaluation:
     checkpoint = newest_checkpoint(run.checkpoints)
     dataset = open_dataset(config.data.path, "validation", vocab_size=config.model.vocab_size)
     model = load_model(config, checkpoint)
-    windows = validation_windows(dataset, config.model.context_length)
+    windows = ValidationWindows(dataset, config.model.context_length)
     chunk, device = config.train.micro_batch_size, model.lm_head.weight.device
     validation = Validation(dataset, windows, windows.count, chunk, World(), device)
     result = evaluate(lambda x, y: model(x, targets=y), validation, step_of(checkpoint) or 0)

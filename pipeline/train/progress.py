@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from pipeline.terminal import Terminal
 from pipeline.text_format import duration, short
 
 
@@ -29,7 +29,7 @@ class Progress:
         self._max_iters = max_iters
         self._first = start_step
         self._began = time.monotonic()
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Terminal(stderr=True)
         self._live = enabled and self._console.is_terminal
         self._bar = Bar(
             TextColumn("[bold]{task.description}"),

@@ -14,7 +14,7 @@ from pipeline.checkpoint.pending import RankIdentity, take_over
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.checkpoint.saver import CheckpointSaver, Saved
 from pipeline.config.sections import Config
-from pipeline.data.dataset import BatchReader, TokenDataset, open_splits, refuse_other_tokenizer, validation_windows
+from pipeline.data.dataset import BatchReader, TokenDataset, ValidationWindows, open_splits, refuse_other_tokenizer
 from pipeline.data.fingerprint import refuse_other_settings
 from pipeline.data.layout import TOKENIZER
 from pipeline.data.tokenize.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ def open_session(config: Config, allow_image_change: bool = False) -> Iterator[S
 def _start(config: Config, world: World, device: torch.device, stop: StopRequest, allow_image_change: bool) -> Session:
     data, held_out = _open_data(config)
     train, context_length = config.train, config.model.context_length
-    windows = validation_windows(held_out, context_length)
+    windows = ValidationWindows(held_out, context_length)
     count, chunk = train.num_val_batches * train.batch_size, train.micro_batch_size
     validation = Validation(held_out, windows, count, chunk, world, device)
     reader = BatchReader(data, config.data, seed=train.seed, context_length=context_length, batch_size=train.batch_size)

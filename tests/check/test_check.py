@@ -6,32 +6,51 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
 from pipeline.check.check import _disk as disk_check
+from pipeline.cli.main import main
 from pipeline.data.build.build import prepare
 from pipeline.run.folder import step_name
-from tests.launch.support import CONFIG, ROOT, SITE, FakeSlurm, make_run, pipeline, write_files
+from tests.launch.support import CONFIG, ROOT, SITE, FakeSlurm, make_run, write_files
 
 
-def check(folder: Path, *args: str, slurm: FakeSlurm | None = None) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Returns the exit status and the checks by name."""
-    (folder / "text").mkdir(exist_ok=True)
-    (folder / "text" / "a.txt").write_text("We hold these truths to be self-evident. " * 50)
-    done = pipeline(folder, "check", "config.yaml", *args, "--json", slurm=slurm)
-    assert done.err == "", done.err
-    return done.status, {one["name"]: one for one in json.loads(done.out)}
+class Checking(Protocol):
+    """Runs `pipeline check config.yaml` in the test's folder; returns its exit status and the checks by name."""
+
+    def __call__(self, *args: str, slurm: FakeSlurm | None = None) -> tuple[int, dict[str, dict[str, Any]]]: ...
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Checking:
+    """The command in this process; only what it starts itself is a process."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("We hold these truths to be self-evident. " * 50)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str, slurm: FakeSlurm | None = None) -> tuple[int, dict[str, dict[str, Any]]]:
+        if slurm is not None:
+            monkeypatch.setenv("PATH", slurm.path)
+        monkeypatch.setattr(sys, "argv", ["pipeline", "check", "config.yaml", *args, "--json"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        assert err == "", err
+        assert isinstance(end.value.code, int)
+        return end.value.code, {one["name"]: one for one in json.loads(out)}
+
+    return run
 
 
 def with_site(**train: Any) -> dict[str, Any]:
     return {**SITE, "train": {**SITE["train"], **train}}
 
 
-def test_a_config_that_works_on_this_machine_passes_every_check(tmp_path: Path):
+def test_a_config_that_works_on_this_machine_passes_every_check(tmp_path: Path, check: Checking):
     write_files(tmp_path)
-    status, found = check(tmp_path)
+    status, found = check()
     assert status == 0
     assert {one["status"] for one in found.values()} <= {"ok", "warning"}
     assert found["torch"]["found"].startswith("2.") and found["deepspeed"]["status"] == "ok"
@@ -54,10 +73,10 @@ def program(file: Path, script: str) -> str:
 
 
 def test_a_site_that_grants_the_request_passes_and_its_python_is_asked_for_torch(
-    tmp_path: Path, cluster: FakeSlurm, python: str
+    tmp_path: Path, check: Checking, cluster: FakeSlurm, python: str
 ):
     write_files(tmp_path, site={**SITE, "python": python})
-    status, found = check(tmp_path, "--site", "site.yaml", slurm=cluster)
+    status, found = check("--site", "site.yaml", slurm=cluster)
     assert status == 0
     assert "main: 2 of 4" in found["request of train"]["found"]
     assert {found[name]["status"] for name in ("time limit", "accounting")} == {"ok"}
@@ -76,29 +95,31 @@ def without_torch(folder: Path) -> str:
     [("echo no module >&2; exit 1", "no module"), ("exit 3", "exit status 3"), ("echo '{'", "exit status 0")],
 )
 def test_a_python_that_cannot_run_the_checks_is_one_failed_check(
-    tmp_path: Path, cluster: FakeSlurm, script: str, word: str
+    tmp_path: Path, check: Checking, cluster: FakeSlurm, script: str, word: str
 ):
     write_files(tmp_path, site={**SITE, "python": program(tmp_path / "python", script)})
-    status, found = check(tmp_path, "--site", "site.yaml", slurm=cluster)
+    status, found = check("--site", "site.yaml", slurm=cluster)
     assert (status, found["node"]["status"]) == (1, "failed") and word in found["node"]["found"]
     assert f"{tmp_path}/python -m pipeline.check.node" in found["node"]["cure"]
 
 
 @pytest.mark.parametrize(("modules", "expected"), [([], (1, "failed")), (["pytorch"], (0, "warning"))])
 def test_a_login_node_without_torch_is_judged_by_what_the_jobs_load(
-    tmp_path: Path, cluster: FakeSlurm, modules: list[str], expected: tuple[int, str]
+    tmp_path: Path, check: Checking, cluster: FakeSlurm, modules: list[str], expected: tuple[int, str]
 ):
     write_files(tmp_path, site={**SITE, "python": without_torch(tmp_path), "modules": modules})
-    status, found = check(tmp_path, "--site", "site.yaml", slurm=cluster)
+    status, found = check("--site", "site.yaml", slurm=cluster)
     assert (status, found["torch"]["status"]) == expected
     assert ("modules" in found["torch"]["cure"]) == bool(modules)
     assert ("`python` of" in found["torch"]["cure"]) != bool(modules)
 
 
-def test_a_model_that_does_not_fit_is_refused_with_the_cure(tmp_path: Path, cluster: FakeSlurm, python: str):
+def test_a_model_that_does_not_fit_is_refused_with_the_cure(
+    tmp_path: Path, check: Checking, cluster: FakeSlurm, python: str
+):
     write_files(tmp_path, site={**with_site(mem_gb=0.5), "python": python})
     model = ["model.d_model=2048", "model.d_ff=8192", "model.num_layers=24"]
-    status, found = check(tmp_path, "--site", "site.yaml", *model, slurm=cluster)
+    status, found = check("--site", "site.yaml", *model, slurm=cluster)
     assert status == 1
     assert found["memory"]["status"] == "failed" and "train.zero_stage" in found["memory"]["cure"]
 
@@ -139,19 +160,21 @@ def test_a_short_run_needs_space_for_its_own_checkpoints_only(tmp_path: Path, mo
         assert disk_check(config.model_copy(update={"train": train})).found.startswith(expected)
 
 
-def test_missing_sources_a_cut_shard_and_a_missing_image_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_sources_a_cut_shard_and_a_missing_image_fail(
+    tmp_path: Path, check: Checking, monkeypatch: pytest.MonkeyPatch
+):
     write_files(
         tmp_path, {**CONFIG, "data": {**CONFIG["data"], "sources": [{"name": "t", "paths": ["nothing/*.txt"]}]}}
     )
     no_image = "container.image=none.sif"  # spares the import of torch by the checks of the node
-    status, found = check(tmp_path, no_image)
+    status, found = check(no_image)
     assert status == 1 and "nothing/*.txt" in found["data"]["found"]
 
     _, config = make_run(tmp_path, monkeypatch)
     prepare(config)
     shard = next((tmp_path / "tokens").rglob("train.bin"))
     shard.write_bytes(shard.read_bytes()[:-2])
-    status, found = check(tmp_path, no_image)
+    status, found = check(no_image)
     assert status == 1 and "train.bin" in found["data"]["found"]
     assert found["container"]["status"] == "failed"
 
@@ -167,16 +190,16 @@ echo '[{"name": "torch", "status": "ok", "found": "of the image", "cure": ""}]'
 
 
 def test_the_checks_run_inside_the_image_before_there_is_a_run_and_leave_nothing_behind(
-    tmp_path: Path, cluster: FakeSlurm
+    tmp_path: Path, check: Checking, cluster: FakeSlurm
 ):
     command = program(tmp_path / "apptainer", APPTAINER)
     (tmp_path / "image" / ".singularity.d").mkdir(parents=True)
     (tmp_path / "image.json").write_text(json.dumps({"sha256": "0" * 64}))
     write_files(tmp_path, site={**SITE, "container": {"command": command}})
     before = sorted(tmp_path.iterdir())
-    status, found = check(tmp_path, "--site", "site.yaml", "container.image=image", slurm=cluster)
+    status, found = check("--site", "site.yaml", "container.image=image", slurm=cluster)
     assert (status, found["torch"]["found"], "node" in found) == (0, "of the image", False)
-    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "text"])
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_checking_imports_no_torch_itself():

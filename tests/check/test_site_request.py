@@ -10,20 +10,20 @@ import pytest
 from pipeline.check.result import Check
 from pipeline.check.site_request import check_site_request
 from pipeline.launch.site import Site
+from pipeline.run.folder import Run
 from tests.launch.support import SITE, FakeSlurm, make_run
 
 
 @pytest.fixture
-def run_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    return make_run(tmp_path, monkeypatch)
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return make_run(tmp_path, monkeypatch)[0]
 
 
-def checks(run_and_config: Any, **changes: Any) -> dict[str, Check]:
+def checks(run: Run, **changes: Any) -> dict[str, Check]:
     """The results by name, for a site whose training requests these changes; other keys are the site's own."""
-    run, config = run_and_config
     site = {**SITE, **changes.pop("site", {})}
     site = Site.model_validate({**site, "train": {**SITE["train"], **changes}})
-    return {one.name: one for one in check_site_request(config, site, run)}
+    return {one.name: one for one in check_site_request(site, run)}
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,9 @@ def checks(run_and_config: Any, **changes: Any) -> dict[str, Check]:
     ],
 )
 def test_a_request_that_the_partition_cannot_grant_is_named(
-    train: dict[str, Any], words: list[str], run_and_config: Any, cluster: FakeSlurm
+    train: dict[str, Any], words: list[str], run: Run, cluster: FakeSlurm
 ):
-    found = checks(run_and_config, **train)["request of train"]
+    found = checks(run, **train)["request of train"]
     assert found.status == "failed" and found.cure
     assert [word for word in words if word not in found.found] == []
 
@@ -59,54 +59,52 @@ def test_a_request_that_the_partition_cannot_grant_is_named(
     ],
 )
 def test_a_request_that_sbatch_would_accept_is_not_refused(
-    train: dict[str, Any], words: str, run_and_config: Any, cluster: FakeSlurm
+    train: dict[str, Any], words: str, run: Run, cluster: FakeSlurm
 ):
-    found = checks(run_and_config, **train)["request of train"]
+    found = checks(run, **train)["request of train"]
     assert words in found.found and found.status == "ok"
     # Without it, `4+` would stand for nodes of 4 cores and more.
     assert "--exact" in cluster.calls("sinfo")[0]
 
 
 @pytest.mark.parametrize(("limit", "minutes"), [("2-03:30:00", 3090), ("5:30:00", 330), ("45:00", 45)])
-def test_every_part_of_a_partition_s_time_limit_counts(
-    limit: str, minutes: int, run_and_config: Any, cluster: FakeSlurm
-):
+def test_every_part_of_a_partition_s_time_limit_counts(limit: str, minutes: int, run: Run, cluster: FakeSlurm):
     cluster.says("sinfo", f"main*|4|8|64000|{limit}|(null)|up\n", call=1)
-    found = checks(run_and_config, time_limit_min=minutes + 1)["request of train"]
+    found = checks(run, time_limit_min=minutes + 1)["request of train"]
     assert found.status == "failed" and f"main has {minutes}" in found.found
 
 
-def test_nodes_that_are_down_are_a_warning_where_too_few_are_left(run_and_config: Any, cluster: FakeSlurm):
-    found = checks(run_and_config, nodes=3)["request of train"]
+def test_nodes_that_are_down_are_a_warning_where_too_few_are_left(run: Run, cluster: FakeSlurm):
+    found = checks(run, nodes=3)["request of train"]
     assert found.status == "warning" and "2 of the 4" in found.found
 
 
-def test_a_partition_that_is_down_is_a_warning(run_and_config: Any, cluster: FakeSlurm):
+def test_a_partition_that_is_down_is_a_warning(run: Run, cluster: FakeSlurm):
     cluster.says("sinfo", "main*|4|8|64000|infinite|(null)|down\n", call=1)
-    found = checks(run_and_config, time_limit_min=100_000)["request of train"]
+    found = checks(run, time_limit_min=100_000)["request of train"]
     assert found.status == "warning" and "main" in found.found
 
 
 @pytest.mark.parametrize(("used", "status"), [(True, "warning"), (False, "ok")])
 def test_accounting_that_does_not_answer_is_a_warning_where_the_site_uses_it(
-    run_and_config: Any, cluster: FakeSlurm, used: bool, status: str
+    run: Run, cluster: FakeSlurm, used: bool, status: str
 ):
     cluster.says("sacct", err="sacct: error: slurmdbd is away\n", status=1)
-    found = checks(run_and_config, site={"accounting": used})
+    found = checks(run, site={"accounting": used})
     assert found["accounting"].status == status and found["time limit"].status == "ok"
 
 
-def test_a_time_limit_too_short_to_save_is_refused(run_and_config: Any, cluster: FakeSlurm):
-    found = checks(run_and_config, time_limit_min=1, site={"signal_before_end_s": 60})["time limit"]
+def test_a_time_limit_too_short_to_save_is_refused(run: Run, cluster: FakeSlurm):
+    found = checks(run, time_limit_min=1, site={"signal_before_end_s": 60})["time limit"]
     assert found.status == "failed" and "train.time_limit_min" in found.cure
 
 
-def test_without_slurm_there_is_one_failed_check(run_and_config: Any, monkeypatch: pytest.MonkeyPatch):
+def test_without_slurm_there_is_one_failed_check(run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "/not/there")
-    assert {name: one.status for name, one in checks(run_and_config).items()} == {"slurm": "failed"}
+    assert {name: one.status for name, one in checks(run).items()} == {"slurm": "failed"}
 
 
-def test_a_controller_that_does_not_answer_is_one_failed_check(run_and_config: Any, cluster: FakeSlurm):
+def test_a_controller_that_does_not_answer_is_one_failed_check(run: Run, cluster: FakeSlurm):
     cluster.says("sinfo", err="sinfo: error: Unable to contact slurm controller (connect failure)\n", status=1, call=1)
-    found = checks(run_and_config)
+    found = checks(run)
     assert found.keys() == {"slurm"} and "Unable to contact" in found["slurm"].found

@@ -81,3 +81,68 @@ def test_the_report_of_a_save_has_the_digest_of_its_manifest(tmp_path: Path) -> 
     one.wait()
     assert reports[0].path is not None
     assert reports[0].digest == json.loads((reports[0].path / CHECKPOINT_MANIFEST).read_bytes())["digest"]
+
+
+def _tampered(folder: Path, change: Any) -> Path:
+    """A manifest with a change and a digest of its own: whoever makes a checkpoint can compute it."""
+    file = folder / CHECKPOINT_MANIFEST
+    tree = json.loads(file.read_bytes())
+    tree.pop("digest")
+    change(tree)
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps({**tree, "digest": digest}, sort_keys=True))
+    return file
+
+
+WEIGHT = "layers.3.ffn.w1.weight"
+
+
+def _set_fragment(index: int, start: int, length: int) -> Any:
+    return lambda tree: tree["parameters"][WEIGHT]["fragments"].__setitem__(index, [rank_file(index), start, length])
+
+
+MALFORMED = {
+    "overlap that hides a gap": _set_fragment(3, 20, 10),
+    "gap": _set_fragment(3, 31, 9),
+    "gap at the end": _set_fragment(RANKS - 1, (RANKS - 1) * 10, 9),
+    "beyond the end": _set_fragment(RANKS - 1, (RANKS - 1) * 10, 11),
+    "negative start": _set_fragment(0, -10, 20),
+    "fraction": _set_fragment(0, 0, 10.0),  # type: ignore[arg-type]
+    "file outside": lambda tree: tree["parameters"][WEIGHT]["fragments"].__setitem__(0, ["../../secret", 0, 10]),
+    "file unknown": lambda tree: tree["parameters"][WEIGHT]["fragments"].__setitem__(0, [rank_file(99999), 0, 10]),
+    "file outside in files": lambda tree: tree["files"].update({"/etc/passwd": {"bytes": 1, "sha256": "ab" * 32}}),
+    "parameter with escapes": lambda tree: tree["parameters"].update({"\x1b[31m": tree["parameters"][WEIGHT]}),
+    "shape of text": lambda tree: tree["parameters"][WEIGHT].update(shape="10"),
+    "shape of another size": lambda tree: tree["parameters"][WEIGHT].update(shape=[10 * RANKS + 1]),
+    "huge shape": lambda tree: tree["parameters"][WEIGHT].update(shape=[2**70]),
+    "no fragments": lambda tree: tree["parameters"][WEIGHT].pop("fragments"),
+    "parameters a list": lambda tree: tree.update(parameters=[]),
+    "val_loss of text": lambda tree: tree["state"].update(val_loss="x"),
+    "rng of text": lambda tree: tree["state"].update(rng="xyz"),
+    "guard a list": lambda tree: tree["state"].update(guard=[1]),
+    "state missing": lambda tree: tree.pop("state"),
+    "step of text": lambda tree: tree.update(step="7"),
+    "a key more": lambda tree: tree.update(more=1),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_manifest_is_one_error_that_names_it(case: str, manifest: Manifest, tmp_path: Path) -> None:
+    manifest.save(tmp_path)
+    file = _tampered(tmp_path, MALFORMED[case])
+    with pytest.raises(CheckpointError, match=f"^{file}: ") as caught:
+        Manifest.load(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"a": 1' + b"0" * 5000 + b"}", b"\xff\xfe", b'"\\ud800"'])
+def test_a_file_that_is_no_manifest_is_one_error_that_names_it(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / CHECKPOINT_MANIFEST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path / CHECKPOINT_MANIFEST}: "):
+        Manifest.load(tmp_path)
+
+
+def test_empty_fragments_between_others_are_no_gap(manifest: Manifest, tmp_path: Path) -> None:
+    manifest.save(tmp_path)
+    _tampered(tmp_path, lambda tree: tree["parameters"][WEIGHT]["fragments"].append([rank_file(0), 10, 0]))
+    Manifest.load(tmp_path)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
+from pipeline.checkpoint.layout import KEYS
 from pipeline.checkpoint.pending import take_over
 from pipeline.checkpoint.read import CheckpointReader, newest_checkpoint, verify
 from pipeline.errors import CheckpointError
@@ -61,3 +64,29 @@ def test_any_part_of_a_parameter_is_read_across_the_files_of_two_ranks(tmp_path:
     assert out.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
     with pytest.raises(CheckpointError, match="exp_avg/layer.weight"):
         reader.read("exp_avg", "layer.weight", NUMEL - 2, out)
+
+
+@pytest.mark.parametrize("stored", [torch.zeros(1), torch.zeros(NUMEL, dtype=torch.float64), torch.zeros(NUMEL + 1)])
+def test_a_stored_tensor_that_is_not_what_the_manifest_says_is_refused(folder: Path, stored: torch.Tensor) -> None:
+    file = folder / "step_00000002" / "rank_00000.safetensors"
+    safetensors.torch.save_file({f"{key}/layer.weight": stored.clone() for key in KEYS}, file)
+    with pytest.raises(CheckpointError, match=f"^{file}: "):
+        CheckpointReader(file.parent).read_whole("weight", "layer.weight")
+    file.write_bytes(b"\xff" * 100)
+    with pytest.raises(CheckpointError, match=f"^{file}: "):
+        CheckpointReader(file.parent).read_whole("weight", "layer.weight")
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "device"])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "manifest.json"])
+def test_links_out_of_a_checkpoint_fifos_and_devices_are_refused(
+    folder: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    file = folder / "step_00000002" / name
+    elsewhere = file.rename(tmp_path / "elsewhere")
+    {"link": lambda: file.symlink_to(elsewhere), "fifo": lambda: os.mkfifo(file),
+     "device": lambda: file.symlink_to("/dev/zero")}[kind]()  # fmt: skip
+    with pytest.raises(CheckpointError, match=f"^{file}: "):
+        verify(file.parent)
+    with pytest.raises(CheckpointError, match=f"^{file}: "):
+        CheckpointReader(file.parent).read_whole("weight", "layer.weight")

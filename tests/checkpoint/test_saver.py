@@ -240,7 +240,7 @@ def test_after_a_failed_save_the_run_continues_or_ends(
         one.wait()
     assert reports[0].error and steps(folder) == ["step_00000001"]
     if policy == "stop":
-        with pytest.raises(CheckpointError, match=r"on_failure is stop.*No space left"):
+        with pytest.raises(CheckpointError, match=r"on_failure.*No space left"):
             one.save(3, fragments(3.0), {})
     else:
         one.save(3, fragments(3.0), {})
@@ -289,3 +289,36 @@ def test_all_ranks_end_with_the_error_of_one_that_cannot_write(folder: Path) -> 
     answers = processes.on_ranks(save_twice, 2, folder / "log", str(folder), "stop")
     assert all("rank 1" in str(raised) and "bad disk" in str(raised) for raised, _ in answers)
     assert steps(folder) == []
+
+
+@pytest.mark.parametrize("what", ["report", "retention"])
+def test_a_saving_thread_that_dies_never_passes_for_a_save(tmp_path: Path, what: str) -> None:
+    take_over(tmp_path, "a1")
+    reports: list[Saved] = []
+    one = saver(tmp_path, reports)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    if what == "report":
+        one._report = broken
+    else:
+        one._retention.remove_old = broken  # type: ignore[method-assign]
+    one.save(1, fragments(1.0), {})
+    if what == "report":
+        with pytest.raises(CheckpointError, match=f"{tmp_path}: .*broken"):
+            one.wait()
+    else:
+        one.wait()
+        assert [saved.error for saved in reports] == [None]
+
+
+def test_a_kept_checkpoint_whose_loss_is_text_disturbs_no_later_save(tmp_path: Path) -> None:
+    take_over(tmp_path, "a1")
+    save(tmp_path, 1, val_loss="x")  # type: ignore[arg-type]
+    save(tmp_path, 2, val_loss=1.0)
+    reports: list[Saved] = []
+    one = saver(tmp_path, reports)  # a new start reads the losses of earlier checkpoints
+    one.save(3, fragments(3.0), {"val_loss": 2.0})
+    one.wait()
+    assert [saved.error for saved in reports] == [None]

@@ -32,7 +32,9 @@ def test_help_imports_nothing_but_the_command_line():
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
     *_, own, heavy = done.stdout.splitlines()
-    assert set(own.split()[1:]) == {"pipeline.cli", "pipeline.devcluster", "pipeline.errors"}
+    assert set(own.split()[1:]) == {
+        "pipeline.cli", "pipeline.devcluster", "pipeline.errors", "pipeline.text_format",
+    }  # fmt: skip
     assert heavy == "HEAVY []"
 
 
@@ -54,6 +56,9 @@ def test_help_names_every_command_in_the_order_of_a_run_and_fits_80_columns():
         (DataError("damage"), 1, "pipeline: error: damage\n"),
         (StopRequested("saved"), 85, "pipeline: saved\n"),
         (KeyboardInterrupt(), 1, "pipeline: interrupted"),
+        (DataError("\x1b[31mred"), 1, "pipeline: error: \\x1b[31mred\n"),
+        (FileNotFoundError(2, "No such file", "a"), 1, "pipeline: error: a: No such file\n"),
+        (OSError(36, "File name too long", "a" * 5000), 1, "pipeline: error: aaaa"),
     ],
 )
 def test_every_error_has_its_exit_status_and_is_one_message_on_stderr(error, status, printed, monkeypatch, capsys):

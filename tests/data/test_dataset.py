@@ -14,15 +14,16 @@ import torch
 from pipeline.config.data_sections import DataConfig
 from pipeline.config.sections import Config
 from pipeline.data import dataset as module
+from pipeline.data import manifest as manifests
 from pipeline.data.build.build import prepare
 from pipeline.data.dataset import (
     BatchReader,
     TokenDataset,
+    ValidationWindows,
     get_batch,
     open_dataset,
     open_splits,
     refuse_other_tokenizer,
-    validation_windows,
 )
 from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import DatasetManifest
@@ -103,10 +104,10 @@ def test_weighted_batches_have_their_shares_and_never_cross_sources(made: Config
 
 def test_validation_windows_are_fixed_and_do_not_overlap(made: Config) -> None:
     dataset = open_dataset(made.data.path, "validation")
-    windows = validation_windows(dataset, CONTEXT)
+    windows = ValidationWindows(dataset, CONTEXT)
     tokens = _all_tokens(made.data.path, "validation")
     assert windows.count == (len(tokens) - 1) // CONTEXT
-    assert validation_windows(dataset, len(tokens) - 1).count == 1  # the last window may end with the last token
+    assert ValidationWindows(dataset, len(tokens) - 1).count == 1  # the last window may end with the last token
     x, y = windows.batch(0, windows.count + 5)
     assert torch.equal(x.flatten(), torch.from_numpy(tokens[: windows.count * CONTEXT].astype(np.int64)))
     assert torch.equal(y.flatten(), torch.from_numpy(tokens[1 : windows.count * CONTEXT + 1].astype(np.int64)))
@@ -166,7 +167,7 @@ def test_data_shorter_than_a_window_is_refused(made: Config) -> None:
     with pytest.raises(DataError, match=rf"b: {shortest} tokens .*{shortest + 1}"):
         BatchReader(dataset, _data(made, mixing="weighted"), seed=0, context_length=shortest, batch_size=2)
     with pytest.raises(DataError, match="validation split: .*context_length"):
-        validation_windows(open_dataset(made.data.path, "validation"), 10**6)
+        ValidationWindows(open_dataset(made.data.path, "validation"), 10**6)
 
 
 def test_a_source_without_a_weight_is_refused(made: Config) -> None:
@@ -187,9 +188,9 @@ def test_opening_both_splits_reads_each_file_and_looks_at_each_shard_once(
     folder = Path(made.data.path)
     manifest = DatasetManifest.load(folder)
     looked_at, hashed, loaded = Counter[Path](), [], []
-    stat, sha256_file, load = Path.stat, module.sha256_file, DatasetManifest.load
-    monkeypatch.setattr(Path, "stat", lambda self, **options: (looked_at.update([self]), stat(self, **options))[1])
-    monkeypatch.setattr(module, "sha256_file", lambda file: (hashed.append(file), sha256_file(file))[1])
+    size, sha256_file, load = manifests.size_of_regular, module.sha256_file, DatasetManifest.load
+    monkeypatch.setattr(manifests, "size_of_regular", lambda *a: (looked_at.update([a[0]]), size(*a))[1])
+    monkeypatch.setattr(module, "sha256_file", lambda *a: (hashed.append(a[0]), sha256_file(*a))[1])
     monkeypatch.setattr(DatasetManifest, "load", lambda path: (loaded.append(path), load(path))[1])
     splits = open_splits(folder)
     shards = [folder / name for shard in manifest.shards for name in shard.sizes(manifest.numpy_dtype)]

@@ -50,7 +50,7 @@ def test_the_stages_of_a_build_are_reported_and_its_output_is_kept(tmp_path: Pat
 @pytest.mark.parametrize(
     ("said", "cure"),
     [
-        ("E: Cannot install into target '/x' mounted with noexec or nodev", "a base from a registry"),
+        ("E: Cannot install into target '/x' mounted with noexec or nodev", "from a registry"),
         ("FATAL: http: server gave HTTP response to HTTPS client", "export APPTAINER_NOHTTPS=1"),
         ("Write failed because No space left on device", "export APPTAINER_TMPDIR=DIR"),
         ("FATAL: Requesting capability set 0x3 while 0x1", "export APPTAINER_DROP_CAPS"),

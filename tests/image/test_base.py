@@ -41,7 +41,7 @@ def test_an_archive_is_pinned_by_the_digest_of_its_file(tmp_path):
 
 
 def test_an_unknown_base_lists_the_known_ones():
-    with pytest.raises(UsageError, match="--base gpu: .*allowed: cpu, cuda, rocm "):
+    with pytest.raises(UsageError, match="--base gpu: .*cpu, cuda, rocm "):
         read_base("gpu", ROOT)
 
 

@@ -78,7 +78,7 @@ def test_too_little_space_is_refused_before_the_build(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("digest", ["sha256:0", None])
 def test_a_base_without_a_digest_is_recorded_by_its_list_of_packages(monkeypatch: pytest.MonkeyPatch, digest):
-    monkeypatch.setattr("pipeline.image.build.read_inside", lambda image, file: f"{file.stem}=1\nother=2\n")
+    monkeypatch.setattr("pipeline.image.build.run_inside", lambda image, cat, file: f"{Path(file).stem}=1\nother=2\n")
     base = Base("cpu", {"BOOTSTRAP": "debootstrap", "FROM": "debian", "ACCELERATOR": "cpu"}, digest)
     record = _record(base, Path("a.sif"), {"VERSION": "1", "COMMIT": "abc", "LOCK": "def"})
     by_packages = f"sha256:{sha256_bytes(b'system-packages=1' + bytes([10]) + b'other=2' + bytes([10]))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,28 @@ def test_no_further_option_of_sbatch_may_contradict_the_launcher() -> None:
 def test_a_missing_site_file_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.yaml.*No such file"):
         load_site(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\x00", "\x1b", "\x85", "\u2028"])
+@pytest.mark.parametrize(
+    "field",
+    ["account", "qos", "constraint", "gpu_type", "scratch", "python", "modules", "environment", "extra_sbatch",
+     "train.partition", "container.command", "container.binds", "container.options"],
+)  # fmt: skip
+def test_a_control_character_in_a_field_of_a_site_is_refused(field, character):
+    text = f"a{character}#SBATCH --uid=0"
+    value: object = {"modules": [text], "container.binds": [text], "container.options": [text]}.get(field, text)
+    if field in ("environment", "extra_sbatch"):
+        value = {"A": text}
+    section, _, key = field.rpartition(".")
+    tree = {"name": "s", "train": {}, "container": {}}
+    (tree[section] if section else tree)[key] = value
+    with pytest.raises(ConfigError) as caught:
+        parse_site(json.dumps(tree))
+    assert {problem.path.removesuffix(".0").removesuffix(".A") for problem in caught.value.problems} == {field}
+
+
+def test_setup_may_hold_several_lines_but_no_other_control_character():
+    assert parse_site('{name: s, train: {}, setup: ["a\\nb\\tc"]}').setup == ("a\nb\tc",)
+    with pytest.raises(ConfigError):
+        parse_site('{name: s, train: {}, setup: ["a\\0b"]}')

@@ -57,12 +57,31 @@ def test_the_first_host_of_a_list(nodes, first):
         ({"RANK": "x"}, "not a number"),
         ({"RANK": "8"}, "not below WORLD_SIZE=8"),
         ({"MASTER_PORT": None}, "MASTER_PORT"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT=-1"),
+        ({"RANK": "9" * 5000}, "RANK"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
     ],
 )
 def test_incomplete_or_wrong_variables_are_named(change, words):
     environment = {k: v for k, v in {**TORCHRUN, **change}.items() if v is not None}
     with pytest.raises(UsageError, match=words):
         world_from_environment(environment)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "1"}, "SLURM_PROCID=5"),
+        ({"SLURM_PROCID": "-1"}, "SLURM_PROCID=-1"),
+        ({"SLURM_RESTART_COUNT": "x"}, "SLURM_RESTART_COUNT"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT"),
+    ],
+)
+def test_wrong_variables_of_a_step_are_named(change, words):
+    with pytest.raises(UsageError, match=words):
+        world_from_environment({**SRUN, **change})
 
 
 def test_exported_variables_read_back_equal():

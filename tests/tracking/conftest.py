@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.tracking.upload.uploader import Uploader
+from tests.tracking.support import make_run
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
@@ -82,3 +83,17 @@ def folder(tmp_path, empty_store):
     with sqlite3.connect(target) as db:  # the experiment keeps the artifacts of another folder
         db.execute("UPDATE experiments SET artifact_location = ?", (f"file://{tmp_path}/artifacts/tests",))
     return tmp_path
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Returns a run that has no store of its own."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # no power failure here
+    return make_run(tmp_path, "none")[0]
+
+
+@pytest.fixture
+def ticks(monkeypatch):
+    """Gives every line its own time."""
+    clock = iter(range(1, 10**9))
+    monkeypatch.setattr("pipeline.tracking.history.time.time", lambda: float(next(clock)))

@@ -15,7 +15,7 @@ from pipeline.config.sections import Config
 from pipeline.run import journal
 from pipeline.run.folder import Run, create_run
 from pipeline.tracking import upload_state
-from pipeline.tracking.upload.store import Store
+from pipeline.tracking.upload.store import Point, Store
 
 CONFIG = """
 name: try
@@ -68,10 +68,24 @@ def open_store(run: Run, config: Config) -> tuple[Store, str]:
     return Store(uri, config.tracking.experiment, config.tracking.artifact_location), known
 
 
+def read_history(store: Store, run_id: str) -> dict[str, list[Point]]:
+    """Returns every point the store has of a run, by key, in the order of steps."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store.uri)
+    return {
+        key: sorted(
+            (Point(m.key, m.value, m.timestamp, m.step) for m in client.get_metric_history(run_id, key)),
+            key=lambda p: (p.step, p.time_ms),
+        )
+        for key in store.read_run(run_id).data.metrics
+    }
+
+
 def of_mlflow(run: Run, config: Config) -> Points:
     """Returns every point of the MLflow run that comes from metrics.jsonl."""
     store, run_id = open_store(run, config)
-    history = store.read_history(run_id)
+    history = read_history(store, run_id)
     return {
         key: [(p.step, p.time_ms, p.value) for p in points]
         for key, points in history.items()

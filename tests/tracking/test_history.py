@@ -1,98 +1,14 @@
 """The history of a run with a store that, like MLflow, keeps every point it receives."""
 
 import math
-import os
 import random
-import threading
 
 import pytest
 
 from pipeline.run import journal
 from pipeline.tracking import upload_state
 from pipeline.tracking.history import History
-from pipeline.tracking.upload.feed import Feed
-from tests.tracking.support import make_run
-
-URI = "memory"
-
-
-class KeepingStore:
-    """Keeps one of each (key, step, time, value), as MLflow does."""
-
-    def __init__(self, run):
-        self.run = run
-        self.points = set()
-
-    def claim(self, bytes_limit=None):
-        """Begins to send: records the position before anything arrives."""
-        s = upload_state.load(self.run)
-        begin, batch, end = s.of(URI).sent, [], s.of(URI).sent
-        for line in journal.read(self.run.metrics_file, begin):
-            if bytes_limit is not None and line.end - begin > bytes_limit:
-                break
-            retry = s.retry_number(line.record["step"])
-            batch += [
-                (k + (f".retry{retry}" if retry else ""), line.record["step"], line.record["time"], v)
-                for k, v in line.record.items()
-                if k not in ("step", "time")
-            ]
-            end = line.end
-
-        def note(s):
-            s.of(URI).sending = max(s.of(URI).sending, end)
-
-        upload_state.update(self.run, note)
-        return s.generation, batch, end
-
-    def arrive(self, claim):
-        generation, batch, end = claim
-        self.points |= set(batch)
-
-        def note(s):
-            if s.generation == generation:
-                s.of(URI).sent = max(s.of(URI).sent, end)
-
-        upload_state.update(self.run, note)
-
-    def send(self, bytes_limit=None):
-        self.arrive(self.claim(bytes_limit))
-
-
-def of_file(run):
-    return {
-        (k, line.record["step"], line.record["time"], v)
-        for line in journal.read(run.metrics_file)
-        for k, v in line.record.items()
-        if k not in ("step", "time")
-    }
-
-
-def loss(step):
-    return 5.0 / step
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # no power failure here
-    return make_run(tmp_path, "none")[0]
-
-
-@pytest.fixture
-def ticks(monkeypatch):
-    """Gives every line its own time."""
-    clock = iter(range(1, 10**9))
-    monkeypatch.setattr("pipeline.tracking.history.time.time", lambda: float(next(clock)))
-
-
-def train(history, first, last, results=loss):
-    for step in range(first, last + 1):
-        history.log(step, {"train/loss": results(step), "time/step_s": random.random()})
-        if step % 5 == 0:
-            history.log(step, {"val/loss": results(step) + 1})
-
-
-def steps(run):
-    return [line.record["step"] for line in journal.read(run.metrics_file) if "train/loss" in line.record]
+from tests.tracking.keeping_store import KeepingStore, loss, of_file, steps, train
 
 
 def test_a_resume_cuts_lines_that_no_store_has(run, ticks):
@@ -223,66 +139,6 @@ def test_a_nan_loss_agrees_with_itself(run, ticks):
     history.log(1, {"train/loss": math.nan})
     assert upload_state.load(run).retries == []
     assert len(steps(run)) == 1
-
-
-class Listening:
-    """A store of the real feed."""
-
-    def __init__(self):
-        self.points = set()
-
-    def send_points(self, run_id, points):
-        self.points |= {(p.key, p.step, p.time_ms / 1000, p.value) for p in points}
-        return []
-
-
-def feed_of(run, store):
-    feed = Feed(run, run.config(), URI)
-    return lambda: feed._send_metrics(store, "id", lambda _: False)
-
-
-def test_an_uploader_that_reads_during_a_cut_sends_no_cut_line(run, ticks, monkeypatch):
-    store = Listening()
-    train(History(run, 0), 1, 20)
-    real, uploaders = journal.replace, []
-
-    def replace(path, lines):
-        if path == run.metrics_file:  # the position is already lowered, the lines are still there
-            uploaders.append(threading.Thread(target=feed_of(run, store)))
-            uploaders[0].start()
-            uploaders[0].join(0.3)
-        real(path, lines)
-
-    monkeypatch.setattr(journal, "replace", replace)
-    history = History(run, 12)
-    uploaders[0].join()
-    monkeypatch.undo()
-    train(history, 13, 20)
-    feed_of(run, store)()
-    assert store.points == of_file(run)
-
-
-def test_a_line_read_before_its_retry_was_recorded_is_not_sent_under_the_old_key(run, ticks, monkeypatch):
-    store = Listening()
-    history = History(run, 0)
-    train(history, 1, 18)
-    send = feed_of(run, store)
-    send()
-    history.rewind(10)
-    real = upload_state.settled
-
-    def settled(run):
-        found = real(run)
-        monkeypatch.undo()
-        train(history, 11, 18, lambda s: 2 * loss(s))
-        return found
-
-    monkeypatch.setattr(upload_state, "settled", settled)
-    send()
-    by_key = {}
-    for key, step, _, value in store.points:
-        assert by_key.setdefault((key, step), value) == value, "two values for one step"
-    assert by_key["train/loss.retry1", 11] == 2 * loss(11)
 
 
 @pytest.mark.parametrize("seed", range(30))

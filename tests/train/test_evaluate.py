@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from pipeline.config.load import load_config
-from pipeline.data.dataset import open_dataset, validation_windows
+from pipeline.data.dataset import ValidationWindows, open_dataset
 from pipeline.model.chunked_loss import IGNORED, LossParts
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
@@ -107,7 +107,7 @@ def evaluated(world: World, config_file: str, stage: int) -> dict[str, Any]:
     """The evaluation of the fresh model, as training does it."""
     config = load_config(config_file, [f"train.zero_stage={stage}"])
     dataset = open_dataset(config.data.path, "validation")
-    windows = validation_windows(dataset, config.model.context_length)
+    windows = ValidationWindows(dataset, config.model.context_length)
     engine = Engine(config, world, torch.device("cpu"))
     engine.draw(config.train.seed)
     found = evaluate(engine.loss, Validation(dataset, windows, WINDOWS, CHUNK, world, engine.device), step=0)

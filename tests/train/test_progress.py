@@ -52,7 +52,7 @@ def test_a_validation_has_a_column_of_its_own(capsys):
 
 
 def test_on_a_terminal_the_bar_shows_the_figures_of_the_last_logged_step(monkeypatch):
-    monkeypatch.setattr(module.Console, "is_terminal", property(lambda self: True))
+    monkeypatch.setattr(module.Terminal, "is_terminal", property(lambda self: True))
     progress = Progress("demo", 5, 100)
     progress.advance(9)
     task = progress._bar.tasks[0]

@@ -136,10 +136,10 @@ def train_failing(config: str, rank: int, how: str) -> None:
 @pytest.mark.parametrize(
     ("rank", "how", "words"),
     [
-        (1, "error", "rank 1 on * failed: shard 7 is gone"),
-        (0, "error", "rank 0 failed: shard 7 is gone"),
-        (1, "bug", "rank 1 on * failed: a bug"),
-        (1, "killed", "rank 1 on * ended without an error message (killed, out of memory, or its node is gone)"),
+        (1, "error", "failed: shard 7 is gone"),
+        (0, "error", "failed: shard 7 is gone"),
+        (1, "bug", "failed: a bug"),
+        (1, "killed", "killed, out of memory"),
     ],
 )
 def test_a_rank_that_fails_ends_the_other_within_seconds_with_its_error_last(
@@ -150,16 +150,13 @@ def test_a_rank_that_fails_ends_the_other_within_seconds_with_its_error_last(
     assert wait_until(lambda: ranks.poll() or len(ranks.codes) > 0, 90), "both ranks hang"
     assert ranks.within(ranks.poll, 15), "the other rank hangs"
     assert ranks.codes[1 - rank] == EXIT_FAILED
-    before, _, after = words.partition("*")
     shown = [line for line in ranks.words().splitlines() if line.startswith("pipeline: error: ")]
     # Both ranks write to one file; the last line of the rank that did not fail is the error of the one that did.
-    assert [line for line in shown[-2:] if line.startswith(f"pipeline: error: {before}") and line.endswith(after)], (
-        shown
-    )
+    assert [line for line in shown[-2:] if line.startswith(f"pipeline: error: rank {rank} ") and words in line], shown
     assert ranks.words().splitlines()[-1] == shown[-1] or how == "bug", "a bug of the program shows its traceback"
     run = config.parent / "runs" / config.stem
     (failed,) = events(run, "failed")
-    assert (after if rank else "shard 7 is gone") in failed["error"]
+    assert (words if rank else "shard 7 is gone") in failed["error"]
     assert last_step(run) <= 5
 
 
@@ -226,6 +223,6 @@ def test_a_rank_that_freezes_is_named_by_the_other_which_ends(lab: Lab, tmp_path
         assert wait_until(lambda: ranks.poll() or 0 in ranks.codes, 90), "rank 0 hangs with it"
         assert ranks.codes == {0: EXIT_FAILED}
         last = ranks.words().splitlines()[-1]
-        assert last.startswith("pipeline: error: rank 1 on ") and "has been silent for 6 seconds" in last
+        assert last.startswith("pipeline: error: rank 1 on ") and "silent for 6 seconds" in last
     finally:
         ranks.end()

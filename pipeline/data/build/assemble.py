@@ -21,14 +21,7 @@ from pipeline.errors import DataError
 def make_manifest(
     records: Sequence[Record], plan: Plan, data: DataConfig, tokenizer: Tokenizer, dtype: np.dtype[Any]
 ) -> DatasetManifest:
-    """Returns the manifest of a dataset.
-
-    Args:
-        records: The record of each slice, in the order of the tasks.
-        plan: The settings and the files.
-        data: The policy for bad records.
-        tokenizer: What encoded the text.
-        dtype: Type of the stored tokens.
+    """Returns the manifest of a dataset from the record of each slice, in the order of the tasks.
 
     Raises:
         DataError: Too much of the input was bad, or there is nothing to train on.

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.status import Status
 from rich.table import Table
@@ -19,7 +18,8 @@ from pipeline.data.build.build import BuildProgress, prepare
 from pipeline.data.manifest import DatasetManifest
 from pipeline.errors import UsageError
 from pipeline.files import naming
-from pipeline.text_format import duration, short
+from pipeline.terminal import Terminal
+from pipeline.text_format import duration, printable, short
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -29,7 +29,7 @@ class Display:
 
     def __init__(self, verb: str = "prepare", console: Console | None = None) -> None:
         self._verb = verb
-        self._console = console or Console(file=sys.stderr)
+        self._console = console or Terminal(file=sys.stderr)
         self._status = Status("making the tokenizer", console=self._console)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -54,7 +54,7 @@ class Display:
     def __call__(self, progress: BuildProgress) -> None:
         """Shows one report of a build."""
         if progress.message is not None:
-            self._console.print(progress.message, highlight=False, markup=False)
+            self._console.print(printable(progress.message), markup=False, highlight=False)
         elif progress.phase == "tokenizer":
             self._show(self._status)
         elif progress.phase == "slices":
@@ -91,7 +91,6 @@ class Display:
         left = (total - done) / speed if speed else 0.0
         self._console.print(
             f"{self._verb} {short(done)}B of {short(total)}B, {short(speed)}B/s, {duration(left)} left",
-            highlight=False,
         )
 
 
@@ -100,7 +99,7 @@ def prepare_here(config: Config, slice_spec: tuple[int, int] | None = None) -> D
     began = time.monotonic()
     with Display() as display:
         manifest = prepare(config, slice_spec=slice_spec, progress=display)
-    console = Console()
+    console = Terminal()
     if manifest is None:
         assert slice_spec is not None
         console.print(
@@ -108,13 +107,13 @@ def prepare_here(config: Config, slice_spec: tuple[int, int] | None = None) -> D
         )
         return None
     console.print(summary_table(manifest, config.data.path))
-    console.print(f"{time.monotonic() - began:.1f} s, dataset {manifest.digest[:12]}", highlight=False)
+    console.print(f"{time.monotonic() - began:.1f} s, dataset {manifest.digest[:12]}")
     return manifest
 
 
 def summary_table(manifest: DatasetManifest, title: str) -> Table:
     """Returns a table of documents, tokens, bytes per token, the longest document and the skipped records."""
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for split in manifest.splits:
         table.add_column(split, justify="right")
@@ -144,7 +143,7 @@ def parse_slice(text: str | None) -> tuple[int, int] | None:
     """
     if text is None:
         return None
-    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if found is None:
         raise UsageError(f"--slice {text}: must be I/N with I from 1 to N, for example 3/8")
     return int(found[1]), int(found[2])
@@ -154,15 +153,17 @@ def inspect_here(path: str, split: str, count: int, seed: int, page: str | None)
     """Prints documents of a dataset and writes a page about it; see `inspect`."""
     from pipeline.data.inspect import draw_documents, write_page
 
-    console = Console()
+    console = Terminal()
     console.print(summary_table(DatasetManifest.load(path), path))
     for document in draw_documents(path, split, count, seed):
-        console.rule(f"{split} document {document.number:,}, source {document.source}, {document.tokens:,} tokens")
-        console.print(_shortened(document.text), markup=False, highlight=False)
+        console.rule(
+            printable(f"{split} document {document.number:,}, source {document.source}, {document.tokens:,} tokens")
+        )
+        console.print(_shortened(document.text))
     out = Path(page) if page is not None else Path(path) / "inspect.html"
     with naming(out, "the page cannot be written", "choose another place with --html", UsageError):
         write_page(path, out)
-    console.print(f"written: {out}", markup=False, highlight=False)
+    console.print(f"written: {out}")
 
 
 def _shortened(text: str, longest: int = 1200) -> str:

@@ -13,10 +13,11 @@ from pipeline.data.layout import TOKENIZER
 from pipeline.data.read.chunks import Chunk
 from pipeline.data.read.task_reader import read_task
 from pipeline.data.tokenize import tokenizer_json
+from pipeline.data.tokenize.limits import LARGEST
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.data.tokenize.train import train_bpe
 from pipeline.errors import DataError
-from pipeline.files import naming, sha256_bytes, write_bytes
+from pipeline.files import naming, read_bounded, sha256_bytes, write_bytes
 
 # Never occurs in UTF-8, so that no document can be mistaken for two.
 SEPARATOR = b"\xff"
@@ -61,7 +62,7 @@ def dtype_of_ids(config: Config, tokenizer: Tokenizer) -> np.dtype[Any]:
 def _recorded(file: Path) -> bytes | None:
     with naming(file, "the tokenizer cannot be read", error=DataError):
         try:
-            return file.read_bytes()
+            return read_bounded(file, most=LARGEST)
         except FileNotFoundError:
             return None
 
@@ -79,7 +80,7 @@ def _make_tokenizer(config: Config, plan: Plan) -> bytes:
     if wanted.kind == "file":
         assert wanted.path is not None
         with naming(f"tokenizer.path: {wanted.path}", "cannot be read", error=DataError):
-            return Path(wanted.path).read_bytes()
+            return read_bounded(wanted.path, most=LARGEST)
     special = (wanted.end_of_text, *wanted.special_tokens)
     if wanted.kind == "bytes":
         return tokenizer_json.compose_bytes(special).encode()

@@ -25,13 +25,8 @@ _MOST_LISTED = 20
 def reconcile_plan(folder: Path, plan: Plan, begun: bool) -> Plan:
     """Records the plan in the dataset folder, or compares it with the recorded plan.
 
-    Until a slice is published, another plan replaces the recorded one: a first start that failed must not bind the
-    next start to the setting or file that made it fail. The tokenizer is removed too, since it was made from both.
-
-    Args:
-        folder: The dataset folder.
-        plan: The current plan.
-        begun: Whether a slice is published.
+    Until a slice is published (`begun`), another plan replaces the recorded one: a first start that failed must not
+    bind the next start to the setting or file that made it fail. The tokenizer, made from both, is removed too.
 
     Returns:
         The recorded plan, whose file stamps are those of the first start.
@@ -86,15 +81,9 @@ def touched_files(old: Plan, new: Plan) -> set[tuple[int, int]]:
 def refuse_changed_content(
     config: Config, plan: Plan, touched: set[tuple[int, int]], records: dict[int, list[Record]]
 ) -> None:
-    """Rereads the touched files as far as slices were made from them, and compares digests.
+    """Rereads the touched files as far as the published slices were made from them, and compares digests.
 
     A file that was copied or `touch`ed has a new stamp and its old content, and its slices stay valid.
-
-    Args:
-        config: The experiment.
-        plan: The current plan.
-        touched: Source and index of the files.
-        records: The published slices of each task.
 
     Raises:
         DataError: The content of a file changed; the message names the file.

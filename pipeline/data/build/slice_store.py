@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline.data.content import slice_problem
 from pipeline.data.layout import MANIFEST, PLAN, SLICE_RECORD, SLICES, TOKENIZER, published_slices, slice_name
 from pipeline.data.manifest import Shard, check_sizes
 from pipeline.errors import DataError
@@ -19,18 +19,6 @@ from pipeline.files import is_temporary, read_json
 Record = dict[str, Any]
 
 _LEFT_OF_SLICE = re.compile(r"\.\d{6,}-\d{5,}\.[0-9a-f]{12}\.tmp")
-_KINDS = {
-    "slice": str,
-    "source": str,
-    "build": str,
-    "last": bool,
-    "records": int,
-    "empty": int,
-    "bad": dict,
-    "cross_checked": int,
-    "pieces": list,
-    "shards": list,
-}
 
 
 def finished(records: list[Record]) -> bool:
@@ -77,15 +65,11 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _load(file: Path) -> Record:
-    record = read_json(file)
-    whole = isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in _KINDS.items())
-    if not (whole and all(_is_shard(entry) for entry in record["shards"])):
-        raise DataError(f"{file}: is not the record of a slice; {_remake(file.parent)}")
+    record = read_json(file, file.parent, DataError)
+    problem = slice_problem(record)
+    if problem is not None:
+        raise DataError(f"{file}: is not the record of a slice ({problem}); {_remake(file.parent)}")
     return dict(record)
-
-
-def _is_shard(entry: Any) -> bool:
-    return isinstance(entry, dict) and entry.keys() == {field.name for field in fields(Shard)}
 
 
 def _remake(folder: Path) -> str:

@@ -175,11 +175,7 @@ class SliceWriter:
         return documents.hash_fractions() < self._fraction
 
     def publish(self, pieces: list[FileSpan], last: bool) -> None:
-        """Makes the whole slice visible.
-
-        Args:
-            pieces: What was read of each file.
-            last: Whether it is the last slice of its task.
+        """Makes the whole slice visible, with what was read of each file; `last` ends its task.
 
         Raises:
             DataError: The encoders disagree.

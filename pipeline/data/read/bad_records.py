@@ -57,11 +57,6 @@ def check_bad_fraction(bad: Counter[str], records: int, largest: float) -> None:
     The share in a part says nothing about the whole: 200 bad records at the start of 100,000 are 0.2 %, and which part
     is read first depends on the number of threads.
 
-    Args:
-        bad: Bad records by reason.
-        records: All records, including bad ones.
-        largest: `data.max_bad_fraction`.
-
     Raises:
         DataError: The bad fraction is above `largest`.
     """
@@ -72,11 +67,6 @@ def check_bad_fraction(bad: Counter[str], records: int, largest: float) -> None:
 
 def check_lost_fraction(lost: int, size: int, largest: float) -> None:
     """Raises if too many bytes of the sources were lost: a lost archive is one record, whatever was in it.
-
-    Args:
-        lost: Bytes of source files on disk that could not be read or cannot be trusted.
-        size: Bytes of all source files.
-        largest: `data.max_bad_fraction`.
 
     Raises:
         DataError: The lost fraction is above `largest`.

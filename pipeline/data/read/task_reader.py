@@ -19,12 +19,7 @@ def read_task(
 ) -> ReadItems:
     """Yields the documents of a task in chunks, and a span wherever a file or a slice ends.
 
-    Args:
-        task: What to read.
-        source: How its files are to be read.
-        files: The files of the source.
-        data: The policy for bad records and the limits.
-        resume_at: For a task of kind `stream`, the byte where its next slice begins.
+    A task of kind `stream` continues at the byte `resume_at`, where its next slice begins.
 
     Raises:
         DataError: A file cannot be read, or a record is bad and `data.on_bad` is `error`.

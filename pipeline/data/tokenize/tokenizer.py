@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.read.documents import Documents, Offsets
-from pipeline.data.tokenize import tokenizer_json
+from pipeline.data.tokenize import limits, tokenizer_json
 from pipeline.errors import DataError
-from pipeline.files import naming, sha256_bytes
+from pipeline.files import naming, parse_json, read_bounded, sha256_bytes
+from pipeline.text_format import printable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -31,9 +32,15 @@ class Tokenizer:
         end_of_text: The special token that ends a document; `end_of_text_id` is its id.
         encoder: What encodes: `gigatoken`, `tokenizers` or `bytes`.
         notice: Why the slow `tokenizers` encodes, or None.
+
+    Args:
+        content: Of the tokenizer.json.
+        place: Names it in messages.
+        end_of_text: The special token that ends a document; None for the likeliest.
+        tried: Whether this is the trial of `limits`, which needs no trial.
     """
 
-    def __init__(self, content: bytes, place: str, end_of_text: str | None = None) -> None:
+    def __init__(self, content: bytes, place: str, end_of_text: str | None = None, *, tried: bool = False) -> None:
         self.content = content
         self.digest = sha256_bytes(content)
         self._place = place
@@ -55,6 +62,11 @@ class Tokenizer:
         if tokenizer_json.is_bytes(tree):
             self.encoder = "bytes"
             return
+        refused = limits.problem(tree)
+        if refused is not None:
+            raise DataError(f"{place}: the tokenizer is refused: {refused}; use another tokenizer.json")
+        if not (tried or limits.is_plain(tree)):
+            limits.try_out(content, place)
         self._ordinary = json.dumps(tokenizer_json.without_special_tokens(tokenizer_json.ordinary_text_only(tree)))
         try:
             self._fast = _load_gigatoken(self._ordinary)
@@ -69,18 +81,19 @@ class Tokenizer:
             self._load_reference()
 
     @classmethod
-    def load(cls, path: str | Path, end_of_text: str | None = None) -> Tokenizer:
+    def load(cls, path: str | Path, end_of_text: str | None = None, inside: Path | None = None) -> Tokenizer:
         """Reads a tokenizer.json.
 
         Args:
             path: The file.
             end_of_text: The special token that ends a document; by default the first one with a known name.
+            inside: The folder that was received with the file; no link may lead out of it.
 
         Raises:
             DataError: The file is missing, is not a tokenizer.json or has no such token.
         """
         with naming(path, "the tokenizer cannot be read", error=DataError):
-            content = Path(path).read_bytes()
+            content = read_bounded(path, inside, limits.LARGEST)
         return cls(content, str(path), end_of_text)
 
     def encode(self, text: str) -> list[int]:
@@ -99,7 +112,8 @@ class Tokenizer:
             first, last = documents.offsets[0], documents.offsets[-1]
             return documents.data[first:last].astype(np.uint32), documents.offsets - first
         if self.encoder == "gigatoken":
-            encoded = self._fast.encode_batch(_as_awkward(documents), parallel=parallel).layout
+            with limits.named(self._place):
+                encoded = self._fast.encode_batch(_as_awkward(documents), parallel=parallel).layout
             offsets = np.asarray(encoded.offsets.data, np.int64)
             return np.asarray(encoded.content.data)[: offsets[-1]], offsets
         lists = self.reference_encode([d.decode() for d in documents])
@@ -115,13 +129,15 @@ class Tokenizer:
     def reference_encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids by Hugging Face's `tokenizers`, against which the fast encoder is checked."""
         reference = self._load_reference()
-        return [e.ids for e in reference.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with limits.named(self._place):
+            return [e.ids for e in reference.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """Returns the text of ids, with special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
         if self._decoder is None:
             self._decoder = self._load_tokenizers(self.content.decode())
-        return self._decoder.decode([int(i) for i in ids], skip_special_tokens=False)
+        with limits.named(self._place):
+            return self._decoder.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def _load_reference(self) -> tokenizers.Tokenizer:
         if self._reference is None:
@@ -136,8 +152,10 @@ class Tokenizer:
 
         try:
             loaded = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # tokenizers raises plain Exception
-            raise DataError(f"{self._place}: tokenizers cannot read the tokenizer ({error})") from error
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises plain Exception, and a panic of Rust is none
+            raise DataError(f"{self._place}: tokenizers cannot read the tokenizer ({printable(error)})") from error
         loaded.no_truncation()
         loaded.no_padding()
         return loaded
@@ -162,9 +180,9 @@ def _as_awkward(documents: Documents) -> Any:
 
 def _parse(content: bytes, place: str) -> dict[str, Any]:
     try:
-        tree = json.loads(content)
+        tree = parse_json(content)
         problem = tokenizer_json.problem(tree)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         problem = str(error)
     if problem is not None:
         raise DataError(f"{place}: is not a tokenizer.json ({problem}); restore it, or name another file")

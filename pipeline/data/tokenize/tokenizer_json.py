@@ -55,7 +55,7 @@ def compose(
                 for i, token in enumerate(special_tokens)
             ],
             "normalizer": None,
-            "pre_tokenizer": _pre_tokenizer(split_pattern),
+            "pre_tokenizer": pre_tokenizer(split_pattern),
             "post_processor": None,
             "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
             "model": {
@@ -153,7 +153,8 @@ def end_of_text(tree: dict[str, Any], wanted: str | None = None) -> str | None:
     return next((t for t in (*KNOWN_ENDS, *special) if t in special), None)
 
 
-def _pre_tokenizer(split_pattern: SplitPattern) -> dict[str, Any]:
+def pre_tokenizer(split_pattern: SplitPattern) -> dict[str, Any]:
+    """Returns the section of a trained BPE that splits text before merging."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     if split_pattern == "gpt2":
         return {**byte_level, "use_regex": True}

@@ -8,13 +8,11 @@ It runs on the first node, outside the image, where Slurm's commands are availab
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,6 +38,7 @@ from pipeline.run.events import (
     append,
 )
 from pipeline.run.world import DEADLINE_VARIABLE
+from pipeline.text_format import say
 
 # The signal comes at most a quarter of a short time limit before its end.
 _LIMIT_IS_NEAR = 0.25
@@ -69,8 +68,8 @@ def begin(attempt: Attempt) -> str | None:
     if earlier is not None:
         lost = slurm.lost_nodes(slurm.hostnames(earlier.nodes))
         if lost:
-            _event(attempt, NodeLost(job=attempt.job, nodes=lost))
-    _note(attempt, AttemptBegan(**attempt.about(), nodes=attempt.nodes))
+            _record(attempt, NodeLost(job=attempt.job, nodes=lost))
+    _record(attempt, AttemptBegan(**attempt.about(), nodes=attempt.nodes))
     limit = attempt.site.requeue.max_restarts
     if attempt.number > limit:
         _give_up(attempt, f"the job was restarted {attempt.number} times; requeue.max_restarts of the site is {limit}")
@@ -96,7 +95,7 @@ def end(attempt: Attempt, code: int) -> int:
         **attempt.about(), outcome=verdict.outcome, reason=verdict.reason, code=code, progress=reached, lost=lost,
         counts=counts,
     )  # fmt: skip
-    _note(attempt, ended)
+    _record(attempt, ended)
     if verdict.outcome == "done":
         return EXIT_OK
     why_not = _reason_to_give_up(attempt, verdict, before + 1 if counts else 0)
@@ -104,8 +103,8 @@ def end(attempt: Attempt, code: int) -> int:
         _give_up(attempt, why_not)
         return verdict.status
     if lost:
-        _event(attempt, NodeLost(job=attempt.job, nodes=lost))
-    _event(attempt, Requeued(job=attempt.job, reason=verdict.reason))
+        _record(attempt, NodeLost(job=attempt.job, nodes=lost))
+    _record(attempt, Requeued(job=attempt.job, reason=verdict.reason))
     if not requeue(attempt, nodes, sorted({*lost, *_lost_before(attempt), *_named_by_preflight(attempt)})):
         _give_up(attempt, "the job could not be requeued; submit it again: it resumes from its last checkpoint")
     return verdict.status
@@ -208,28 +207,20 @@ def _named_by_preflight(attempt: Attempt) -> list[str]:
     return [node for event in _events(attempt).of(BadNode) for node in event.nodes]
 
 
-@contextlib.contextmanager
-def _best_effort() -> Iterator[None]:
-    """Ignores a failed write with a message: a full disk must not cost the attempt, nor the requeue after it."""
+def _record(attempt: Attempt, event: Event) -> None:
+    """Records an event; reports a failed write: a full disk must not cost the attempt, nor the requeue after it."""
     try:
-        yield
+        if isinstance(event, AttemptEvent):
+            job_records.note(attempt.run, event)
+        else:
+            append(attempt.run.events_file, event)
     except OSError as error:
-        print(f"pipeline: {error}; the outcome of this attempt is not recorded", file=sys.stderr, flush=True)
-
-
-def _event(attempt: Attempt, event: Event) -> None:
-    with _best_effort():
-        append(attempt.run.events_file, event)
-
-
-def _note(attempt: Attempt, event: AttemptEvent) -> None:
-    with _best_effort():
-        job_records.note(attempt.run, event)
+        say(f"pipeline: {error}; the outcome of this attempt is not recorded", sys.stderr)
 
 
 def _give_up(attempt: Attempt, why: str) -> None:
-    _event(attempt, GaveUp(job=attempt.job, stage=attempt.stage, reason=why))
-    print(f"pipeline: error: {attempt.stage}: {why}", file=sys.stderr, flush=True)
+    _record(attempt, GaveUp(job=attempt.job, stage=attempt.stage, reason=why))
+    say(f"pipeline: error: {attempt.stage}: {why}", sys.stderr)
 
 
 def _bad_nodes_in_words(event: BadNode | None) -> str:
@@ -251,7 +242,7 @@ def main(arguments: list[str]) -> int:
             return end(attempt, int(arguments[2]))
         lines = begin(attempt)
     except PipelineError as error:
-        print(f"pipeline: error: {error}", file=sys.stderr, flush=True)
+        say(f"pipeline: error: {error}", sys.stderr)
         return EXIT_FAILED
     if lines is None:
         return EXIT_FAILED

@@ -33,12 +33,7 @@ class Executor(submitit.SlurmExecutor):
 
 
 def executor(job: JobSpec, dependency: str | None) -> Executor:
-    """Returns submitit's executor, configured for this job.
-
-    Args:
-        job: The job.
-        dependency: In sbatch's form; None for a job that waits for no other.
-    """
+    """Returns submitit's executor, configured for this job; `dependency` has sbatch's form."""
     made = Executor(folder=job.folder, python=_python(job.site))
     made.update_parameters(**_parameters(job, dependency))
     return made

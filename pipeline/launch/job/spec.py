@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import PipelineError
 from pipeline.files import read_json, write_json
 from pipeline.launch.site import Resources, Site
 from pipeline.launch.slurm.job_records import Stage
@@ -90,9 +91,17 @@ def this_attempt(spec_file: str, environ: Mapping[str, str] = os.environ) -> Att
     """Reads the file of the job and picks its own task by Slurm's variables.
 
     Raises:
-        PipelineError: The file is missing.
+        PipelineError: The file is missing or damaged, or Slurm's variables do not fit it.
     """
-    content = read_json(Path(spec_file))
+    try:
+        return _attempt(read_json(Path(spec_file)), environ)
+    except (LookupError, TypeError, ValueError) as error:
+        raise PipelineError(
+            f"{spec_file}: does not describe this task ({type(error).__name__}: {error}); submit the run again"
+        ) from error
+
+
+def _attempt(content: Any, environ: Mapping[str, str]) -> Attempt:
     raw = environ["SLURM_JOB_ID"]
     index = environ.get("SLURM_ARRAY_TASK_ID")
     task = content["tasks"][int(index or 0)]

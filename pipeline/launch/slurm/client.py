@@ -17,6 +17,9 @@ ACTIVE = frozenset(
      "SPECIAL_EXIT", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
 )  # fmt: skip
 _TIMEOUT_S = 60.0
+# What follows a dash would be an option: `scancel --me` cancels every job of the user.
+JOB_ID = r"^[0-9]+(_[0-9]+)?$"
+_NODES = r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*"
 _LOST_STATES = ("down", "drain", "fail", "err", "unk", "power")
 
 
@@ -76,7 +79,7 @@ def queued(ids: Iterable[str]) -> dict[str, JobInfo]:
     Raises:
         SlurmError: Slurm does not answer.
     """
-    bases = sorted({base(job) for job in ids})
+    bases = sorted({base(job) for job in _valid(ids)})
     if not bases:
         return {}
     try:
@@ -101,7 +104,7 @@ def names_in_queue(ids: Iterable[str]) -> dict[str, str]:
 
 def ended(ids: Iterable[str], accounting: bool) -> dict[str, JobInfo]:
     """Returns what is known about jobs that have left the queue, by id; jobs that Slurm has forgotten are missing."""
-    wanted = list(ids)
+    wanted = _valid(ids)
     if not wanted:
         return {}
     if accounting:
@@ -155,7 +158,7 @@ def end_time(job: str) -> float | None:
 
 def hostnames(nodes: str) -> list[str]:
     """Returns the node names of Slurm's short form."""
-    return call("scontrol", "show", "hostnames", nodes).split() if nodes else []
+    return call("scontrol", "show", "hostnames", nodes).split() if re.fullmatch(_NODES, nodes) else []
 
 
 def lost_nodes(names: Sequence[str]) -> list[str]:
@@ -196,9 +199,17 @@ def cancel(ids: Iterable[str]) -> None:
     Raises:
         SlurmError: Slurm does not answer.
     """
-    wanted = list(ids)
+    wanted = _valid(ids)
     if wanted:
         call("scancel", *wanted)
+
+
+def _valid(ids: Iterable[str]) -> list[str]:
+    wanted = list(ids)
+    wrong = next((job for job in wanted if not re.fullmatch(JOB_ID, job)), None)
+    if wrong is not None:
+        raise SlurmError(f"{wrong!r} is not the id of a job; nothing was asked of Slurm")
+    return wanted
 
 
 def base(job: str) -> str:

@@ -6,12 +6,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from pipeline.files import read_json, write_json
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
+
+from pipeline.files import write_json
+from pipeline.launch.slurm import client as slurm
 from pipeline.run import events
 from pipeline.run.events import Event, EventLog
 from pipeline.run.folder import Run
+from pipeline.run.records import read_checked
 
 Stage = Literal["prepare", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = ("prepare", "train", "evaluate")
@@ -66,12 +71,12 @@ class RankStopped(RankEnded, kind="rank_stopped"):
 class Job:
     """A job that was submitted for a run."""
 
-    id: str
+    id: Annotated[str, Field(pattern=slurm.JOB_ID)]
     """`12`; `12_3` where the run is one task of a sweep's array."""
     stage: Stage
-    tasks: int
+    tasks: Annotated[int, Field(ge=1, le=10**6)]
     """Tasks of an array job; 1 for a plain job."""
-    submitted: float
+    submitted: Annotated[float, Field(ge=0, lt=1e11)]
     """In Unix seconds."""
     site: str
     """Name of the site."""
@@ -89,10 +94,21 @@ class Job:
         """
         return self.name in ("", name)
 
+    def holds(self, task: str) -> bool:
+        """Whether an id of Slurm's is this job's or that of one of its tasks."""
+        return self.id in (task, slurm.base(task))
+
+
+class _Jobs(TypedDict):
+    jobs: list[Job]
+
+
+_JOBS: TypeAdapter[_Jobs] = TypeAdapter(_Jobs)
+
 
 def jobs(run: Run) -> list[Job]:
     """Returns every job of a run, oldest first."""
-    return [Job(**entry) for entry in read_json(run.jobs_file)["jobs"]] if run.jobs_file.exists() else []
+    return list(read_checked(run.jobs_file, run.path, _JOBS)["jobs"]) if run.jobs_file.exists() else []
 
 
 def add_jobs(run: Run, new: list[Job]) -> None:

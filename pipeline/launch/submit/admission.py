@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from pipeline.config.sections import Config
@@ -13,15 +14,24 @@ from pipeline.launch.slurm import client as slurm
 from pipeline.launch.slurm import job_records
 from pipeline.run.folder import Run, run_for
 from pipeline.run.provenance import refuse_other_image
+from pipeline.text_format import hidden_character
 
 
-def refuse_percent(home: Run) -> None:
-    """Refuses a folder for the files of the jobs whose name Slurm would expand.
+def refuse_unfit_folder(home: Run) -> None:
+    """Refuses a folder for the files of the jobs whose name Slurm or a shell would not take as a name.
 
     Raises:
-        UsageError: Its name contains a %.
+        UsageError: Its name contains a % or a control character.
     """
     folder = home.launch.absolute()
+    for path in (str(folder), sys.executable):
+        hidden = hidden_character(path)
+        if hidden is not None:
+            # A line break would become a line of the batch script.
+            raise UsageError(
+                f"{path!r}: has the control character {hidden} in its name, which a batch script must not hold; "
+                "rename the folder"
+            )
     if "%" in str(folder):
         # Slurm and submitit both expand it, each in its own way, and submitit only when the job is in the queue.
         raise UsageError(
@@ -33,9 +43,7 @@ def refuse_percent(home: Run) -> None:
 def refuse_active(runs: list[Run], home: Run) -> None:
     """Refuses runs that are already in the queue: two jobs would train one run, or read each other's work.
 
-    Args:
-        runs: The runs to be submitted.
-        home: Holds the files of the jobs and remembers the jobs of a sweep, whose run folders may be gone.
+    `home` remembers the jobs of a sweep, whose run folders may be gone.
 
     Raises:
         UsageError: One of their jobs waits or runs.
@@ -73,16 +81,11 @@ def refuse_invisible(configs: list[Config], site: Site) -> None:
 def refuse_unfit_images(configs: list[Config], site: Site, allow_image_change: bool) -> None:
     """Refuses images that cannot be used, and images that a run was not trained in; starts each image once.
 
-    Args:
-        configs: The configs of all runs.
-        site: The cluster; what its modules provide is checked on the nodes.
-        allow_image_change: Whether a run may continue in another image.
-
     Raises:
         UsageError: An image is missing, damaged, of another architecture, not ours, or not the run's.
         PipelineError: An image cannot be read.
     """
-    from_job = bool(site.modules or site.setup)
+    from_job = bool(site.modules or site.setup)  # what these provide is checked on the nodes
     by_image: dict[Path, Config] = {image_path(config): config for config in _contained(configs)}
     problems = [
         problem for config in by_image.values() for problem in check_image(config, site.container, from_job=from_job)

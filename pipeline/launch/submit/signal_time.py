@@ -32,9 +32,8 @@ def measured(run: Run) -> Measured | None:
     """Returns what the run has measured; None before its first logged step and first save."""
     if not run.path.is_dir():
         return None
-    steps = [
-        float(line.record["time/step_s"]) for line in journal.read(run.metrics_file) if "time/step_s" in line.record
-    ]
+    values = [line.record.get("time/step_s") for line in journal.read(run.metrics_file)]
+    steps = [float(value) for value in values if isinstance(value, (int, float))]
     events = EventLog.load(run.events_file)
     saves = [event.seconds for event in events.of(Checkpointed) if event.seconds is not None]
     if not steps or not saves:

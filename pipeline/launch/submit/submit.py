@@ -17,6 +17,7 @@ from pipeline.checkpoint.layout import published, step_of
 from pipeline.config.sections import Config
 from pipeline.data.fingerprint import refuse_other_settings
 from pipeline.data.layout import MANIFEST
+from pipeline.data.manifest import DatasetManifest
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.launch.container.binds import create_folders
@@ -26,7 +27,7 @@ from pipeline.launch.job.spec import JobSpec, Task
 from pipeline.launch.site import Site, load_site
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import Job, Stage
-from pipeline.launch.submit.admission import refuse_active, refuse_invisible, refuse_percent, refuse_unfit_images
+from pipeline.launch.submit.admission import refuse_active, refuse_invisible, refuse_unfit_folder, refuse_unfit_images
 from pipeline.launch.submit.sbatch_errors import refused
 from pipeline.launch.submit.signal_time import signal_time_s
 from pipeline.launch.submit.snapshot import take_snapshot
@@ -81,7 +82,7 @@ def plan_chain(
     site = load_site(site_file)
     configs = experiments(config_file, overrides, sweeps, site.train.nodes * site.train.tasks_per_node)
     home = home_of(configs)
-    refuse_percent(home)
+    refuse_unfit_folder(home)
     refuse_invisible(configs, site)
     commands, skipped = _stages(configs, site, ("--allow-image-change",) if allow_image_change else ())
     jobs = [_job(stage, tasks, configs, site, home) for stage, tasks in commands.items()]
@@ -141,8 +142,9 @@ def _stages(
     skipped: dict[Stage, str] = {}
     manifest = Path(configs[0].data.path) / MANIFEST
     if manifest.is_file():
-        settings = read_json(manifest).get("settings")
-        if settings is not None:
+        tree = read_json(manifest, manifest.parent)
+        if isinstance(tree, dict) and tree:
+            settings = DatasetManifest.load(configs[0].data.path).settings
             refuse_other_settings(configs[0].data.path, settings, configs[0])
         skipped["prepare"] = f"{manifest} is there"
     else:
@@ -174,9 +176,8 @@ def _trained(config: Config) -> bool:
 
 def _evaluated(config: Config) -> bool:
     run = run_for(config)
-    if not run.evaluation_file.is_file() or not run.report_file.is_file():
-        return False
-    return int(read_json(run.evaluation_file)["step"]) >= config.train.max_iters
+    found = run.evaluation()
+    return found is not None and run.report_file.is_file() and found["step"] >= config.train.max_iters
 
 
 def _job(stage: Stage, tasks: list[Task], configs: list[Config], site: Site, home: Run) -> JobSpec:
@@ -215,14 +216,14 @@ def _submit_job(chain: Chain, job: JobSpec, before: list[Job], now: float) -> Jo
     words = io.StringIO()
     try:
         with contextlib.redirect_stderr(words):  # submitit also prints what it raises
-            made = executor(job, _dependency(chain, job, before))
+            made = executor(job, _dependency(chain, before))
             job_id = submit_tasks(made, job)
     except (FailedJobError, FailedSubmissionError) as error:
         raise refused(str(error), job.stage, chain.site_file) from error
     return Job(job_id, job.stage, len(job.tasks), now, chain.site.name, chain.site.accounting, name=job.name)
 
 
-def _dependency(chain: Chain, job: JobSpec, before: list[Job]) -> str | None:
+def _dependency(chain: Chain, before: list[Job]) -> str | None:
     if not before:
         return None
     # In a sweep, the evaluation of a run waits for the training of that run only; slices belong to no run.
@@ -234,7 +235,7 @@ def _placeholders(chain: Chain) -> list[str | None]:
     before: list[Job] = []
     found: list[str | None] = []
     for job in chain.jobs:
-        found.append(_dependency(chain, job, before))
+        found.append(_dependency(chain, before))
         before.append(Job(f"<{job.stage}>", job.stage, 1, 0.0, chain.site.name, False))
     return found
 

@@ -17,11 +17,7 @@ from pipeline.run.folder import Run, run_for
 def experiments(config_file: str, overrides: Sequence[str], sweeps: Sequence[str], world_size: int) -> list[Config]:
     """Returns the configs of a sweep, each with its own name; a single one without a sweep.
 
-    Args:
-        config_file: The YAML file.
-        overrides: `dotted.key=value`, for every run.
-        sweeps: `dotted.key=value,value,...`; several are combined.
-        world_size: Processes that will train.
+    Several sweeps, each `dotted.key=value,value,...`, are combined; the overrides are those of every run.
 
     Raises:
         UsageError: A sweep is malformed, or its runs could not share one dataset.

@@ -19,10 +19,6 @@ from pipeline.run.folder import Run
 def undone_on_failure(runs: Sequence[Run], home: Run) -> Iterator[list[Job]]:
     """Collects submitted jobs; on failure or Ctrl-C cancels them and removes the run folders made for them.
 
-    Args:
-        runs: The runs that are submitted.
-        home: Holds the files of the jobs: the run, or a folder for the whole sweep.
-
     Raises:
         PipelineError: A disk is full, or Slurm no longer answers and still holds jobs.
     """

@@ -23,7 +23,7 @@ def cancel(run: Run) -> list[str]:
     known = job_records.jobs(run)
     queue = slurm.names_in_queue(job.id for job in known)
     own = [job for job in known if not job.shared and _is_queued(job, queue)]
-    left = {task: name for task, name in queue.items() if not any(_holds(job, task) for job in own)}
+    left = {task: name for task, name in queue.items() if not any(job.holds(task) for job in own)}
     shared = [job for job in known if job.shared and _is_queued(job, queue) and not _is_waited_for(job, known, left)]
     ids = [job.id for job in known if job in own or job in shared]
     slurm.cancel(ids)
@@ -34,11 +34,7 @@ def cancel(run: Run) -> list[str]:
 
 def _is_queued(job: Job, queue: Mapping[str, str]) -> bool:
     """Whether a job or one of its tasks is in the queue, under its id and its name."""
-    return any(_holds(job, task) and job.is_named(name) for task, name in queue.items())
-
-
-def _holds(job: Job, task: str) -> bool:
-    return job.id in (task, slurm.base(task))
+    return any(job.holds(task) and job.is_named(name) for task, name in queue.items())
 
 
 def _is_waited_for(shared: Job, known: Sequence[Job], left: Mapping[str, str]) -> bool:

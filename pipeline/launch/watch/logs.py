@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UsageError
+from pipeline.files import naming, open_regular
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import Job
 from pipeline.run.folder import Run
@@ -55,7 +56,7 @@ def printed(run: Run, rank: int = 0) -> Iterator[str]:
             for file in _files_of(run, job, task, rank):
                 anything = True
                 yield f"==> {file.title} <==\n"
-                yield file.path.read_text(encoding="utf-8", errors="replace")
+                yield _text(run, file.path)
             for message in _slurm_messages(run, task, rank):
                 anything = True
                 yield message
@@ -64,13 +65,7 @@ def printed(run: Run, rank: int = 0) -> Iterator[str]:
 
 
 def follow(run: Run, rank: int, ended: Callable[[], bool]) -> Iterator[str]:
-    """Yields all output so far and all that follows, attempt after attempt, until the run has ended.
-
-    Args:
-        run: The run.
-        rank: The rank whose output is shown.
-        ended: Tells whether no job of the run waits or runs any longer.
-    """
+    """Yields all output so far and all that follows, attempt after attempt, until no job of the run waits or runs."""
     positions: dict[Path, int] = {}
     current: Path | None = None
     asked = -math.inf
@@ -79,7 +74,7 @@ def follow(run: Run, rank: int, ended: Callable[[], bool]) -> Iterator[str]:
         if time.monotonic() - asked >= _ASK_S:
             asked, last_round = time.monotonic(), ended()
         for file in log_files(run, rank):
-            with file.path.open("rb") as source:
+            with open_regular(file.path, run.path) as source:
                 source.seek(positions.get(file.path, 0))
                 new = source.read()
             if not new:
@@ -117,12 +112,18 @@ def _slurm_messages(run: Run, task: str, rank: int) -> Iterator[str]:
     """Yields what Slurm, the batch script and a rank's launcher said: time limits, cancellations, failed starts."""
     names = dict.fromkeys((f"{task}{_MESSAGES}", f"{task}_{rank}_log.err"))
     for path in (home / name for home in _homes(run) for name in names):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        lines = _text(run, path).splitlines() if path.exists() else []
         shown = [line for line in lines if not _SUBMITIT_LINE.match(line)]
         if shown:
             who = "Slurm and the batch script" if path.name.endswith(_MESSAGES) else f"the launcher of rank {rank}"
             yield f"==> {who}, job {task} <==\n"
             yield "\n".join(shown) + "\n"
+
+
+def _text(run: Run, path: Path) -> str:
+    inside = run.path if path.is_relative_to(run.path) else path.parent
+    with naming(path, "cannot be read"), open_regular(path, inside) as source:
+        return source.read().decode(errors="replace")
 
 
 def _homes(run: Run) -> list[Path]:
@@ -135,6 +136,6 @@ def _natural(path: Path) -> list[int]:
 
 
 def _ranks_with_output(run: Run) -> str:
-    files = [path for path in run.logs.rglob("attempt_*.log") if _NAME.search(path.name)]
-    ranks = sorted({int(m[2]) for path in files if (m := _NAME.search(path.name))})
+    found = (_NAME.search(path.name) for path in run.logs.rglob("attempt_*.log"))
+    ranks = sorted({int(match[2]) for match in found if match})
     return f"; ranks with output: {', '.join(map(str, ranks))}" if ranks else ""

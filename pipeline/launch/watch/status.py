@@ -18,6 +18,7 @@ from pipeline.launch.slurm.job_records import AttemptBegan, Job
 from pipeline.run import journal
 from pipeline.run.events import Cancelled, Event, EventLog, Failed, Finished, GaveUp, Preempted, Requeued, StartBegan
 from pipeline.run.folder import Run, open_run
+from pipeline.text_format import say
 from pipeline.tracking.goodput import Goodput, goodput
 from pipeline.tracking.upload.sync import is_alive
 
@@ -121,7 +122,7 @@ def _ask_slurm(jobs: Sequence[Job]) -> dict[str, JobInfo] | None:
     try:
         infos = slurm.queued(job.id for job in jobs)
     except slurm.SlurmError as error:
-        print(f"pipeline: {error}; the status below comes from the run folder alone", file=sys.stderr)
+        say(f"pipeline: {error}; the status below comes from the run folder alone", sys.stderr)
         return None
     gone = [job for job in jobs if not any(_belongs(info, job) for info in infos.values())]
     for accounting in (True, False):
@@ -130,7 +131,7 @@ def _ask_slurm(jobs: Sequence[Job]) -> dict[str, JobInfo] | None:
 
 
 def _belongs(info: JobInfo, job: Job) -> bool:
-    return job.id in (info.id, slurm.base(info.id)) and job.is_named(info.name)
+    return job.holds(info.id) and job.is_named(info.name)
 
 
 def _known(run: Run, events: EventLog, chain: Sequence[Job], infos: dict[str, JobInfo] | None) -> _Known:
@@ -223,7 +224,7 @@ def _last_lines(run: Run) -> list[dict[str, Any]]:
         return []
     start = max(0, run.metrics_file.stat().st_size - _TAIL_BYTES)
     # The tail may begin within a line: what is left of it is not a JSON object, and the reader skips it.
-    found = (line.record for line in journal.read(run.metrics_file, start))
+    found = (line.record for line in journal.read_steps(run.metrics_file, start))
     return [record for record in found if "train/loss" in record]
 
 

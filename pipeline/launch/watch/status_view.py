@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.launch.watch.status import RunStatus
-from pipeline.text_format import duration, short
+from pipeline.text_format import duration, printable, short
 
 _COLOURS = {
     "queued": "yellow", "running": "green", "finished": "blue", "cancelled": "magenta", "failed": "red",
@@ -60,7 +60,7 @@ def _details(s: RunStatus) -> Table:
     table.add_row("run", s.run)
     table.add_row("state", _state(s))
     if s.reason:
-        table.add_row("reason", Text(s.reason, overflow="fold"))
+        table.add_row("reason", Text(printable(s.reason), overflow="fold"))
     if s.job:
         table.add_row("job", f"{s.job}, {s.stage}" + (f", on {s.nodes}" if s.nodes else ""))
     cells = _cells(s) | {"goodput": "" if s.wall is None else s.wall.summary()}

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.files import naming, read_json, write_text
+from pipeline.files import is_regular, naming, open_regular, write_text
 from pipeline.run import journal
 from pipeline.run.events import Checkpointed, EventLog, Ready, Repeating, StartBegan, UnknownEvent
 from pipeline.run.folder import Run
-from pipeline.text_format import rounded_duration, short
+from pipeline.text_format import printable, rounded_duration, short
 from pipeline.tracking.goodput import goodput
 from pipeline.tracking.report.charts import Curve, Series, goodput_chart, line_chart, time_chart, to_html
 from pipeline.tracking.report.page import Section, render
-from pipeline.tracking.upload.describe import checkpoints, flatten
+from pipeline.tracking.upload.describe import as_text, checkpoints, flatten
 
 _QUIET = (Ready, Checkpointed)  # shown elsewhere
 _UNTOLD = ("began", "last_seen")
@@ -32,14 +32,11 @@ _TIME_NOTE = "Mean over a log interval, on rank 0."
 _GOODPUT_NOTE = "Training: steps done for the first time. Everything else is overhead."
 _EVENTS = 200
 _SAMPLES = 5
+_LONGEST_SAMPLE = 1 << 20
 
 
 def write_report(runs: Sequence[Run], output: Path | None = None) -> Path:
-    """Writes the report of one run, or of several runs overlaid, and returns its file.
-
-    Args:
-        runs: The runs, at least one.
-        output: The file to write; None for `report.html` in the first run's folder.
+    """Writes the report of one run, or of several overlaid, and returns its file: by default in the first run's folder.
 
     Raises:
         UsageError: No run has metrics yet.
@@ -69,7 +66,7 @@ def write_report(runs: Sequence[Run], output: Path | None = None) -> Path:
 def read_series(run: Run, name: str) -> Series:
     """Reads the curves of a run from metrics.jsonl and its restarts from events.jsonl."""
     columns: dict[str, tuple[list[int], list[float]]] = {}
-    for line in journal.read(run.metrics_file):
+    for line in journal.read_steps(run.metrics_file):
         step = int(line.record["step"])
         for key, value in line.record.items():
             if key not in ("step", "time") and isinstance(value, (int, float)):
@@ -163,7 +160,7 @@ def _details(runs: Sequence[Run], series: Sequence[Series]) -> list[Section]:
         if evaluation:
             made.append(Section(f"Evaluation{of}", head=["on the whole validation split", ""], rows=evaluation))
         made += [_incidents(run, of), _provenance(run, of)]
-        config = run.config_file.read_text(encoding="utf-8")
+        config = run.config_text()
         made.append(Section(f"Config{of}", wide=True, texts=[(run.config_file.name, config)]))
         saved = [[f"{c['step']:,}", c["path"], (c["digest"] or "")[:16]] for c in checkpoints(run)][-20:]
         if saved:
@@ -173,17 +170,23 @@ def _details(runs: Sequence[Run], series: Sequence[Series]) -> list[Section]:
 
 
 def _samples(run: Run, of: str) -> Section:
-    files = sorted(run.samples.glob("*.txt")) if run.samples.is_dir() else []
-    texts = [(f.stem, f.read_text(encoding="utf-8", errors="replace")) for f in files[-_SAMPLES:]]
+    # A link could publish any file of the user.
+    files = [file for file in sorted(run.samples.glob("*.txt")) if is_regular(file, run.path)]
+    texts = [(printable(f.stem), _beginning(f, run)) for f in files[-_SAMPLES:]]
     if not texts:
         return Section(f"Samples{of}", html="<p>None yet: <code>pipeline sample RUN</code></p>")
     return Section(f"Samples{of}", texts=texts, opened=texts[-1][0])
 
 
+def _beginning(file: Path, run: Run) -> str:
+    with open_regular(file, run.path) as source:
+        return source.read(_LONGEST_SAMPLE).decode(errors="replace")
+
+
 def _evaluation(run: Run) -> list[list[str]]:
-    if not run.evaluation_file.is_file():
+    found = run.evaluation()
+    if found is None:
         return []
-    found = read_json(run.evaluation_file)
     return [
         ["step", f"{found['step']:,}"],
         ["loss, nats per token", f"{found['loss']:.4f}"],
@@ -212,5 +215,5 @@ def _provenance(run: Run, of: str) -> Section:
     if not starts:
         return Section(f"Provenance{of}", html="<p>None.</p>")
     values = dict(flatten(starts[-1]))
-    rows = [[k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)] for k, v in values.items()]
+    rows = [[key, as_text(value)] for key, value in values.items()]
     return Section(f"Provenance{of}", head=[f"start {len(starts)} of {len(starts)}", ""], rows=rows)

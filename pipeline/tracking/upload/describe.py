@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.config.sections import Config
 from pipeline.data.layout import MANIFEST
-from pipeline.files import read_json, sha256_file, write_text
+from pipeline.files import is_regular, read_json, sha256_file, write_text
 from pipeline.run.events import Cancelled, Checkpointed, EventLog, GaveUp, Requeued, StartBegan, Submitted
 from pipeline.run.folder import CHECKPOINT_MANIFEST, Run, step_name
 from pipeline.tracking.upload.store import RunStatus
@@ -20,7 +20,7 @@ from pipeline.tracking.upload_state import State
 
 def params(config: Config) -> dict[str, str]:
     """Returns the resolved config as dotted names and text values."""
-    return {name: _text(value) for name, value in flatten(config.model_dump(mode="json"))}
+    return {name: as_text(value) for name, value in flatten(config.model_dump(mode="json"))}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -32,7 +32,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Returns a text as it is and anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -42,7 +43,7 @@ def tags(run: Run) -> dict[str, str]:
     starts = run.provenance()
     if starts:
         newest = starts[-1]
-        found |= {f"provenance.{name}": _text(value) for name, value in flatten(newest)}
+        found |= {f"provenance.{name}": as_text(value) for name, value in flatten(newest)}
         found["pipeline.starts"] = str(len(starts))
         commit = (newest.get("git") or {}).get("commit")
         if commit:
@@ -73,7 +74,7 @@ def checkpoints(run: Run) -> list[dict[str, Any]]:
     for event in EventLog.load(run.events_file).of(Checkpointed):
         folder = run.checkpoints / step_name(event.step)
         manifest = folder / CHECKPOINT_MANIFEST
-        digest = event.digest or (sha256_file(manifest) if manifest.is_file() else None)
+        digest = event.digest or (sha256_file(manifest, folder) if is_regular(manifest, folder) else None)
         path = event.path or str(folder)
         by_step[event.step] = {"step": event.step, "time": event.time, "path": path, "digest": digest}
     return [by_step[step] for step in sorted(by_step)]
@@ -84,11 +85,12 @@ def evaluation(run: Run) -> dict[str, Any] | None:
 
     Evaluating a checkpoint again gives the same numbers and time, so no second point.
     """
-    if not run.evaluation_file.is_file():
+    found = run.evaluation()
+    if found is None:
         return None
-    found = read_json(run.evaluation_file)
     made = next((c["time"] for c in checkpoints(run) if c["step"] == found["step"]), None)
-    values = {f"evaluation/{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte")}
+    figures = {"loss": found["loss"], "perplexity": found["perplexity"], "bits_per_byte": found["bits_per_byte"]}
+    values = {f"evaluation/{name}": value for name, value in figures.items()}
     return {"step": found["step"], "time": made or run.evaluation_file.stat().st_mtime, **values}
 
 
@@ -116,20 +118,21 @@ def files(run: Run) -> Iterator[tuple[Path, str | None]]:
         run.events_file,
         run.report_file,
     ):
-        if file.is_file():
+        if is_regular(file, run.path):  # what a link names would be published
             yield file, None
     if run.samples.is_dir():
         for file in sorted(run.samples.iterdir()):
-            if file.is_file() and not file.name.startswith("."):
+            if is_regular(file, run.path) and not file.name.startswith("."):
                 yield file, "samples"
 
 
-def dataset(run: Run, config: Config, given: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
+def dataset(config: Config, given: Mapping[str, Any]) -> tuple[str, str, str, str] | None:
     """Returns name, digest, source and profile of the data; None where nothing is known yet."""
     about = dict(given)
     manifest = Path(config.data.path) / MANIFEST
     if not about and manifest.is_file():
-        about = {k: v for k, v in read_json(manifest).items() if not isinstance(v, (list, dict))}
+        tree = read_json(manifest, manifest.parent)
+        about = {k: v for k, v in tree.items() if not isinstance(v, (list, dict))} if isinstance(tree, dict) else {}
     if not about:
         return None
     digest = str(about.get("digest") or "unknown")

@@ -28,13 +28,7 @@ _log = logging.getLogger("pipeline.tracking")
 
 
 class Feed:
-    """Sends one run folder to one store.
-
-    Args:
-        run: The run.
-        config: Its config.
-        uri: Resolved address of the store.
-    """
+    """Sends one run folder to one store, named by its resolved address."""
 
     def __init__(self, run: Run, config: Config, uri: str) -> None:
         self._run = run
@@ -174,19 +168,14 @@ class Feed:
                     raise
                 # A refusal is permanent and must not hold the metrics back.
                 _log.warning("MLflow refuses a part of the description: %s", in_words(error))
-        if (
-            upload_state.load(self._run).of(self._uri).status is None
-            or upload_state.load(self._run).status == "RUNNING"
-        ):
+        s = upload_state.load(self._run)
+        if s.of(self._uri).status is None or s.status == "RUNNING":
             self._send_status(store, run_id)
         self._described = newest
 
     def _fingerprint(self) -> Any:
-        stats = []
-        for file, folder in describe.files(self._run):
-            found = file.stat()
-            stats.append((folder, file.name, found.st_size, found.st_mtime_ns))
-        return stats
+        found = [(folder, file.name, file.stat()) for file, folder in describe.files(self._run)]
+        return [(folder, name, stat.st_size, stat.st_mtime_ns) for folder, name, stat in found]
 
     def _send_params(self, store: Store, run_id: str) -> None:
         now = describe.params(self._config)
@@ -207,7 +196,7 @@ class Feed:
         store.set_tags(run_id, tags)
 
     def _send_dataset(self, store: Store, run_id: str) -> None:
-        about = describe.dataset(self._run, self._config, upload_state.load(self._run).dataset)
+        about = describe.dataset(self._config, upload_state.load(self._run).dataset)
         if about is not None:
             store.set_dataset(run_id, *about)
 
@@ -224,7 +213,7 @@ class Feed:
         there = upload_state.load(self._run).of(self._uri).files
         for file, folder in describe.files(self._run):
             name = f"{folder}/{file.name}" if folder else file.name
-            digest = sha256_file(file)
+            digest = sha256_file(file, self._run.path)
             if there.get(name) != digest:
                 store.send_file(run_id, file, folder)
                 upload_state.update(self._run, lambda s, n=name, d=digest: s.of(self._uri).files.update({n: d}))  # type: ignore[misc]
@@ -239,7 +228,7 @@ class Feed:
             split = goodput(self._run, EventLog.load(self._run.events_file))
             if split is not None:
                 at = int((s.ended or time.time()) * 1000)
-                last = journal.last(self._run.metrics_file) or {"step": 0}
+                last = journal.last_step(self._run.metrics_file) or {"step": 0}
                 self._send(store, run_id, [Point(k, v, at, int(last["step"])) for k, v in split.metrics().items()])
         store.set_status(run_id, wanted, None if s.ended is None else int(s.ended * 1000))
         upload_state.update(self._run, lambda s: setattr(s.of(self._uri), "status", key))
@@ -253,7 +242,7 @@ def _batch(file: Path, offset: int, retry_of: Callable[[int], int]) -> tuple[lis
     """Returns the points of complete lines from an offset, at most one request full, and where they end."""
     points: list[Point] = []
     end = offset
-    for line in journal.read(file, offset):
+    for line in journal.read_steps(file, offset):
         of_line = list(_points(line.record, retry_of(int(line.record["step"]))))
         if points and len(points) + len(of_line) > MAX_POINTS:
             break
@@ -271,17 +260,11 @@ def _points(record: dict[str, Any], retry: int) -> Iterator[Point]:
             yield Point(key + suffix, float(value), time_ms, step)
 
 
-class UploadLock:
-    """Keeps two processes from feeding one run at the same time; a process holds it for one round."""
-
-    def __init__(self, run: Run) -> None:
-        run.tracking.mkdir(parents=True, exist_ok=True)
-        self._path = run.upload_lock
-
-    def acquire(self) -> int | None:
-        """Returns an open file that holds the lock until it is closed; None where another process has it."""
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        if upload_state.lock(fd, wait=False):
-            return fd
-        os.close(fd)
-        return None
+def lock_upload(run: Run) -> int | None:
+    """Keeps other processes from feeding the run until the file that it returns is closed; None where one does."""
+    run.tracking.mkdir(parents=True, exist_ok=True)
+    fd = os.open(run.upload_lock, os.O_RDWR | os.O_CREAT, 0o644)
+    if upload_state.lock(fd, wait=False):
+        return fd
+    os.close(fd)
+    return None

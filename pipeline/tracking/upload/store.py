@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -235,14 +235,3 @@ class Store:
     def read_run(self, run_id: str) -> MlflowRun:
         """Returns the run as the store has it."""
         return self._client.get_run(run_id)
-
-    def read_history(self, run_id: str, keys: Iterable[str] | None = None) -> dict[str, list[Point]]:
-        """Returns every point the store has of a run, by key, in the order of steps."""
-        wanted = self._client.get_run(run_id).data.metrics if keys is None else keys
-        return {
-            key: sorted(
-                (Point(m.key, m.value, m.timestamp, m.step) for m in self._client.get_metric_history(run_id, key)),
-                key=lambda p: (p.step, p.time_ms),
-            )
-            for key in wanted
-        }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,11 @@ from pipeline.config.sections import tracking_uri_problem
 from pipeline.errors import PipelineError, UsageError
 from pipeline.run.events import EventLog, StartBegan
 from pipeline.run.folder import Run
+from pipeline.text_format import say
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload import describe
 from pipeline.tracking.upload.errors import in_words
-from pipeline.tracking.upload.feed import Feed, UploadLock
+from pipeline.tracking.upload.feed import Feed, lock_upload
 from pipeline.tracking.upload.store import Store, resolve_uri
 
 # How long after its last line a process counts as alive on a machine whose locks this one may not see; its sampler
@@ -57,7 +58,8 @@ def sync(run: Run, uri: str | None = None) -> Synced:
 
     Args:
         run: The run.
-        uri: The store; None for the one the run was recorded for.
+        uri: The store; None for the one the run was recorded for, if this user's training recorded it in this folder
+            or the environment names it too.
 
     Raises:
         UsageError: `uri` has none of the allowed forms.
@@ -92,18 +94,14 @@ def sync_quietly(run: Run) -> None:
     try:
         sync(run)
     except PipelineError as error:
-        print(f"pipeline: {error}", file=sys.stderr)
+        say(f"pipeline: {error}", sys.stderr)
 
 
 def register_export(run: Run, folder: Path, name: str) -> str:
     """Registers an exported model as a model version; returns the number of the version.
 
-    It first stores the files as artifacts of the run: a server refuses a version at a path it cannot reach.
-
-    Args:
-        run: The run the model is from.
-        folder: The exported files.
-        name: Name of the registered model; created if missing.
+    It first stores the files as artifacts of the run: a server refuses a version at a path it cannot reach. A missing
+    registered model is created.
 
     Raises:
         UsageError: The run has no store.
@@ -169,21 +167,35 @@ def _target(run: Run, uri: str | None) -> str | None:
         if problem is not None:
             raise UsageError(f"--uri {problem}")
         return resolve_uri(uri)
-    recorded = upload_state.load(run).store
-    if recorded is not None:
-        return recorded
-    configured = run.config().tracking.uri
-    return None if configured == "none" else resolve_uri(configured)
+    state = upload_state.load(run)
+    address = state.store or run.config().tracking.uri
+    if address == "none":
+        return None
+    problem = tracking_uri_problem(address)
+    if problem is not None:
+        raise PipelineError(f"{run.mlflow_file}: the store {problem}")
+    found = resolve_uri(address)
+    if upload_state.was_recorded_here(run, state) or found == _of_environment():
+        return found
+    # Whoever sent the folder would get this user's credentials, or have any file of this user written to.
+    raise PipelineError(
+        f"{run.path}: names the store {found}, but was not trained in this folder by this user; nothing was sent. If "
+        f"the store is yours: pipeline sync {shlex.quote(str(run.path))} --uri {shlex.quote(found)}"
+    )
 
 
-def _wait_for_lock(run: Run, clock: Callable[[], float] = time.monotonic) -> int:
-    lock = UploadLock(run)
-    until = clock() + _LOCK_WAIT_S
+def _of_environment() -> str | None:
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "none")
+    return None if uri == "none" or tracking_uri_problem(uri) is not None else resolve_uri(uri)
+
+
+def _wait_for_lock(run: Run) -> int:
+    until = time.monotonic() + _LOCK_WAIT_S
     while True:
-        fd = lock.acquire()
+        fd = lock_upload(run)
         if fd is not None:
             return fd
-        if clock() > until:
+        if time.monotonic() > until:
             raise PipelineError(
                 f"{run.path}: another process has been sending this run for {_LOCK_WAIT_S:.0f} s; try again later"
             )

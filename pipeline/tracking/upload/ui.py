@@ -45,13 +45,9 @@ class Server:
 def local_server(
     uri: str, port: int | None = None, log: Path | None = None, options: Sequence[str] = ()
 ) -> Iterator[Server]:
-    """Runs `mlflow server` on loopback until the block ends, then stops all its processes.
+    """Runs `mlflow server` for a sqlite store on loopback until the block ends, then stops all its processes.
 
-    Args:
-        uri: The sqlite store.
-        port: Port to listen on; None for a free one.
-        log: File for its output; None for a temporary one.
-        options: Further options of `mlflow server`.
+    Without a port it takes a free one; without a log its output goes to a temporary file.
 
     Raises:
         UsageError: The port is taken.
@@ -82,10 +78,6 @@ def local_server(
 
 def serve(run: Run | None, port: int | None) -> None:
     """Serves MLflow's page until Ctrl-C and prints its address; for a run on a server it only prints the address.
-
-    Args:
-        run: The run whose store to show; None for the default store of the config.
-        port: Port on loopback; None for a free one.
 
     Raises:
         UsageError: There is no store to show, or the port is taken.

@@ -11,7 +11,7 @@ import time
 from pipeline.config.sections import Config
 from pipeline.run.folder import Run
 from pipeline.tracking.upload.errors import in_words
-from pipeline.tracking.upload.feed import Feed, UploadLock
+from pipeline.tracking.upload.feed import Feed, lock_upload
 
 _log = logging.getLogger("pipeline.tracking")
 
@@ -22,19 +22,12 @@ _PAUSE_S = (2.0, 30.0)  # between retries of a failing store: doubles from the f
 
 
 class Uploader:
-    """Sends the contents of the journals, round by round, until `closing` is set.
-
-    Args:
-        run: The run.
-        config: Its config.
-        uri: Resolved address of the store.
-        closing: Set when the training has ended; one last round follows.
-    """
+    """Sends the journals to the store at a resolved address, round by round; one last round follows `closing`."""
 
     def __init__(self, run: Run, config: Config, uri: str, closing: threading.Event) -> None:
         self._uri = uri
         self._feed = Feed(run, config, uri)
-        self._lock = UploadLock(run)
+        self._run = run
         self._closing = closing
         self._failing = False
         self._sent = 0
@@ -61,7 +54,7 @@ class Uploader:
     def _round(self, last_round: bool) -> bool | None:
         """Returns whether the store has everything; None where `pipeline sync` or an earlier helper is sending."""
         try:
-            fd = self._lock.acquire()
+            fd = lock_upload(self._run)
             if fd is None:
                 return None
             try:

@@ -31,7 +31,7 @@ from tests.data.helpers import END, save_tokenizer
         (
             compose_bytes(["<|x|>"]),
             END,
-            r"no special token '<\|endoftext\|>'; .*<\|x\|>: .*tokenizer\.end_of_text",
+            r"special token '<\|endoftext\|>'.*<\|x\|>.*tokenizer\.end_of_text",
         ),
     ],
 )

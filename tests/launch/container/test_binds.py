@@ -112,8 +112,8 @@ def test_a_source_file_that_would_be_a_dangling_link_inside_is_an_error(work, tm
         ("container.binds=[/a:/b:rx]", "container.binds: given '/a:/b:rx'", "HOST[:INSIDE[:ro]]"),
         ("container.binds=[/a:/b:ro:ro]", "container.binds: given '/a:/b:ro:ro'", "HOST[:INSIDE[:ro]]"),
         ("container.binds=[':/b']", "container.binds: given ':/b'", "HOST[:INSIDE[:ro]]"),
-        ("data.path=/usr/share/tokens", "data.path: /usr/share/tokens", "hide part of the image"),
-        ("data.path=/proc/tokens", "data.path: /proc/tokens", "hide part of the image"),
+        ("data.path=/usr/share/tokens", "data.path: /usr/share/tokens", "hide"),
+        ("data.path=/proc/tokens", "data.path: /proc/tokens", "hide"),
         ("runs_dir='a,b'", "runs_dir: ", "comma, colon or backslash"),
     ],
 )

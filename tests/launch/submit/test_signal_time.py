@@ -57,14 +57,14 @@ def test_a_fast_run_is_still_given_half_a_minute(run: Run):
 def test_a_site_decides_itself_as_long_as_a_step_and_a_save_fit(run: Run):
     measured(run, step_s=20.0, saves_s=[40.0], startup_s=50.0)
     assert signal_time_s(run, site(60, signal_before_end_s=60)) == 60
-    with pytest.raises(UsageError, match=r"signal_before_end_s: given 59, .* took 20 \+ 40 s; allowed: 115 or more"):
+    with pytest.raises(UsageError, match=r"signal_before_end_s: given 59, .*20 \+ 40 s.*allowed: 115 "):
         signal_time_s(run, site(60, signal_before_end_s=59))
 
 
 def test_a_limit_that_start_up_and_save_use_up_is_refused(run: Run):
     measured(run, step_s=20.0, saves_s=[40.0], startup_s=100.0)
     assert signal_time_s(run, site(4)) == 115
-    with pytest.raises(UsageError, match=r"train.time_limit_min: given 3, .* takes 100 s.* allowed: 5 or more"):
+    with pytest.raises(UsageError, match=r"train\.time_limit_min: given 3, .*100 s.*allowed: 5 "):
         signal_time_s(run, site(3))
 
 

@@ -44,7 +44,7 @@ def test_a_sweep_is_one_array_and_a_run_folder_for_every_value(tmp_path: Path, s
         ("train.seed=1,1", "names a value twice"),
         ("train.sed=1,2", "did you mean `seed`"),
         ("model.vocab_size=257,300", "shares one dataset"),
-        ("sample.prompt=a b,a-b", "two of its runs would both be called tiny-prompt-a_b"),
+        ("sample.prompt=a b,a-b", "both be called tiny-prompt-a_b"),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(tmp_path: Path, slurm: FakeSlurm, sweep: str, words: str):
@@ -78,12 +78,13 @@ def test_a_sweep_in_the_queue_is_not_submitted_again_even_if_its_run_folders_are
     [home] = homes(tmp_path)
     slurm.says("squeue", f"102_1|PENDING|None|||{home.name}-train\n")
     done = submit(tmp_path, slurm, *SEEDS)
-    assert (done.status, "runs/tiny-seed-1: is already in the queue as job 102_0" in done.err) == (2, True), done.err
+    assert done.status == 2
+    assert "runs/tiny-seed-1: " in done.err and "queue as job 102_0" in done.err
     for run in tmp_path.glob("runs/tiny-seed-*"):
         shutil.rmtree(run)
     done = submit(tmp_path, slurm, *SEEDS)
     assert done.status == 2
-    assert f"runs/{home.name}: is already in the queue as job 102" in done.err and "`scancel 102`" in done.err
+    assert f"runs/{home.name}: " in done.err and "queue as job 102" in done.err and "`scancel 102`" in done.err
     assert len(slurm.calls("sbatch")) == 3
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from pipeline.launch.slurm import job_records
+from pipeline.errors import PipelineError
+from pipeline.launch.slurm import client, job_records
+from pipeline.launch.slurm.client import SlurmError
 from pipeline.launch.slurm.job_records import Job
 from pipeline.run.folder import Run
 from tests.launch.support import FakeSlurm, make_run, pipeline, submit, write_files
@@ -39,7 +42,7 @@ def test_a_job_of_another_name_under_an_old_id_is_left_alone(tmp_path: Path, slu
     }  # fmt: skip
     # A new cluster starts counting ids again.
     slurm.says("squeue", "102|RUNNING|None|||new-train\n")
-    assert cancelled(tmp_path, slurm, "runs/old") == "runs/old: no job in the queue\n"
+    assert re.fullmatch(r"runs/old: no job .*\n", cancelled(tmp_path, slurm, "runs/old"))
     assert slurm.calls("scancel") == []
     done = submit(tmp_path, slurm, "name=old")
     assert done.status == 0, done.err
@@ -77,3 +80,28 @@ def test_a_prepare_array_that_was_left_behind_is_taken_out_by_any_run_of_the_swe
     name = Run(next(tmp_path.glob("runs/tiny-sweep-*"))).name
     slurm.says("squeue", f"101_0|PENDING|None|||{name}-prepare\n102_1|PENDING|None|||another-train\n")
     assert cancelled(tmp_path, slurm, RUNS[0]) == "runs/tiny-seed-1: cancelled job 101\n"
+
+
+@pytest.mark.parametrize("hostile", ["--me", "-u", "1 2", "12;ls", "", "12_x", 12, None, ["12"]])
+def test_an_id_that_is_no_job_reaches_no_command_of_slurm(tmp_path: Path, slurm: FakeSlurm, hostile: object):
+    write_files(tmp_path)
+    assert submit(tmp_path, slurm).status == 0
+    file = tmp_path / "runs/tiny/launch/jobs.json"
+    tree = json.loads(file.read_text())
+    tree["jobs"][0]["id"] = hostile
+    file.write_text(json.dumps(tree))
+    done = pipeline(tmp_path, "cancel", "runs/tiny", slurm=slurm)
+    assert done.status == 1 and done.err.count("\n") == 1 and "launch/jobs.json: " in done.err
+    assert slurm.calls("scancel") == []
+    with pytest.raises(SlurmError):
+        client.cancel([str(hostile), "12"] if hostile != 12 else ["--me"])
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"jobs": {}}', '{"jobs": [1]}', '{"jobs": [{"id": "1"}]}', "null", "["]
+)
+def test_a_list_of_jobs_of_another_shape_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str):
+    run, _ = make_run(tmp_path, monkeypatch)
+    run.jobs_file.write_text(content)
+    with pytest.raises(PipelineError, match=f"^{run.jobs_file}: "):
+        job_records.jobs(run)

@@ -51,13 +51,14 @@ def test_a_waiting_chain_says_what_it_waits_for(run: Run, slurm: FakeSlurm):
     slurm.says("squeue", WAITING)
     slurm.says("sacct", "101|COMPLETED|n1|tiny\n")
     found = status()
-    assert (found.state, found.stage, found.reason) == ("queued", "train", "waits for the stage before it")
+    assert (found.state, found.stage) == ("queued", "train") and "stage before" in found.reason
 
 
 def test_a_requeued_training_says_after_what(run: Run, slurm: FakeSlurm):
-    append(run.events_file, Requeued(job="102", reason="rank 1 on n2 was killed by signal 9"))
+    killed = "rank 1 on n2 was killed by signal 9"
+    append(run.events_file, Requeued(job="102", reason=killed))
     slurm.says("squeue", "102|PENDING|BeginTime|||tiny-train\n103|PENDING|Dependency|||tiny-evaluate\n")
-    assert status().reason == "requeued after: rank 1 on n2 was killed by signal 9"
+    assert status().reason == f"requeued after: {killed}"
 
 
 @pytest.mark.parametrize("accounting", [True, False])
@@ -101,8 +102,8 @@ def test_a_controller_that_is_away_is_said_and_nothing_is_made_up(run: Run, tmp_
     slurm.says("squeue", err="squeue: error: Unable to contact slurm controller (connect failure)\n", status=1)
     done = pipeline(tmp_path, "status", "runs/tiny", slurm=slurm)
     assert done.status == 0
-    assert "Unable to contact slurm controller" in done.err and "from the run folder alone" in done.err
-    assert "unknown" in done.out and "Slurm does not answer here" in done.out
+    assert "Unable to contact" in done.err and "run folder" in done.err
+    assert "unknown" in done.out and "does not answer" in done.out
 
 
 def test_many_runs_are_a_table_and_one_call_of_squeue(run: Run, tmp_path: Path, slurm: FakeSlurm):

@@ -98,7 +98,7 @@ def test_a_wrong_password_is_reported_without_being_repeated(server, tmp_path, b
     warned()
     (told,) = [line for line in "".join(heard).splitlines() if "Training continues" in line]
     for message in (told, str(refused.value)):
-        assert "does not accept these credentials (401)" in message and all(name in message for name in NAMES)
+        assert "not accept these credentials (401)" in message and all(name in message for name in NAMES)
     assert_nowhere([ADMIN, "analytical-engine"], tmp_path, *heard, str(refused.value))
 
 
@@ -111,5 +111,5 @@ def test_a_user_without_write_access_is_told(server, tmp_path, become):
     get_app_client("basic-auth", tracking_uri=server.url).create_user("grace-hopper", "a long password")
     become("grace-hopper", "a long password")
     run, _ = recorded(tmp_path, server, "tracking.experiment=of-ada")
-    with pytest.raises(PipelineError, match=r"refuses access \(403, 'Permission denied'\): check MLFLOW_TR"):
+    with pytest.raises(PipelineError, match=r"\(403, 'Permission denied'\): .*MLFLOW_TR"):
         sync(run)

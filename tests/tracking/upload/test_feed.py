@@ -7,9 +7,9 @@ import pytest
 from pipeline.run import journal
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload import uploader
-from pipeline.tracking.upload.feed import Feed, UploadLock
+from pipeline.tracking.upload.feed import Feed, lock_upload
 from pipeline.tracking.upload.store import Store, resolve_uri
-from tests.tracking.support import begin, log_steps, make_run, of_journal, of_mlflow, wait_for
+from tests.tracking.support import begin, log_steps, make_run, of_journal, of_mlflow, read_history, wait_for
 
 
 def test_memory_does_not_grow_with_the_backlog(folder, monkeypatch):
@@ -73,7 +73,7 @@ def test_a_system_metrics_file_shorter_than_its_position_is_sent_from_its_start(
     assert Feed(run, config, uri).send_all() == 2
     feed = Feed(run, config, uri)
     store, run_id = feed.connect()
-    assert [p.step for p in store.read_history(run_id)["system/n1/cpu"]] == list(range(11))
+    assert [p.step for p in read_history(store, run_id)["system/n1/cpu"]] == list(range(11))
 
 
 def test_an_identity_is_on_disk_before_the_mlflow_run_is_created(folder, monkeypatch):
@@ -87,15 +87,14 @@ def test_an_identity_is_on_disk_before_the_mlflow_run_is_created(folder, monkeyp
 
 def test_a_lock_that_cannot_be_taken_for_a_moment_does_not_end_the_uploader(folder, monkeypatch, caplog):
     run, config = make_run(folder)
-    taken = UploadLock.acquire
     failures = [OSError(5, "Input/output error")]
 
-    def acquire(self):
+    def lock(run):
         if failures:
             raise failures.pop()
-        return taken(self)
+        return lock_upload(run)
 
-    monkeypatch.setattr(UploadLock, "acquire", acquire)
+    monkeypatch.setattr("pipeline.tracking.upload.uploader.lock_upload", lock)
     tracker = begin(run, config)
     log_steps(tracker, 1, 10)
     wait_for(lambda: not failures, 30)

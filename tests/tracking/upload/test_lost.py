@@ -123,7 +123,5 @@ def test_an_unreachable_server_causes_one_message_and_no_loss(tmp_path):
     log_steps(tracker, 1, 30)
     tracker.close("FINISHED")
     assert len(of_journal(run)["train/loss"]) == 30
-    with pytest.raises(
-        PipelineError, match=r"MLflow at http://127.0.0.1:\d+: cannot be reached \(Connection refused\)"
-    ):
+    with pytest.raises(PipelineError, match=r"http://127\.0\.0\.1:\d+: .*\(Connection refused\)"):
         sync(run)

@@ -13,7 +13,17 @@ from pipeline.run import journal
 from pipeline.run.events import Cancelled, Checkpointed, Finished, Started, Submitted, append
 from pipeline.tracking.upload.store import resolve_uri
 from pipeline.tracking.upload.sync import register_export, sync
-from tests.tracking.support import acknowledged, begin, log_steps, make_run, of_journal, of_mlflow, open_store, wait_for
+from tests.tracking.support import (
+    acknowledged,
+    begin,
+    log_steps,
+    make_run,
+    of_journal,
+    of_mlflow,
+    open_store,
+    read_history,
+    wait_for,
+)
 
 
 def test_a_run_is_recorded_with_everything_that_belongs_to_it(folder):
@@ -76,7 +86,7 @@ def test_an_evaluation_becomes_metrics_of_its_checkpoint_once(folder):
         )
         sync(run)
     store, run_id = open_store(run, config)
-    there = store.read_history(run_id, ["evaluation/loss", "evaluation/bits_per_byte"])
+    there = read_history(store, run_id)
     assert [(p.step, p.value) for p in there["evaluation/loss"]] == [(10, 2.5)]
     assert [(p.step, p.value) for p in there["evaluation/bits_per_byte"]] == [(10, 1.1)]
 
@@ -227,7 +237,7 @@ def test_system_metrics_of_every_node_arrive_once(folder):
     tracker.close("FINISHED")
     sync(run)
     store, run_id = open_store(run, config)
-    history = store.read_history(run_id)
+    history = read_history(store, run_id)
     there = {key: [(p.step, p.value) for p in points] for key, points in history.items() if key.startswith("system/")}
     assert there == {
         "system/n1/gpu_0_power_usage_watts": [(0, 300.0)],

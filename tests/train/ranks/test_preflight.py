@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import time
@@ -108,7 +109,7 @@ def test_healthy_ranks_say_nothing(tmp_path: Path):
     ("injure", "words"),
     [
         (break_device, "multiplies matrices wrongly"),
-        (advance_clock, "its clock is 90 s ahead"),
+        (advance_clock, "90 s ahead"),
     ],
 )
 def test_a_bad_node_is_named_on_all_ranks_and_recorded(injure, words, tmp_path: Path):
@@ -122,11 +123,11 @@ def test_a_bad_node_is_named_on_all_ranks_and_recorded(injure, words, tmp_path: 
 
 @pytest.mark.parametrize(
     ("injure", "words"),
-    [(hang, "did not get through its checks"), (stay_away, "did not join the sum over all ranks")],
+    [(hang, "its checks"), (stay_away, "the sum over")],
 )
 def test_a_rank_that_hangs_is_named_within_the_time_limit(injure, words, tmp_path: Path):
     said = processes.on_ranks(check, 2, tmp_path / "log", str(tmp_path), injure)
-    assert f"rank 1 on {HOST}: {words} in 1 s" in said[0]
+    assert re.search(rf"rank 1 on {re.escape(HOST)}: .*{words}.* in 1 s", said[0])
     assert "rank 0" not in said[0]
     (event,) = events(tmp_path)
     assert event["nodes"] == [HOST]
@@ -135,7 +136,7 @@ def test_a_rank_that_hangs_is_named_within_the_time_limit(injure, words, tmp_pat
 def test_a_sum_that_does_not_end_is_reported_without_blaming_a_node(tmp_path: Path):
     said = processes.on_ranks(check, 2, tmp_path / "log", str(tmp_path), add_up_for_ever)
     # The first rank to give up closes its connections; the other may notice that before its own limit.
-    assert any("a sum over all ranks failed: it did not end in 1 s" in words for words in said)
+    assert any(re.search("sum over .*failed.* in 1 s", words) for words in said)
     assert events(tmp_path) == []
 
 
@@ -157,14 +158,14 @@ def test_a_clock_is_wrong_if_most_other_clocks_and_the_file_systems_differ(skews
 @pytest.mark.parametrize(
     ("injure", "dataset", "words"),
     [
-        (fill_disk, "d", "a checkpoint needs 0.02 GB; make room"),
-        (change_image, "d", f"rank 1 on {HOST} has another image: ffffffffffff, not none"),
-        (None, "e" * 64, f"rank 1 on {HOST} has another dataset: eeeeeeeeeeee, not d"),
+        (fill_disk, "d", "needs 0.02 GB; make room"),
+        (change_image, "d", f"rank 1 on {HOST} .*image: f{{12}}, not none"),
+        (None, "e" * 64, f"rank 1 on {HOST} .*dataset: e{{12}}, not d"),
     ],
 )
 def test_what_no_other_node_would_cure_is_reported_without_blaming_a_node(injure, dataset, words, tmp_path: Path):
     said = processes.on_ranks(check, 3, tmp_path / "log", str(tmp_path), injure, dataset)
-    assert len(set(said)) == 1 and words in said[0]
+    assert len(set(said)) == 1 and re.search(words, said[0])
     assert events(tmp_path) == []
     shutil.rmtree(tmp_path)
 

@@ -34,7 +34,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", documents(200), row_group_size=20)
     content = bytearray(path.read_bytes())
     path.write_bytes(content[:-100])
-    with pytest.raises(DataError, match=r"a\.parquet, the whole file: unreadable Parquet"):
+    with pytest.raises(DataError, match=r"a\.parquet, .*unreadable"):
         prepare(config(tmp_path / "out", [one_source(path)]))
 
 
@@ -57,7 +57,7 @@ def test_parquet_rows_without_text_are_named(
 
 def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["a"])
-    with pytest.raises(DataError, match=r"field is no string.*the column 'id' holds int64"):
+    with pytest.raises(DataError, match=r"field.*'id'.*int64"):
         prepare(config(tmp_path / "out", [one_source(path, field="id")]))
 
 
@@ -70,7 +70,7 @@ def test_invalid_utf8_in_a_binary_parquet_column_names_the_row(tmp_path: Path) -
     assert prepare(made).bad == {"invalid UTF-8": 1, "missing field": 1}
     path.write_bytes(b"")
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([b"ok", b"n\xfft"], pyarrow.binary())}), path)
-    with pytest.raises(DataError, match=r"row 1 \(from 0\), byte 1 of the text: invalid UTF-8"):
+    with pytest.raises(DataError, match=r"row 1 \(from 0\), byte 1 .*invalid UTF-8"):
         prepare(config(tmp_path / "out2", [one_source(path)]))
 
 
@@ -91,7 +91,7 @@ def test_nulls_of_a_view_are_skipped(kind: pyarrow.DataType, tmp_path: Path) -> 
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.parquet", pyarrow.array(["a"]), pyarrow.array(["b"]), names=["text", "text"])
-    with pytest.raises(DataError, match=r"2 columns are named 'text': rename"):
+    with pytest.raises(DataError, match=r"2 columns.*'text'.*rename"):
         prepare(config(tmp_path / "out", [one_source(path)]))
 
 
