@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from pipeline.config.load import load_config
-from pipeline.data.dataset import open_dataset, validation_windows
+from pipeline.data.dataset import ValidationWindows, open_dataset
 from pipeline.model.chunked_loss import IGNORED
 from pipeline.train.evaluate import _padded
 from tests import processes
@@ -102,7 +102,7 @@ def test_a_restart_compiles_nothing_and_stays_on_the_curve(lab: Lab, tmp_path: P
     for part in ("inductor", "aot_autograd"):
         assert not [kind for kind in second[part] if kind.endswith("_cache_miss")], part
     run = Path(load_config(config).runs_dir) / "compiled"
-    windows = validation_windows(open_dataset(load_config(config).data.path, "validation"), 16)
+    windows = ValidationWindows(open_dataset(load_config(config).data.path, "validation"), 16)
     assert windows.count % 4, "the last chunk of a validation is smaller"
     assert any((run / "compiled").iterdir())
     assert [e["step"] for e in events(run, "resumed")] == [7]
