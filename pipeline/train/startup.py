@@ -219,6 +219,12 @@ def _ended(session: Session, peers: Peers) -> Iterator[None]:
         session.end(Preempted(step=session.step, reason=session.stop.reason), "STOPPED")
         raise
     except BaseException as error:
-        session.fail(peers.cause_of(error) or f"{type(error).__name__}: {error}")
+        session.fail(peers.cause_of(error) or _in_words(error))
         raise
     session.end(Finished(step=session.step), "FINISHED")
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"a library ended the process with status {error.code}"
+    return str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"

@@ -3,6 +3,9 @@
 gloo fails as soon as a connection breaks; NCCL waits for a collective that never ends. Every rank therefore keeps one
 TCP connection to rank 0, which the kernel closes with the process, however that ends. Rank 0 tells the other ranks
 which rank ended and what its last error was.
+
+Under torchrun the store that all ranks share lives in torchrun's agent. If that is killed, the ranks survive it and
+could save nothing more: each looks at the store every second.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from torch._C._distributed_c10d import Store
+
 from pipeline.errors import EXIT_FAILED, PipelineError
 from pipeline.run.world import World
 from pipeline.train.ranks import group
 
 HEARTBEAT_S = 2.0
+AGENT_S = 1.0
 SILENCE_S = 60.0
 HELLO_S = 5.0
 GRACE_S = 5.0
@@ -29,6 +35,7 @@ LAST_WORDS_S = 3.0
 GOODBYE_S = 1.0
 
 _LONGEST_HELLO = 1000
+_UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 class Peers:
@@ -55,6 +62,8 @@ class Peers:
         else:
             self._connect(group.broadcast(("", 0), world), token)
         self._start(self._beat)
+        if _UNDER_TORCHRUN in os.environ:
+            self._start(self._watch_agent, group.store())
 
     def cause_of(self, error: BaseException) -> str | None:
         """Returns which rank's end caused this error, waiting a moment for the news; None if the error is our own.
@@ -114,6 +123,15 @@ class Peers:
     def _beat(self) -> None:
         while not self._closing.wait(HEARTBEAT_S):
             self._send_all({})
+
+    def _watch_agent(self, store: Store) -> None:
+        while not self._closing.wait(AGENT_S):
+            try:
+                store.check(["agent"])
+            except RuntimeError:
+                if not self._closing.is_set():
+                    self._end("torchrun was killed, and the store that the ranks share with it", lambda lost: None)
+                return
 
     def _send_all(self, message: dict[str, Any]) -> None:
         with self._sending:  # lines of two threads must not mix
