@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.checkpoint.host_copy import HostCopy, OwnedFragment, device_event
-from pipeline.checkpoint.pending import PendingCheckpoint, RankIdentity
+from pipeline.checkpoint.pending import PendingCheckpoint, RankIdentity, lost_to
 from pipeline.checkpoint.retention import Retention
 from pipeline.config.sections import CheckpointConfig
 from pipeline.errors import CheckpointError
@@ -105,7 +105,8 @@ class CheckpointSaver:
             state: The rest of the state, as plain values; rank 0's is stored.
 
         Raises:
-            CheckpointError: More saves in a row have failed than `checkpoint` allows; raised on all ranks.
+            CheckpointError: Another start has taken over, or more saves in a row have failed than `checkpoint` allows;
+                raised on all ranks.
         """
         self._skip_deferred()
         if self._config.if_busy == "wait":
@@ -121,6 +122,10 @@ class CheckpointSaver:
             self._deferred = request
         else:
             self._begin(request)
+
+    def superseded(self) -> str | None:
+        """Returns what to say when another start of the run has taken over; None while this one owns it (rank 0)."""
+        return lost_to(self._checkpoints, self._identity.start_id)
 
     def wait_for_copy(self) -> None:
         """Blocks until weights may change again."""
@@ -141,6 +146,9 @@ class CheckpointSaver:
 
     def _reason_to_end(self) -> str | None:
         """Returns why this rank cannot go on without a durable checkpoint; None if it can."""
+        superseded = self.superseded() if self._identity.rank == 0 else None
+        if superseded is not None:
+            return superseded
         limit_s = self._config.timeout_min * 60
         if self.busy and time.monotonic() - self._began > limit_s:
             self._failures += 1

@@ -63,7 +63,8 @@ class Peers:
             self._connect(group.broadcast(("", 0), world), token)
         self._start(self._beat)
         if _UNDER_TORCHRUN in os.environ:
-            self._start(self._watch_agent, group.store())
+            store = group.store()
+            self.watch(lambda: _without_agent(store), AGENT_S)
 
     def cause_of(self, error: BaseException) -> str | None:
         """Returns which rank's end caused this error, waiting a moment for the news; None if the error is our own.
@@ -74,6 +75,18 @@ class Peers:
         while self._world.size > 1 and self.lost is None and time.monotonic() < deadline:
             time.sleep(0.05)
         return self.lost
+
+    def watch(self, cause: Callable[[], str | None], every_s: float) -> None:
+        """Ends all ranks as soon as `cause`, which a thread of this rank asks from now on, returns a reason."""
+
+        def look() -> None:
+            while not self._closing.wait(every_s):
+                found = cause()
+                if found is not None and not self._closing.is_set():
+                    self._end(found, self._tell_all if self._world.is_first else lambda lost: None)
+                    return
+
+        self._start(look)
 
     def close(self, error: str | None = None) -> None:
         """Says goodbye; with an error, the other ranks end too and show it."""
@@ -123,15 +136,6 @@ class Peers:
     def _beat(self) -> None:
         while not self._closing.wait(HEARTBEAT_S):
             self._send_all({})
-
-    def _watch_agent(self, store: Store) -> None:
-        while not self._closing.wait(AGENT_S):
-            try:
-                store.check(["agent"])
-            except RuntimeError:
-                if not self._closing.is_set():
-                    self._end("torchrun was killed, and the store that the ranks share with it", lambda lost: None)
-                return
 
     def _send_all(self, message: dict[str, Any]) -> None:
         with self._sending:  # lines of two threads must not mix
@@ -187,6 +191,14 @@ def _hello(connection: socket.socket, stream: TextIO, token: str) -> dict[str, A
         return None
     connection.settimeout(SILENCE_S)
     return hello if isinstance(hello, dict) and hello.get("token") == token else None
+
+
+def _without_agent(store: Store) -> str | None:
+    try:
+        store.check(["agent"])
+    except RuntimeError:
+        return "torchrun was killed, and the store that the ranks share with it"
+    return None
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
