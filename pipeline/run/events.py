@@ -130,6 +130,8 @@ class StartBegan(Event, kind="attempt"):
     """When the start before it logged its last line, in Unix seconds."""
     host: str = ""
     job: str | None = None
+    restart: int = 0
+    """How often Slurm had restarted the job that it runs in."""
     requeued: bool = False
     """Whether Slurm restarted the job that it runs in."""
 
