@@ -153,7 +153,7 @@ class CheckpointSaver:
             self.wait()
 
     def _reason_to_end(self) -> str | None:
-        """Returns why this rank cannot go on without a durable checkpoint; None if it can."""
+        """Returns why this rank must end, for want of a durable checkpoint; None if it need not."""
         superseded = self.superseded() if self._identity.rank == 0 else None
         if superseded is not None:
             return superseded

@@ -247,10 +247,7 @@ class Failed(Accounted, kind="failed"):
 
 
 def append(path: Path, event: E) -> E:
-    """Appends an event; several processes (launcher, trainer, a cancelling user) may write to the file.
-
-    Returns:
-        The event as written, with its time.
+    """Appends an event and returns it with its time; several processes (launcher, trainer, a user) may write to the file.
 
     Raises:
         OSError: It cannot be written whole; readers ignore what is there of it.

@@ -17,7 +17,7 @@ from pipeline.text_format import duration, short
 
 
 class _Output(Terminal):
-    """Rich would end the process with a bare `SystemExit` where nobody reads its output any longer."""
+    """Rich would end the process with a bare `SystemExit` once its output is closed."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
