@@ -247,7 +247,7 @@ class Failed(Accounted, kind="failed"):
 
 
 def append(path: Path, event: E) -> E:
-    """Appends an event and returns it with its time; several processes (launcher, trainer, a user) may write to the file.
+    """Appends an event and returns it with its time; several processes (launcher, trainer, user) may write to the file.
 
     Raises:
         OSError: It cannot be written whole; readers ignore what is there of it.
