@@ -15,6 +15,7 @@ import pipeline.train.startup as startup
 from pipeline.checkpoint.layout import Manifest, published
 from pipeline.config.sections import Config
 from pipeline.data import dataset
+from pipeline.data import manifest as module
 from pipeline.data.build.display import prepare_here
 from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import DatasetManifest
@@ -111,9 +112,9 @@ def test_a_resumed_start_opens_the_dataset_once(resumable: Config, monkeypatch: 
     folder = Path(resumable.data.path)
     manifest = DatasetManifest.load(folder)
     looked_at, hashed, loaded = Counter[Path](), [], []
-    stat, sha256_file, load = Path.stat, dataset.sha256_file, DatasetManifest.load
-    monkeypatch.setattr(Path, "stat", lambda self, **options: (looked_at.update([self]), stat(self, **options))[1])
-    monkeypatch.setattr(dataset, "sha256_file", lambda file: (hashed.append(file), sha256_file(file))[1])
+    size, sha256_file, load = module.size_of_regular, dataset.sha256_file, DatasetManifest.load
+    monkeypatch.setattr(module, "size_of_regular", lambda file, *at: (looked_at.update([file]), size(file, *at))[1])
+    monkeypatch.setattr(dataset, "sha256_file", lambda file, *at: (hashed.append(file), sha256_file(file, *at))[1])
     monkeypatch.setattr(DatasetManifest, "load", lambda path: (loaded.append(path), load(path))[1])
     with open_session(resumable):
         assert run_for(resumable).tokenizer_file.exists()
