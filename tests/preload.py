@@ -21,4 +21,6 @@ _import_without_mlflow()
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402 - it imports all of inductor, which takes two seconds
 import deepspeed.runtime.zero.stage3  # noqa: E402, F401
 
+# Inductor sets it as soon as it is imported, and training would take that for the user's choice.
+os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
 torch.set_num_threads(1)

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 import pipeline.train.startup as startup
-from pipeline.checkpoint.layout import published
+from pipeline.checkpoint.layout import Manifest, published
 from pipeline.config.sections import Config
 from pipeline.data import dataset
+from pipeline.data import manifest as module
 from pipeline.data.build.display import prepare_here
 from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import DatasetManifest
@@ -23,6 +24,7 @@ from pipeline.run.folder import run_for
 from pipeline.run.provenance import IMAGE_SHA256_VARIABLE, IMAGE_VARIABLE
 from pipeline.run.world import World
 from pipeline.train.clock import StepClock
+from pipeline.train.engine.fresh import INIT_VERSION
 from pipeline.train.ranks import group
 from pipeline.train.recover import Recovery
 from pipeline.train.startup import open_session
@@ -82,6 +84,24 @@ def test_a_checkpoint_of_another_dataset_is_refused_before_it_is_loaded(trained:
         startup._fill(engine, Recovery(newest, ()), trained.config, "e" * 64)  # type: ignore[arg-type]
 
 
+def test_a_resumed_run_keeps_the_version_of_its_initialization(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints from before there was one have the first."""
+    newest, digest = published(trained.run.checkpoints)[0], DatasetManifest.load(Path(trained.config.data.path)).digest
+    engine = SimpleNamespace(load=lambda reader: None)
+
+    def resumed() -> int:
+        found = startup._fill(engine, Recovery(newest, ()), trained.config, digest)  # type: ignore[arg-type]
+        return found["initialization"]
+
+    assert resumed() == INIT_VERSION == 2
+    state = {key: value for key, value in Manifest.load(newest).state.items() if key != "initialization"}
+    older = SimpleNamespace(manifest=SimpleNamespace(state=state, step=10), close=lambda: None)
+    monkeypatch.setattr(startup, "CheckpointReader", lambda folder: older)
+    assert resumed() == 1
+
+
 def test_a_run_is_not_resumed_with_data_of_another_tokenizer(resumable: Config) -> None:
     run_for(resumable).tokenizer_file.write_text("{}")
     with pytest.raises(DataError, match="tokenizer"), open_session(resumable):
@@ -92,9 +112,9 @@ def test_a_resumed_start_opens_the_dataset_once(resumable: Config, monkeypatch: 
     folder = Path(resumable.data.path)
     manifest = DatasetManifest.load(folder)
     looked_at, hashed, loaded = Counter[Path](), [], []
-    stat, sha256_file, load = Path.stat, dataset.sha256_file, DatasetManifest.load
-    monkeypatch.setattr(Path, "stat", lambda self, **options: (looked_at.update([self]), stat(self, **options))[1])
-    monkeypatch.setattr(dataset, "sha256_file", lambda file: (hashed.append(file), sha256_file(file))[1])
+    size, sha256_file, load = module.size_of_regular, dataset.sha256_file, DatasetManifest.load
+    monkeypatch.setattr(module, "size_of_regular", lambda file, *at: (looked_at.update([file]), size(file, *at))[1])
+    monkeypatch.setattr(dataset, "sha256_file", lambda file, *at: (hashed.append(file), sha256_file(file, *at))[1])
     monkeypatch.setattr(DatasetManifest, "load", lambda path: (loaded.append(path), load(path))[1])
     with open_session(resumable):
         assert run_for(resumable).tokenizer_file.exists()
