@@ -1,6 +1,8 @@
-"""Numbers, durations and bytes as text."""
+"""Numbers, durations, bytes and paths as text."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 
 def short(value: float) -> str:
@@ -48,3 +50,8 @@ def byte_characters() -> list[str]:
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def located(path: str | Path) -> str:
+    """Returns a path as given and, if it is relative, where that is: it counts from the working folder."""
+    return str(path) if Path(path).is_absolute() else f"{path} (here {Path(path).absolute()})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any
@@ -60,6 +61,10 @@ def main() -> None:
     """Runs the command line; a user's mistake becomes one message on stderr and the documented exit status."""
     # MLflow reports usage by default; nothing that this project starts does so unless the user asks for it.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for stream in (sys.stdout, sys.stderr):
+        # Text or a file name may hold characters that the terminal's encoding does not.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (StopRequested, _Interrupted) as stop:

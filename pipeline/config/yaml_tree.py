@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config.section_base import S, Section, broken_rules, section_of, usable_part, wrong_value
 from pipeline.errors import ConfigError, Problem, UsageError
 from pipeline.files import naming
+from pipeline.text_format import located
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,7 +61,7 @@ class Vocabulary(Generic[S]):
             UsageError: It cannot be read.
         """
         try:
-            with naming(path, f"the {self.kind} file cannot be read", error=UsageError):
+            with naming(located(path), f"the {self.kind} file cannot be read", error=UsageError):
                 return Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             where = f"{error.reason} at byte {error.start}"

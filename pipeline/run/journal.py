@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Self
 from pipeline.files import fsync_file, write_bytes
 
 _BLOCK = 1 << 20
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,13 @@ class Line:
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """Returns a record as the bytes of a line; NaN and Infinity are written as Python's json writes them."""
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    """Returns a record as the bytes of a line: strict JSON, with NaN and infinities as text that `read` turns back."""
+    strict = {k: _name(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(strict, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _name(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def read(path: Path, offset: int = 0) -> Iterator[Line]:
@@ -62,7 +69,9 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
         record = json.loads(raw)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    return {k: _NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
 
 
 def last(path: Path) -> dict[str, Any] | None:
