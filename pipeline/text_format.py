@@ -1,10 +1,11 @@
-"""Numbers, durations and bytes as text, and text of any origin as characters that a terminal only shows."""
+"""Numbers, durations, bytes and paths as text, and text of any origin as characters that a terminal only shows."""
 
 from __future__ import annotations
 
 import logging
 import re
 import sys
+from pathlib import Path
 from typing import TextIO
 
 # C0 and C1, the line and paragraph separators, the controls of writing direction, and halves of surrogate pairs.
@@ -86,3 +87,8 @@ def byte_characters() -> list[str]:
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def located(path: str | Path) -> str:
+    """Returns a path as given and, if it is relative, where that is: it counts from the working folder."""
+    return str(path) if Path(path).is_absolute() else f"{path} (here {Path(path).absolute()})"

@@ -40,7 +40,9 @@ _PACKAGE_CHECKS = ("torch", "deepspeed", "devices", "node")
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
-def run_checks(config_file: str, site_file: str | None, overrides: Sequence[str]) -> list[Check]:
+def run_checks(
+    config_file: str, site_file: str | None, overrides: Sequence[str], sweeps: Sequence[str] = ()
+) -> list[Check]:
     """Runs every check of a config, for this machine or for a site.
 
     Raises:
@@ -54,8 +56,10 @@ def run_checks(config_file: str, site_file: str | None, overrides: Sequence[str]
     found += [_memory(config, site), *_zero_stage(config, site), _disk(config), _data(config)]
     if site is not None:
         from pipeline.check.site_request import check_site_request
+        from pipeline.launch.submit.sweep import experiments
 
-        found += check_site_request(site, run)
+        runs = len(experiments(config_file, overrides, sweeps, world))
+        found += check_site_request(config, site, run, runs)
     container = site.container if site else SiteContainer()
     from_job = site is not None and bool(site.modules or site.setup)
     found += _container(config, container, run, from_job)
@@ -212,7 +216,9 @@ def _node_command(config: Config) -> list[str]:
 def _run_node(command: Sequence[str], environment: Mapping[str, str]) -> list[Check]:
     """Runs `pipeline.check.node` and returns its results; a process that fails is one failed check."""
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_NODE_TIMEOUT_S)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", timeout=_NODE_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
         return [Check("node", "failed", f"no answer in {_NODE_TIMEOUT_S} s", "look at the node's file systems")]
     except OSError as error:

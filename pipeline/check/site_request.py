@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from pipeline.check.result import Check
+from pipeline.config.sections import Config
 from pipeline.errors import PipelineError
 from pipeline.launch.site import Resources, Site, TrainResources
 from pipeline.launch.slurm import client as slurm
@@ -27,8 +28,15 @@ class _Partition:
     up: bool
 
 
-def check_site_request(site: Site, run: Run) -> list[Check]:
-    """Compares every stage's request with its partition; checks the time limit and accounting."""
+def check_site_request(config: Config, site: Site, run: Run, runs: int = 1) -> list[Check]:
+    """Compares every stage's request with its partition; checks the arrays, the time limit and accounting.
+
+    Args:
+        config: The experiment.
+        site: The cluster.
+        run: The run.
+        runs: How many runs a sweep has.
+    """
     if not slurm.installed():
         return [Check("slurm", "failed", "its commands are not installed on this machine", "run this on a login node")]
     try:
@@ -37,7 +45,26 @@ def check_site_request(site: Site, run: Run) -> list[Check]:
         return [Check("slurm", "failed", str(error), "try `scontrol ping`")]
     stages = {"prepare": site.prepare, "train": site.train, "evaluate": site.evaluate}
     requests = [_check_request(stage, asked, partitions) for stage, asked in stages.items()]
-    return [*requests, _time_limit(site, run), _accounting(site)]
+    return [*requests, *_arrays(site, runs), _time_limit(site, run), _accounting(site)]
+
+
+def _arrays(site: Site, runs: int) -> list[Check]:
+    """Compares the slices and the runs of a sweep with the largest array that Slurm takes; silent if it is unknown."""
+    try:
+        found = re.search(r"MaxArraySize\s*=\s*(\d+)", slurm.call("scontrol", "show", "config"))
+    except slurm.SlurmError:
+        return []
+    if found is None:
+        return []
+    limit = int(found[1])
+    wanted = {"slices of prepare": (site.prepare.slices, "prepare.slices"), "runs of the sweep": (runs, "--sweep")}
+    over = {what: cure for what, (count, cure) in wanted.items() if count > limit}
+    if over:
+        sizes = ", ".join(f"{wanted[what][0]:,} {what}" for what in over)
+        return [
+            Check("arrays", "failed", f"{sizes}, and MaxArraySize is {limit:,}", f"lower {', '.join(over.values())}")
+        ]
+    return [Check("arrays", "ok", f"within MaxArraySize = {limit:,}")]
 
 
 def _check_request(stage: str, asked: Resources, partitions: dict[str, _Partition]) -> Check:

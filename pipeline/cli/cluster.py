@@ -108,6 +108,9 @@ def check(
     site_file: Annotated[
         str | None, typer.Option("--site", metavar="SITE", help="The cluster's YAML file; this machine by default.")
     ] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V1,V2", help="As `pipeline submit` will be given it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check whether a config will work: memory, disk, data, devices, Slurm, image; exit status 1 if not."""
@@ -115,7 +118,7 @@ def check(
     from pipeline.check.table import print_checks
     from pipeline.terminal import Terminal
 
-    found = run_checks(config_file, site_file, overrides or ())
+    found = run_checks(config_file, site_file, overrides or (), sweep or ())
     if as_json:
         print(json.dumps([one.to_json() for one in found], indent=2))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -64,6 +65,10 @@ def main() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(PlainFormatter())
+    for stream in (sys.stdout, sys.stderr):
+        # Text or a file name may hold characters that the terminal's encoding does not.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (StopRequested, _Interrupted) as stop:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
+import sys
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from pipeline.checkpoint.layout import published, step_of
 from pipeline.checkpoint.read import newest_checkpoint, verify
 from pipeline.checkpoint.weights import write_weights
+from pipeline.data.tokenize import tokenizer_json
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import UsageError
 from pipeline.files import fsync_dir, naming, staged_dir, write_bytes, write_json
@@ -89,7 +92,7 @@ def _write_hugging_face(folder: Path, run: Run, checkpoint: Path) -> None:
             rename=llama_name,
             reorder=lambda name, weight: llama_rows(name, weight, model.num_heads),
         )
-        write_bytes(temp / model_folder.TOKENIZER, tokenizer.content)
+        write_bytes(temp / model_folder.TOKENIZER, _as_trained(tokenizer, run))
         write_json(temp / model_folder.CONFIG, llama_config(model, end))
         write_json(temp / model_folder.GENERATION_CONFIG, model_folder.generation_config(config.sample, end))
         write_json(
@@ -98,6 +101,21 @@ def _write_hugging_face(folder: Path, run: Run, checkpoint: Path) -> None:
         )
         if folder.exists():  # an earlier export; a rename replaces only an empty folder
             shutil.rmtree(folder)
+
+
+def _as_trained(tokenizer: Tokenizer, run: Run) -> bytes:
+    """Returns the tokenizer.json for other programs, which encodes as training did; says so where it is changed."""
+    given = json.loads(tokenizer.content)
+    ours = tokenizer_json.without_added_tokens(given)
+    changed = [name for name in ("post_processor", "truncation", "padding") if ours[name] != given.get(name)]
+    if not changed:
+        return tokenizer.content
+    print(
+        f"pipeline: {run.tokenizer_file}: the export leaves out its {', '.join(changed)}: training encoded every "
+        "document without, and the model never saw, for one, a token at the beginning",
+        file=sys.stderr,
+    )
+    return json.dumps(ours, ensure_ascii=False).encode()
 
 
 def _check_replaceable(folder: Path) -> None:

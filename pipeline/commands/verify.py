@@ -10,7 +10,7 @@ from pipeline.data.manifest import DatasetManifest
 from pipeline.errors import CheckpointError, PipelineError, UsageError, listing
 from pipeline.files import read_json
 from pipeline.run.folder import CHECKPOINT_MANIFEST, Run, open_run
-from pipeline.text_format import megabytes
+from pipeline.text_format import located, megabytes
 
 
 def verify_path(path: str) -> str:
@@ -28,7 +28,7 @@ def verify_path(path: str) -> str:
     if Run(folder).config_file.exists():
         return _verify_run(open_run(folder))
     raise UsageError(
-        f"{path}: is neither a dataset nor a checkpoint (it has no {CHECKPOINT_MANIFEST}), "
+        f"{located(path)}: is neither a dataset nor a checkpoint (it has no {CHECKPOINT_MANIFEST}), "
         f"nor a run (it has no {Run(folder).config_file.name})"
     )
 
@@ -44,7 +44,8 @@ def _is_dataset(folder: Path) -> bool:
 
 def _verify_run(run: Run) -> str:
     """Verifies the dataset and every checkpoint, also after one is found damaged."""
-    intact, damaged = [], []
+    intact: list[str] = []
+    damaged: list[PipelineError] = []
     dataset = Path(run.config().data.path)
     checkpoints = list(reversed(layout.published(run.checkpoints)))
     for folder in checkpoints:
@@ -55,10 +56,17 @@ def _verify_run(run: Run) -> str:
             damaged.append(error)
     if not checkpoints:
         intact.append(f"{run.checkpoints}: holds no checkpoint yet")
+    missing = not _is_dataset(dataset)
     try:
-        intact.append(_verify_dataset(dataset))
+        if not missing:
+            intact.append(_verify_dataset(dataset))
     except PipelineError as error:
         damaged.append(error)
+    if missing:
+        intact.append(f"{located(dataset)}: there is no dataset here, so it could not be verified")
+    if missing and not damaged:
+        cure = "A relative path counts from the working folder: run this in the folder in which the run was trained."
+        raise PipelineError(listing(f"{run.path}: its dataset was not found:", intact, cure))
     if damaged:
         raise PipelineError(listing(f"{run.path}: {len(damaged)} damaged:", [*damaged, *intact]))
     return "\n".join(intact)

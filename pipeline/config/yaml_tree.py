@@ -20,6 +20,7 @@ from pipeline.config.section_base import S, Section, broken_rules, cut, section_
 from pipeline.config.yaml_loader import MOST_BYTES, read_yaml, write_yaml
 from pipeline.errors import ConfigError, Problem, UsageError
 from pipeline.files import naming, read_bounded
+from pipeline.text_format import located
 
 # A file of another kind has a problem in every line.
 _MOST_PROBLEMS = 50
@@ -44,7 +45,7 @@ class Vocabulary(Generic[S]):
             UsageError: It cannot be read.
         """
         try:
-            with naming(path, f"the {self.kind} file cannot be read", error=UsageError):
+            with naming(located(path), f"the {self.kind} file cannot be read", error=UsageError):
                 return read_bounded(path, inside, MOST_BYTES).decode()
         except UnicodeDecodeError as error:
             where = f"{error.reason} at byte {error.start}"

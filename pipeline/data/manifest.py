@@ -15,6 +15,7 @@ from pipeline.data import content
 from pipeline.data.layout import MANIFEST, PLAN
 from pipeline.errors import DataError, PipelineError
 from pipeline.files import naming, read_json, sha256_bytes, size_of_regular, write_json
+from pipeline.text_format import located
 
 FORMAT_VERSION = 1
 SplitName = Literal["train", "validation"]
@@ -152,7 +153,7 @@ class DatasetManifest:
         file = Path(folder) / MANIFEST
         if not file.exists():
             state = "the dataset is not finished" if (Path(folder) / PLAN).exists() else "there is no dataset here"
-            raise DataError(f"{folder}: {state} (no {MANIFEST}); run `pipeline prepare CONFIG`")
+            raise DataError(f"{located(folder)}: {state} (no {MANIFEST}); run `pipeline prepare CONFIG`")
         tree = read_json(file, Path(folder), DataError)
         version = tree.get("format_version") if isinstance(tree, dict) else None
         if version != FORMAT_VERSION:

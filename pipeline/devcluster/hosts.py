@@ -104,7 +104,12 @@ def run_on(
     """
     try:
         return subprocess.run(
-            enter(settings, host, command), capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL
+            enter(settings, host, command),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired as error:
         raise PipelineError(f"{host}: `{' '.join(command)}` did not end in {timeout_s:g} s") from error
@@ -157,7 +162,7 @@ def _ip(pid: int, lines: list[str]) -> None:
     """Runs commands of `ip -batch` in the network namespace of a host."""
     done = subprocess.run(
         ["nsenter", "--target", str(pid), "--net", "ip", "-batch", "-"],
-        input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=10,
+        input="\n".join(lines) + "\n", capture_output=True, text=True, errors="replace", timeout=10,
     )  # fmt: skip
     if done.returncode != 0:
         raise PipelineError(f"ip: {done.stderr.strip()}")

@@ -42,7 +42,9 @@ def apptainer_version() -> str:
     """
     if shutil.which(COMMAND) is None:
         raise UsageError(f"{COMMAND} is not installed here; install it or load its module (docs/container.md)")
-    return subprocess.run([COMMAND, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
+    return subprocess.run(
+        [COMMAND, "--version"], capture_output=True, text=True, errors="replace", check=True
+    ).stdout.split()[-1]
 
 
 def build(
@@ -107,7 +109,7 @@ def run_inside(image: Path, *command: str) -> str:
         PipelineError: The command cannot be started or fails.
     """
     argv = [COMMAND, "exec", "--no-mount", "home,cwd", "--pwd", "/", str(image), *command]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = subprocess.run(argv, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
         raise PipelineError(f"{image}: cannot be started, or is not an image of this project: {done.stderr.strip()}")
     return done.stdout
@@ -120,7 +122,7 @@ def labels(image: Path) -> dict[str, str]:
         PipelineError: The image cannot be read.
     """
     apptainer_version()
-    done = subprocess.run([COMMAND, "inspect", "--json", str(image)], capture_output=True, text=True)
+    done = subprocess.run([COMMAND, "inspect", "--json", str(image)], capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
         raise PipelineError(f"{image}: {COMMAND} cannot inspect it: {done.stderr.strip()}")
     found: dict[str, str] = json.loads(done.stdout)["data"]["attributes"]["labels"]

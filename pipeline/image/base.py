@@ -95,7 +95,7 @@ def _apt_mirror(file: Path) -> str:
     system = platform.freedesktop_os_release() if Path("/etc/os-release").exists() else {}
     if system.get("ID") == "debian" and shutil.which("apt-get") is not None:
         form = ("--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Created-By: Packages")
-        done = subprocess.run(["apt-get", "indextargets", *form], capture_output=True, text=True)
+        done = subprocess.run(["apt-get", "indextargets", *form], capture_output=True, text=True, errors="replace")
         # Only the release itself: the archive of its security updates lacks the base packages.
         wanted = f" {system['VERSION_CODENAME']} main"
         mirrors = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(wanted)]

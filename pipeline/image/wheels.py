@@ -110,7 +110,7 @@ def _check_torch(wheel: Path, accelerator: str) -> None:
 
 def _pip(*arguments: str, **variables: str) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**os.environ, **variables})
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module named" in line]
         reason = "; ".join(errors[-2:] or done.stderr.splitlines()[-1:])

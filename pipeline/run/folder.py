@@ -12,6 +12,7 @@ from pipeline.config.sections import Config
 from pipeline.errors import UsageError, listing
 from pipeline.files import naming, write_json, write_text
 from pipeline.run.records import EVALUATION, PROVENANCE, Evaluation, read_checked
+from pipeline.text_format import located
 
 # What the weights after step t are a function of. Everything else (intervals, ZeRO stage, precision,
 # micro-batch, device, tracking ...) may change between two starts of one run.
@@ -160,7 +161,7 @@ def open_run(path: str | Path) -> Run:
     parent = Path(path) if Path(path).is_dir() else Path(path).parent
     near = sorted(str(p.parent) for p in parent.glob("*/config.yaml"))
     hint = f"; runs beside it: {', '.join(near)}" if near else ""
-    raise UsageError(f"{path}: is not a run folder (it has no config.yaml){hint}")
+    raise UsageError(f"{located(path)}: is not a run folder (it has no config.yaml){hint}")
 
 
 def create_run(config: Config) -> Run:

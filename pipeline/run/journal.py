@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _LONGEST_LINE = 16 << 20
 # Longer numbers are no counts; as floats they stay numbers of bounded size.
 _LONGEST_INT = 18
 _END_OF_TIME = 1e11  # Unix seconds, in the year 5138
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,14 @@ class Line:
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """Returns a record as the bytes of a line; NaN and Infinity are written as Python's json writes them."""
+    """Returns a record as the bytes of a line: strict JSON, with NaN and infinities as text that `read` turns back."""
     # A path that is not UTF-8 has halves of surrogate pairs, which no file can hold.
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode(errors="replace") + b"\n"
+    strict = {k: _name(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(strict, ensure_ascii=False, separators=(",", ":")).encode(errors="replace") + b"\n"
+
+
+def _name(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def read(path: Path, offset: int = 0) -> Iterator[Line]:
@@ -93,7 +100,9 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
             json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    return {k: _NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
 
 
 def _number(text: str) -> int | float:

@@ -94,7 +94,9 @@ def untracked(folder: Path, parts: Sequence[str]) -> list[str]:
 
 
 def _git(folder: Path, *args: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", "-C", str(folder), *args], capture_output=True, text=True, errors="replace", check=True
+    )
     return done.stdout.strip()
 
 

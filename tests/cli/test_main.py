@@ -11,8 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.sections import Config
 from pipeline.errors import DataError, StopRequested, UsageError
+from pipeline.launch.slurm.client import SlurmError, call
+from tests.data.conftest import made as made
 from tests.data.helpers import command
+from tests.launch.conftest import slurm as slurm
+from tests.launch.support import FakeSlurm
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +107,7 @@ def test_a_config_is_read_without_importing_torch():
 @pytest.mark.parametrize(
     ("args", "status", "words"),
     [
-        (["train", "none.yaml"], 2, "none.yaml: the config file"),
+        (["train", "none.yaml"], 2, "/none.yaml): the config file"),
         (["train", "configs/demo.yaml", "train.max_itres=1"], 2, "`max_iters` in the section"),
         (["train", "configs/demo.yaml", "train.max_iters=soon"], 2, 'given "soon"'),
         (["sample", "nowhere"], 2, "not a run folder"),
@@ -115,3 +120,18 @@ def test_a_users_mistake_is_one_message_on_stderr(args, status, words):
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_output_that_the_terminal_cannot_encode_is_no_traceback(made: Config) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    argv = [sys.executable, "-m", "pipeline", "inspect", made.data.path, "--count", "40"]
+    done = subprocess.run(argv, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u5317" in done.stdout, "a character that ASCII does not have is escaped"
+
+
+def test_what_a_program_prints_need_not_be_utf_8(tmp_path: Path, slurm: FakeSlurm) -> None:
+    (slurm.folder / "sinfo.err").write_bytes(b"sinfo: error: Zeit\xfcberschreitung\n")
+    slurm.folder.joinpath("sinfo.rc").write_text("1")
+    with pytest.raises(SlurmError, match="Zeit.berschreitung"):
+        call("sinfo")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -201,3 +202,34 @@ def test_only_a_hugging_face_folder_can_be_registered(trained: Run) -> None:
     command = [sys.executable, "-m", "pipeline", "export", str(trained.path), "--register", "m"]
     done = subprocess.run([*command, "--format", "safetensors"], capture_output=True, text=True)
     assert done.returncode == 2 and "--format hf" in done.stderr
+
+
+def test_a_tokenizer_that_adds_a_beginning_encodes_as_training_did_and_that_is_said(
+    run: Run, save: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(1)
+    export_run(run, "hf", output=run.path / "plain")
+    assert (run.path / "plain" / "tokenizer.json").read_bytes() == run.tokenizer_file.read_bytes()
+    assert capsys.readouterr().err == ""
+
+    tree = json.loads(run.tokenizer_file.read_text())
+    (end,) = tree["added_tokens"]
+    begins = {"SpecialToken": {"id": end["content"], "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [begins, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [begins, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {end["content"]: {"id": end["content"], "ids": [end["id"]], "tokens": [end["content"]]}},
+    }
+    moves_offsets = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    tree["post_processor"] = {"type": "Sequence", "processors": [moves_offsets, template]}
+    tree["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    run.tokenizer_file.write_text(json.dumps(tree))
+    text = "a document of some length"
+    assert tokenizers.Tokenizer.from_file(str(run.tokenizer_file)).encode(text).ids[0] == end["id"]
+
+    folder = export_run(run, "hf")
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert theirs == Tokenizer.load(run.tokenizer_file).encode(text)
+    said = capsys.readouterr().err
+    assert "post_processor" in said and "truncation" in said and "padding" not in said

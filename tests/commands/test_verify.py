@@ -64,3 +64,20 @@ def test_a_checkpoint_of_another_dataset_is_named(run: Run, save: Callable[..., 
     with pytest.raises(PipelineError) as caught:
         verify_path(str(run.path))
     assert "was trained on" not in str(caught.value), "without a manifest there is nothing to compare"
+
+
+def test_a_missing_dataset_is_not_called_damaged_and_its_place_is_named(
+    run: Run, save: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(1)
+    tree = run.config_file.read_text().replace(str(tmp_path / "tokens"), "tokens")
+    run.config_file.write_text(tree)
+    monkeypatch.chdir(tmp_path)
+    assert "tokens" in verify_path(str(run.path))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(PipelineError) as caught:
+        verify_path(str(run.path))
+    assert str(elsewhere / "tokens") in str(caught.value) and "damaged" not in str(caught.value)
+    assert "step_00000001" in str(caught.value)

@@ -47,10 +47,19 @@ def test_the_last_record_is_found_in_a_file_longer_than_a_block(tmp_path):
     assert journal.last(file)["step"] == 499
 
 
-def test_numbers_that_are_no_numbers_come_back_as_they_were(tmp_path):
-    raw = journal.encode({"step": 1, "a": float("nan"), "b": float("inf")})
-    record = json.loads(raw)
-    assert record["a"] != record["a"] and record["b"] == float("inf")
+def test_numbers_that_are_no_numbers_are_strict_json_and_come_back_as_they_were(tmp_path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(journal.encode({"step": 1, "a": float("nan"), "b": float("inf"), "c": -float("inf")}))
+    assert json.loads(file.read_text(), parse_constant=refuse)["step"] == 1
+    (line,) = journal.read(file)
+    assert line.record["a"] != line.record["a"] and line.record["b"] == float("inf") == -line.record["c"]
+    assert journal.last(file)["b"] == float("inf")
+    file.write_text('{"step": 1, "a": NaN}\n')  # as earlier versions wrote it
+    (line,) = journal.read(file)
+    assert line.record["a"] != line.record["a"]
 
 
 def test_no_offset_ever_points_into_a_line(tmp_path):

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pipeline.config.sections import Config
 from pipeline.data.build.assemble import make_manifest
-from pipeline.data.build.make_tokenizer import dtype_of_ids, open_tokenizer
+from pipeline.data.build.make_tokenizer import dtype_of_ids, open_tokenizer, too_small
 from pipeline.data.build.memory import WordCaches
 from pipeline.data.build.resume import PlanGuard, reconcile_plan, record_plan, refuse_changed_content, touched_files
 from pipeline.data.build.slice_store import Record, any_published, finished, read_records, remove_leftovers
@@ -251,6 +251,9 @@ def _open_tokenizer(config: Config, plan: Plan, folder: Path, report: OnProgress
     tokenizer = open_tokenizer(config, plan, folder)
     if tokenizer.notice is not None:
         report(BuildProgress("tokenizer", message=tokenizer.notice))
+    small = too_small(config, tokenizer)
+    if small is not None:
+        report(BuildProgress("tokenizer", message=small))
     return tokenizer
 
 

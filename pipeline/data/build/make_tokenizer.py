@@ -44,6 +44,18 @@ def open_tokenizer(config: Config, plan: Plan, folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def too_small(config: Config, tokenizer: Tokenizer) -> str | None:
+    """Returns what to say about a trained BPE with fewer tokens than the model has embeddings; None if it has all."""
+    given, wanted = tokenizer.vocab_size, config.model.vocab_size
+    if config.tokenizer.kind != "bpe" or given >= wanted:
+        return None
+    return (
+        f"the BPE has {given:,} tokens and not model.vocab_size = {wanted:,}: the sample has no more pairs to merge; "
+        f"the other {wanted - given:,} embeddings stay unused; raise tokenizer.train_sample_mb, give more text, or "
+        f"set model.vocab_size to {given}"
+    )
+
+
 def dtype_of_ids(config: Config, tokenizer: Tokenizer) -> np.dtype[Any]:
     """Returns the type of the ids in the shards.
 

@@ -140,6 +140,22 @@ def ordinary_text_only(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "added_tokens": added, "post_processor": None, "truncation": None, "padding": None, "model": model}
 
 
+def without_added_tokens(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns the same tokenizer as training used it: nothing is added to a text, and none is cut or padded."""
+    kept = None if _adds_tokens(tree.get("post_processor")) else tree.get("post_processor")
+    return {**tree, "post_processor": kept, "truncation": None, "padding": None}
+
+
+def _adds_tokens(post_processor: Any) -> bool:
+    """Whether a post-processor adds special tokens around a text; `ByteLevel`, for one, only moves offsets."""
+    if not isinstance(post_processor, dict):
+        return False
+    parts = post_processor.get("processors")
+    if isinstance(parts, list):
+        return any(_adds_tokens(part) for part in parts)
+    return post_processor.get("type") != "ByteLevel"
+
+
 def without_special_tokens(tree: dict[str, Any]) -> dict[str, Any]:
     """Returns the same tokenizer without its special tokens, for encoders that take all other ids from the file."""
     return {**tree, "added_tokens": [token for token in tree.get("added_tokens") or [] if not token.get("special")]}

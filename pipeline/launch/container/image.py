@@ -160,7 +160,7 @@ def start_options(image: Path, site: SiteContainer) -> list[str]:
 def _start_problem(image: Path, site: SiteContainer) -> str | None:
     command = [site.command, "exec", *start_options(image, site), *site.options, str(image), *_PROBE]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_START_TIMEOUT_S)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_START_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return f"container.image: {image} does not start within {_START_TIMEOUT_S} s; use a sandbox folder instead"
     if done.returncode == 0:

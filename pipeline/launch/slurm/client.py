@@ -67,7 +67,13 @@ def call(*command: str) -> str:
     try:
         with naming(command[0], "cannot be run", "is this a machine with Slurm?", SlurmError):
             done = subprocess.run(
-                command, env=without_inputs(os.environ), capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+                command,
+                env=without_inputs(os.environ),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_TIMEOUT_S,
+                check=False,
             )
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{command[0]}: no answer within {_TIMEOUT_S:.0f} seconds; try `scontrol ping`") from error

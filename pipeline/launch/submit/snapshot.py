@@ -35,7 +35,7 @@ def _files(source: Path) -> list[Path]:
     """Returns the files of the package: those that git tracks or would add, else everything but caches."""
     listed = subprocess.run(
         ["git", "-C", str(source), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_PARTS],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, errors="surrogateescape", check=False,
     )  # fmt: skip
     if listed.returncode == 0 and listed.stdout:
         return [Path(name) for name in listed.stdout.split("\0") if name and (source / name).is_file()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -50,3 +51,13 @@ def test_sampling_measures_each_text_once_however_many_tasks_there_are(
     monkeypatch.setattr(make_tokenizer, "len", lambda value: measured.append(value) or len(value), raising=False)
     assert make_tokenizer._sample(made, tasks.make_plan(made))
     assert len(measured) < 20 * 80
+
+
+def test_a_bpe_that_cannot_reach_its_size_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"ab ab ab ab")
+    said: list[str] = []
+    made = config(tmp_path / "out", [one_source(path)], tokenizer={"kind": "bpe"})
+    prepare(made, progress=lambda now: said.append(now.message or ""))
+    wanted = made.model.vocab_size
+    tokens = len(json.loads((tmp_path / "out" / TOKENIZER).read_text())["model"]["vocab"]) + 1
+    assert any(str(tokens) in words and str(wanted) in words for words in said) and tokens < wanted
