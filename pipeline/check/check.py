@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -20,6 +21,7 @@ from pipeline.config.sections import Config
 from pipeline.data.layout import MANIFEST
 from pipeline.data.manifest import DatasetManifest, check_sizes
 from pipeline.data.read.sources import find_files
+from pipeline.data.shard_maps import open_files_for
 from pipeline.errors import PipelineError
 from pipeline.files import nearest_existing
 from pipeline.launch.container.binds import check_visible, temporary_folders
@@ -200,7 +202,11 @@ def _node_in_image(config: Config, site: SiteContainer, run: Run) -> list[Check]
 
 def _node_command(config: Config) -> list[str]:
     """Returns what follows `python` on the command line of `pipeline.check.node`."""
-    return ["-m", "pipeline.check.node", str(config.runs_dir), str(Path(config.data.path).parent)]
+    shards = 0
+    with contextlib.suppress(PipelineError):  # `_data` has reported it
+        shards = len(DatasetManifest.load(config.data.path).shards)
+    folders = [str(config.runs_dir), str(Path(config.data.path).parent)]
+    return ["-m", "pipeline.check.node", *folders, f"--open-files={open_files_for(shards)}"]
 
 
 def _run_node(command: Sequence[str], environment: Mapping[str, str]) -> list[Check]:

@@ -1,6 +1,6 @@
 """Checks of the environment that training will run in: inside the image, or with the Python that jobs start.
 
-    python -m pipeline.check.node FOLDER...     # prints a JSON list of checks
+    python -m pipeline.check.node FOLDER... --open-files=N     # prints a JSON list of checks
 
 This is a process of its own, because it imports torch, which a login node need not have.
 """
@@ -27,12 +27,23 @@ _MIN_SHM_GB = 1.0
 _MIN_OPEN_FILES = 4096
 
 
-def node_checks(folders: list[str]) -> list[Check]:
-    """Returns every check of this machine; training will write to `folders`."""
+def node_checks(folders: list[str], open_files: int) -> list[Check]:
+    """Returns every check of this machine.
+
+    Args:
+        folders: Where training will write.
+        open_files: How many keep all shards of the dataset mapped.
+    """
     parts: list[Callable[[], Check]] = [lambda: _imports("torch"), lambda: _imports("deepspeed"), _devices]
     found = [part() for part in parts]
     found += [_writable(Path(folder)) for folder in folders]
-    return [*found, _clock(Path(folders[0] if folders else ".")), _shared_memory(), _open_files(), _locked_memory()]
+    return [
+        *found,
+        _clock(Path(folders[0] if folders else ".")),
+        _shared_memory(),
+        _open_files(open_files),
+        _locked_memory(),
+    ]
 
 
 def _imports(name: str) -> Check:
@@ -86,10 +97,14 @@ def _shared_memory() -> Check:
     return Check("/dev/shm", "ok", gigabytes(size))
 
 
-def _open_files() -> Check:
+def _open_files(needed: int) -> Check:
+    """Compares what the dataset needs with the hard limit, up to which training raises the soft one itself."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES:
         return Check("open files", "warning", f"{soft} (hard limit {hard})", f"ulimit -n {_MIN_OPEN_FILES} in `setup`")
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        found = f"at most {hard}, and {needed} keep all shards of the dataset mapped"
+        return Check("open files", "warning", found, "raise the hard limit; until then shards are mapped on each use")
     return Check("open files", "ok", str(soft))
 
 
@@ -104,4 +119,5 @@ def _locked_memory() -> Check:
 
 
 if __name__ == "__main__":
-    print(json.dumps([check.to_json() for check in node_checks(sys.argv[1:])]))
+    *given, needed = sys.argv[1:]
+    print(json.dumps([check.to_json() for check in node_checks(given, int(needed.removeprefix("--open-files=")))]))

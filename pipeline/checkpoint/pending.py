@@ -135,9 +135,7 @@ class PendingCheckpoint:
             part.unlink()
         digest = manifest.save(self._folder)
         if (self._checkpoints / _OWNER_FILE).read_text() != self._identity.start_id:
-            raise CheckpointError(
-                f"{self._checkpoints}: another start of this run has taken over; nothing is published"
-            )
+            raise CheckpointError(_superseded(self._checkpoints))
         final = self._checkpoints / step_name(self._step)
         replaced = self._folder.with_name(f".{final.name}.replaced.tmp")
         if final.exists():  # the same step before a rollback; a rename cannot replace a folder
@@ -185,6 +183,19 @@ def take_over(checkpoints: Path, start_id: str) -> None:
     write_text(checkpoints / _OWNER_FILE, start_id)
     for leftover in checkpoints.glob(".step_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def lost_to(checkpoints: Path, start_id: str) -> str | None:
+    """Returns the message for a start that another one has taken the folder over from; None while it owns it."""
+    try:
+        owner = (checkpoints / _OWNER_FILE).read_text()
+    except OSError:  # it tells nothing about the owner: the next look will
+        return None
+    return None if owner == start_id else _superseded(checkpoints)
+
+
+def _superseded(checkpoints: Path) -> str:
+    return f"{checkpoints}: another start of this run has taken over; this one ends and writes nothing more"
 
 
 def _merged(parts: list[Path], step: int, identity: RankIdentity, state: dict[str, Any]) -> Manifest:

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.checkpoint.host_copy import HostCopy, OwnedFragment, device_event
-from pipeline.checkpoint.pending import PendingCheckpoint, RankIdentity
+from pipeline.checkpoint.pending import PendingCheckpoint, RankIdentity, lost_to
 from pipeline.checkpoint.retention import Retention
 from pipeline.config.sections import CheckpointConfig
 from pipeline.errors import CheckpointError
@@ -79,7 +79,9 @@ class CheckpointSaver:
         self._deferred: _Request | None = None
         self._failure: str | None = None
         self._died: str | None = None
+        self._failures = 0  # in a row
         self._saves = 0
+        self._began = 0.0
 
     @property
     def busy(self) -> bool:
@@ -106,25 +108,27 @@ class CheckpointSaver:
             state: The rest of the state, as plain values; rank 0's is stored.
 
         Raises:
-            CheckpointError: An earlier save failed and `checkpoint.on_failure` is `stop`; raised on all ranks.
+            CheckpointError: Another start has taken over, or more saves in a row have failed than `checkpoint` allows;
+                raised on all ranks.
         """
         self._skip_deferred()
-        skipping, stopping = self._config.if_busy == "skip", self._config.on_failure == "stop"
-        if not skipping:
+        if self._config.if_busy == "wait":
             self.wait()
-        busy = False
-        failures: list[str | None] = []
-        if skipping or stopping:  # threads end at different moments on different ranks: agree, at saves only
-            states = self._gather((self.busy, self._failure))
-            busy, failures = any(b for b, _ in states), [f for _, f in states]
-        failure = next((f for f in failures if f is not None), None)
-        if stopping and failure is not None:
-            raise CheckpointError(f"a checkpoint could not be saved, and checkpoint.on_failure is stop: {failure}")
+        # Threads end at different moments on different ranks: they agree, at saves only.
+        states = self._gather((self.busy, self._reason_to_end()))
+        reason = next((reason for _, reason in states if reason is not None), None)
+        if reason is not None:
+            raise CheckpointError(reason)
+        busy = any(busy for busy, _ in states)
         request = _Request(step, fragments, state)
         if busy:
             self._deferred = request
         else:
             self._begin(request)
+
+    def superseded(self) -> str | None:
+        """Returns what to say when another start of the run has taken over; None while this one owns it (rank 0)."""
+        return lost_to(self._checkpoints, self._identity.start_id)
 
     def wait_for_copy(self) -> None:
         """Blocks until weights may change again."""
@@ -148,10 +152,33 @@ class CheckpointSaver:
             self._begin(request)
             self.wait()
 
+    def _reason_to_end(self) -> str | None:
+        """Returns why this rank must end, for want of a durable checkpoint; None if it need not."""
+        superseded = self.superseded() if self._identity.rank == 0 else None
+        if superseded is not None:
+            return superseded
+        limit_s = self._config.timeout_min * 60
+        if self.busy and time.monotonic() - self._began > limit_s:
+            self._failures += 1
+            self._failure = (
+                f"the save before this one is still being written after {self._config.timeout_min:g} minutes"
+            )
+        if not self._failures:
+            return None
+        if self._config.on_failure == "stop":
+            return f"a checkpoint could not be saved, and checkpoint.on_failure is stop: {self._failure}"
+        if self._failures < self._config.max_failures:
+            return None
+        return (
+            f"{self._failures} saves in a row have failed, as many as checkpoint.max_failures allows; the last one: "
+            f"{self._failure}"
+        )
+
     def _begin(self, request: _Request) -> None:
         self._saves += 1
+        self._began = time.monotonic()
         self._copied.clear()
-        arguments = (request, device_event(request.fragments), time.monotonic())
+        arguments = (request, device_event(request.fragments), self._began)
         self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -197,7 +224,7 @@ class CheckpointSaver:
             problem = pending.fail(error)
         if self._identity.rank != 0:
             return
-        self._failure = problem
+        self._failure, self._failures = problem, self._failures + 1 if problem else 0
         if path is not None:
             try:  # the new one is whole; the next save retries the deletion
                 self._retention.remove_old(path, request.state.get("val_loss"))

@@ -17,9 +17,20 @@ app = typer.Typer()
 
 
 @app.command()
-def train(config_file: ConfigFile, overrides: Overrides = None, allow_image_change: AllowImageChange = False) -> None:
+def train(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    allow_image_change: AllowImageChange = False,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Train even if another start or a queued job of the run exists.")
+    ] = False,
+) -> None:
     """Train on this machine; resumes the run if it exists."""
     config = config_for_this_world(config_file, overrides)
+    if not take_over:
+        from pipeline.commands.other_start import refuse_other_start
+
+        refuse_other_start(config)
     from pipeline.train.loop import train as train_run  # takes seconds; a mistake in the config is reported before
 
     train_run(config, allow_image_change)

@@ -25,9 +25,11 @@ def run_all(config: Config) -> None:
 
     Raises:
         UsageError: Several processes were started; all of them would prepare the same data.
+            Or another start trains the run.
     """
     if world_from_environment().size > 1:
         raise UsageError("`pipeline run` is one process; run `pipeline prepare`, then `pipeline train` on every rank")
+    from pipeline.commands.other_start import refuse_other_start
     from pipeline.commands.sample import sample_run
     from pipeline.data.baseline import bigram_loss
     from pipeline.data.build.display import prepare_here
@@ -37,6 +39,7 @@ def run_all(config: Config) -> None:
     from pipeline.train.loop import train
 
     began = time.monotonic()
+    refuse_other_start(config)
     prepare_here(config)
     train(config)
     run = run_for(config)

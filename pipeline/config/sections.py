@@ -167,6 +167,9 @@ class CheckpointConfig(Section):
     """A save that is due while another is being written waits for it or is skipped; the last save is never skipped."""
     on_failure: Literal["continue", "stop"] = "continue"
     """After a failed save, training continues with the last good checkpoint, or ends with status 1 at the next save."""
+    max_failures: Count = 5
+    """Failed saves in a row after which training ends with status 1 all the same. A save that is still being written
+    after `timeout_min` counts once more whenever another is due."""
 
 
 class GuardConfig(Section):

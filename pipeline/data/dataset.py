@@ -14,26 +14,22 @@ from pipeline.config.data_sections import DataConfig
 from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import SPLITS, DatasetManifest, Shard, SplitName, check_sizes
 from pipeline.data.order import Order, sample_numbers
+from pipeline.data.shard_maps import ShardMaps
 from pipeline.errors import DataError
 from pipeline.files import naming, sha256_file
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
-# A mapping costs address space and one of the kernel's 65,530 map entries, so a corpus of
-# very many shards keeps the mappings it used first and maps the remaining shards on each use.
-_MOST_MAPPINGS = 8192
-
 
 class TokenStream:
     """The tokens of several shards, in order, as one sequence of length `tokens`."""
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], dtype: np.dtype[Any]) -> None:
+    def __init__(self, shards: Sequence[Shard], dtype: np.dtype[Any], maps: ShardMaps) -> None:
         self.shards = tuple(shards)
-        self._folder = folder
         self._dtype = dtype
+        self._maps = maps
         self._bounds = np.concatenate(([0], np.cumsum([s.tokens for s in shards], dtype=np.int64))).astype(np.int64)
         self.tokens = int(self._bounds[-1])
-        self._maps: dict[int, npt.NDArray[Any]] = {}
 
     def gather(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[Any]:
         """Returns `length` tokens from each start: `(len(starts), length)` in the dtype of the shards."""
@@ -43,7 +39,7 @@ class TokenStream:
         for row, shard, offset in zip(rows, first.tolist(), offsets, strict=True):
             filled = 0
             while filled < length:
-                piece = self._map(shard)[offset : offset + length - filled]
+                piece = self._maps.tokens(self.shards[shard].file)[offset : offset + length - filled]
                 row[filled : filled + len(piece)] = piece
                 filled += len(piece)
                 shard, offset = shard + 1, 0
@@ -54,23 +50,15 @@ class TokenStream:
         index = int(np.searchsorted(self._bounds, position, side="right")) - 1
         return self.shards[index], position - int(self._bounds[index])
 
-    def _map(self, index: int) -> npt.NDArray[Any]:
-        found = self._maps.get(index)
-        if found is None:
-            # A plain ndarray view: slicing an np.memmap costs ten times as much.
-            found = np.asarray(np.memmap(self._folder / self.shards[index].file, self._dtype, mode="r"))
-            if len(self._maps) < _MOST_MAPPINGS:
-                self._maps[index] = found
-        return found
-
 
 class TokenDataset:
     """One split of a dataset folder; `stream` holds all its tokens, source after source."""
 
-    def __init__(self, path: Path, name: str, manifest: DatasetManifest) -> None:
+    def __init__(self, path: Path, name: str, manifest: DatasetManifest, maps: ShardMaps) -> None:
         self.path = path
         self.name = name
         self.manifest = manifest
+        self._maps = maps
         self.stream = self._stream(manifest.splits[name].shards)
 
     def __len__(self) -> int:
@@ -90,7 +78,7 @@ class TokenDataset:
         }
 
     def _stream(self, shards: Sequence[Shard]) -> TokenStream:
-        return TokenStream(self.path, shards, self.manifest.numpy_dtype)
+        return TokenStream(shards, self.manifest.numpy_dtype, self._maps)
 
 
 def open_dataset(path: str | Path, split: SplitName, *, vocab_size: int | None = None) -> TokenDataset:
@@ -137,7 +125,8 @@ def open_splits(
             from pipeline.data.verify import verify_shards
 
             verify_shards(path, shards)
-    return {split: TokenDataset(path, split, manifest) for split in splits}
+    maps = ShardMaps(path, manifest.numpy_dtype, sum(len(manifest.splits[split].shards) for split in splits))
+    return {split: TokenDataset(path, split, manifest, maps) for split in splits}
 
 
 def refuse_other_tokenizer(path: str | Path, manifest: DatasetManifest, digest: str) -> None:

@@ -130,6 +130,8 @@ class StartBegan(Event, kind="attempt"):
     """When the start before it logged its last line, in Unix seconds."""
     host: str = ""
     job: str | None = None
+    restart: int = 0
+    """How often Slurm had restarted the job that it runs in."""
     requeued: bool = False
     """Whether Slurm restarted the job that it runs in."""
 
@@ -245,10 +247,7 @@ class Failed(Accounted, kind="failed"):
 
 
 def append(path: Path, event: E) -> E:
-    """Appends an event; several processes (launcher, trainer, a cancelling user) may write to the file.
-
-    Returns:
-        The event as written, with its time.
+    """Appends an event and returns it with its time; several processes (launcher, trainer, user) may write to the file.
 
     Raises:
         OSError: It cannot be written whole; readers ignore what is there of it.

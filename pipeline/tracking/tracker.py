@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +61,14 @@ class RunTracker(Tracker):
     """Records a run, and has a helper process feed MLflow from the records; see `start` for the arguments."""
 
     def __init__(
-        self, run: Run, config: Config, *, step: int, dataset: Mapping[str, Any], tokenizer_file: Path | None
+        self,
+        run: Run,
+        config: Config,
+        *,
+        step: int,
+        dataset: Mapping[str, Any],
+        tokenizer_file: Path | None,
+        superseded: Callable[[], bool],
     ) -> None:
         uri = None if config.tracking.uri == "none" else resolve_uri(config.tracking.uri)
         run.tracking.mkdir(parents=True, exist_ok=True)
@@ -69,6 +76,7 @@ class RunTracker(Tracker):
             shutil.copyfile(tokenizer_file, run.tokenizer_file)
         describe.write_environment(run)
         self._run = run
+        self._superseded = superseded
         self._lock = threading.Lock()
         self._step, self._stall_s = step, 0.0
         self._history = History(run, step)
@@ -101,6 +109,7 @@ class RunTracker(Tracker):
             last_seen=self._history.last_time,
             host=socket.gethostname(),
             job=os.environ.get("SLURM_JOB_ID"),
+            restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
             requeued=bool(earlier) and os.environ.get("SLURM_RESTART_COUNT", "0") != "0",
         )
         append(self._run.events_file, start)
@@ -108,6 +117,8 @@ class RunTracker(Tracker):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records metrics by writing one line."""
+        if self._superseded():
+            return
         with self._lock:
             self._stall_s += float(metrics.get(_STALL, 0.0)) * max(0, step - self._step)
             self._step = step
@@ -125,6 +136,8 @@ class RunTracker(Tracker):
 
     def event(self, event: Event) -> None:
         """Records an event; any thread may call it."""
+        if self._superseded():
+            return
         if isinstance(event, Accounted) and event.stall_s is None:
             with self._lock:
                 event, self._stall_s = replace(event, stall_s=round(self._stall_s, 6)), 0.0
@@ -135,6 +148,8 @@ class RunTracker(Tracker):
 
     def rewind(self, step: int) -> None:
         """Records that this process rolled back to the state after `step` and will train differently."""
+        if self._superseded():
+            return
         self._history.rewind(step)
         with self._lock:
             self._step = step
@@ -154,6 +169,11 @@ class RunTracker(Tracker):
     def close(self, status: CloseStatus) -> None:
         """Ends tracking and gives the helper a few seconds to send the rest; `pipeline sync` can do so later."""
         self._history.close()
+        assert self._helper is not None
+        if self._superseded():
+            self._helper.close(_CLOSE_S["KILLED"])
+            os.close(self._alive)
+            return
         if status == "STOPPED" and "SLURM_JOB_ID" not in os.environ:
             status = "KILLED"  # only a person can start it again
 
@@ -163,7 +183,6 @@ class RunTracker(Tracker):
                 s.status, s.ended = status, round(time.time(), 3)
 
         upload_state.update(self._run, end)
-        assert self._helper is not None
         if not self._helper.close(_CLOSE_S[status]):
             _log.warning("MLflow has not received everything yet; send the rest with: pipeline sync %s", self._run.path)
         os.close(self._alive)
@@ -186,6 +205,7 @@ def start(
     tokenizer_file: Path | None,
     enabled: bool = True,
     samples_node: bool = False,
+    superseded: Callable[[], bool] = lambda: False,
 ) -> Tracker:
     """Begins to record a start of a run; every rank calls it, with `enabled` on rank 0 only.
 
@@ -198,12 +218,13 @@ def start(
         tokenizer_file: The tokenizer.json to copy into the run folder.
         enabled: False for a tracker that records nothing.
         samples_node: Whether such a tracker records its node's system metrics: true on one rank of each further node.
+        superseded: Whether another start has taken over the run: from then on nothing more is written.
     """
     if not enabled:
         return Tracker(Helper(run, None, upload_state.load(run).attempt) if samples_node else None)
     if provenance and provenance not in run.provenance():
         run.add_provenance(provenance)
-    return RunTracker(run, config, step=step, dataset=dataset, tokenizer_file=tokenizer_file)
+    return RunTracker(run, config, step=step, dataset=dataset, tokenizer_file=tokenizer_file, superseded=superseded)
 
 
 def _process_began() -> float:

@@ -56,6 +56,10 @@ class State(BaseModel):
 
     identity: str
     """A tag that the MLflow run gets first, so that a run whose id was lost can be found again."""
+    folder: str | None = None
+    """Where the run folder was when this was written; None in files of earlier versions."""
+    copied_from: str | None = None
+    """The folder, and where known the MLflow run, that this run is a copy of; None for an original."""
     generation: _Count = 0
     """Raised when metrics.jsonl is cut or a retry begins; it invalidates batches read before."""
     attempt: _Count = 0
@@ -136,11 +140,35 @@ def update(run: Run, change: Callable[[State], None], then: Callable[[], None] |
     """
     with file_lock(run.state_lock):
         state = load(run)
+        _settle_origin(run, state)
         change(state)
         write_json(run.mlflow_file, state.model_dump(mode="json"))
         if then is not None:
             then()
     return state
+
+
+def _settle_origin(run: Run, state: State) -> None:
+    """Gives a copied run an identity of its own; a run folder that was moved keeps its own.
+
+    Of a copy the original is still where the state says, with the same identity. An inode would not do: it changes
+    when a folder is moved to another file system.
+    """
+    here = str(run.path.resolve())
+    before, state.folder = state.folder, here
+    if before is None or before == here or not _holds(Path(before), state.identity, other_than=run.path):
+        return
+    known = [store.run_id for store in state.stores.values() if store.run_id is not None]
+    state.copied_from = f"{before} (MLflow run {', '.join(known)})" if known else before
+    state.identity, state.stores = uuid.uuid4().hex, {}
+
+
+def _holds(folder: Path, identity: str, *, other_than: Path) -> bool:
+    """Whether there is another run folder with this identity."""
+    try:
+        return not folder.samefile(other_than) and load(Run(folder)).identity == identity
+    except (OSError, PipelineError):
+        return False
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 def keep_compiled(folder: Path) -> None:
     """Makes torch.compile keep its results in a folder of the run.
 
-    PyTorch unpickles them, so nobody else may write there, and those of a copied run folder, which may come from
+    PyTorch unpickles them, so no other user may write there, and those of a copied run folder, which may come from
     anyone, are thrown away: a mark in the folder names its inode, and a copy has another.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -10,8 +11,21 @@ from typing import Self
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from pipeline.errors import PipelineError
 from pipeline.terminal import Terminal
 from pipeline.text_format import duration, short
+
+
+class _Output(Terminal):
+    """Rich would end the process with a bare `SystemExit` once its output is closed."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # the last message must not fail too
+        raise PipelineError(
+            "its output was closed: the program that read it has ended; the same command resumes the run, with its "
+            "output in a file"
+        )
 
 
 class Progress:
@@ -29,7 +43,7 @@ class Progress:
         self._max_iters = max_iters
         self._first = start_step
         self._began = time.monotonic()
-        self._console = Terminal(stderr=True)
+        self._console = _Output(stderr=True)
         self._live = enabled and self._console.is_terminal
         self._bar = Bar(
             TextColumn("[bold]{task.description}"),

@@ -123,6 +123,7 @@ class Session:
         self._check_time(step)
         if not (every(step, train.log_interval) or step in (1, train.max_iters)):
             return
+        self.refuse_superseded()
         seconds = self.clock.read()
         rate = tokens / seconds["step"]
         flops = rate * flops_per_token(
@@ -143,6 +144,16 @@ class Session:
             metrics["train/mfu"] = flops / (peak * self.world.size)
         self.tracker.log(step, metrics)
         self.progress.step(step, metrics)
+
+    def refuse_superseded(self) -> None:
+        """Ends this start if another one has taken over the run; the other ranks learn of it from rank 0.
+
+        Raises:
+            CheckpointError: Another start has.
+        """
+        lost = self.saver.superseded() if self.world.is_first else None
+        if lost is not None:
+            raise CheckpointError(lost)
 
     def _check_time(self, step: int) -> None:
         """Requests a stop while there is still time for it after the validations of this step and of the next.
@@ -217,6 +228,8 @@ class Session:
     def report_save(self, saved: Saved) -> None:
         """Records the outcome of a save; called from the saving thread of rank 0."""
         self.saves.append(saved)
+        if saved.path is None and self.saver.superseded() is not None:
+            return  # the error is that of the start itself, which ends
         if saved.path is None:
             self.tracker.event(CheckpointFailed(step=saved.step, error=saved.error))
             self.progress.message(f"step {saved.step}: the checkpoint could not be saved: {saved.error}")

@@ -39,6 +39,9 @@ from pipeline.train.ranks.stop import StopRequest
 from pipeline.train.recover import Recovery, find_checkpoint
 from pipeline.train.session import Session
 
+# How often rank 0 looks whether another start has taken over the run, besides each save and each log line.
+OWNER_S = 10.0
+
 
 @contextlib.contextmanager
 def open_session(config: Config, allow_image_change: bool = False) -> Iterator[Session]:
@@ -49,6 +52,8 @@ def open_session(config: Config, allow_image_change: bool = False) -> Iterator[S
     with StopRequest() as stop, group.process_group(world, device, timeout), _watched(world) as peers:
         session = _start(config, world, device, stop, allow_image_change)
         peers.at_exit = session.fail
+        if world.is_first:
+            peers.watch(session.saver.superseded, OWNER_S)
         with session.progress, _ended(session, peers):
             session.clock = StepClock()  # start-up is not part of the first step
             yield session
@@ -74,7 +79,7 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
     saver = _take_over(config, run, world, lambda saved: session.report_save(saved))
     saver.reserve(engine.fragments())
     group.set_timeout(group.save_timeout(config.checkpoint))
-    tracker = _start_tracking(config, run, world, data, step)
+    tracker = _start_tracking(config, run, world, data, step, saver)
     progress = Progress(config.name, step, train.max_iters, enabled=world.is_first)
     session = Session(
         config=config,
@@ -159,7 +164,9 @@ def _take_over(config: Config, run: Run, world: World, report: Callable[[Saved],
     return CheckpointSaver(run.checkpoints, identity, config.checkpoint, report, rollback_steps)
 
 
-def _start_tracking(config: Config, run: Run, world: World, data: TokenDataset, step: int) -> tracking.Tracker:
+def _start_tracking(
+    config: Config, run: Run, world: World, data: TokenDataset, step: int, saver: CheckpointSaver
+) -> tracking.Tracker:
     provenance = group.gather(collect_provenance(), world)
     about = {**provenance[0], "hosts": sorted({p["host"] for p in provenance}), "dataset": data.manifest.digest}
     dataset = {
@@ -178,6 +185,7 @@ def _start_tracking(config: Config, run: Run, world: World, data: TokenDataset, 
         tokenizer_file=data.path / TOKENIZER,
         enabled=world.is_first,
         samples_node=world.local_rank == 0,
+        superseded=lambda: saver.superseded() is not None,
     )
 
 
@@ -219,6 +227,12 @@ def _ended(session: Session, peers: Peers) -> Iterator[None]:
         session.end(Preempted(step=session.step, reason=session.stop.reason), "STOPPED")
         raise
     except BaseException as error:
-        session.fail(peers.cause_of(error) or f"{type(error).__name__}: {error}")
+        session.fail(peers.cause_of(error) or _in_words(error))
         raise
     session.end(Finished(step=session.step), "FINISHED")
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"a library ended the process with status {error.code}"
+    return str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"

@@ -41,8 +41,17 @@ def test_shared_memory_below_a_gigabyte_is_a_warning(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("soft", "status"), [(4096, "ok"), (4095, "warning"), (resource.RLIM_INFINITY, "ok")])
 def test_few_open_files_are_a_warning(monkeypatch: pytest.MonkeyPatch, soft: int, status: str):
     monkeypatch.setattr("resource.getrlimit", lambda which: (soft, 1_048_576))
-    found = node._open_files()
+    found = node._open_files(256)
     assert found.status == status and ("ulimit -n 4096" in found.cure) == (status == "warning")
+
+
+@pytest.mark.parametrize(("needed", "status"), [(4096, "ok"), (4097, "warning")])
+def test_the_hard_limit_of_open_files_is_compared_with_what_the_dataset_needs(
+    monkeypatch: pytest.MonkeyPatch, needed: int, status: str
+):
+    monkeypatch.setattr("resource.getrlimit", lambda which: (4096, 4096))
+    found = node._open_files(needed)
+    assert found.status == status and "4096" in found.found and bool(found.cure) == (status == "warning")
 
 
 def test_locked_memory_matters_only_with_infiniband(monkeypatch: pytest.MonkeyPatch):

@@ -41,7 +41,10 @@ def saver(
 ) -> CheckpointSaver:
     """A saver of this rank that appends its reports; ranks in separate processes need a `store` that all can reach."""
     identity = RankIdentity(rank, world_size, 0, start_id, store or _STORES.setdefault(folder, HashStore()))
-    return CheckpointSaver(folder, identity, CheckpointConfig(**config), reports.append, rollback_steps)
+    one = CheckpointSaver(folder, identity, CheckpointConfig(**config), reports.append, rollback_steps)
+    if store is None:  # the ranks are in one process, without a group to agree in
+        one._gather = lambda value: [value]  # type: ignore[method-assign]
+    return one
 
 
 def save(folder: Path, step: int, val_loss: float | None = None, **config: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,9 +186,9 @@ def test_a_superseded_start_cannot_publish(folder: Path, gate: threading.Event) 
     assert reports[0].path is None and reports[0].error
     assert steps(folder) == []
     save(folder, 1, start_id="a2")
-    old.save(2, fragments(2.0), {})
-    old.wait()
-    assert "taken over" in str(reports[1].error)
+    with pytest.raises(CheckpointError, match="taken over"):
+        old.save(2, fragments(2.0), {})
+    assert len(reports) == 1
     assert steps(folder) == ["step_00000001"]
 
 
@@ -246,6 +247,39 @@ def test_after_a_failed_save_the_run_continues_or_ends(
         one.save(3, fragments(3.0), {})
         one.wait()
         assert steps(folder)[0] == "step_00000003"
+
+
+def test_failed_saves_in_a_row_end_the_run_and_a_good_one_starts_the_count_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = saver(folder, [], max_failures=2)
+
+    def fails(step: int) -> None:
+        with monkeypatch.context() as patched:
+            broken = OSError(28, "No space left")
+            patched.setattr(pending, "publish_dir", lambda temp, final: (_ for _ in ()).throw(broken))
+            one.save(step, fragments(float(step)), {})
+            one.wait()
+
+    fails(1)
+    one.save(2, fragments(2.0), {})
+    one.wait()
+    fails(3)
+    fails(4)
+    with pytest.raises(CheckpointError, match=r"max_failures.*No space left"):
+        one.save(5, fragments(5.0), {})
+    assert steps(folder) == ["step_00000002"]
+
+
+def test_a_save_that_does_not_end_counts_as_failed_when_saves_are_skipped(folder: Path, gate: threading.Event) -> None:
+    one = saver(folder, [], if_busy="skip", max_failures=2, timeout_min=0.0001)
+    one.save(1, fragments(1.0), {})
+    one.wait_for_copy()
+    time.sleep(0.01)
+    one.save(2, fragments(2.0), {})
+    one.wait_for_copy()
+    with pytest.raises(CheckpointError, match="max_failures"):
+        one.save(3, fragments(3.0), {})
 
 
 def save_twice(world: World, folder: str, case: str) -> tuple[str | None, list[str | None]]:

@@ -9,7 +9,9 @@ import itertools
 import json
 import lzma
 import random
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ from pipeline.cli.main import main
 from pipeline.config.sections import Config
 from pipeline.data.build.build import prepare
 from pipeline.data.layout import PLAN, TOKENIZER
-from pipeline.data.manifest import DatasetManifest
+from pipeline.data.manifest import DatasetManifest, Split
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.data.tokenize.train import train_bpe
+from pipeline.files import sha256_file
 
 COMPRESS = {
     "gz": gzip.compress,
@@ -138,6 +141,28 @@ def dataset_digest(folder: Path) -> dict[str, str]:
 def a_shard(folder: Path) -> Path:
     """The tokens of one of a dataset's training shards."""
     return folder / DatasetManifest.load(folder).splits["train"].shards[2].file
+
+
+def cut_into_shards(folder: Path, into: Path, count: int) -> None:
+    """Writes a dataset with the same tokens in the same order, whose training part has `count` shards."""
+    manifest = DatasetManifest.load(folder)
+    shutil.copytree(folder, into)
+    training = manifest.splits["train"].shards
+    tokens = np.concatenate([np.fromfile(folder / shard.file, manifest.numpy_dtype) for shard in training])
+    shards = []
+    for number, piece in enumerate(np.array_split(tokens, count)):
+        file, index = into / f"piece_{number:05d}.bin", into / f"piece_{number:05d}.idx"
+        piece.tofile(file)
+        np.array([0, len(piece)], "<u8").tofile(index)
+        named = {
+            "file": file.name,
+            "index": index.name,
+            "sha256": sha256_file(file),
+            "index_sha256": sha256_file(index),
+        }
+        shards.append(replace(training[0], tokens=len(piece), documents=1, longest=len(piece), **named))
+    splits = {**manifest.splits, "train": Split("train", tuple(shards))}
+    replace(manifest, splits=splits, digest="").save(into)
 
 
 def one_source(path: Path, **source: Any) -> dict[str, Any]:

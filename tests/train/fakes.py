@@ -75,6 +75,9 @@ class Saver:
     def save(self, step: int, fragments: list[Any], state: dict[str, Any]) -> None:
         self.saved.append((step, state))
 
+    def superseded(self) -> str | None:
+        return None
+
     def wait(self, timeout_s: float | None = None) -> None:
         self.waits.append(timeout_s)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import pipeline.train.loop as loop
 from pipeline.checkpoint.layout import Manifest, published, step_of
 from pipeline.config.sections import Config
-from pipeline.errors import StopRequested
+from pipeline.errors import PipelineError, StopRequested
 from pipeline.optim.schedule import get_lr_cosine_schedule
 from pipeline.run.folder import Run, run_for, step_name
 from pipeline.train.engine.engine import Engine
@@ -118,3 +120,17 @@ def test_an_error_in_a_step_is_recorded_as_the_end_of_the_start(
         loop.train(config)
     (failed,) = events(run_for(config).path, "failed")
     assert failed["step"] == 0 and "ZeroDivisionError: a bug" in failed["error"]
+
+
+def test_output_that_nobody_reads_any_longer_is_named_as_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path, **{"train.max_iters": 3})
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+        with pytest.raises(PipelineError, match="output was closed"):
+            loop.train(config)
+    (failed,) = events(run_for(config).path, "failed")
+    assert "output was closed" in failed["error"] and "SystemExit" not in failed["error"]

@@ -187,6 +187,18 @@ def test_without_its_last_checkpoint_a_run_ends_with_1_and_the_next_start_repeat
     run = lab.train(name, world, stage, "train.max_iters=4")
     good = [folder.name for folder in published(run / "checkpoints")]
 
+    often = ["train.max_iters=30", "train.checkpoint_interval=2", "checkpoint.max_failures=3"]
+    arguments = ["train", str(lab.config(name)), "train.zero_stage=1", *often]
+    ranks = processes.fork(short_of_room, (arguments,), world, run.parent / f"{name}_often.log")
+    assert ranks.within(ranks.poll, 60)
+    assert ranks.codes == {0: EXIT_FAILED, 1: EXIT_FAILED}
+    assert "checkpoint.max_failures" in ranks.words() and "Traceback" not in ranks.words()
+    assert [e["step"] for e in events(run, "checkpoint_failed")] == [6, 8, 10]
+    (failed,) = events(run, "failed")
+    assert failed["step"] == 12 and "checkpoint.max_failures" in failed["error"]
+    (run / "events.jsonl").unlink()
+    lab.train(name, world, stage, "train.max_iters=4")
+
     changes = ["train.zero_stage=1", "train.max_iters=10", "train.checkpoint_interval=5"]
     arguments = ["train", str(lab.config(name)), *changes]
     ranks = processes.fork(short_of_room, (arguments,), world, run.parent / f"{name}.log")
@@ -198,5 +210,5 @@ def test_without_its_last_checkpoint_a_run_ends_with_1_and_the_next_start_repeat
     assert [folder.name for folder in published(run / "checkpoints")] == good
 
     lab.train(name, world, stage, *changes[1:])
-    assert [e["step"] for e in events(run, "resumed")] == [4, 4]
+    assert [e["step"] for e in events(run, "resumed")] == [4, 4, 4]
     assert curve(run) == curve(lab.uninterrupted(world, stage))[:10]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,37 @@ def saved_once(ranks: Ranks, run: Path, reason: str) -> None:
     assert verify(newest).step == step_of(newest) == checkpointed["step"] == last_step(run)
     assert [e["reason"] for e in events(run, "preempted")] == [reason]
     assert "everything is saved" in ranks.words() and "Traceback" not in ranks.words()
+
+
+def test_without_torchrun_its_ranks_end_within_seconds_and_say_why(lab: Lab, tmp_path: Path) -> None:
+    """They survive its death, but the store went with it: they could save nothing more."""
+    config = lab.config("orphans", **LONG)
+    run, log = config.parent / "runs" / "orphans", tmp_path / "log"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    with log.open("w") as out:
+        agent = subprocess.Popen([*torchrun, "-m", "pipeline", "train", str(config)], stdout=out, stderr=out)
+    try:
+        assert wait_until(lambda: last_step(run) >= 3 or agent.poll() is not None, 120), log.read_text()
+        ranks = children(agent.pid)
+        assert len(ranks) == 2, log.read_text()
+    finally:
+        agent.kill()
+        agent.wait()
+    assert wait_until(lambda: not any(map(alive, ranks)), 30), log.read_text()
+    (failed,) = events(run, "failed")
+    assert "torchrun was killed" in failed["error"]
+    assert "Traceback" not in log.read_text()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("name", ["SIGUSR2", "SIGTERM", "SIGINT"])

@@ -35,6 +35,7 @@ from pipeline.run.events import (
     NodeLost,
     Preempted,
     Requeued,
+    StartBegan,
     append,
 )
 from pipeline.run.world import DEADLINE_VARIABLE
@@ -83,6 +84,9 @@ def end(attempt: Attempt, code: int) -> int:
 
     It does not return where the job is requeued: Slurm kills the batch script.
     """
+    taken = _taken_over_by(attempt) if code != EXIT_OK else None
+    if taken is not None:
+        return _end_superseded(attempt, code, taken)
     verdict = judge(attempt, code)
     nodes = [] if verdict.outcome == "done" else slurm.hostnames(attempt.nodes)
     lost = slurm.lost_nodes(nodes)
@@ -108,6 +112,23 @@ def end(attempt: Attempt, code: int) -> int:
     if not requeue(attempt, nodes, sorted({*lost, *_lost_before(attempt), *_named_by_preflight(attempt)})):
         _give_up(attempt, "the job could not be requeued; submit it again: it resumes from its last checkpoint")
     return verdict.status
+
+
+def _taken_over_by(attempt: Attempt) -> StartBegan | None:
+    """Returns the start outside this attempt that trains the run now; None if the newest start was this attempt's."""
+    newest = _events(attempt).last(StartBegan) if attempt.stage == "train" else None
+    own = newest is None or (newest.job == attempt.raw_job and newest.restart == attempt.number)
+    return None if own else newest
+
+
+def _end_superseded(attempt: Attempt, code: int, by: StartBegan) -> int:
+    """Ends an attempt whose run belongs to another start: no requeue, and no event among the other's."""
+    where = f"on {by.host}" + (f" in job {by.job}" if by.job else "")
+    why = f"another start of the run, {where}, has taken over"
+    ended = AttemptEnded(**attempt.about(), outcome="failed", reason=why, code=code, progress=progress(attempt))
+    _record(attempt, ended)
+    say(f"pipeline: error: {attempt.stage}: {why}; this job is not requeued", sys.stderr)
+    return EXIT_FAILED
 
 
 def judge(attempt: Attempt, code: int) -> Verdict:

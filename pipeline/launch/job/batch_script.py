@@ -15,6 +15,7 @@ import submitit
 from pipeline.launch.job.rank import run_rank
 from pipeline.launch.job.spec import JobSpec
 from pipeline.launch.site import Site, TrainResources
+from pipeline.launch.slurm.inputs import is_input
 
 
 class Executor(submitit.SlurmExecutor):
@@ -42,7 +43,7 @@ def executor(job: JobSpec, dependency: str | None) -> Executor:
 def submit_tasks(made: Executor, job: JobSpec) -> str:
     """Submits a job and returns its id, which is that of the array if it has several tasks."""
     count = len(job.tasks)
-    with _outside_any_job():
+    with _inputs_hidden():
         if count == 1:
             return str(made.submit(run_rank, str(job.file)).job_id)
         first = made.map_array(run_rank, [str(job.file)] * count)[0]
@@ -50,11 +51,9 @@ def submit_tasks(made: Executor, job: JobSpec) -> str:
 
 
 @contextlib.contextmanager
-def _outside_any_job() -> Iterator[None]:
-    """Hides the variables of an interactive job: sbatch would pass them on and give the new job that job's shape."""
-    inside = "SLURM_JOB_ID" in os.environ
-    of_that = [name for name in os.environ if name.startswith(("SLURM_", "SLURMD_")) and name != "SLURM_CONF"]
-    hidden = {name: os.environ.pop(name) for name in of_that if inside}
+def _inputs_hidden() -> Iterator[None]:
+    """Hides what would change the job: input variables of the shell, and those of an interactive job around it."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if is_input(name)}
     try:
         yield
     finally:

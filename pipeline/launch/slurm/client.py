@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from datetime import datetime
 
 from pipeline.errors import PipelineError
 from pipeline.files import naming
+from pipeline.launch.slurm.inputs import without_inputs
 
 ACTIVE = frozenset(
     ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
@@ -64,7 +66,9 @@ def call(*command: str) -> str:
     """
     try:
         with naming(command[0], "cannot be run", "is this a machine with Slurm?", SlurmError):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+            done = subprocess.run(
+                command, env=without_inputs(os.environ), capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            )
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{command[0]}: no answer within {_TIMEOUT_S:.0f} seconds; try `scontrol ping`") from error
     if done.returncode != 0:

@@ -84,7 +84,7 @@ def plan_chain(
     home = home_of(configs)
     refuse_unfit_folder(home)
     refuse_invisible(configs, site)
-    commands, skipped = _stages(configs, site, ("--allow-image-change",) if allow_image_change else ())
+    commands, skipped = _stages(configs, site, _train_options(allow_image_change))
     jobs = [_job(stage, tasks, configs, site, home) for stage, tasks in commands.items()]
     return Chain(configs, site, site_file, jobs, skipped, home, allow_image_change)
 
@@ -132,6 +132,11 @@ def dry_run(chain: Chain) -> str:
 
 
 # ---- which jobs are needed -----------------------------------------------------------------------
+
+
+def _train_options(allow_image_change: bool) -> tuple[str, ...]:
+    # What was in the queue is refused here. A requeued job must not wait for its own attempt on a node that is lost.
+    return ("--take-over", *(("--allow-image-change",) if allow_image_change else ()))
 
 
 def _stages(

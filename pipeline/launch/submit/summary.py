@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 
 from pipeline.errors import listing
 from pipeline.launch.site import TrainResources
+from pipeline.launch.slurm.inputs import set_by_user
 from pipeline.launch.slurm.job_records import STAGES, Job
 from pipeline.launch.submit.submit import Chain
 
@@ -29,6 +31,9 @@ def summary(chain: Chain, jobs: list[Job]) -> str:
         before = job
     if not jobs:
         return "\n".join([*lines, "Everything is done; nothing was submitted."])
+    ignored = set_by_user(os.environ)
+    if ignored:
+        lines.append(f"ignored: {', '.join(ignored)} of this shell; {chain.site_file} says what jobs request")
     folders = [shlex.quote(str(run.path)) for run in chain.runs]
     shown = folders[0] if len(folders) == 1 else folders[0] + " ..."
     next_steps = [f"state   pipeline status {shown}", f"output  pipeline logs -f {folders[0]}"]

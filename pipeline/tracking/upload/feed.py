@@ -188,6 +188,8 @@ class Feed:
     def _send_tags(self, store: Store, run_id: str) -> None:
         tags = describe.tags(self._run)
         s = upload_state.load(self._run)
+        if s.copied_from is not None:
+            tags["pipeline.copied_from"] = s.copied_from
         if s.retries:
             tags["pipeline.retries"] = json.dumps([r.model_dump() for r in s.retries])
         split = goodput(self._run, EventLog.load(self._run.events_file))

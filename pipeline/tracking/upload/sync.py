@@ -131,7 +131,7 @@ def is_alive(run: Run, events: EventLog) -> bool:
     if s.status != "RUNNING" or not s.attempt:
         return False
     start = events.last(StartBegan)
-    return (start is None or start.host != socket.gethostname()) and time.time() - _last_sign(run) < _SILENCE_S
+    return (start is None or start.host != socket.gethostname()) and time.time() - last_sign(run) < _SILENCE_S
 
 
 def _note_if_killed(run: Run) -> bool:
@@ -148,12 +148,12 @@ def note_killed(run: Run, attempt: int) -> None:
 
     def settle(s: upload_state.State) -> None:
         if s.status == "RUNNING" and s.attempt == attempt:
-            s.status, s.ended = "KILLED", round(_last_sign(run), 3)
+            s.status, s.ended = "KILLED", round(last_sign(run), 3)
 
     upload_state.update(run, settle)
 
 
-def _last_sign(run: Run) -> float:
+def last_sign(run: Run) -> float:
     """Returns when the files of the run last changed."""
     files = [run.metrics_file, run.events_file, *run.system_metrics.glob("*.jsonl")]
     return max((f.stat().st_mtime for f in files if f.exists()), default=0.0)

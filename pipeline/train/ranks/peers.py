@@ -3,6 +3,9 @@
 gloo fails as soon as a connection breaks; NCCL waits for a collective that never ends. Every rank therefore keeps one
 TCP connection to rank 0, which the kernel closes with the process, however that ends. Rank 0 tells the other ranks
 which rank ended and what its last error was.
+
+Under torchrun the store that all ranks share lives in torchrun's agent. If that is killed, the ranks survive it and
+could save nothing more: each looks at the store every second.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from torch._C._distributed_c10d import Store
+
 from pipeline.errors import EXIT_FAILED, PipelineError
 from pipeline.run.world import World
 from pipeline.train.ranks import group
 
 HEARTBEAT_S = 2.0
+AGENT_S = 1.0
 SILENCE_S = 60.0
 HELLO_S = 5.0
 GRACE_S = 5.0
@@ -29,6 +35,7 @@ LAST_WORDS_S = 3.0
 GOODBYE_S = 1.0
 
 _LONGEST_HELLO = 1000
+_UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 class Peers:
@@ -55,6 +62,9 @@ class Peers:
         else:
             self._connect(group.broadcast(("", 0), world), token)
         self._start(self._beat)
+        if _UNDER_TORCHRUN in os.environ:
+            store = group.store()
+            self.watch(lambda: _without_agent(store), AGENT_S)
 
     def cause_of(self, error: BaseException) -> str | None:
         """Returns which rank's end caused this error, waiting a moment for the news; None if the error is our own.
@@ -65,6 +75,18 @@ class Peers:
         while self._world.size > 1 and self.lost is None and time.monotonic() < deadline:
             time.sleep(0.05)
         return self.lost
+
+    def watch(self, cause: Callable[[], str | None], every_s: float) -> None:
+        """Ends all ranks as soon as `cause`, which a thread of this rank asks from now on, returns a reason."""
+
+        def look() -> None:
+            while not self._closing.wait(every_s):
+                found = cause()
+                if found is not None and not self._closing.is_set():
+                    self._end(found, self._tell_all if self._world.is_first else lambda lost: None)
+                    return
+
+        self._start(look)
 
     def close(self, error: str | None = None) -> None:
         """Says goodbye; with an error, the other ranks end too and show it."""
@@ -169,6 +191,14 @@ def _hello(connection: socket.socket, stream: TextIO, token: str) -> dict[str, A
         return None
     connection.settimeout(SILENCE_S)
     return hello if isinstance(hello, dict) and hello.get("token") == token else None
+
+
+def _without_agent(store: Store) -> str | None:
+    try:
+        store.check(["agent"])
+    except RuntimeError:
+        return "torchrun was killed, and the store that the ranks share with it"
+    return None
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import EXIT_STOPPED, EXIT_USAGE
+from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 from pipeline.launch.job import attempt, requeue
 from pipeline.launch.job.spec import Attempt, Task
 from pipeline.launch.site import Site
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import AttemptBegan, AttemptEnded, RankFailed, RankStopped
 from pipeline.run import journal
-from pipeline.run.events import BadNode, EventLog, GaveUp, NodeLost, append
+from pipeline.run.events import BadNode, EventLog, Finished, GaveUp, NodeLost, StartBegan, append
 from pipeline.run.folder import Run, step_name
 from pipeline.run.world import DEADLINE_VARIABLE
 from tests.launch.support import SITE, FakeSlurm, make_run
@@ -179,6 +179,26 @@ def test_a_stage_that_never_fits_its_time_limit_is_not_tried_for_ever(
     assert slurm.calls("scontrol").count("requeue 7") == 7
     assert attempt.end(began(run, 7), EXIT_STOPPED) == EXIT_STOPPED
     assert re.fullmatch(r".*time limit 3 times .*step 0 .*; .*time_limit_min .*", reason_given_up(run))
+
+
+@pytest.mark.parametrize(
+    ("job", "restart", "requeues"), [("7", 1, 1), ("7", 2, 0), ("8", 0, 0), (None, 0, 0)],
+    ids=["its own start", "a later attempt of the job", "another job", "by hand"],
+)  # fmt: skip
+def test_a_job_whose_run_another_start_has_taken_over_is_not_requeued(
+    run: Run, slurm: FakeSlurm, job: str | None, restart: int, requeues: int
+):
+    now = rank_ended(began(run, 1), 1)
+    append(run.events_file, StartBegan(number=2, job="7", restart=1, host="gpu1"))
+    append(run.events_file, StartBegan(number=3, job=job, restart=restart, host="gpu9"))
+    if job != "7":
+        append(run.events_file, Finished(step=100))  # of the other start: it says nothing about this job
+    before = run.events_file.read_bytes()
+    assert attempt.end(now, 1) == EXIT_FAILED
+    assert slurm.calls("scontrol").count("requeue 7") == requeues
+    if not requeues:
+        assert run.events_file.read_bytes() == before
+        assert "gpu9" in job_records.notes(run, "train").of(AttemptEnded)[-1].reason
 
 
 def test_a_full_disk_costs_neither_the_requeue_nor_the_beginning(

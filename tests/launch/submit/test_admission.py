@@ -120,7 +120,7 @@ def test_another_image_than_the_runs_is_refused_until_it_is_allowed(tmp_path: Pa
     done = submit(tmp_path, slurm, "container.image=image.sif", "--allow-image-change")
     assert done.status == 0, done.err
     [task] = json.loads((run.launch / "train.json").read_text())["tasks"]
-    assert task["commands"] == [["train", str(run.config_file), "--allow-image-change"]]
+    assert task["commands"] == [["train", str(run.config_file), "--take-over", "--allow-image-change"]]
 
 
 def test_a_node_without_the_runtime_is_one_message_in_the_log_of_the_rank(tmp_path: Path, slurm: FakeSlurm):

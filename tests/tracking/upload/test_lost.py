@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.run.events import EventLog
+from pipeline.run.folder import Run
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload.sync import is_alive, sync
 from tests.tracking.support import (
@@ -125,3 +126,47 @@ def test_an_unreachable_server_causes_one_message_and_no_loss(tmp_path):
     assert len(of_journal(run)["train/loss"]) == 30
     with pytest.raises(PipelineError, match=r"http://127\.0\.0\.1:\d+: .*\(Connection refused\)"):
         sync(run)
+
+
+def trained(folder):
+    """A run of ten steps that MLflow has; returns it with its config, the open store and the id of its MLflow run."""
+    run, config = make_run(folder)
+    tracker = begin(run, config)
+    log_steps(tracker, 1, 10)
+    tracker.close("FINISHED")
+    sync(run)
+    return run, config, *open_store(run, config)
+
+
+def test_a_copied_run_folder_gets_an_mlflow_run_of_its_own_that_names_its_origin(folder):
+    run, config, store, run_id = trained(folder)
+    before = store.read_run(run_id)
+    copy = Run(run.path.with_name("copy"))
+    shutil.copytree(run.path, copy.path)
+    tracker = begin(copy, config, step=10)
+    log_steps(tracker, 11, 20)
+    tracker.close("FINISHED")
+    own = sync(copy).run_id
+    assert own is not None and own != run_id and sync(copy).run_id == own
+    assert of_mlflow(copy, config) == of_journal(copy)
+    assert of_mlflow(run, config) == of_journal(run), "the original received nothing"
+    origin = store.read_run(own).data.tags["pipeline.copied_from"]
+    assert str(run.path.resolve()) in origin and run_id in origin
+    assert "pipeline.copied_from" not in before.data.tags
+    assert sync(run).run_id == run_id
+
+
+@pytest.mark.parametrize("how", ["renamed", "to another file system", "seen at another place"])
+def test_a_moved_run_folder_continues_its_mlflow_run(folder, how):
+    run, _config, store, run_id = trained(folder)
+    moved = Run(folder / "elsewhere" / run.name)
+    moved.path.parent.mkdir()
+    if how == "renamed":
+        run.path.rename(moved.path)
+    elif how == "seen at another place":
+        moved.path.symlink_to(run.path)
+    else:  # `mv` copies and deletes there
+        shutil.copytree(run.path, moved.path)
+        shutil.rmtree(run.path)
+    assert sync(moved).run_id == run_id
+    assert "pipeline.copied_from" not in store.read_run(run_id).data.tags

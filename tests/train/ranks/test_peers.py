@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +113,20 @@ def test_only_a_broken_collective_is_waited_for(pair: Pair) -> None:
     assert time.monotonic() - began < 0.4
     assert pair.first.cause_of(RuntimeError("a bug in torch")) is None
     assert time.monotonic() - began >= 0.5
+
+
+def test_without_the_store_of_torchrun_a_rank_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(keys: list[str]) -> bool:
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(peers, "AGENT_S", 0.01)
+    monkeypatch.setattr(peers, "GRACE_S", 60.0)
+    alone = Peers(World())
+    store: Any = SimpleNamespace(check=check)
+    alone.watch(lambda: peers._without_agent(store), peers.AGENT_S)
+    assert wait_until(lambda: alone.lost is not None, 5)
+    assert "torchrun" in str(alone.lost)
+    alone.close()
 
 
 def test_alone_nothing_is_listened_to() -> None:
