@@ -1,4 +1,4 @@
-"""Ranks of tests inherit what tests/preload.py imports: the fork server hides its errors, which cost each rank seconds."""
+"""Ranks of tests inherit what tests/preload.py imports; the fork server hides its errors."""
 
 from __future__ import annotations
 
