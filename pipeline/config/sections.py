@@ -1,7 +1,7 @@
 """The vocabulary of an experiment: one YAML file plus overrides becomes one frozen tree.
 
-Every section and field is described here or in `data_sections.py` and nowhere else; the JSON schema
-(`configs/schema.json`) and the reference (`docs/config.md`) are generated from these descriptions.
+Every section and field is described here, in `model_section.py` or in `data_sections.py` and nowhere else; the JSON
+schema (`configs/schema.json`) and the reference (`docs/config.md`) are generated from these descriptions.
 Rules between the fields of a section stand in that section; rules between sections stand in `Config`.
 """
 
@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from pipeline.config.data_sections import DataConfig, TokenizerConfig
 from pipeline.config.deepspeed_keys import refused_settings
+from pipeline.config.model_section import ModelConfig
 from pipeline.config.section_base import (
     Count,
     Fraction,
@@ -27,34 +28,6 @@ from pipeline.config.section_base import (
     wrong_value,
 )  # fmt: skip
 from pipeline.errors import Problem
-
-
-class ModelConfig(Section):
-    """Shape of the pre-norm decoder-only transformer."""
-
-    vocab_size: Count
-    """Number of token embeddings; a trained BPE gets exactly this many tokens."""
-    context_length: Count
-    """Longest sequence, in tokens."""
-    d_model: Count
-    """Width of the residual stream."""
-    num_layers: Count
-    """Number of transformer blocks."""
-    num_heads: Count
-    """Attention heads; `d_model` must be divisible by it."""
-    d_ff: Count
-    """Inner width of the SwiGLU feed-forward."""
-    rope_theta: Positive = 10000.0
-    """Base of the rotary position embedding."""
-
-    @rule
-    def _heads_divide_the_width_evenly(self) -> Iterator[Problem]:
-        head_dim, rest = divmod(self.d_model, self.num_heads)
-        if rest:
-            yield wrong_value("d_model", self.d_model, f"a multiple of num_heads = {self.num_heads}")
-        elif head_dim % 2:
-            even = f"an even head size (d_model / num_heads), not {head_dim}, because RoPE rotates pairs"
-            yield wrong_value("num_heads", self.num_heads, even)
 
 
 class OptimizerConfig(Section):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pipeline.config.sections import ModelConfig
+from pipeline.config.model_section import ModelConfig
 from pipeline.model.layers import NORM_EPS
 
 

@@ -125,9 +125,7 @@ class Session:
             return
         seconds = self.clock.read()
         rate = tokens / seconds["step"]
-        flops = rate * flops_per_token(
-            shape.vocab_size, shape.context_length, shape.d_model, shape.num_layers, shape.d_ff
-        )
+        flops = rate * flops_per_token(shape)
         numbers = pending.read()  # the host waits for the device here, once per log interval
         metrics = {
             "train/loss": numbers.loss,

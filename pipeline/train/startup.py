@@ -94,6 +94,9 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
         initialization=state["initialization"],
     )
     _announce(session, recovery)
+    unused = config.model.vocab_size - data.manifest.vocab_size
+    if unused > 0:
+        progress.message(f"model.vocab_size is {unused} more than the tokenizer's: these tokens occur in no text")
     return session
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.sections import ModelConfig
+from pipeline.config.model_section import ModelConfig
 from pipeline.huggingface.llama import llama_config, llama_name, llama_rows
 from pipeline.model.layers import RMSNorm
 from pipeline.model.loss import cross_entropy

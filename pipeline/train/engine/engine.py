@@ -44,6 +44,7 @@ class Engine:
         self.device = device
         self._world = world
         self._offloads = config.train.offload_optimizer
+        self._tied = config.model.tie_embeddings
         settings, optim = deepspeed_config(config, world), config.optimizer
         prepare(device)
         self.module = model = build(config, device, settings)
@@ -144,7 +145,7 @@ class Engine:
     def draw(self, seed: int) -> None:
         """Draws fresh weights, each rank those that it holds; the same numbers at any world size and stage."""
         for fragment in self._partitions.held():
-            fill_fresh(fragment.tensors["weight"], fragment.name, fragment.shape, seed, fragment.start)
+            fill_fresh(fragment.tensors["weight"], fragment.name, fragment.shape, seed, fragment.start, self._tied)
         self._partitions.refresh()
 
     @torch.no_grad()
@@ -172,4 +173,4 @@ def _compile(model: TransformerLM) -> None:
     for block in model.layers:
         block.forward = torch.compile(recomputed(block.forward, model.activation_checkpointing), dynamic=False)
     model.activation_checkpointing = "none"  # the compiled blocks see to it
-    model.compiled_loss = model.lm_head.weight.is_cuda
+    model.compiled_loss = model.device.type == "cuda"
