@@ -8,10 +8,11 @@ Rules between the fields of a section stand in that section; rules between secti
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, create_model
 
 from pipeline.config.data_sections import DataConfig, TokenizerConfig
 from pipeline.config.deepspeed_keys import refused_settings
@@ -224,6 +225,36 @@ class SampleConfig(Section):
     """Sample from the smallest set of tokens that holds this much probability."""
 
 
+# `from` cannot be written as a field: it is a keyword.
+_From = create_model(
+    "_From",
+    __base__=Section,
+    **{
+        "from": (
+            Annotated[str, Field(pattern="^hf:.")] | None,
+            Field(
+                default=None,
+                description="`hf:FOLDER`, the folder of a model in Hugging Face's format (docs/start-from.md); unset, "
+                "weights are drawn from the seed.",
+            ),
+        )
+    },  # type: ignore[call-overload]
+)
+
+
+class InitConfig(_From):  # type: ignore[valid-type, misc]
+    """What a new run starts from."""
+
+    what: Literal["weights"] = "weights"
+    """What it takes: the weights; moments and step begin at zero."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder; None if weights are drawn."""
+        place: str | None = getattr(self, "from")
+        return None if place is None else Path(place.removeprefix("hf:"))
+
+
 class Config(Section):
     """One experiment."""
 
@@ -234,6 +265,7 @@ class Config(Section):
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig
+    init: InitConfig = InitConfig()
     optimizer: OptimizerConfig
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -90,6 +90,8 @@ class Session:
     """Tokens trained on since the first start."""
     initialization: int
     """Version of the numbers that the run's weights began with."""
+    init: dict[str, str] | None = None
+    """The weights that the run started from, and their digest; None if they were drawn."""
     unread: deque[tuple[int, PendingNumbers]] = field(default_factory=deque)
     """Steps whose numbers have not been read yet, oldest first."""
     evaluation: Evaluation | None = None
@@ -189,6 +191,7 @@ class Session:
             "optimizer_steps": self.engine.optimizer_steps,
             "tokens_seen": self.tokens_seen,
             "initialization": self.initialization,
+            "init": self.init,
             "guard": self.guard.state(),
             "val_loss": fresh.loss if fresh else None,
             "dataset": self.data_digest,

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.config.sections import Config
+from pipeline.huggingface.open_weights import OpenWeights
 from pipeline.model.chunked_loss import LossParts
 from pipeline.model.transformer import TransformerLM, recomputed
 from pipeline.optim.adamw import AdamW, decay_groups
@@ -29,7 +30,7 @@ from pipeline.train.engine.step_numbers import PendingNumbers
 class Engine:
     """One model in training on all ranks.
 
-    Its weights are zero until `draw` or `load`.
+    Its weights are zero until `draw`, `take` or `load`.
 
     Args:
         config: The experiment.
@@ -146,6 +147,13 @@ class Engine:
         """Draws fresh weights, each rank those that it holds; the same numbers at any world size and stage."""
         for fragment in self._partitions.held():
             fill_fresh(fragment.tensors["weight"], fragment.name, fragment.shape, seed, fragment.start, self._tied)
+        self._partitions.refresh()
+
+    @torch.no_grad()
+    def take(self, weights: OpenWeights) -> None:
+        """Takes weights from a model folder, each rank those that it holds; the moments stay zero."""
+        for fragment in self._partitions.held():
+            weights.read("weight", fragment.name, fragment.start, fragment.tensors["weight"])
         self._partitions.refresh()
 
     @torch.no_grad()

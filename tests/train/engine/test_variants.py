@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from pipeline.config.load import load_config
+from pipeline.huggingface.open_weights import OpenWeights
 from pipeline.optim.adamw import decay_groups
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
 from pipeline.train.engine.fresh import fill_fresh
 from pipeline.train.ranks import group
 from tests import processes
+from tests.huggingface.folders import written
 from tests.test_bad_input import experiment
 from tests.train.engine.test_partitions import Reader, new_engine, state, train_step
 
@@ -74,6 +76,25 @@ def test_biases_start_at_zero_gains_at_one_and_a_tied_weight_small() -> None:
     fill_fresh(tied, "token_embeddings.weight", (100, 64), 0, tied=True)
     fill_fresh(untied, "token_embeddings.weight", (100, 64), 0)
     torch.testing.assert_close(tied * 8, untied)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_of_a_folder_reach_the_masters_and_the_working_weights(
+    tmp_path: Path, stage: int, precision: str
+) -> None:
+    engine = new_engine(tmp_path, stage, **{**TIED, "model.qkv_bias": False, "train.precision": precision})
+    config = load_config(tmp_path / "config.yaml").model
+    expected = written(tmp_path / "model", config)
+    engine.take(OpenWeights(tmp_path / "model", config))
+    found = state(engine)
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(found[f"weight/{name}"], parameter.detach().view(-1)), name
+        assert not found[f"exp_avg/{name}"].any()
+    if precision == "fp32":
+        ids = torch.randint(257, (4, 16))
+        with torch.no_grad():
+            assert torch.equal(engine.loss(ids, ids).loss, expected(ids, targets=ids).loss)
 
 
 def first_losses(world: World, config_file: str, stage: int) -> list[float]:
