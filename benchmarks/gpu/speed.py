@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.case import LEARNING_RATE, SIZES, TINY, Case, Size, config_of
+from pipeline.config.model_section import ModelConfig
 from pipeline.model.flops import flops_per_token, num_parameters
 from pipeline.plan.devices import GIB
 from pipeline.plan.memory import process_memory
@@ -148,13 +149,13 @@ def _speed(
     size: Size, way: str, seconds: list[float], peak_gib: float, planned_gib: float | None, device: torch.device
 ) -> Speed:
     shape = size.model
-    sizes = (shape["vocab_size"], shape["d_model"], shape["num_layers"], shape["d_ff"])
+    model = ModelConfig(**shape)
     step_s = statistics.median(seconds[1:])
     rate = size.micro_batch * MICRO_BATCHES * shape["context_length"] / step_s
     peak = peak_flops_per_s(device, "bf16")
-    flops = flops_per_token(sizes[0], shape["context_length"], *sizes[1:])
+    flops = flops_per_token(model)
     mfu = rate * flops / peak if peak else None
-    return Speed(size.name, way, num_parameters(*sizes), rate, mfu, peak_gib, planned_gib, step_s, seconds[0])
+    return Speed(size.name, way, num_parameters(model), rate, mfu, peak_gib, planned_gib, step_s, seconds[0])
 
 
 def as_rows(speeds: list[Speed]) -> list[dict[str, Any]]:

@@ -80,6 +80,9 @@ def export(
     ] = "hf",
     step: Annotated[int | None, typer.Option(min=0, help="Step of the checkpoint; the newest by default.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder or file to write; below RUN/export by default.")] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="float32|bfloat16", help="Of the weights; training holds them in float32.")
+    ] = "float32",
     register: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also add a version of this registered model in MLflow.")
     ] = None,
@@ -94,7 +97,7 @@ def export(
     opened = open_run(run_folder)
     from pipeline.commands.export import export_run
 
-    written = export_run(opened, form, step, Path(output) if output else None)
+    written = export_run(opened, form, step, Path(output) if output else None, dtype)
     say(written)
     if register is not None:
         from pipeline.tracking.upload.sync import register_export

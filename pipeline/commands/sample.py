@@ -30,7 +30,7 @@ def sample_run(run: Run, prompt: str | None = None, count: int = 1, seed: int = 
         raise UsageError("the prompt is empty; give at least one character")
     checkpoint = newest_checkpoint(run.checkpoints)
     model = load_model(config, checkpoint)
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     texts = []
     for _ in range(count):
         new = generate(

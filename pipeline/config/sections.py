@@ -1,20 +1,22 @@
 """The vocabulary of an experiment: one YAML file plus overrides becomes one frozen tree.
 
-Every section and field is described here or in `data_sections.py` and nowhere else; the JSON schema
-(`configs/schema.json`) and the reference (`docs/config.md`) are generated from these descriptions.
+Every section and field is described here, in `model_section.py` or in `data_sections.py` and nowhere else; the JSON
+schema (`configs/schema.json`) and the reference (`docs/config.md`) are generated from these descriptions.
 Rules between the fields of a section stand in that section; rules between sections stand in `Config`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, create_model
 
 from pipeline.config.data_sections import DataConfig, TokenizerConfig
 from pipeline.config.deepspeed_keys import refused_settings
+from pipeline.config.model_section import ModelConfig
 from pipeline.config.section_base import (
     ANY_TEXT,
     Count,
@@ -28,34 +30,6 @@ from pipeline.config.section_base import (
     wrong_value,
 )  # fmt: skip
 from pipeline.errors import Problem
-
-
-class ModelConfig(Section):
-    """Shape of the pre-norm decoder-only transformer."""
-
-    vocab_size: Count
-    """Number of token embeddings; a trained BPE gets exactly this many tokens."""
-    context_length: Count
-    """Longest sequence, in tokens."""
-    d_model: Count
-    """Width of the residual stream."""
-    num_layers: Count
-    """Number of transformer blocks."""
-    num_heads: Count
-    """Attention heads; `d_model` must be divisible by it."""
-    d_ff: Count
-    """Inner width of the SwiGLU feed-forward."""
-    rope_theta: Positive = 10000.0
-    """Base of the rotary position embedding."""
-
-    @rule
-    def _heads_divide_the_width_evenly(self) -> Iterator[Problem]:
-        head_dim, rest = divmod(self.d_model, self.num_heads)
-        if rest:
-            yield wrong_value("d_model", self.d_model, f"a multiple of num_heads = {self.num_heads}")
-        elif head_dim % 2:
-            even = f"an even head size (d_model / num_heads), not {head_dim}, because RoPE rotates pairs"
-            yield wrong_value("num_heads", self.num_heads, even)
 
 
 class OptimizerConfig(Section):
@@ -255,6 +229,36 @@ class SampleConfig(Section):
     """Sample from the smallest set of tokens that holds this much probability."""
 
 
+# `from` cannot be written as a field: it is a keyword.
+_From = create_model(
+    "_From",
+    __base__=Section,
+    **{
+        "from": (
+            Annotated[str, Field(pattern="^hf:.")] | None,
+            Field(
+                default=None,
+                description="`hf:FOLDER`, the folder of a model in Hugging Face's format (docs/start-from.md); unset, "
+                "weights are drawn from the seed.",
+            ),
+        )
+    },  # type: ignore[call-overload]
+)
+
+
+class InitConfig(_From):  # type: ignore[valid-type, misc]
+    """What a new run starts from."""
+
+    what: Literal["weights"] = "weights"
+    """What it takes: the weights; moments and step begin at zero."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder; None if weights are drawn."""
+        place: str | None = getattr(self, "from")
+        return None if place is None else Path(place.removeprefix("hf:"))
+
+
 class Config(Section):
     """One experiment."""
 
@@ -265,6 +269,7 @@ class Config(Section):
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig
+    init: InitConfig = InitConfig()
     optimizer: OptimizerConfig
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -1,5 +1,5 @@
-"""Hugging Face's names for this model: one table per supported architecture, and the JSON files of a model folder.
+"""Models in Hugging Face's format: one table of architectures for both directions, and the files of a model folder.
 
-Nothing here reads or writes files, and nothing imports transformers. `commands/export.py` brings a run, its checkpoint
-and these names together.
+Nothing imports transformers. `commands/export.py` writes a run's checkpoint under these names; `train/startup.py`
+starts a run from such a folder.
 """

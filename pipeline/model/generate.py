@@ -34,7 +34,7 @@ def generate(
         stop_id: The token that ends the text; it is not returned.
         generator: Source of randomness, on the model's device.
     """
-    device = model.lm_head.weight.device
+    device = model.device
     context = list(prompt_ids)[-max(1, model.context_length - 1) :]
     caches, cached = model.new_caches(), 0
     new: list[int] = []

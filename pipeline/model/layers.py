@@ -1,37 +1,67 @@
-"""The parts of the transformer: Linear, Embedding, RMSNorm, RoPE, attention, SwiGLU, the block."""
+"""The parts of the transformer that hold weights: Linear, Embedding, RMSNorm, attention, SwiGLU, the block."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.model.attention import KeyValueCache as KeyValueCache
+from pipeline.model.attention import RotaryEmbedding, grouped_query_attention
+from pipeline.model.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from pipeline.model.chunked_loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
 
 NORM_EPS = 1e-5
 
 
 class Linear(nn.Module):
-    """A linear map without bias, `(..., d_in)` to `(..., d_out)`.
+    """A linear map, `(..., d_in)` to `(..., d_out)`, without bias unless asked for.
 
     The weight has shape `(d_out, d_in)` and starts truncated-normal with std sqrt(2 / (d_in + d_out)),
-    cut at three standard deviations (Glorot & Bengio 2010, eq. 16, in its normal form).
+    cut at three standard deviations (Glorot & Bengio 2010, eq. 16, in its normal form). A bias starts at 0.
     """
 
     def __init__(
-        self, d_in: int, d_out: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        d_in: int,
+        d_out: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in, device=device, dtype=dtype))
         std = math.sqrt(2.0 / (d_in + d_out))
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+        self.bias = nn.Parameter(torch.zeros(d_out, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps the last dimension of `x`."""
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """A table of vectors, `(...)` int64 to `(..., d_model)`; starts truncated-normal, cut at three `std`."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model, device=device, dtype=dtype))
+        nn.init.trunc_normal_(self.weight, std=std, a=-3.0 * std, b=3.0 * std)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Looks up the vectors of token ids."""
+        return F.embedding(token_ids, self.weight)
 
 
 class LMHead(Linear):
@@ -49,24 +79,34 @@ class LMHead(Linear):
         compiled: bool = False,
     ) -> Any:
         """Returns the logits, or the `LossParts` of targets `(...)`; see `linear_cross_entropy`."""
-        if targets is None:
-            return super().forward(x)
-        return linear_cross_entropy(x, self.weight, targets, chunk_tokens, z_loss, compiled)
+        return _logits_or_loss(x, self.weight, targets, chunk_tokens, z_loss, compiled)
 
 
-class Embedding(nn.Module):
-    """A table of vectors, `(...)` int64 to `(..., d_model)`; starts truncated-normal, std 1, cut at 3."""
+class TiedHead(nn.Module):
+    """The output layer whose weight is the embedding's (Press & Wolf 2017); it holds no parameter of its own.
 
-    def __init__(
-        self, vocab_size: int, d_model: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, d_model, device=device, dtype=dtype))
-        nn.init.trunc_normal_(self.weight, std=1.0, a=-3.0, b=3.0)
+    It gets the embedding and not its weight: inside this call, and not before it, ZeRO-3 holds the whole weight.
+    """
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Looks up the vectors of token ids."""
-        return F.embedding(token_ids, self.weight)
+    def forward(
+        self,
+        x: Tensor,
+        embedding: Embedding,
+        targets: Tensor | None = None,
+        chunk_tokens: int = LOSS_CHUNK_TOKENS,
+        z_loss: float = 0.0,
+        compiled: bool = False,
+    ) -> Any:
+        """Returns what `LMHead` returns."""
+        return _logits_or_loss(x, embedding.weight, targets, chunk_tokens, z_loss, compiled)
+
+
+def _logits_or_loss(
+    x: Tensor, weight: Tensor, targets: Tensor | None, chunk_tokens: int, z_loss: float, compiled: bool
+) -> Any:
+    if targets is None:
+        return F.linear(x, weight)
+    return linear_cross_entropy(x, weight, targets, chunk_tokens, z_loss, compiled)
 
 
 class RMSNorm(nn.Module):
@@ -92,45 +132,6 @@ class RMSNorm(nn.Module):
         return (normed * self.weight.float()).to(x.dtype)
 
 
-class RotaryEmbedding(nn.Module):
-    """Rotates adjacent pairs (2k, 2k+1) by position * theta^(-2k/d) (Su et al. 2021, eq. 34).
-
-    Args:
-        theta: Base of the frequencies.
-        d_k: Head size; even.
-        max_seq_len: Number of positions the tables hold.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, theta: float, d_k: int, max_seq_len: int, device: torch.device | None = None) -> None:
-        super().__init__()
-        if d_k % 2:
-            raise ValueError(f"RoPE rotates pairs, so the head size must be even; it is {d_k}")
-        # float64 until the tables are computed: position * frequency loses low bits in long contexts.
-        frequencies = theta ** (-torch.arange(0, d_k, 2, dtype=torch.float64, device=device) / d_k)
-        angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float64, device=device), frequencies)
-        self.register_buffer("cos", angles.cos().float(), persistent=False)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
-
-    def forward(self, x: Tensor, positions: Tensor | slice) -> Tensor:
-        """Rotates `(..., seq, d_k)`.
-
-        Args:
-            x: Queries or keys; may have more dimensions, the heads, between the leading ones of `positions` and `seq`.
-            positions: `(..., seq)` or `(seq,)`, each below `max_seq_len`; or a slice of the positions, which copies
-                no table.
-        """
-        if isinstance(positions, Tensor) and 1 < positions.dim() < x.dim() - 1:
-            positions = positions.reshape(*positions.shape[:-1], *[1] * (x.dim() - 1 - positions.dim()), -1)
-        cos, sin = self.cos[positions], self.sin[positions]
-        pairs = x.float().unflatten(-1, (-1, 2))
-        even, odd = pairs[..., 0], pairs[..., 1]
-        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-        return rotated.flatten(-2).to(x.dtype)
-
-
 def silu(x: Tensor) -> Tensor:
     """Returns x * sigmoid(x), elementwise."""
     return F.silu(x)
@@ -142,43 +143,30 @@ def softmax(x: Tensor, dim: int) -> Tensor:
     return exponentials / exponentials.sum(dim=dim, keepdim=True)
 
 
-def scaled_dot_product_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
-    """Returns softmax(q k^T / sqrt(d_k)) v (Vaswani et al. 2017, eq. 1), computed by PyTorch's fused kernels.
+@dataclass(frozen=True)
+class Variant:
+    """What distinguishes the blocks of one architecture from those of another, beside their sizes."""
 
-    Args:
-        q: `(..., queries, d_k)`.
-        k: `(..., keys, d_k)`.
-        v: `(..., keys, d_v)`.
-        mask: `(..., queries, keys)` bool, True = attend; or None.
-        is_causal: Query i sees keys 0..i; excludes a mask.
-    """
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-
-
-class KeyValueCache:
-    """One layer's keys and values of the tokens seen so far, each `(batch, heads, tokens, d_head)`."""
-
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends new tokens and returns all of them."""
-        if self.keys is not None and self.values is not None:
-            keys, values = torch.cat((self.keys, keys), dim=-2), torch.cat((self.values, values), dim=-2)
-        self.keys, self.values = keys, values
-        return keys, values
+    num_kv_heads: int | None = None
+    """Heads of keys and values, shared by groups of queries; None for as many as queries."""
+    head_dim: int | None = None
+    """Size of a head; None for the width divided by the number of heads."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases."""
+    qk_norm: bool = False
+    """Whether each head's queries and keys are normalized before RoPE."""
+    norm_eps: float = NORM_EPS
+    """Added to the mean square in every norm."""
 
 
 class CausalSelfAttention(nn.Module):
     """Causal multi-head self-attention, with RoPE on queries and keys if a `rope` is given.
 
     Args:
-        d_model: Width; divisible by `num_heads`.
+        d_model: Width; without a `head_dim` divisible by `num_heads`.
         num_heads: Number of heads.
         rope: Position embedding, shared by all layers; None for attention without positions.
+        variant: The architecture.
     """
 
     def __init__(
@@ -188,14 +176,18 @@ class CausalSelfAttention(nn.Module):
         rope: RotaryEmbedding | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        variant: Variant = Variant(),
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.head_dim = variant.head_dim or d_model // num_heads
         self.rope = rope
-        self.q_proj = Linear(d_model, d_model, device, dtype)
-        self.k_proj = Linear(d_model, d_model, device, dtype)
-        self.v_proj = Linear(d_model, d_model, device, dtype)
-        self.output_proj = Linear(d_model, d_model, device, dtype)
+        d_q, d_kv = num_heads * self.head_dim, (variant.num_kv_heads or num_heads) * self.head_dim
+        self.q_proj = Linear(d_model, d_q, device, dtype, variant.qkv_bias)
+        self.k_proj = Linear(d_model, d_kv, device, dtype, variant.qkv_bias)
+        self.v_proj = Linear(d_model, d_kv, device, dtype, variant.qkv_bias)
+        self.output_proj = Linear(d_q, d_model, device, dtype)
+        self.q_norm = RMSNorm(self.head_dim, variant.norm_eps, device, dtype) if variant.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, variant.norm_eps, device, dtype) if variant.qk_norm else None
 
     def forward(self, x: Tensor, positions: Tensor | slice | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Attends within `(..., seq, d_model)`; with a cache, also to the tokens in it.
@@ -207,6 +199,8 @@ class CausalSelfAttention(nn.Module):
                 time: a longer chunk would need a mask that is causal inside the chunk.
         """
         q, k, v = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             if positions is None:
                 raise ValueError("attention with RoPE needs the positions of the tokens")
@@ -216,12 +210,12 @@ class CausalSelfAttention(nn.Module):
         causal = q.shape[-2] > 1
         if causal and q.shape[-2] != k.shape[-2]:
             raise ValueError("a filled cache takes one token at a time")
-        heads = scaled_dot_product_attention(q, k, v, is_causal=causal)
+        heads = grouped_query_attention(q, k, v, is_causal=causal)
         return self.output_proj(heads.transpose(-3, -2).flatten(-2))
 
     def _split(self, x: Tensor) -> Tensor:
-        """Reshapes `(..., seq, d_model)` to `(..., heads, seq, d_head)`."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+        """Reshapes `(..., seq, heads * head_dim)` to `(..., heads, seq, head_dim)`."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
 
 
 class SwiGLU(nn.Module):
@@ -251,11 +245,12 @@ class TransformerBlock(nn.Module):
         rope: RotaryEmbedding | None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        variant: Variant = Variant(),
     ) -> None:
         super().__init__()
-        self.ln1 = RMSNorm(d_model, device=device, dtype=dtype)
-        self.attn = CausalSelfAttention(d_model, num_heads, rope, device, dtype)
-        self.ln2 = RMSNorm(d_model, device=device, dtype=dtype)
+        self.ln1 = RMSNorm(d_model, variant.norm_eps, device, dtype)
+        self.attn = CausalSelfAttention(d_model, num_heads, rope, device, dtype, variant)
+        self.ln2 = RMSNorm(d_model, variant.norm_eps, device, dtype)
         self.ffn = SwiGLU(d_model, d_ff, device, dtype)
 
     def forward(self, x: Tensor, positions: Tensor | slice, cache: KeyValueCache | None = None) -> Tensor:

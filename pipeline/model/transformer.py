@@ -1,17 +1,18 @@
-"""The language model: embedding, pre-norm blocks, final norm, untied head."""
+"""The language model: embedding, pre-norm blocks, final norm, head."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from pipeline.model.attention import KeyValueCache, RotaryEmbedding
 from pipeline.model.chunked_loss import LOSS_CHUNK_TOKENS
-from pipeline.model.layers import Embedding, KeyValueCache, LMHead, RMSNorm, RotaryEmbedding, TransformerBlock
+from pipeline.model.layers import NORM_EPS, Embedding, LMHead, RMSNorm, TiedHead, TransformerBlock, Variant
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
 
@@ -62,6 +63,13 @@ class TransformerLM(nn.Module):
         num_heads: Attention heads per block.
         d_ff: Inner width of the feed-forward.
         rope_theta: Base of the position embedding.
+        num_kv_heads: Heads of keys and values; None for `num_heads`.
+        head_dim: Size of a head; None for `d_model / num_heads`.
+        tie_embeddings: Whether the head uses the embedding's weight, which then starts with std 1 / sqrt(d_model).
+        qkv_bias: Whether queries, keys and values have biases.
+        qk_norm: Whether queries and keys are normalized per head.
+        norm_eps: Added to the mean square in every norm.
+        rope_scaling: Arguments of `scaled_frequencies`.
         device: Where the weights are; on `meta` none is drawn, and the tables of the positions are on the CPU.
         dtype: Of the weights.
     """
@@ -75,6 +83,13 @@ class TransformerLM(nn.Module):
         num_heads: int,
         d_ff: int,
         rope_theta: float,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        tie_embeddings: bool = False,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        norm_eps: float = NORM_EPS,
+        rope_scaling: Mapping[str, Any] | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -88,14 +103,21 @@ class TransformerLM(nn.Module):
         """Whether torch.compile makes the passes over the logits."""
         self.z_loss = 0.0
         """Factor of the z-loss; see `linear_cross_entropy`."""
-        self.token_embeddings = Embedding(vocab_size, d_model, device, dtype)
+        variant = Variant(num_kv_heads, head_dim, qkv_bias, qk_norm, norm_eps)
+        std = d_model**-0.5 if tie_embeddings else 1.0
+        self.token_embeddings = Embedding(vocab_size, d_model, device, dtype, std)
         tables = None if device is not None and device.type == "meta" else device
-        rope = RotaryEmbedding(rope_theta, d_model // num_heads, context_length, tables)
+        rope = RotaryEmbedding(rope_theta, head_dim or d_model // num_heads, context_length, tables, rope_scaling)
         self.layers = nn.ModuleList(
-            TransformerBlock(d_model, num_heads, d_ff, rope, device, dtype) for _ in range(num_layers)
+            TransformerBlock(d_model, num_heads, d_ff, rope, device, dtype, variant) for _ in range(num_layers)
         )
-        self.ln_final = RMSNorm(d_model, device=device, dtype=dtype)
-        self.lm_head = LMHead(d_model, vocab_size, device, dtype)
+        self.ln_final = RMSNorm(d_model, norm_eps, device, dtype)
+        self.lm_head = TiedHead() if tie_embeddings else LMHead(d_model, vocab_size, device, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.token_embeddings.weight.device
 
     def forward(
         self,
@@ -123,7 +145,9 @@ class TransformerLM(nn.Module):
         for index, layer in enumerate(self.layers):
             block = recomputed(layer, self.activation_checkpointing)
             x = block(x, positions, caches[index] if caches is not None else None)
-        return self.lm_head(self.ln_final(x), targets, self.loss_chunk_tokens, self.z_loss, self.compiled_loss)
+        embedding = (self.token_embeddings,) if isinstance(self.lm_head, TiedHead) else ()
+        options = (self.loss_chunk_tokens, self.z_loss, self.compiled_loss)
+        return self.lm_head(self.ln_final(x), *embedding, targets, *options)
 
     def new_caches(self) -> list[KeyValueCache]:
         """Returns empty key-value caches, one per layer."""

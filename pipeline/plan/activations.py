@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config.sections import Config
+from pipeline.model.flops import block_matrices, elements
 
 _RNG_STATE = 5056  # bytes; PyTorch keeps one per checkpointed block
 
@@ -40,8 +41,9 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
     """Returns what a micro-batch takes, without torch.compile, which keeps less.
 
     Per token, a block keeps the inputs of its two norms, the inputs of its linear maps, q, k and v, the attention's
-    result twice, and four tensors of the feed-forward's width. With bf16 weights all of them are bf16. Under autocast
-    the residual stream and the norms stay float32, and each linear map has a bf16 copy of its input and of its weight.
+    result twice, and four tensors of the feed-forward's width; and the inputs of the norms of queries and keys. With
+    bf16 weights all of them are bf16. Under autocast the residual stream and the norms stay float32, and each linear
+    map has a bf16 copy of its input and of its weight.
 
     Args:
         config: The experiment.
@@ -54,16 +56,21 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
     width = 2 if bf16 else 4
     stream = 4 if autocast else width
     d, f, layers, heads, vocab = model.d_model, model.d_ff, model.num_layers, model.num_heads, model.vocab_size
+    projected = model.d_q + 2 * model.d_kv
     tokens = train.micro_batch_size * model.context_length
     norm = ((8 if on_cpu else stream) * d + 4) * tokens
     inputs = (10 if autocast else 2 * width) * d
-    block = 2 * norm + (inputs + 5 * width * d + 4 * width * f + 4 * heads) * tokens
-    weight_copies = 2 * (4 * d * d + 3 * d * f) if autocast else 0
+    attention = width * (projected + 2 * model.d_q) + 4 * heads
+    if model.qk_norm:
+        attention += (8 if on_cpu else width) * (model.d_q + model.d_kv) + 4 * (heads + model.kv_heads)
+    block = 2 * norm + (inputs + attention + 4 * width * f) * tokens
+    weight_copies = 2 * elements(block_matrices(model)) if autocast else 0
+    results = width * (projected + model.d_q + 2 * d + 2 * f) + 4 * heads
     per_block = {
         "none": block + weight_copies,
         "full": stream * d * tokens + _RNG_STATE,
         # The input, and the results of the seven matrix products and of attention.
-        "selective": (stream * d + 6 * width * d + 2 * width * f + 4 * heads) * tokens + _RNG_STATE,
+        "selective": (stream * d + results) * tokens + _RNG_STATE,
     }[train.activation_checkpointing]
     ids = 16 * tokens  # inputs and targets
     kept = layers * per_block + norm + ids
@@ -83,7 +90,7 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
         # is done with.
         same = 0 if on_cpu and stream == 2 else stream * d  # the norm's input
         if train.activation_checkpointing == "selective":
-            same += 2 * width * d + 2 * width * f + 4 * heads
+            same += width * (model.d_q + model.d_kv + 2 * f) + 4 * heads
         passing = 2 * stream * d + width * f
         recomputing = kept - norm + block + weight_copies + (passing - same) * tokens
     return Activations(kept, loss, head, recomputing)

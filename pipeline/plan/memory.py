@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config.sections import Config, ModelConfig
-from pipeline.model.flops import num_parameters
+from pipeline.config.model_section import ModelConfig
+from pipeline.config.sections import Config
+from pipeline.model.flops import block_matrices, block_vectors, elements, num_parameters, parameter_counts
 from pipeline.plan.activations import Activations, activations, working_bytes
 
 # DeepSpeed's defaults, in elements; `deepspeed.zero_optimization` in the config can change them.
@@ -93,7 +94,7 @@ def process_memory(config: Config, ranks: int, stage: int | None = None, on_cpu:
         on_cpu: The device is the CPU: untouched buffers take no memory, and host memory is the device's own.
     """
     stage = config.train.zero_stage if stage is None else stage
-    total, state = _parameters(config.model), _state(config, ranks, stage)
+    total, state = num_parameters(config.model), _state(config, ranks, stage)
     acts = activations(config, stage, on_cpu)
     copy = CHECKPOINT_BYTES * total / ranks
     offloaded, weights, gradients, optimizer = 0.0, state.weights, state.gradients, state.optimizer
@@ -121,7 +122,7 @@ def process_memory(config: Config, ranks: int, stage: int | None = None, on_cpu:
 
 def _state(config: Config, ranks: int, stage: int) -> _State:
     """Returns what a rank holds; gradients add up in float32, and at stage 1 in the dtype of the weights."""
-    width, total = working_bytes(config, stage), _parameters(config.model)
+    width, total = working_bytes(config, stage), num_parameters(config.model)
     each = BytesPerParameter(width, width if stage == 1 else 4, 12 if stage else 8)
     weights, gradients, optimizer = model_state(total, ranks, stage, each)
     several = config.train.batch_size > config.train.micro_batch_size * ranks
@@ -134,11 +135,11 @@ def _moments(
     config: Config, ranks: int, stage: int, on_cpu: bool, base: float, state: _State, acts: Activations
 ) -> tuple[dict[str, float], float]:
     """Returns the bytes at each moment of a step at which the peak can be, and the bytes of buffers."""
-    model, total = config.model, _parameters(config.model)
+    model, total = config.model, num_parameters(config.model)
     width, left, bf16 = state.width, state.left, state.width == 2
     head, block = width * model.vocab_size * model.d_model, width * _block(model)
     # Of the gradients of the last block and the head: one weight's only, if each is added or handed on.
-    handed_on = width * model.d_model * max(model.d_model, model.d_ff)
+    handed_on = width * model.d_model * max(model.d_q, model.d_ff)
     recomputing = acts.recomputing and acts.recomputing + (handed_on if left or stage >= 2 else head + block)
     if stage == 0:
         reducing = 4.0 * min(total, REDUCE_ELEMENTS) if ranks > 1 else 0.0
@@ -212,14 +213,15 @@ def _gathered(config: Config, width: int) -> tuple[float, float]:
     What arrives lies in one buffer and is copied out of it.
     """
     model = config.model
-    parts = _parameters(model) - _persistent(
+    parts = num_parameters(model) - _persistent(
         model, zero_setting(config, "stage3_param_persistence_threshold", _PERSISTENT)
     )
     largest = max(model.vocab_size * model.d_model, _block(model))
     if parts == 0:
         return 0.0, 0.0
     live = max(largest, min(parts, zero_setting(config, "stage3_max_live_parameters", LIVE_ELEMENTS)))
-    blocks = max(0, parts - 2 * model.vocab_size * model.d_model)
+    tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
+    blocks = max(0, parts - tables)
     arriving = min(blocks, zero_setting(config, "stage3_prefetch_bucket_size", PREFETCH_ELEMENTS))
     return float(width * live), float(width * arriving)
 
@@ -230,7 +232,7 @@ def _starting(model: ModelConfig, stage: int, ranks: int, width: int) -> float:
     Stages 1 and 2 flatten the weights there if the device has no room for them twice. At stage 3 a rank sees its share,
     and one parameter at a time. What stage 0 builds is on the device.
     """
-    total = _parameters(model)
+    total = num_parameters(model)
     if stage == 3:
         return width * (total / ranks + model.vocab_size * model.d_model)
     return float(width * total) if stage else 0.0
@@ -243,25 +245,14 @@ def zero_setting(config: Config, key: str, default: int) -> int:
 
 def checkpoint_bytes(config: Config) -> int:
     """Returns the bytes of one checkpoint, all ranks together, without the kilobytes of its manifest and headers."""
-    return CHECKPOINT_BYTES * _parameters(config.model)
-
-
-def _parameters(model: ModelConfig) -> int:
-    return num_parameters(model.vocab_size, model.d_model, model.num_layers, model.d_ff)
+    return CHECKPOINT_BYTES * num_parameters(config.model)
 
 
 def _block(model: ModelConfig) -> int:
     """Returns the elements of a block's weights."""
-    return 4 * model.d_model**2 + 3 * model.d_model * model.d_ff + 2 * model.d_model
+    return elements(block_matrices(model)) + elements(block_vectors(model))
 
 
 def _persistent(model: ModelConfig, threshold: int) -> int:
     """Returns the number of elements in parameters so small that ZeRO-3 keeps them whole."""
-    d, f = model.d_model, model.d_ff
-    sizes = [
-        (2, model.vocab_size * d),
-        (4 * model.num_layers, d * d),
-        (3 * model.num_layers, d * f),
-        (2 * model.num_layers + 1, d),
-    ]
-    return sum(count * size for count, size in sizes if size < threshold)
+    return elements(count for count in parameter_counts(model) if count.elements < threshold)

@@ -93,7 +93,7 @@ def step_volumes(config: Config, micro_batches: int, stage: int | None = None) -
     """
     stage = config.train.zero_stage if stage is None else stage
     model = config.model
-    total = num_parameters(model.vocab_size, model.d_model, model.num_layers, model.d_ff)
+    total = num_parameters(model)
     width = working_bytes(config, stage)
     size, reduced = float(width * total), float(reduced_bytes(config, width) * total)
     if stage == 0:
@@ -148,13 +148,12 @@ def step_time(
         overlaps: Whether communication overlaps with computation as far as it can.
     """
     train, model = config.train, config.model
-    shape = (model.d_model, model.num_layers, model.d_ff)
     share = batch_size // network.ranks
-    per_token = flops_per_token(model.vocab_size, model.context_length, *shape)
+    per_token = flops_per_token(model)
     # Recomputing all of forward adds a third, selectively next to nothing; the published shares count useful work only.
     recomputed = 4 / 3 if train.activation_checkpointing == "full" else 1.0
     compute = per_token * recomputed * share * model.context_length / (device.flops_per_s(train.precision) * arithmetic)
-    own = num_parameters(model.vocab_size, *shape) / (network.ranks if train.zero_stage else 1)
+    own = num_parameters(model) / (network.ranks if train.zero_stage else 1)
     moved = UPDATE_BYTES_PARTITIONED if train.zero_stage else UPDATE_BYTES
     update = moved * own / (device.memory_gb_per_s * 1e9)
     volumes = step_volumes(config, share // train.micro_batch_size)

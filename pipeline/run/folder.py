@@ -16,7 +16,7 @@ from pipeline.text_format import located
 
 # What the weights after step t are a function of. Everything else (intervals, ZeRO stage, precision,
 # micro-batch, device, tracking ...) may change between two starts of one run.
-_FIXED_SECTIONS = ("tokenizer", "model")
+_FIXED_SECTIONS = ("tokenizer", "model", "init")
 _FIXED_FIELDS = {
     "data": ("path", "order", "mixing"),
     "train": ("batch_size", "seed"),

@@ -101,7 +101,7 @@ def evaluate_run(run: Run) -> Evaluation:
     dataset = open_dataset(config.data.path, "validation", vocab_size=config.model.vocab_size)
     model = load_model(config, checkpoint)
     windows = ValidationWindows(dataset, config.model.context_length)
-    chunk, device = config.train.micro_batch_size, model.lm_head.weight.device
+    chunk, device = config.train.micro_batch_size, model.device
     validation = Validation(dataset, windows, windows.count, chunk, World(), device)
     result = evaluate(lambda x, y: model(x, targets=y), validation, step_of(checkpoint) or 0)
     write_json(run.evaluation_file, asdict(result))

@@ -90,6 +90,8 @@ class Session:
     """Tokens trained on since the first start."""
     initialization: int
     """Version of the numbers that the run's weights began with."""
+    init: dict[str, str] | None = None
+    """The weights that the run started from, and their digest; None if they were drawn."""
     unread: deque[tuple[int, PendingNumbers]] = field(default_factory=deque)
     """Steps whose numbers have not been read yet, oldest first."""
     evaluation: Evaluation | None = None
@@ -126,9 +128,7 @@ class Session:
         self.refuse_superseded()
         seconds = self.clock.read()
         rate = tokens / seconds["step"]
-        flops = rate * flops_per_token(
-            shape.vocab_size, shape.context_length, shape.d_model, shape.num_layers, shape.d_ff
-        )
+        flops = rate * flops_per_token(shape)
         numbers = pending.read()  # the host waits for the device here, once per log interval
         metrics = {
             "train/loss": numbers.loss,
@@ -202,6 +202,7 @@ class Session:
             "optimizer_steps": self.engine.optimizer_steps,
             "tokens_seen": self.tokens_seen,
             "initialization": self.initialization,
+            "init": self.init,
             "guard": self.guard.state(),
             "val_loss": fresh.loss if fresh else None,
             "dataset": self.data_digest,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline import tracking
+from pipeline.checkpoint.layout import published
 from pipeline.checkpoint.pending import RankIdentity, take_over
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.checkpoint.saver import CheckpointSaver, Saved
@@ -36,7 +37,7 @@ from pipeline.train.ranks.device import pick_device
 from pipeline.train.ranks.peers import Peers
 from pipeline.train.ranks.preflight import preflight
 from pipeline.train.ranks.stop import StopRequest
-from pipeline.train.recover import Recovery, find_checkpoint
+from pipeline.train.recover import InitialWeights, Recovery, find_checkpoint, initial_weights
 from pipeline.train.session import Session
 
 # How often rank 0 looks whether another start has taken over the run, besides each save and each log line.
@@ -66,6 +67,8 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
     count, chunk = train.num_val_batches * train.batch_size, train.micro_batch_size
     validation = Validation(held_out, windows, count, chunk, world, device)
     reader = BatchReader(data, config.data, seed=train.seed, context_length=context_length, batch_size=train.batch_size)
+    begun = group.broadcast(bool(published(run_for(config).checkpoints)), world)
+    initial = None if begun else initial_weights(config, data.manifest.tokenizer_digest, world)
     run = _shared_run(config, world, allow_image_change)
     if run.tokenizer_file.exists():
         refuse_other_tokenizer(data.path, data.manifest, sha256_file(run.tokenizer_file))
@@ -74,12 +77,14 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
     torch.manual_seed(train.seed)
     engine = Engine(config, world, device)
     recovery = find_checkpoint(run.checkpoints, world)
-    state = _fill(engine, recovery, config, data.manifest.digest)
+    if recovery.checkpoint is None and initial is None:  # every checkpoint was damaged
+        initial = initial_weights(config, data.manifest.tokenizer_digest, world)
+    state = _fill(engine, recovery, initial, config, data.manifest.digest)
     step = state.get("step", 0)
     saver = _take_over(config, run, world, lambda saved: session.report_save(saved))
     saver.reserve(engine.fragments())
     group.set_timeout(group.save_timeout(config.checkpoint))
-    tracker = _start_tracking(config, run, world, data, step, saver)
+    tracker = _start_tracking(config, run, world, data, state, saver)
     progress = Progress(config.name, step, train.max_iters, enabled=world.is_first)
     session = Session(
         config=config,
@@ -97,8 +102,12 @@ def _start(config: Config, world: World, device: torch.device, stop: StopRequest
         step=step,
         tokens_seen=state.get("tokens_seen", 0),
         initialization=state["initialization"],
+        init=state.get("init"),
     )
     _announce(session, recovery)
+    unused = config.model.vocab_size - data.manifest.vocab_size
+    if unused > 0:
+        progress.message(f"model.vocab_size is {unused} more than the tokenizer's: these tokens occur in no text")
     return session
 
 
@@ -134,8 +143,14 @@ def _shared_run(config: Config, world: World, allow_image_change: bool) -> Run:
     return run
 
 
-def _fill(engine: Engine, recovery: Recovery, config: Config, data_digest: str) -> dict[str, Any]:
-    """Draws fresh weights, or loads the checkpoint if there is one; returns its step and the rest of its state."""
+def _fill(
+    engine: Engine, recovery: Recovery, initial: InitialWeights | None, config: Config, data_digest: str
+) -> dict[str, Any]:
+    """Loads the checkpoint if there is one, else the initial weights, else draws them; returns step and other state."""
+    if recovery.checkpoint is None and initial is not None:
+        engine.take(initial.weights)
+        initial.weights.close()
+        return {"initialization": INIT_VERSION, "init": initial.record}
     if recovery.checkpoint is None:
         engine.draw(config.train.seed)
         return {"initialization": INIT_VERSION}
@@ -165,10 +180,12 @@ def _take_over(config: Config, run: Run, world: World, report: Callable[[Saved],
 
 
 def _start_tracking(
-    config: Config, run: Run, world: World, data: TokenDataset, step: int, saver: CheckpointSaver
+    config: Config, run: Run, world: World, data: TokenDataset, state: dict[str, Any], saver: CheckpointSaver
 ) -> tracking.Tracker:
     provenance = group.gather(collect_provenance(), world)
     about = {**provenance[0], "hosts": sorted({p["host"] for p in provenance}), "dataset": data.manifest.digest}
+    if state.get("init"):
+        about["init"] = state["init"]
     dataset = {
         "name": config.data.path,
         "digest": data.manifest.digest,
@@ -179,7 +196,7 @@ def _start_tracking(
     return tracking.start(
         run,
         config,
-        step=step,
+        step=state.get("step", 0),
         provenance=about,
         dataset=dataset,
         tokenizer_file=data.path / TOKENIZER,
@@ -197,6 +214,8 @@ def _announce(session: Session, recovery: Recovery) -> None:
     session.tracker.event(ready(step=session.step, world_size=session.world.size))
     if recovery.checkpoint is not None:
         session.progress.message(f"resuming from {recovery.checkpoint}")
+    elif session.init is not None:
+        session.progress.message(f"starting from {session.init['from']} (digest {session.init['digest'][:12]})")
 
 
 @contextlib.contextmanager

@@ -134,10 +134,10 @@ def test_a_model_that_does_not_fit_is_refused_with_the_cure(
     ],
 )
 def test_stage_0_on_several_gpus_is_a_warning_that_names_the_better_stages(
-    tmp_path: Path, cluster: FakeSlurm, python: str, gpus: int, overrides: list[str], warned: bool
+    tmp_path: Path, check: Checking, cluster: FakeSlurm, python: str, gpus: int, overrides: list[str], warned: bool
 ):
     write_files(tmp_path, site={**with_site(nodes=2, tasks_per_node=2, gpus_per_node=gpus), "python": python})
-    _, found = check(tmp_path, "--site", "site.yaml", *overrides, slurm=cluster)
+    _, found = check("--site", "site.yaml", *overrides, slurm=cluster)
     assert ("zero stage" in found) == warned
     if warned:
         assert found["zero stage"]["status"] == "warning" and "4 GPUs" in found["zero stage"]["found"]

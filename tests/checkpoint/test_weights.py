@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline.checkpoint.pending import take_over
 from pipeline.checkpoint.read import newest_checkpoint
-from pipeline.checkpoint.weights import load_weights, write_weights
+from pipeline.checkpoint.weights import load_weights, shards, write_weights
 from tests.checkpoint.support import NUMEL, fragments, saver
 
 
@@ -42,6 +42,21 @@ def test_the_file_holds_the_state_dict_aligned_and_with_its_metadata(checkpoint:
         assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
         with safe_open(file, "pt") as opened:
             assert opened.metadata() == metadata
+
+
+def test_groups_are_as_large_as_allowed_and_hold_every_parameter_once(checkpoint: Path) -> None:
+    together, alone = [["layer.weight", "norm.weight"]], [["layer.weight"], ["norm.weight"]]
+    assert shards(checkpoint, torch.float32, 4 * (NUMEL + 6)) == together
+    assert shards(checkpoint, torch.float32, 4 * (NUMEL + 6) - 1) == alone
+    assert shards(checkpoint, torch.bfloat16, 2 * (NUMEL + 6)) == together
+    assert shards(checkpoint, torch.float32, 1) == alone
+
+
+def test_a_file_in_bfloat16_holds_the_rounded_weights_of_the_named_parameters(checkpoint: Path, tmp_path: Path) -> None:
+    write_weights(tmp_path / "w", checkpoint, {}, dtype=torch.bfloat16, names=["norm.weight"])
+    found = load_file(tmp_path / "w")
+    assert list(found) == ["norm.weight"]
+    assert torch.equal(found["norm.weight"], load_weights(checkpoint)["norm.weight"].bfloat16())
 
 
 def test_names_and_rows_are_changed_as_asked(checkpoint: Path, tmp_path: Path) -> None:

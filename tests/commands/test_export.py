@@ -172,6 +172,8 @@ def test_an_unknown_step_or_format_is_rejected_with_the_valid_choices(trained: R
         export_run(trained, "hf", step=5)
     with pytest.raises(UsageError, match="hf and safetensors"):
         export_run(trained, "gguf")
+    with pytest.raises(UsageError, match="float32 and bfloat16"):
+        export_run(trained, "hf", dtype="float16")
 
 
 def test_exporting_imports_neither_transformers_nor_deepspeed(trained: Run, tmp_path: Path) -> None:

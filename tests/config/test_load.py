@@ -20,6 +20,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "data.sources": {"data.sources.0.paths": []},
     "tokenizer": {"tokenizer.train_sample_mb": 0},
     "model": {"model.context_length": "long"},
+    "init": {"init.from": "runs/base"},
     "optimizer": {"optimizer.eps": -1},
     "train": {"train.max_iters": 1.5},
     "checkpoint": {"checkpoint.keep_last": 0},

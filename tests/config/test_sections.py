@@ -49,6 +49,18 @@ def test_every_field_is_described_where_it_is_defined(section):
     [
         ({"model.d_model": 102}, "model.d_model", ["given 102", "num_heads = 4"]),
         ({"model.d_model": 12}, "model.num_heads", ["even", "not 3"]),
+        ({"model.head_dim": 7, "model.d_model": 102}, "model.head_dim", ["given 7", "even"]),
+        ({"model.num_kv_heads": 3}, "model.num_kv_heads", ["given 3", "num_heads = 4"]),
+        (
+            {"model.rope_scaling": {"kind": "llama3", "factor": 8}},
+            "model.rope_scaling.original_context_length",
+            ["missing"],
+        ),
+        (
+            {"model.rope_scaling": {"kind": "linear", "factor": 8, "low_frequency_factor": 5}},
+            "model.rope_scaling.high_frequency_factor",
+            ["given 4.0", "low_frequency_factor = 5.0"],
+        ),
         ({"optimizer.warmup_iters": 1001}, "optimizer.warmup_iters", ["cosine_cycle_iters = 1000"]),
         ({"optimizer.min_learning_rate": 1.0}, "optimizer.min_learning_rate", ["learning_rate = 0.006"]),
         ({"model.vocab_size": 256}, "model.vocab_size", ["given 256", "at least 257"]),

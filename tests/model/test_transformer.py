@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -12,11 +14,18 @@ from pipeline.model.loss import cross_entropy
 from pipeline.model.transformer import TransformerLM, recomputed
 
 SHAPE = {"vocab_size": 97, "context_length": 32, "d_model": 48, "num_layers": 3, "num_heads": 4, "d_ff": 64}
+VARIANTS = {
+    "grouped": {"num_kv_heads": 2, "head_dim": 20},
+    "tied": {"tie_embeddings": True, "norm_eps": 1e-6},
+    "biased": {"num_kv_heads": 1, "qkv_bias": True, "rope_scaling": {"kind": "linear", "factor": 2.0}},
+    "normed": {"num_kv_heads": 2, "qk_norm": True, "tie_embeddings": True},
+}
+every_variant = pytest.mark.parametrize("variant", [{}, *VARIANTS.values()], ids=["plain", *VARIANTS])
 
 
-def small_model(seed: int = 0) -> TransformerLM:
+def small_model(seed: int = 0, **variant: Any) -> TransformerLM:
     torch.manual_seed(seed)
-    return TransformerLM(**SHAPE, rope_theta=10000.0)
+    return TransformerLM(**SHAPE, rope_theta=10000.0, **variant)
 
 
 def test_state_dict_has_the_names_of_the_design():
@@ -35,20 +44,57 @@ def test_logits_of_a_prefix_do_not_depend_on_what_follows():
     torch.testing.assert_close(model(ids)[:, :9], model(ids[:, :9]), rtol=0, atol=1e-5)
 
 
-def test_the_key_value_cache_gives_the_logits_of_the_whole_sequence():
-    model = small_model()
+def test_a_variant_adds_the_parameters_it_needs_and_a_tied_head_has_none():
+    plain, variant = small_model(), small_model(num_kv_heads=2, qkv_bias=True, qk_norm=True, tie_embeddings=True)
+    names = {f"{p}_proj.bias" for p in "qkv"} | {"q_norm.weight", "k_norm.weight"}
+    assert set(variant.state_dict()) - set(plain.state_dict()) == {
+        f"layers.{i}.attn.{n}" for i in range(3) for n in names
+    }
+    assert set(plain.state_dict()) - set(variant.state_dict()) == {"lm_head.weight"}
+    assert variant.state_dict()["layers.0.attn.k_proj.weight"].shape == (24, 48)
+    assert not variant.layers[0].attn.q_proj.bias.any()
+
+
+def test_the_gradient_of_a_tied_weight_is_the_sum_of_both_of_its_uses():
+    tied, ids = small_model(tie_embeddings=True), torch.randint(0, 97, (2, 33))
+    untied = small_model()
+    untied.load_state_dict({**tied.state_dict(), "lm_head.weight": tied.token_embeddings.weight.detach()})
+    for model in (tied, untied):
+        model(ids[:, :-1], targets=ids[:, 1:]).loss.backward()
+    both = untied.token_embeddings.weight.grad + untied.lm_head.weight.grad
+    torch.testing.assert_close(tied.token_embeddings.weight.grad, both)
+
+
+def test_heads_that_share_keys_equal_heads_with_copies_of_them():
+    shared, copied = small_model(num_kv_heads=2), small_model()
+    weights = shared.state_dict()
+    for name in [n for n in weights if "k_proj" in n or "v_proj" in n]:
+        weights[name] = weights[name].unflatten(0, (2, 12)).repeat_interleave(2, dim=0).flatten(0, 1)
+    copied.load_state_dict(weights)
+    ids = torch.randint(0, 97, (2, 32))
+    torch.testing.assert_close(shared(ids), copied(ids), rtol=0, atol=1e-6)
+    assert shared.new_caches()[0].keys is None
+    caches = shared.new_caches()
+    shared(ids, caches)
+    assert caches[0].keys.shape == (2, 2, 32, 12), "the cache holds each shared head once"
+
+
+@every_variant
+def test_the_key_value_cache_gives_the_logits_of_the_whole_sequence(variant):
+    model = small_model(**variant)
     ids = torch.randint(0, 97, (2, 20))
     caches = model.new_caches()
     parts = [model(ids[:, :7], caches)] + [model(ids[:, i : i + 1], caches, start=i) for i in range(7, 20)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), rtol=0, atol=1e-5)
 
 
+@every_variant
 @pytest.mark.parametrize("recomputed", ["full", "selective"])
-def test_activation_checkpointing_changes_no_bit_of_loss_or_gradients(recomputed):
+def test_activation_checkpointing_changes_no_bit_of_loss_or_gradients(recomputed, variant):
     ids = torch.randint(0, 97, (2, 33))
     losses, gradients = [], []
     for mode in ("none", recomputed):
-        model = small_model()
+        model = small_model(**variant)
         model.activation_checkpointing = mode
         loss = model(ids[:, :-1], targets=ids[:, 1:]).loss
         losses.append(loss.detach())
@@ -86,10 +132,11 @@ def test_only_full_checkpointing_repeats_attention_and_matrix_products(mode, rep
 
 
 @pytest.mark.parametrize(("mode", "products"), [("full", 14 + 6), ("selective", 14)])
-def test_a_compiled_block_is_one_graph_that_keeps_what_checkpointing_keeps(mode, products):
+@pytest.mark.parametrize("variant", [{}, VARIANTS["normed"]], ids=["plain", "normed"])
+def test_a_compiled_block_is_one_graph_that_keeps_what_checkpointing_keeps(mode, products, variant):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager_decomp_partition")
-    model, ids = small_model(), torch.randint(0, 97, (2, 33))
+    model, ids = small_model(**variant), torch.randint(0, 97, (2, 33))
     plain = torch.autograd.grad(model(ids[:, :-1], targets=ids[:, 1:]).loss, list(model.parameters()))
     for layer in model.layers:
         layer.forward = torch.compile(recomputed(layer.forward, mode), backend=counter, fullgraph=True)

@@ -32,6 +32,7 @@ SPARING = [
 ]
 HEAD = "model.vocab_size=2048"  # reduced at once: larger than the bucket
 LONG = ["model.vocab_size=512", "model.context_length=512", "train.micro_batch_size=1", "train.batch_size=2"]
+SHARED = ["model.num_kv_heads=2", "model.head_dim=64", "model.qkv_bias=true", "model.qk_norm=true"]
 
 
 def test_memory_of_the_zero_paper():
@@ -58,6 +59,8 @@ def test_memory_of_the_zero_paper():
         ("recomputation", ["train.zero_stage=2", "train.activation_checkpointing=full", *LONG]),
         ("recomputation", ["train.zero_stage=2", BF16, "train.activation_checkpointing=full", *LONG]),
         ("recomputation", ["train.zero_stage=2", "train.activation_checkpointing=selective", *LONG, HEAD]),
+        ("loss", ["train.zero_stage=0", SEVERAL, *SHARED]),
+        ("first gradients", ["train.zero_stage=3", GATHERED, *SHARED]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

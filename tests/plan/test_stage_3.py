@@ -20,7 +20,7 @@ def config(*overrides: str) -> Config:
 def test_a_small_model_is_gathered_once_per_micro_batch_and_a_large_one_twice():
     small = config()
     model = small.model
-    size = 4.0 * num_parameters(model.vocab_size, model.d_model, model.num_layers, model.d_ff)
+    size = 4.0 * num_parameters(model)
     assert step_volumes(small, 5).all_gather == (5 * size, 5)
     large = config(f"{ZERO}.stage3_max_live_parameters=1000")
     assert step_volumes(large, 5).all_gather == (10 * size, 10 * (model.num_layers + 2))
@@ -29,5 +29,5 @@ def test_a_small_model_is_gathered_once_per_micro_batch_and_a_large_one_twice():
 def test_a_threshold_above_every_weight_keeps_the_whole_model_and_gathers_nothing():
     kept = config(f"{ZERO}.stage3_param_persistence_threshold=1000000000", f"{ZERO}.reduce_bucket_size=1")
     model = kept.model
-    total = num_parameters(model.vocab_size, model.d_model, model.num_layers, model.d_ff)
+    total = num_parameters(model)
     assert process_memory(kept, 4, on_cpu=True).buffers == pytest.approx(4 * total, rel=1e-5)

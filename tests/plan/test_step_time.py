@@ -13,8 +13,8 @@ from tests.plan.published import LLAMA, llama
 
 @pytest.mark.parametrize("name", LLAMA)
 def test_parameters_of_the_llama_paper(name):
-    millions, d_model, _, layers, d_ff, _, _ = LLAMA[name]
-    assert num_parameters(32000, d_model, layers, d_ff) == pytest.approx(millions, rel=0.01)
+    millions = LLAMA[name][0]
+    assert num_parameters(llama(name).model) == pytest.approx(millions, rel=0.01)
 
 
 @pytest.mark.parametrize("name", LLAMA)
@@ -32,7 +32,7 @@ def test_the_published_speed_of_llama_lies_inside_the_bounds_of_arithmetic(name)
 def test_volumes_of_the_zero_paper():
     """Section 7, elements sent per step on many devices: 2 Psi for the baseline, 3 Psi with partitioned weights."""
     config = llama("7B", precision="fp32")
-    psi = 4.0 * num_parameters(32000, 4096, 32, 11008)
+    psi = 4.0 * num_parameters(config.model)
     sent = [_sent_per_rank(step_volumes(config, 1, stage)) / psi for stage in range(4)]
     assert sent[0] == pytest.approx(2) and sent[3] == pytest.approx(3)
     # DeepSpeed all-reduces its buckets at stages 1 and 2, where the paper reduces and scatters them: 3, not 2.

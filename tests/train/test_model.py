@@ -22,7 +22,7 @@ def test_device_cpu_keeps_samples_and_evaluation_off_the_gpu(lab: Lab, monkeypat
     generate = pipeline.commands.sample.generate
 
     def noted(model: Any, *args: Any) -> list[int]:
-        devices.append(model.lm_head.weight.device.type)
+        devices.append(model.device.type)
         return generate(model, *args)
 
     monkeypatch.setattr(pipeline.commands.sample, "generate", noted)

@@ -77,7 +77,7 @@ def test_a_log_line_says_what_the_step_did_and_how_fast(session: Session, monkey
     session.log(1, 3e-4, pending(loss=2.5, norm=0.5))
     model = session.config.model
     tokens = session.config.train.batch_size * model.context_length
-    flops = flops_per_token(model.vocab_size, model.context_length, model.d_model, model.num_layers, model.d_ff)
+    flops = flops_per_token(model)
     assert session.tracker.metrics == [  # type: ignore[attr-defined]
         (
             1,

@@ -154,6 +154,8 @@ def _needs(config: Config, run: Run) -> Iterator[_Need]:
         yield _Need("tracking.uri", absolute(Path(uri.removeprefix("sqlite:///"))).parent, True)
         if "://" not in config.tracking.artifact_location:  # the address of an object store is no path
             yield _Need("tracking.artifact_location", absolute(Path(config.tracking.artifact_location)), True)
+    if config.init.folder is not None:
+        yield _Need("init.from", absolute(config.init.folder), False)
     if config.tokenizer.path is not None:
         yield _Need("tokenizer.path", absolute(Path(config.tokenizer.path)).parent, False)
     for number, source in enumerate(config.data.sources):

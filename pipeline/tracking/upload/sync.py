@@ -113,7 +113,7 @@ def register_export(run: Run, folder: Path, name: str) -> str:
     if synced.uri is None or synced.run_id is None:
         raise UsageError(f"{run.path}: tracking.uri is none, so there is no store to register the model in")
     config = run.config()
-    with safe_open(folder / "model.safetensors", "np") as weights:
+    with safe_open(min(folder.glob("model*.safetensors")), "np") as weights:
         tags = {"pipeline.run": run.name, **describe.checkpoint_tags(run, int(weights.metadata()["step"]))}
     try:
         store = Store(synced.uri, config.tracking.experiment, config.tracking.artifact_location)

@@ -41,7 +41,16 @@ def build(config: Config, device: torch.device, settings: dict[str, Any]) -> Tra
                 partition(getattr(module, name))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+    if partition is not None and config.model.tie_embeddings:
+        _gather_for_head(model)
     return model
+
+
+def _gather_for_head(model: TransformerLM) -> None:
+    """Makes ZeRO-3 gather the embedding's weight for the calls of the head that has none of its own."""
+    import deepspeed
+
+    deepspeed.zero.register_external_parameter(model.lm_head, model.token_embeddings.weight)
 
 
 def _partitioner(settings: dict[str, Any], dtype: torch.dtype) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.checkpoint.host_copy import OwnedFragment
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.config.sections import Config
+from pipeline.huggingface.open_weights import OpenWeights
 from pipeline.model.chunked_loss import LossParts
 from pipeline.model.transformer import TransformerLM, recomputed
 from pipeline.optim.adamw import AdamW, decay_groups
@@ -29,7 +30,7 @@ from pipeline.train.engine.step_numbers import PendingNumbers
 class Engine:
     """One model in training on all ranks.
 
-    Its weights are zero until `draw` or `load`.
+    Its weights are zero until `draw`, `take` or `load`.
 
     Args:
         config: The experiment.
@@ -44,6 +45,7 @@ class Engine:
         self.device = device
         self._world = world
         self._offloads = config.train.offload_optimizer
+        self._tied = config.model.tie_embeddings
         settings, optim = deepspeed_config(config, world), config.optimizer
         prepare(device)
         self.module = model = build(config, device, settings)
@@ -144,7 +146,14 @@ class Engine:
     def draw(self, seed: int) -> None:
         """Draws fresh weights, each rank those that it holds; the same numbers at any world size and stage."""
         for fragment in self._partitions.held():
-            fill_fresh(fragment.tensors["weight"], fragment.name, fragment.shape, seed, fragment.start)
+            fill_fresh(fragment.tensors["weight"], fragment.name, fragment.shape, seed, fragment.start, self._tied)
+        self._partitions.refresh()
+
+    @torch.no_grad()
+    def take(self, weights: OpenWeights) -> None:
+        """Takes weights from a model folder, each rank those that it holds; the moments stay zero."""
+        for fragment in self._partitions.held():
+            weights.read("weight", fragment.name, fragment.start, fragment.tensors["weight"])
         self._partitions.refresh()
 
     @torch.no_grad()
@@ -172,4 +181,4 @@ def _compile(model: TransformerLM) -> None:
     for block in model.layers:
         block.forward = torch.compile(recomputed(block.forward, model.activation_checkpointing), dynamic=False)
     model.activation_checkpointing = "none"  # the compiled blocks see to it
-    model.compiled_loss = model.lm_head.weight.is_cuda
+    model.compiled_loss = model.device.type == "cuda"

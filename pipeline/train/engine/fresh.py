@@ -20,7 +20,7 @@ BLOCK = 1 << 18
 _CUT = 3.0  # standard deviations
 
 
-def fill_fresh(out: Tensor, name: str, shape: Sequence[int], seed: int, start: int = 0) -> None:
+def fill_fresh(out: Tensor, name: str, shape: Sequence[int], seed: int, start: int = 0, tied: bool = False) -> None:
     """Fills a part of a parameter with its fresh weights: the same numbers however the parameter is cut.
 
     The distributions are those of the modules' constructors.
@@ -31,6 +31,7 @@ def fill_fresh(out: Tensor, name: str, shape: Sequence[int], seed: int, start: i
         shape: The whole parameter's.
         seed: The experiment's.
         start: Index of the first element, in the flattened parameter.
+        tied: Whether the output layer uses the weight of the embedding.
 
     Raises:
         ValueError: No distribution is known for the name.
@@ -41,10 +42,10 @@ def fill_fresh(out: Tensor, name: str, shape: Sequence[int], seed: int, start: i
             f"no initial distribution is known for the parameter {name}; add {module!r} to train/engine/fresh.py"
         )
     std_of = _STD[module]
-    if std_of is None:
-        out.fill_(1.0)
+    if std_of is None or name.endswith(".bias"):
+        out.fill_(1.0 if std_of is None else 0.0)
         return
-    std = std_of(shape)
+    std = shape[-1] ** -0.5 if tied and module == "token_embeddings" else std_of(shape)
     out = out.detach()  # threads do not inherit no_grad
     end, total = start + out.numel(), math.prod(shape)
 
@@ -65,9 +66,9 @@ def _linear(shape: Sequence[int]) -> float:
 _STD: dict[str, Callable[[Sequence[int]], float] | None] = {
     "token_embeddings": lambda _: 1.0,
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3", "lm_head"), _linear),
-    **dict.fromkeys(("ln1", "ln2", "ln_final")),
+    **dict.fromkeys(("ln1", "ln2", "ln_final", "q_norm", "k_norm")),
 }
-"""The standard deviation of a parameter by the name of its module; None for gains, which are 1."""
+"""The standard deviation of a weight by the name of its module; None for gains, which are 1. Biases are 0."""
 
 
 def _truncated_normal(key: str, count: int) -> np.ndarray:

@@ -89,6 +89,17 @@ def broadcast(value: T, world: World, timeout: timedelta = COLLECTIVE_TIMEOUT) -
     return pickle.loads(bytes.fromhex(store().get(key).decode()))  # noqa: S301
 
 
+def exchange(value: T, world: World, timeout: timedelta = COLLECTIVE_TIMEOUT) -> list[T]:
+    """Returns the values of all ranks, in their order, on every rank; through the store, as `broadcast` does."""
+    if world.size == 1:
+        return [value]
+    number = store().add(f"exchange/of_rank_{world.rank}", 1)
+    keys = [f"exchange/{number}/{rank}" for rank in range(world.size)]
+    store().set(keys[world.rank], pickle.dumps(value).hex())
+    store().wait(keys, timeout)
+    return [pickle.loads(bytes.fromhex(store().get(key).decode())) for key in keys]  # noqa: S301 - see `broadcast`
+
+
 def save_timeout(config: CheckpointConfig) -> timedelta:
     """Returns how long to wait for a rank that may still be busy with a checkpoint."""
     return COLLECTIVE_TIMEOUT + timedelta(minutes=config.timeout_min)

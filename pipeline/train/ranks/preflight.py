@@ -109,7 +109,7 @@ def _product(a: Tensor, b: Tensor, device: torch.device) -> Tensor:
 
 def _disk_problems(config: Config, run: Run) -> list[str]:
     model = config.model
-    needed = 4 * len(KEYS) * num_parameters(model.vocab_size, model.d_model, model.num_layers, model.d_ff)
+    needed = 4 * len(KEYS) * num_parameters(model)
     free = shutil.disk_usage(run.path).free
     if free >= needed:
         return []

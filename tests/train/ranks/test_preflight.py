@@ -193,7 +193,7 @@ def test_the_disk_must_hold_one_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     """Weights and two moments in float32."""
     config = load_config("configs/demo.yaml")
     model = config.model
-    needed = 12 * num_parameters(model.vocab_size, model.d_model, model.num_layers, model.d_ff)
+    needed = 12 * num_parameters(model)
     available = needed if enough else needed - 1
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=available))
     problems = module._disk_problems(config, Run(tmp_path))
