@@ -59,7 +59,7 @@ def run_checks(
         from pipeline.launch.submit.sweep import experiments
 
         runs = len(experiments(config_file, overrides, sweeps, world))
-        found += check_site_request(config, site, run, runs)
+        found += check_site_request(site, run, runs)
     container = site.container if site else SiteContainer()
     from_job = site is not None and bool(site.modules or site.setup)
     found += _container(config, container, run, from_job)

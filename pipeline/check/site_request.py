@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, replace
 
 from pipeline.check.result import Check
-from pipeline.config.sections import Config
 from pipeline.errors import PipelineError
 from pipeline.launch.site import Resources, Site, TrainResources
 from pipeline.launch.slurm import client as slurm
@@ -28,11 +27,10 @@ class _Partition:
     up: bool
 
 
-def check_site_request(config: Config, site: Site, run: Run, runs: int = 1) -> list[Check]:
+def check_site_request(site: Site, run: Run, runs: int = 1) -> list[Check]:
     """Compares every stage's request with its partition; checks the arrays, the time limit and accounting.
 
     Args:
-        config: The experiment.
         site: The cluster.
         run: The run.
         runs: How many runs a sweep has.

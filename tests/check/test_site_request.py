@@ -114,10 +114,9 @@ def test_a_controller_that_does_not_answer_is_one_failed_check(run: Run, cluster
     ("slices", "runs", "words"), [(3, 4, ""), (5, 1, "prepare.slices"), (1, 5, "--sweep"), (5, 5, "--sweep")]
 )
 def test_slices_and_sweeps_are_compared_with_the_largest_array(
-    run_and_config: Any, cluster: FakeSlurm, slices: int, runs: int, words: str
+    run: Run, cluster: FakeSlurm, slices: int, runs: int, words: str
 ):
     cluster.says("scontrol", "MaxArraySize            = 4\nMaxJobCount = 9\n")
-    run, config = run_and_config
     site = Site.model_validate({**SITE, "prepare": {"slices": slices}})
-    (found,) = [one for one in check_site_request(config, site, run, runs) if one.name == "arrays"]
+    (found,) = [one for one in check_site_request(site, run, runs) if one.name == "arrays"]
     assert found.status == ("failed" if words else "ok") and words in found.cure and "4" in found.found
