@@ -55,7 +55,13 @@ def model_section(tree: Any, place: str) -> ModelConfig:
     """
     found = _architecture(tree, place)
     problems = list(_problems(tree, found))
-    rope = {**(tree.get("rope_scaling") or {}), **(tree.get("rope_parameters") or {})}
+    rope: dict[str, Any] = {}
+    for field in ("rope_scaling", "rope_parameters"):
+        given = tree.get(field) or {}
+        if not isinstance(given, dict):
+            problems.append(f"{field}: {given!r}")
+            continue
+        rope |= given
     scaling, more = _rope_scaling(rope)
     problems += more
     if problems:
@@ -95,10 +101,11 @@ def _problems(tree: dict[str, Any], found: Architecture) -> Iterator[str]:
             yield f"{field}: {value!r}; remove the field from a copy of the folder if it changes no number"
     window = tree.get("sliding_window")
     uses_window = window is not None and (found.model_type == "mistral" or tree.get("use_sliding_window"))
-    if uses_window and not (isinstance(window, int) and window >= tree.get("max_position_embeddings", window + 1)):
+    context = tree.get("max_position_embeddings")
+    if uses_window and not (isinstance(window, int) and isinstance(context, int) and window >= context):
         yield f"sliding_window: {window!r}; attention here has no window"
     layers = tree.get("layer_types") or []
-    if any(kind != "full_attention" for kind in layers):
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         yield "layer_types: only full_attention can be read"
 
 

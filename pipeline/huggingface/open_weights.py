@@ -46,7 +46,10 @@ class OpenWeights:
         self._stored: dict[str, Stored] = {}
         self._open_files: dict[Path, Any] = {}
         for file in self.files:
-            self._stored |= stored_tensors(file)
+            for name, stored in stored_tensors(file).items():
+                if name in self._stored:
+                    raise UsageError(f"{file}: holds {name}, which {self._stored[name].file.name} holds too")
+                self._stored[name] = stored
         self._refuse_other_tensors({their_name(name): shape for name, shape in shapes(model)}, model.tie_embeddings)
 
     def refuse_other_tokenizer(self, data: str | Path, digest: str) -> None:
@@ -88,10 +91,12 @@ class OpenWeights:
         source = self._slice(their_name(name))
         shape = source.get_shape()
         width = shape[1] if len(shape) == 2 else 1
-        rows = self._head_dim if is_rotated(name) else max(1, _AT_ONCE // width)
+        whole = self._head_dim if is_rotated(name) else 1  # rows that change places with each other
+        rows = whole * max(1, _AT_ONCE // (whole * width))
         stop = start + out.numel()
-        for first in range(start // width // rows * rows, -(-stop // width), rows):
-            part = source[first : min(first + rows, shape[0])].float()
+        end = -(-stop // (whole * width)) * whole
+        for first in range(start // (whole * width) * whole, end, rows):
+            part = source[first : min(first + rows, end)].float()
             flat = (to_pairs(part, self._head_dim) if is_rotated(name) else part).flatten()
             low, high = max(start, first * width), min(stop, first * width + flat.numel())
             out[low - start : high - start].copy_(flat[low - first * width : high - first * width])
@@ -105,6 +110,8 @@ class OpenWeights:
             return (self.folder / name).read_bytes()
 
     def _weight_files(self) -> list[Path]:
+        if (self.folder / WEIGHTS).exists():  # transformers reads it and ignores an index beside it
+            return [self.folder / WEIGHTS]
         if (self.folder / INDEX).exists():
             tree = _json(self.folder / INDEX, self._content(INDEX))
             names = tree.get("weight_map") if isinstance(tree, dict) else None
@@ -116,7 +123,7 @@ class OpenWeights:
                     f"{self.folder / INDEX}: names {outside[0]!r}, which is no safetensors file in its folder"
                 )
             return [self.folder / n for n in sorted(set(names.values()))]
-        if not (self.folder / WEIGHTS).exists() and list(self.folder.glob("*.bin")):
+        if list(self.folder.glob("*.bin")):
             raise UsageError(
                 f"{self.folder}: holds its weights as pickle (.bin), which can run code and is not read; convert it "
                 "with transformers: `AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)`"
@@ -125,7 +132,8 @@ class OpenWeights:
 
     def _refuse_other_tensors(self, expected: dict[str, tuple[int, ...]], tied: bool) -> None:
         found = {name: t.shape for name, t in self._stored.items() if not name.endswith(_COMPUTED)}
-        if tied and _HEAD in found and found.pop(_HEAD) == expected[_EMBEDDING]:
+        if tied and found.get(_HEAD) == found.get(_EMBEDDING) == expected[_EMBEDDING]:
+            del found[_HEAD]
             pairs = zip(self._parts(_HEAD), self._parts(_EMBEDDING), strict=True)
             if not all(torch.equal(head, embedding) for head, embedding in pairs):
                 raise UsageError(f"{self.folder}: {_HEAD} differs from {_EMBEDDING}, and config.json says they are one")

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,37 @@ def test_a_stored_head_of_a_tied_model_must_be_the_embedding(tmp_path: Path) -> 
     change(tmp_path, lambda t: t["lm_head.weight"].add_(1))
     with pytest.raises(UsageError, match=r"lm_head\.weight"):
         opened(tmp_path, TIED)
+    change(tmp_path, lambda t: t.update({"lm_head.weight": torch.ones(3, 48)}))
+    with pytest.raises(UsageError, match=r"lm_head\.weight"):
+        opened(tmp_path, TIED)
+    change(tmp_path, lambda t: t.pop("model.embed_tokens.weight"))
+    with pytest.raises(UsageError, match="embed_tokens"):
+        opened(tmp_path, TIED)
+
+
+class Slice:
+    """Notes the rows that are asked for."""
+
+    def __init__(self, source: Any, asked: list[tuple[int, int]]) -> None:
+        self._source, self._asked = source, asked
+
+    def get_shape(self) -> list[int]:
+        return self._source.get_shape()
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        self._asked.append((rows.start, rows.stop))
+        return self._source[rows]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("ffn.w1.weight", (10, 13)), ("attn.q_proj.weight", (0, 24))])
+def test_a_part_is_read_by_its_rows_or_by_whole_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows: tuple[int, int]
+) -> None:
+    written(tmp_path, MODEL)
+    weights, asked, plain = OpenWeights(tmp_path, MODEL), list[tuple[int, int]](), OpenWeights._slice
+    monkeypatch.setattr(OpenWeights, "_slice", lambda self, name: Slice(plain(self, name), asked))
+    weights.read("weight", f"layers.0.{name}", 10 * 48 + 1, torch.empty(2 * 48))
+    assert asked == [rows]
 
 
 def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -182,6 +214,7 @@ def overlapping(folder: Path) -> str:
 
 def index(folder: Path, content: object) -> str:
     (folder / INDEX).write_text(json.dumps(content))
+    (folder / WEIGHTS).rename(folder / "other.safetensors")
     return INDEX
 
 
@@ -190,7 +223,13 @@ def index_outside(folder: Path) -> str:
 
 
 def index_absolute(folder: Path) -> str:
-    return index(folder, {"weight_map": {"lm_head.weight": str(folder / WEIGHTS)}})
+    return index(folder, {"weight_map": {"lm_head.weight": str(folder / "other.safetensors")}})
+
+
+def index_of_two_copies(folder: Path) -> str:
+    shutil.copy(folder / WEIGHTS, folder / "copy.safetensors")
+    index(folder, {"weight_map": {"lm_head.weight": "other.safetensors", "model.norm.weight": "copy.safetensors"}})
+    return r"other.safetensors: holds .*copy.safetensors"
 
 
 def index_without_map(folder: Path) -> str:
@@ -206,6 +245,7 @@ BAD_FOLDERS = (
     no_config, broken_config, no_tokenizer, no_weights, only_pickle, unknown_architecture, missing_tensor, extra_tensor,
     wrong_shape, wrong_dtype, not_a_number, infinite, truncated, longer, empty, absurd_header, header_is_no_object,
     overlapping, index_outside, index_absolute, index_without_map, index_of_a_missing_file,
+    index_of_two_copies,
 )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def test_a_checkpoint_of_another_dataset_is_refused_before_it_is_loaded(trained:
     newest = published(trained.run.checkpoints)[0]
     engine = SimpleNamespace(load=lambda reader: pytest.fail("it was loaded"))
     with pytest.raises(DataError, match=f"{newest}: .*dataset"):
-        startup._fill(engine, Recovery(newest, ()), trained.config, "e" * 64)  # type: ignore[arg-type]
+        startup._fill(engine, Recovery(newest, ()), None, trained.config, "e" * 64)  # type: ignore[arg-type]
 
 
 def test_a_resumed_run_keeps_the_version_of_its_initialization(
