@@ -13,9 +13,9 @@ from tests.data.helpers import command
     ("arguments", "words"),
     [
         (["export", "nowhere", "--format", "safetensors", "--register", "name"], "--register name"),
-        (["export", "nowhere", "--register", "name"], "nowhere: "),
+        (["export", "nowhere", "--register", "name"], "nowhere (here "),
         (["plan", "configs/demo.yaml", "--nodes", "1,-2"], "--nodes 1,-2"),
-        (["cancel", "nowhere"], "nowhere: "),
+        (["cancel", "nowhere"], "nowhere (here "),
         (["prepare", "configs/demo.yaml", "data.sources.0.paths=[]"], "data.sources.0.paths"),
     ],
 )
@@ -41,7 +41,7 @@ def test_logs_end_with_what_was_printed_unless_they_are_followed(monkeypatch, ca
 
 def test_an_export_is_registered_only_where_a_name_is_given(monkeypatch, capsys):
     monkeypatch.setattr("pipeline.run.folder.open_run", lambda path: path)
-    monkeypatch.setattr("pipeline.commands.export.export_run", lambda run, form, step, output: f"{run}/export")
+    monkeypatch.setattr("pipeline.commands.export.export_run", lambda run, form, step, output, dtype: f"{run}/export")
     monkeypatch.setattr("pipeline.tracking.upload.sync.register_export", lambda run, written, name: f"7 of {written}")
     assert command("export", "RUN") == 0
     assert command("export", "RUN", "--register", "mine") == 0

@@ -92,7 +92,7 @@ def test_a_resumed_run_keeps_the_version_of_its_initialization(
     engine = SimpleNamespace(load=lambda reader: None)
 
     def resumed() -> int:
-        found = startup._fill(engine, Recovery(newest, ()), trained.config, digest)  # type: ignore[arg-type]
+        found = startup._fill(engine, Recovery(newest, ()), None, trained.config, digest)  # type: ignore[arg-type]
         return found["initialization"]
 
     assert resumed() == INIT_VERSION == 2
