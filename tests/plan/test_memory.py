@@ -60,6 +60,7 @@ def test_memory_of_the_zero_paper():
         ("recomputation", ["train.zero_stage=2", BF16, "train.activation_checkpointing=full", *LONG]),
         ("recomputation", ["train.zero_stage=2", "train.activation_checkpointing=selective", *LONG, HEAD]),
         ("loss", ["train.zero_stage=0", SEVERAL, *SHARED]),
+        ("reduction", ["train.zero_stage=0", "model.tie_embeddings=true"]),
         ("first gradients", ["train.zero_stage=3", GATHERED, *SHARED]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
