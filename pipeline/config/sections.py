@@ -135,7 +135,7 @@ class CheckpointConfig(Section):
     """Checkpoints whose step is divisible by this are kept forever; 0 for none."""
     keep_best: bool = True
     """Keep the checkpoint with the lowest validation loss."""
-    timeout_min: Positive = 30.0
+    timeout_min: Annotated[float, Field(gt=0, le=1e6)] = 30.0
     """Minutes after which a save gives up on a rank whose file does not arrive."""
     if_busy: Literal["wait", "skip"] = "wait"
     """A save that is due while another is being written waits for it or is skipped; the last save is never skipped."""

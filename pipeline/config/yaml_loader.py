@@ -15,7 +15,7 @@ _MOST_VALUES = 30_000
 _MOST_CHARACTERS = 2 << 20
 _MOST_DEPTH = 50
 _LONGEST_KEY = 200
-_LARGEST_INT, _LARGEST_FLOAT = 2**63 - 1, 1e18
+_LARGEST_INT, _LARGEST_FLOAT = 2**63 - 1, 1e30
 
 _TAG = "tag:yaml.org,2002:"
 _NULLS = ("", "~", "null", "Null", "NULL")

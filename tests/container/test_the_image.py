@@ -91,7 +91,7 @@ def test_variables_of_the_job_override_the_defaults_of_the_image(jobs: Jobs, kin
 
 def test_the_image_runs_as_the_command_pipeline(image: Path):
     done = subprocess.run(["apptainer", "run", str(image), "train", "no.yaml"], capture_output=True, text=True)
-    assert done.returncode == 2 and "no.yaml: " in done.stderr
+    assert done.returncode == 2 and "no.yaml (here " in done.stderr
     done = subprocess.run(["apptainer", "run-help", str(image)], capture_output=True, text=True)
     assert "pipeline submit" in done.stdout
 
