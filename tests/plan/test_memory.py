@@ -48,7 +48,7 @@ def test_memory_of_the_zero_paper():
         ("loss", ["train.zero_stage=0", BF16, SEVERAL, WHOLE]),
         ("reduction", ["train.zero_stage=0"]),
         ("reduction", ["train.zero_stage=1"]),
-        ("loss", ["train.zero_stage=1", BF16, WHOLE, "model.vocab_size=8192"]),
+        ("optimizer step", ["train.zero_stage=1", BF16]),
         ("first gradients", ["train.zero_stage=2", SEVERAL]),
         ("first gradients", ["train.zero_stage=2", BF16]),
         ("loss", ["train.zero_stage=2", BF16, SEVERAL, WHOLE]),
