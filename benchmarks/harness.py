@@ -30,10 +30,10 @@ def interleaved(peers: Mapping[str, Callable[[], Any]], rounds: int, warm_up: in
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def machine() -> str:
+def machine(gpu: str = "no GPU") -> str:
     """Describes the machine, so that a reader can judge a figure."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"one virtual machine, {os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, no GPU"
+    return f"one virtual machine, {os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, {gpu}"
 
 
 @functools.cache
@@ -42,15 +42,22 @@ def _provenance() -> dict[str, Any]:
     return collect_provenance()
 
 
-def save(name: str, figures: Any, notes: str = "") -> Path:
-    """Writes results with date, commit, machine and package versions to `benchmarks/results/NAME.json`."""
+def about(name: str, where: str) -> dict[str, Any]:
+    """Returns what every result says of itself: the benchmark, date, commit, machine and package versions."""
     provenance = _provenance()
-    record = {
+    return {
         "benchmark": name,
         "date": datetime.now(UTC).date().isoformat(),
         "commit": provenance["git"],
-        "machine": machine(),
+        "machine": where,
         "packages": provenance["packages"],
+    }
+
+
+def save(name: str, figures: Any, notes: str = "") -> Path:
+    """Writes results with date, commit, machine and package versions to `benchmarks/results/NAME.json`."""
+    record = {
+        **about(name, machine()),
         "load_average_at_the_end": round(os.getloadavg()[0], 2),
         "notes": notes,
         "figures": figures,

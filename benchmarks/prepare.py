@@ -166,7 +166,8 @@ def compare_reading(dataset: Path) -> dict[str, Any]:
     """Compares shuffled batches with a copy of the same bytes and with a demo step, in CPU time of one thread."""
     from pipeline.config.data_sections import DataConfig
     from pipeline.config.load import load_config
-    from pipeline.data.dataset import BatchReader, open_dataset
+    from pipeline.data.dataset import open_dataset
+    from pipeline.data.order.batches import BatchReader
 
     demo = load_config(DEMO, ())
     opened = open_dataset(dataset, "train")

@@ -37,7 +37,8 @@ from pipeline.run.folder import Run
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload.sync import sync
 from pipeline.tracking.upload.ui import local_server
-from tests.tracking.support import gate, make_run, of_journal, of_mlflow, unused_port
+from tests.processes import free_port
+from tests.tracking.support import gate, make_run, of_journal, of_mlflow
 
 SECONDS = {  # of one pass
     "control": 60,
@@ -216,11 +217,11 @@ def measure(condition: str) -> dict[str, Any]:
         if condition == "sqlite":
             return train(folder, store, seconds) | complete(folder)
         if condition == "no server":
-            port = unused_port()
+            port = free_port()
             found = train(folder, f"http://127.0.0.1:{port}", seconds)
-            with local_server(store, port=port):
+            with local_server(store, port):
                 return found | complete(folder)
-        with local_server(store) as server:
+        with local_server(store, free_port()) as server:
             if condition == "server":
                 return train(folder, server.url, seconds) | complete(folder)
             if condition == "server stopped for a minute":

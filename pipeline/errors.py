@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +10,12 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 85
+
+STORAGE_FAILS = frozenset({
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE,
+    errno.ENFILE, errno.ENOMEM,
+})  # fmt: skip
+"""What a system says that does not answer now; the file may be whole, and nobody has made a mistake."""
 
 
 class PipelineError(Exception):
@@ -21,6 +28,21 @@ class UsageError(PipelineError):
     """The command line or the configuration is wrong; nothing has been started."""
 
     exit_code = EXIT_USAGE
+
+
+class PackageMissing(UsageError):
+    """A package that the command needs is not installed here, as on a login node without the extra `train`.
+
+    Args:
+        package: Its name.
+        extra: The extra of this project that brings it.
+    """
+
+    def __init__(self, package: str, extra: str = "train") -> None:
+        super().__init__(
+            f"{package} is not installed here, and this command needs it: install the extra `{extra}` in the checkout "
+            f"(pip install '.[{extra}]'), or run the command in the image (apptainer run IMAGE.sif COMMAND ...)"
+        )
 
 
 class DataError(PipelineError):
@@ -37,9 +59,23 @@ class StopRequested(PipelineError):
     exit_code = EXIT_STOPPED
 
 
+class NothingToDo(PipelineError):
+    """What the command would do is done already; nothing was recorded."""
+
+    exit_code = EXIT_OK
+
+
 def listing(title: str, items: Iterable[object], cure: str = "") -> str:
     """Returns a message of several lines: the title, one indented line per item, and what to change."""
     return "\n".join([title, *(f"  {item}" for item in items), *([cure] if cure else [])])
+
+
+def in_words(error: BaseException) -> str:
+    """Returns an error as a sentence: the place and the reason of an OSError, without its number."""
+    if not isinstance(error, OSError):
+        return str(error)
+    place = f"{str(error.filename)[:200]}: " if error.filename else ""
+    return f"{place}{error.strerror or error}"
 
 
 @dataclass(frozen=True)

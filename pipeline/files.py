@@ -18,7 +18,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
+from pipeline.errors import STORAGE_FAILS, PipelineError, UsageError
 
 # Deadlines and the times of events are compared between nodes.
 MAX_CLOCK_SKEW_S = 5.0
@@ -35,40 +35,54 @@ def naming(place: object, what: str, cure: str = "", error: type[PipelineError] 
         place: The file, folder or config key that the message begins with.
         what: What failed: `cannot be read`.
         cure: What the user can change; empty if nothing.
-        error: The type that is raised.
+        error: The type that is raised; storage that fails is never a UsageError.
     """
     try:
         yield
     except OSError as problem:
         remedy = f"; {cure}" if cure else ""
+        if issubclass(error, UsageError) and problem.errno in STORAGE_FAILS:
+            error = PipelineError  # no mistake of the user's: trying again may help
         raise error(f"{place}: {what} ({problem.strerror or problem}){remedy}") from problem
+
+
+@contextlib.contextmanager
+def of_file(path: Path) -> Iterator[None]:
+    """Adds the path to an OSError of the block that names none: what fails on a descriptor does not know its file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def fsync_dir(path: Path) -> None:
     """Makes the names in a folder durable; without it a rename can be lost in a power failure."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    _fsync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def fsync_file(path: Path) -> None:
     """Makes the bytes of a finished file durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    _fsync(path, os.O_RDONLY)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def _fsync(path: Path, flags: int) -> None:
+    with of_file(path):
+        fd = os.open(path, flags)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def write_bytes(path: Path, content: bytes | bytearray) -> None:
     """Publishes a file whole: readers see the old bytes or the new ones, never a mixture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not the process id: two containers on two nodes that share a folder often have the same one.
     temp = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with temp.open("wb") as out:
+        with of_file(path), temp.open("wb") as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
@@ -95,7 +109,8 @@ def write_json(path: Path, value: Any) -> None:
     # Not json.dumps, which first makes a list of all the pieces: some hundred bytes for each word of the file.
     for piece in json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(value):
         content += piece.encode()
-    write_bytes(path, bytes(content + b"\n"))
+    content += b"\n"
+    write_bytes(path, content)
 
 
 def open_regular(path: str | Path, inside: str | Path | None = None) -> BufferedReader:
@@ -238,8 +253,14 @@ def staged_dir(final: Path) -> Iterator[Path]:
         yield temp
         publish_dir(temp, final)
     except BaseException:
-        shutil.rmtree(temp, ignore_errors=True)
+        discard(temp)
         raise
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder as far as possible; what stays is hidden, and removed later."""
+    with contextlib.suppress(OSError):  # rmtree itself stumbles over a descriptor that cannot be closed
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def nearest_existing(path: Path) -> Path:
@@ -264,7 +285,14 @@ def sha256_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def sha256_file(path: Path, inside: Path | None = None) -> str:
-    """The SHA-256 of a file in hexadecimal, read in pieces; see `open_regular` for `inside`."""
+def sha256_file(path: Path, inside: Path | None = None, part: range | None = None) -> str:
+    """The SHA-256 of a file, or of a range of its bytes, in hexadecimal; see `open_regular` for `inside`."""
     with open_regular(path, inside) as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
+        if part is None:
+            return hashlib.file_digest(source, "sha256").hexdigest()
+        digest, left = hashlib.sha256(), len(part)
+        source.seek(part.start)
+        while left > 0 and (piece := source.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+        return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The console for tables and progress, which shows text of any origin as it is; `text_format.say` prints lines."""
+"""The console for tables and progress, which shows text of any origin as it is; `text_format.echo` prints lines."""
 
 from __future__ import annotations
 

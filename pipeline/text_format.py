@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import TextIO
 
@@ -23,9 +25,28 @@ def printable(text: object) -> str:
     return _HIDDEN_BUT_LINES.sub(lambda found: ascii(found[0])[1:-1], str(text).replace("\r\n", "\n"))
 
 
-def say(text: object, file: TextIO | None = None, end: str = "\n") -> None:
-    """Prints text on stdout, or on another stream, with control characters spelled."""
-    print(printable(text), file=file or sys.stdout, end=end, flush=True)
+def echo(text: object, file: TextIO | None = None, end: str = "\n") -> None:
+    """Prints text on stdout, or on another stream, with control characters spelled.
+
+    What goes to stderr is a message: on a terminal its lines break between words.
+    """
+    stream = file or sys.stdout
+    print(_for_stderr(printable(text)) if stream is sys.stderr else printable(text), file=stream, end=end, flush=True)
+
+
+def wrapped(text: str, width: int) -> str:
+    """Returns text whose lines break between words, further indented, and never within one, however long it is."""
+    return "\n".join(line if len(line) <= width else _broken(line, width) for line in text.split("\n"))
+
+
+def _broken(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip(" ")))
+    more = {"subsequent_indent": f"{indent}  ", "break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line.lstrip(" "), width, initial_indent=indent, **more)  # type: ignore[arg-type]
+
+
+def _for_stderr(text: str) -> str:
+    return wrapped(text, shutil.get_terminal_size().columns) if sys.stderr.isatty() else text
 
 
 class PlainFormatter(logging.Formatter):
@@ -33,7 +54,7 @@ class PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line of a message."""
-        return printable(super().format(record))
+        return _for_stderr(printable(super().format(record)))
 
 
 def hidden_character(text: str) -> str | None:
@@ -52,10 +73,18 @@ def short(value: float) -> str:
 
 def figure(value: float) -> str:
     """A figure of a plan in two or three digits: 0.0048, 95, 12.3k, 4M."""
-    for size, unit, divisor in ((1e6, "M", 1e6), (1e4, "k", 1e3)):
+    for size, unit, divisor in ((1e9, "G", 1e9), (1e6, "M", 1e6), (1e4, "k", 1e3)):
         if value >= size:
             return f"{value / divisor:.3g}{unit}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def count(value: float) -> str:
+    """Returns a number of parameters or tokens in three digits, for example `135M` or `1.24B`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:,.0f}"
 
 
 def duration(seconds: float) -> str:

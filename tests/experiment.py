@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -73,10 +74,12 @@ def in_precision(precision: str, world: int, stage: int) -> dict[str, Any]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the whole lines of a JSON-lines file, without one that is being written."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """Returns the whole lines of a JSON-lines file, without one that is being written and those that are torn."""
+    found = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found += [json.loads(line)] if line.endswith("\n") else []
+    return found
 
 
 def last_step(run: Path) -> int:

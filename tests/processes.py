@@ -6,19 +6,24 @@ They are real processes: each joins its process group over TCP, can be killed al
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from tests.faults.injected import begin, preloaded
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.preload"])
@@ -38,6 +43,8 @@ class Ranks:
     """When each rank ended, by the monotonic clock."""
     queued: dict[int, float] = field(default_factory=dict)
     """Seconds that each rank, as last seen, was ready to run and had no processor."""
+    agent: BaseProcess | None = None
+    """In place of torchrun's agent: has a store as that does; None for ranks without an agent."""
 
     def poll(self) -> bool:
         """Returns whether all ranks have ended."""
@@ -65,6 +72,21 @@ class Ranks:
             time.sleep(0.005)
         return True
 
+    def launched(self, condition: Callable[[], bool], seconds: float, grace_s: float = 10.0) -> bool:
+        """Waits like `within`, and ends all ranks some seconds after one has failed, as torchrun and srun do."""
+        failed_at: list[float] = []
+
+        def done() -> bool:
+            if self.poll() or condition():
+                return True
+            if any(self.codes.values()):
+                failed_at.append(time.monotonic())
+            if failed_at and time.monotonic() - failed_at[0] > grace_s:
+                self.end()
+            return False
+
+        return self.within(done, seconds)
+
     def _queued_s(self) -> float:
         """Sums over all threads of all ranks, because the ranks may have waited for one another."""
         for rank, process in enumerate(self.processes):
@@ -85,7 +107,14 @@ class Ranks:
     def end(self) -> None:
         """Kills what still runs and waits for it."""
         self.kill(signal.SIGKILL)
+        self.kill_agent()
         self.wait(10)
+
+    def kill_agent(self) -> None:
+        """Kills the agent, if there is one."""
+        if self.agent is not None:
+            self.agent.kill()
+            self.agent.join()
 
     def words(self) -> str:
         """Returns the end of what the ranks printed."""
@@ -104,9 +133,20 @@ def start(arguments: Sequence[str], world_size: int, log: Path, environ: Mapping
     return fork(command, (list(arguments),), world_size, log, environ)
 
 
-def start_alone(arguments: Sequence[str], log: Path) -> Ranks:
-    """Starts `pipeline ARGUMENTS` as a user does: one process, without the variables of a launcher."""
-    return _forked(command, (list(arguments),), [{}], log)
+def start_with_agent(arguments: Sequence[str], world_size: int, log: Path) -> Ranks:
+    """Starts `pipeline ARGUMENTS` on every rank, as torchrun's agent does."""
+    receive, send = _FORKS.Pipe(duplex=False)
+    agent = _FORKS.Process(target=_agent, args=(send,))
+    agent.start()
+    environ = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
+    ranks = fork(command, (list(arguments),), world_size, log, environ, receive.recv())
+    ranks.agent = agent
+    return ranks
+
+
+def start_alone(arguments: Sequence[str], log: Path, folder: Path | None = None) -> Ranks:
+    """Starts `pipeline ARGUMENTS` as a user does in a folder: one process, without the variables of a launcher."""
+    return _forked(command, (list(arguments), folder), [{}], log)
 
 
 def run(arguments: Sequence[str], world_size: int, log: Path, timeout_s: float = 120) -> None:
@@ -128,7 +168,7 @@ def on_ranks(function: Callable[..., Any], world_size: int, log: Path, *args: An
         timeout_s: Limit for all ranks together.
     """
     pipes = [_FORKS.Pipe(duplex=False) for _ in range(world_size)]
-    ranks = fork(_called, (function, [send for _, send in pipes], args), world_size, log)
+    ranks = fork(_called, (function, [send for _, send in pipes], args, log), world_size, log)
     try:
         deadline = time.monotonic() + timeout_s
         for receive, send in pipes:
@@ -149,6 +189,7 @@ def fork(
     world_size: int,
     log: Path,
     environ: Mapping[str, str] | None = None,
+    port: int | None = None,
 ) -> Ranks:
     """Calls `target(*args)` on every rank, with the variables that a launcher would set.
 
@@ -158,15 +199,26 @@ def fork(
         world_size: Number of ranks.
         log: Receives what they print.
         environ: Additional variables.
+        port: Where the launcher listens; a free one by default.
     """
-    meeting = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meeting = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
     return _forked(target, args, [{**(environ or {}), **meeting, **rank} for rank in ranks], log)
+
+
+def _agent(port: Connection) -> None:
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.send(store.port)
+    signal.pause()
 
 
 def _forked(target: Callable[..., None], args: tuple[Any, ...], environs: list[dict[str, str]], log: Path) -> Ranks:
     log.parent.mkdir(parents=True, exist_ok=True)
     processes: list[BaseProcess] = []
+    with preloaded():  # the first start of a process starts the server that forks it
+        forkserver.ensure_running()
     for environ in environs:
         processes.append(_FORKS.Process(target=_rank, args=(target, args, log, environ)))
         processes[-1].start()
@@ -178,18 +230,21 @@ def _rank(target: Callable[..., None], args: tuple[Any, ...], log: Path, environ
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ.update(environ)
+    begin()
     target(*args)
 
 
-def command(arguments: list[str]) -> None:
-    """Runs the command line in this process."""
+def command(arguments: list[str], folder: Path | None = None) -> None:
+    """Runs the command line in this process, and in this folder."""
     from pipeline.cli.main import main
 
+    if folder is not None:
+        os.chdir(folder)
     sys.argv = ["pipeline", *arguments]
     main()
 
 
-def _called(function: Callable[..., Any], answers: list[Connection], args: tuple[Any, ...]) -> None:
+def _called(function: Callable[..., Any], answers: list[Connection], args: tuple[Any, ...], log: Path) -> None:
     import torch
 
     from pipeline.run.world import world_from_environment
@@ -200,7 +255,7 @@ def _called(function: Callable[..., Any], answers: list[Connection], args: tuple
         if rank != world.rank:
             answer.close()  # otherwise the death of its owner would go unnoticed
     try:
-        with process_group(world, torch.device("cpu")):
+        with process_group(world, torch.device("cpu"), file=log.with_name(f"{log.name}.{world.meeting}")):
             answers[world.rank].send(function(world, *args))
     except BaseException:
         traceback.print_exc()
@@ -218,7 +273,22 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def free_port() -> int:
-    """Returns a free port on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Returns a port that nothing uses, below those that the kernel gives to connections.
+
+    It stays free until its server starts: a port that the kernel chose could meanwhile be given to any connection.
+    """
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
+def _ports() -> Iterator[int]:
+    """Yields ports, by processes that run side by side in different places of the range."""
+    first_of_kernel = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = range(10_000, max(first_of_kernel, 20_000))
+    return itertools.islice(itertools.cycle(ports), random.SystemRandom().randrange(len(ports)), None)
+
+
+_PORTS = _ports()

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import PipelineError
-from pipeline.files import is_regular, open_regular, parse_json, read_bounded, read_json, sha256_file, size_of_regular
+from pipeline.errors import PipelineError, UsageError
+from pipeline.files import (
+    is_regular,
+    naming,
+    open_regular,
+    parse_json,
+    read_bounded,
+    read_json,
+    sha256_file,
+    size_of_regular,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -63,6 +73,17 @@ def test_a_file_beyond_the_limit_is_refused(folder: Path) -> None:
     assert read_bounded(folder / "file", folder, 4) == b"text"
     with pytest.raises(OSError, match="3 bytes"):
         read_bounded(folder / "file", folder, 3)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(errno.ENOENT, UsageError), (errno.EACCES, UsageError), (errno.EIO, PipelineError), (errno.ESTALE, PipelineError)],
+)
+def test_storage_that_fails_is_no_mistake_of_the_users(number: int, raised: type[PipelineError]) -> None:
+    with pytest.raises(PipelineError, match=r"^a: cannot be read \(") as caught:  # noqa: SIM117
+        with naming("a", "cannot be read", error=UsageError):
+            raise OSError(number, os.strerror(number))
+    assert type(caught.value) is raised
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"9" * 5000, b'"\\ud800"', b"\xff", b"", b"{"])

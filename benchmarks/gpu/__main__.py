@@ -7,7 +7,6 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +16,7 @@ from rich.table import Table
 
 from benchmarks.gpu.checks import Verdict, all_checks
 from benchmarks.gpu.speed import Speed, all_speeds, as_rows
-from benchmarks.harness import RESULTS
-from pipeline.run.provenance import collect_provenance
+from benchmarks.harness import RESULTS, about, machine
 from pipeline.run.world import World
 from pipeline.train.ranks import group
 
@@ -95,17 +93,13 @@ class _Record:
     def __init__(self, out: Path, device: torch.device, errors: list[str]) -> None:
         self.verdicts: list[Verdict] = []
         self.speeds: list[Speed] = []
-        self._out, self._errors, self._provenance = out, errors, collect_provenance()
-        self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        where = machine(torch.cuda.get_device_name(device)) if device.type == "cuda" else machine()
+        self._out, self._errors, self._about = out, errors, about("gpu", where)
 
     def write(self) -> None:
         """Writes everything measured until now."""
         record: dict[str, Any] = {
-            "benchmark": "gpu",
-            "date": datetime.now(UTC).date().isoformat(),
-            "commit": self._provenance["git"],
-            "device": self._device,
-            "packages": self._provenance["packages"],
+            **self._about,
             "checks": [vars(verdict) for verdict in self.verdicts],
             "speeds": as_rows(self.speeds),
             "errors": self._errors,

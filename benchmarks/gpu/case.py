@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +86,17 @@ class Case:
         for rows in ids.split(train.micro_batch_size):
             yield rows[:, :-1], rows[:, 1:]
 
-    def step(self, batches: list[tuple[Tensor, Tensor]] | None = None) -> PendingNumbers:
-        """Takes one step of the training loop, on given micro-batches or on the next."""
+    def step(
+        self,
+        batches: list[tuple[Tensor, Tensor]] | None = None,
+        before_update: Callable[[], object] = lambda: None,
+    ) -> PendingNumbers:
+        """Takes one step of the training loop, on given micro-batches or on the next.
+
+        Args:
+            batches: The micro-batches.
+            before_update: Called right before weights change, as the loop waits there for a save's copy.
+        """
         engine = self.engine
         engine.set_learning_rate(LEARNING_RATE)
         engine.zero_grad()
@@ -97,6 +106,7 @@ class Case:
             engine.backward(loss)
             losses.append(cross_entropy)
         numbers = engine.reduce_and_clip(1.0, losses, stop=False)
+        before_update()
         engine.step()
         self.steps += 1
         return numbers

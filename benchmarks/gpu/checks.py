@@ -20,7 +20,7 @@ from benchmarks.gpu.case import TINY, Case, config_of
 from pipeline.checkpoint.pending import RankIdentity, take_over
 from pipeline.checkpoint.read import CheckpointReader, newest_checkpoint
 from pipeline.checkpoint.saver import CheckpointSaver, Saved
-from pipeline.config.sections import CheckpointConfig
+from pipeline.config.train_sections import CheckpointConfig
 
 STEPS = 8
 WATCHED = 3
@@ -112,7 +112,7 @@ def saves_beside_a_step(device: torch.device) -> Verdict:
         for step in range(3):
             before = case.state()
             saver.save(step + 1, case.engine.fragments(), _state(case))
-            _step_beside(case, saver)
+            case.step(before_update=saver.wait_for_copy)
             saver.wait()
             if saved[-1].error is not None:
                 return Verdict("a save beside a step", False, saved[-1].error)
@@ -122,19 +122,6 @@ def saves_beside_a_step(device: torch.device) -> Verdict:
                 wrong += not torch.equal(reader.read_whole(part, parameter).view(-1), tensor.view(-1))
             reader.close()
         return Verdict("a save beside a step", wrong == 0, f"3 saves of {len(before)} tensors, {wrong} of them changed")
-
-
-def _step_beside(case: Case, saver: CheckpointSaver) -> None:
-    """Takes a step as the training loop does: it waits for the copy only before it changes weights."""
-    step = case.engine.step
-
-    def once_copied() -> None:
-        saver.wait_for_copy()
-        step()
-
-    case.engine.step = once_copied  # type: ignore[method-assign]
-    case.step()
-    case.engine.step = step  # type: ignore[method-assign]
 
 
 def resumes(device: torch.device, stage: int) -> Verdict:

@@ -14,25 +14,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import pipeline
+from pipeline.check.data import check_data, check_dataset
+from pipeline.check.memory import check_memory, check_zero_stage
+from pipeline.check.node import NO_GPU
+from pipeline.check.notify import check_notify
 from pipeline.check.result import Check
 from pipeline.checkpoint.layout import published
 from pipeline.config.load import load_config
 from pipeline.config.sections import Config
 from pipeline.data.layout import MANIFEST
-from pipeline.data.manifest import DatasetManifest, check_sizes
-from pipeline.data.read.sources import find_files
+from pipeline.data.manifest import DatasetManifest
 from pipeline.data.shard_maps import open_files_for
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.files import nearest_existing
 from pipeline.launch.container.binds import check_visible, temporary_folders
-from pipeline.launch.container.command import container_argv, container_environment, gpu_option
+from pipeline.launch.container.command import container_argv, container_environment
 from pipeline.launch.container.image import check_image, runtime_problem
 from pipeline.launch.site import Site, SiteContainer, load_site
-from pipeline.plan.devices import GIB, device_named
-from pipeline.plan.memory import checkpoint_bytes, process_memory
-from pipeline.plan.plan import fits_device, needed_bytes
+from pipeline.plan.devices import DEVICES, device_reported
+from pipeline.plan.memory import checkpoint_bytes
 from pipeline.run.folder import Run, run_for
-from pipeline.text_format import gigabytes, megabytes
+from pipeline.text_format import gigabytes
+from pipeline.train.origin.parent import Parent, checkpoints_of, choose
 
 _NODE_TIMEOUT_S = 300
 # Checks of a node that depend on the packages of its Python; `node` fails where that Python does not even start.
@@ -53,65 +56,50 @@ def run_checks(
     config = load_config(config_file, overrides, world_size=world)
     run = run_for(config)
     found = [Check("config", "ok", f"valid for {world} process{'es' if world > 1 else ''}")]
-    found += [_memory(config, site), *_zero_stage(config, site), _disk(config), _data(config)]
-    if site is not None:
-        from pipeline.check.site_request import check_site_request
-        from pipeline.launch.submit.sweep import experiments
-
-        runs = len(experiments(config_file, overrides, sweeps, world))
-        found += check_site_request(site, run, runs)
+    found += [
+        check_memory(config, site),
+        *check_zero_stage(config, site),
+        _disk(config),
+        *check_data(config),
+        *_parent(config),
+    ]
     container = site.container if site else SiteContainer()
     from_job = site is not None and bool(site.modules or site.setup)
-    found += _container(config, container, run, from_job)
+    if site is not None and site_file is not None:
+        from pipeline.check.site_request import check_site_request
+        from pipeline.check.submission import check_submission
+        from pipeline.launch.submit.sweep import experiments
+
+        runs = len(experiments(config_file, overrides, sweeps, world).configs)
+        found += [*check_site_request(site, run, runs), check_notify(run)]
+        found += _container(config, container, run, from_job)
+        found += check_submission(config_file, site_file, overrides, sweeps, known=found)
+    else:
+        found += _container(config, container, run, from_job)
     if config.container.image is None:
-        return found + _node(config, site, from_job)
-    return found + _node_in_image(config, container, run)
+        found += _node(config, site, from_job)
+    else:
+        found += _of_the_site(_node_in_image(config, container, run), site)
+    return found + _precision(config, site, found)
 
 
-def _memory(config: Config, site: Site | None) -> Check:
-    world = site.train.nodes * site.train.tasks_per_node if site else 1
-    has_gpu = bool(site.train.gpus_per_node) if site else gpu_option("auto") is not None
-    on_cpu = config.train.device == "cpu" or not has_gpu
-    memory = process_memory(config, world, on_cpu=on_cpu)
-    needs = f"{needed_bytes(memory) / GIB:.2f} GiB per process at its peak ({memory.moment})"
-    limit, of = _memory_limit(site, on_cpu)
-    if limit is None:
-        return Check("memory", "ok", f"{needs}; {of}")
-    if fits_device(memory, limit):
-        return Check("memory", "ok", f"{needs}, of {limit:.1f} GiB {of}")
-    cure = "raise train.zero_stage, set train.activation_checkpointing=full, or lower train.micro_batch_size"
-    return Check("memory", "failed", f"{needs}, and there are {limit:.1f} GiB {of}", cure)
+def quick_checks(config: Config, site: Site) -> list[Check]:
+    """Runs the checks that need no other program: memory, disk, data, and the run that this one branches from."""
+    return [check_memory(config, site), _disk(config), check_dataset(config), *_parent(config)]
 
 
-def _zero_stage(config: Config, site: Site | None) -> list[Check]:
-    """Warns of stage 0 on several GPUs; says nothing elsewhere."""
-    gpus = site.train.nodes * site.train.tasks_per_node if site and site.train.gpus_per_node else 1
-    if gpus == 1 or config.train.device == "cpu" or config.train.zero_stage > 0:
+def _precision(config: Config, site: Site | None, found: Sequence[Check]) -> list[Check]:
+    """Warns of a precision that the GPU does not have, by the site's `gpu_type` or by what this machine reports."""
+    if config.train.device == "cpu":
         return []
-    found = (
-        f"stage 0 on {gpus} GPUs: they wait while all gradients are averaged after backward, and each keeps all state"
-    )
-    return [
-        Check("zero stage", "warning", found, "train.zero_stage=1 or 2 with train.overlap_comm=true; docs/scaling.md")
-    ]
-
-
-def _memory_limit(site: Site | None, on_cpu: bool) -> tuple[float | None, str]:
-    """Returns the GiB that a process may use, and whose they are; None where that is unknown."""
-    if site is None and on_cpu:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, "of this machine"
+    device = None
     if site is None:
-        return None, "compare it with the memory of this machine's GPU"
-    if on_cpu:
-        if site.train.mem_gb is None:
-            return None, "the site sets no train.mem_gb to compare it with"
-        return site.train.mem_gb / site.train.tasks_per_node, "by train.mem_gb of the site"
-    if site.gpu_type is None:
-        return None, "the site names no gpu_type to compare it with"
-    try:
-        return device_named(site.gpu_type).memory_gib, f"of a {site.gpu_type}"
-    except PipelineError:
-        return None, f"the memory of a {site.gpu_type} is unknown"
+        reported = next((check.found for check in found if check.name == "devices" and check.status == "ok"), "")
+        device = device_reported(reported)
+    elif site.train.gpus_per_node and site.gpu_type is not None:
+        device = DEVICES.get(site.gpu_type.lower())
+    lacking = device.lacks(config.train.precision) if device is not None else None
+    return [Check("precision", "warning", lacking, "train.precision=fp32")] if lacking else []
 
 
 def _disk(config: Config) -> Check:
@@ -131,28 +119,20 @@ def _disk(config: Config) -> Check:
     return Check("disk", "failed", found, "make room, choose another runs_dir, or keep fewer checkpoints")
 
 
-def _data(config: Config) -> Check:
-    folder = Path(config.data.path)
-    if not (folder / MANIFEST).exists():
-        try:
-            files = [file for source in config.data.sources for file in find_files(source)]
-        except PipelineError as error:
-            return Check("data", "failed", str(error), "correct data.sources")
-        size = sum(Path(file.path).stat().st_size for file in files)
-        found = f"to be prepared from {len(files):,} files, {megabytes(size)}"
-        place = nearest_existing(folder)
-        free = shutil.disk_usage(place).free
-        if free < size:  # tokens usually take half of plain text, and more than compressed text
-            return Check(
-                "data", "warning", f"{found}; {megabytes(free)} are free at {place}", "make room for the tokens"
-            )
-        return Check("data", "ok", found)
+def _parent(config: Config) -> list[Check]:
+    """Checks what the run would branch from; says nothing of any other run."""
+    run, data = run_for(config), Path(config.data.path)
+    if checkpoints_of(config.init) is None or published(run.checkpoints):
+        return []
     try:
-        manifest = DatasetManifest.load(folder)
-        check_sizes(folder, manifest.shards, manifest.numpy_dtype)
-    except PipelineError as error:
-        return Check("data", "failed", str(error), f"`pipeline verify {folder}` names every damaged file")
-    return Check("data", "ok", f"{manifest.splits['train'].tokens:,} training tokens, sizes agree with the manifest")
+        before = run.origin()
+        parent = Parent.open(choose(config.init, before))
+        parent.refuse(config, DatasetManifest.load(data) if (data / MANIFEST).exists() else None, before)
+    except UsageError as error:
+        return [Check("parent", "failed", str(error), "docs/start-from.md tells what may differ")]
+    except PipelineError:
+        return []  # `check_data` names what is wrong with the data
+    return [Check("parent", "ok", f"{config.init.what} of step {parent.manifest.step} of {parent.folder}")]
 
 
 def _container(config: Config, site: SiteContainer, run: Run, from_job: bool) -> list[Check]:
@@ -177,9 +157,23 @@ def _node(config: Config, site: Site | None, from_job: bool) -> list[Check]:
     found = _run_node([python, *_node_command(config)], {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path})
     if site is None:
         return found
-    return [
+    judged = [
         _for_a_job(one, from_job) if one.status == "failed" and one.name in _PACKAGE_CHECKS else one for one in found
     ]
+    return _of_the_site(judged, site)
+
+
+def _of_the_site(found: list[Check], site: Site | None) -> list[Check]:
+    """Turns `no GPU`, which is right on a login node, into a warning where the jobs request GPUs."""
+    if site is None or not site.train.gpus_per_node:
+        return found
+    warning = Check(
+        "devices",
+        "warning",
+        "no GPU on this machine: driver and devices of the nodes are not compared",
+        "every start checks its devices before the first step; to look now, run this command in a job with a GPU",
+    )
+    return [warning if one.name == "devices" and one.found.startswith(NO_GPU) else one for one in found]
 
 
 def _for_a_job(missing: Check, from_job: bool) -> Check:
@@ -207,10 +201,11 @@ def _node_in_image(config: Config, site: SiteContainer, run: Run) -> list[Check]
 def _node_command(config: Config) -> list[str]:
     """Returns what follows `python` on the command line of `pipeline.check.node`."""
     shards = 0
-    with contextlib.suppress(PipelineError):  # `_data` has reported it
+    with contextlib.suppress(PipelineError):  # `check_data` has reported it
         shards = len(DatasetManifest.load(config.data.path).shards)
     folders = [str(config.runs_dir), str(Path(config.data.path).parent)]
-    return ["-m", "pipeline.check.node", *folders, f"--open-files={open_files_for(shards)}"]
+    tasks = [f"--evaluate={config.evaluate.model_dump_json()}"] if config.evaluate.tasks else []
+    return ["-m", "pipeline.check.node", *folders, f"--open-files={open_files_for(shards)}", *tasks]
 
 
 def _run_node(command: Sequence[str], environment: Mapping[str, str]) -> list[Check]:

@@ -1,8 +1,8 @@
 """Checks of the environment that training will run in: inside the image, or with the Python that jobs start.
 
-    python -m pipeline.check.node FOLDER... --open-files=N     # prints a JSON list of checks
+    python -m pipeline.check.node FOLDER... --open-files=N [--evaluate=SECTION]    # prints a JSON list of checks
 
-This is a process of its own, because it imports torch, which a login node need not have.
+This is a process of its own, because it imports torch and the harness of the tasks, which a login node need not have.
 """
 
 from __future__ import annotations
@@ -17,25 +17,31 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline.check.result import Check
+from pipeline.check.tasks import check_tasks
 from pipeline.files import MAX_CLOCK_SKEW_S, clock_skew_s, nearest_existing
 from pipeline.text_format import gigabytes
 
 # NCCL's processes share memory through /dev/shm; 64 MB, the default of some containers, is not enough.
 _MIN_SHM_GB = 1.0
 _MIN_OPEN_FILES = 4096
+NO_GPU = "no GPU"
 
 
-def node_checks(folders: list[str], open_files: int) -> list[Check]:
+def node_checks(folders: list[str], open_files: int, evaluate: dict[str, Any] | None = None) -> list[Check]:
     """Returns every check of this machine.
 
     Args:
         folders: Where training will write.
         open_files: How many keep all shards of the dataset mapped.
+        evaluate: The config's section of that name, if it names tasks.
     """
     parts: list[Callable[[], Check]] = [lambda: _imports("torch"), lambda: _imports("deepspeed"), _devices]
     found = [part() for part in parts]
+    if evaluate is not None:
+        found.append(check_tasks(evaluate))
     found += [_writable(Path(folder)) for folder in folders]
     return [
         *found,
@@ -51,6 +57,8 @@ def _imports(name: str) -> Check:
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        return Check(name, "failed", f"{error.name} is not installed", "install the extra: pip install '.[train]'")
     except Exception as error:  # a broken installation raises anything
         return Check(name, "failed", f"{type(error).__name__}: {error}", "install the extra: pip install '.[train]'")
     return Check(name, "ok", str(module.__version__))
@@ -62,7 +70,7 @@ def _devices() -> Check:
     except ImportError:
         return Check("devices", "failed", "unknown without torch", "install the extra: pip install '.[train]'")
     if not torch.cuda.is_available():
-        return Check("devices", "ok", f"no GPU, {len(os.sched_getaffinity(0))} CPU cores")
+        return Check("devices", "ok", f"{NO_GPU}, {len(os.sched_getaffinity(0))} CPU cores")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Check("devices", "ok", ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)))
 
@@ -119,5 +127,7 @@ def _locked_memory() -> Check:
 
 
 if __name__ == "__main__":
-    *given, needed = sys.argv[1:]
-    print(json.dumps([check.to_json() for check in node_checks(given, int(needed.removeprefix("--open-files=")))]))
+    given = [part for part in sys.argv[1:] if not part.startswith("--")]
+    options = dict(part.removeprefix("--").split("=", 1) for part in sys.argv[1:] if part.startswith("--"))
+    asked = json.loads(options["evaluate"]) if "evaluate" in options else None
+    print(json.dumps([check.to_json() for check in node_checks(given, int(options["open-files"]), asked)]))

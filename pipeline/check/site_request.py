@@ -41,9 +41,25 @@ def check_site_request(site: Site, run: Run, runs: int = 1) -> list[Check]:
         partitions = _partitions()
     except slurm.SlurmError as error:
         return [Check("slurm", "failed", str(error), "try `scontrol ping`")]
-    stages = {"prepare": site.prepare, "train": site.train, "evaluate": site.evaluate}
-    requests = [_check_request(stage, asked, partitions) for stage, asked in stages.items()]
+    requests = [_check_request(stage, asked, partitions) for stage, asked in _stages(site).items()]
     return [*requests, *_arrays(site, runs), _time_limit(site, run), _accounting(site)]
+
+
+def unmet_requests(site: Site) -> list[Check]:
+    """Returns the requests that no partition can ever meet; where Slurm does not answer, sbatch will say so.
+
+    Not every Slurm refuses them (EnforcePartLimits=NO): such a job would wait forever.
+    """
+    try:
+        partitions = _partitions()
+        found = [_check_request(stage, asked, partitions, now=False) for stage, asked in _stages(site).items()]
+    except slurm.SlurmError:
+        return []
+    return [check for check in found if check.status == "failed"]
+
+
+def _stages(site: Site) -> dict[str, Resources]:
+    return {"prepare": site.prepare, "train": site.train, "evaluate": site.evaluate}
 
 
 def _arrays(site: Site, runs: int) -> list[Check]:
@@ -65,8 +81,11 @@ def _arrays(site: Site, runs: int) -> list[Check]:
     return [Check("arrays", "ok", f"within MaxArraySize = {limit:,}")]
 
 
-def _check_request(stage: str, asked: Resources, partitions: dict[str, _Partition]) -> Check:
-    """Checks one stage's request. Of several partitions, `a,b`, all must exist and one must fit: Slurm picks it."""
+def _check_request(stage: str, asked: Resources, partitions: dict[str, _Partition], now: bool = True) -> Check:
+    """Checks one stage's request, and with `now` whether enough nodes work.
+
+    Of several partitions, `a,b`, all must exist and one must fit: Slurm picks it.
+    """
     wanted = asked.partition or next((p.rstrip("*") for p in partitions if p.endswith("*")), "")
     known = {p.rstrip("*"): values for p, values in partitions.items()}
     names = wanted.split(",")
@@ -74,12 +93,12 @@ def _check_request(stage: str, asked: Resources, partitions: dict[str, _Partitio
     if absent is not None:
         cure = f"allowed: {', '.join(sorted(known))}"
         return Check(f"request of {stage}", "failed", f"there is no partition {absent!r}", cure)
-    found = [_check_partition(stage, asked, name, known[name]) for name in names]
+    found = [_check_partition(stage, asked, name, known[name], now) for name in names]
     best = min(found, key=lambda check: ("ok", "warning", "failed").index(check.status))
     return best if best.status != "failed" else replace(best, found="; ".join(check.found for check in found))
 
 
-def _check_partition(stage: str, asked: Resources, partition: str, has: _Partition) -> Check:
+def _check_partition(stage: str, asked: Resources, partition: str, has: _Partition, now: bool) -> Check:
     name = f"request of {stage}"
     nodes, tasks = (asked.nodes, asked.tasks_per_node) if isinstance(asked, TrainResources) else (1, 1)
     limits = (
@@ -94,7 +113,7 @@ def _check_partition(stage: str, asked: Resources, partition: str, has: _Partiti
         return Check(name, "failed", "; ".join(over), f"lower {stage} in the site file, or name another partition")
     if not has.up:
         return Check(name, "warning", f"the partition {partition} is not up", "jobs will wait until it is")
-    working = _working_nodes(partition)
+    working = _working_nodes(partition) if now else nodes
     if working < nodes:
         found = f"{nodes} nodes, and {working} of the {has.nodes} in {partition} work now"
         return Check(name, "warning", found, f"jobs will wait for more nodes; see `sinfo -R -p {partition}`")
@@ -130,13 +149,18 @@ def _partitions() -> dict[str, _Partition]:
     found: dict[str, _Partition] = {}
     # Without --exact, sinfo prints one line for nodes that differ, with the smallest value of any of them.
     for line in slurm.call("sinfo", "--noheader", "--exact", "--format", _FORMAT).splitlines():
-        name, nodes, cpus, mem, limit, gres, up = line.split("|")
+        try:
+            name, nodes, cpus, mem, limit, gres, up = line.split("|")
+        except ValueError as error:
+            raise slurm.SlurmError(f"sinfo: its answer {line!r} is not understood") from error
         new = _Partition(int(nodes), int(cpus), int(mem) / 1024, _minutes(limit), _gpus(gres), up.strip() == "up")
         old = found.get(name)
         found[name] = new if old is None else _Partition(
             old.nodes + new.nodes, max(old.cpus, new.cpus), max(old.mem_gb, new.mem_gb),
             max(old.limit_min, new.limit_min), max(old.gpus, new.gpus), old.up or new.up,
         )  # fmt: skip
+    if not found:
+        raise slurm.SlurmError("sinfo: names no partition")
     return found
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, Field, Strict, StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
-from pipeline.text_format import printable
+from pipeline.config.messages.values import first_problem
+from pipeline.run.records import Origin
 
 _Int = Annotated[int, Strict(), Field(ge=0, le=1 << 53)]
 _FileName = Annotated[str, Strict(), StringConstraints(pattern=r"^rank_[0-9]{5,9}\.safetensors$")]
@@ -36,15 +37,24 @@ class _Guard(TypedDict, total=False):
     bad_steps: _Int
 
 
+class _SourceTokens(TypedDict):
+    batches: _Int
+    tokens: dict[Annotated[str, Strict()], _Int]
+
+
 class _State(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     optimizer_steps: NotRequired[_Int]
     tokens_seen: NotRequired[_Int]
+    source_tokens: NotRequired[_SourceTokens]
     guard: NotRequired[_Guard]
     val_loss: NotRequired[_Float | None]
     dataset: NotRequired[Annotated[str, Strict()]]
     rng: NotRequired[_Hex]
     initialization: NotRequired[_Int]
+    init: NotRequired[Origin | None]
+    config: NotRequired[dict[str, Any]]
+    tokenizer: NotRequired[Annotated[str, Strict()]]
     mlflow_run_id: NotRequired[Annotated[str, Strict()] | None]
 
 
@@ -65,8 +75,7 @@ def problem(tree: Any) -> str | None:
     try:
         _CONTENT.validate_python(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        return printable(f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg']}")
+        return first_problem(error)
     if tree.keys() != _Content.__annotations__.keys():
         return "it holds other keys"
     for name, parameter in tree["parameters"].items():

@@ -17,13 +17,12 @@ from torch._C._distributed_c10d import Store
 
 from pipeline.checkpoint.content import coverage_problem
 from pipeline.checkpoint.host_copy import OwnedFragment
-from pipeline.checkpoint.layout import Manifest, rank_file
-from pipeline.errors import CheckpointError
-from pipeline.files import fsync_file, publish_dir, sha256_file, write_json, write_text
+from pipeline.checkpoint.layout import OWNER_FILE, Manifest, rank_file
+from pipeline.errors import CheckpointError, in_words
+from pipeline.files import discard, fsync_file, publish_dir, sha256_file, write_json, write_text
 from pipeline.run.folder import step_name
 from pipeline.text_format import megabytes
 
-_OWNER_FILE = ".attempt"  # holds the id of the start that owns the folder
 _PART_SUFFIX = ".part.json"
 _POLL_S = 0.02
 
@@ -46,6 +45,16 @@ class RankIdentity:
     Files cannot carry these messages: a disk that takes no checkpoint takes no message either, and the ranks would wait
     for each other in vain.
     """
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Writes a file of a checkpoint and returns what the manifest says of it: its size and SHA-256."""
+    file.touch()
+    mode = file.stat().st_mode
+    safetensors.torch.save_file(tensors, file)
+    file.chmod(mode)  # safetensors makes it the owner's alone, whatever the umask says
+    fsync_file(file)
+    return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
 class RankFailed(CheckpointError):
@@ -76,7 +85,7 @@ class PendingCheckpoint:
         """Deletes what earlier saves of this start left (rank 0): each was published or given up."""
         for folder in self._checkpoints.glob(f".step_*.{self._identity.start_id}.*.tmp"):
             if int(folder.name.split(".")[-2]) < self._number:
-                shutil.rmtree(folder, ignore_errors=True)
+                discard(folder)
 
     def check_space(self, own_bytes: int) -> None:
         """Checks that this rank's file fits; other ranks may have written theirs already, so only its own size counts.
@@ -101,12 +110,9 @@ class PendingCheckpoint:
         self._check_wanted()
         self._folder.mkdir(exist_ok=True)
         file = self._folder / rank_file(self._identity.rank)
-        safetensors.torch.save_file(copies, file)
-        fsync_file(file)
         part = {
             "file": file.name,
-            "bytes": file.stat().st_size,
-            "sha256": sha256_file(file),
+            **write_tensors(file, copies),
             "parameters": {f.name: [list(f.shape), f.dtype, f.start, f.length] for f in fragments},
         }
         write_json(file.with_name(file.name + _PART_SUFFIX), part)
@@ -134,15 +140,19 @@ class PendingCheckpoint:
         for part in parts:
             part.unlink()
         digest = manifest.save(self._folder)
-        if (self._checkpoints / _OWNER_FILE).read_text() != self._identity.start_id:
-            raise CheckpointError(_superseded(self._checkpoints))
+        self._check_owner()
         final = self._checkpoints / step_name(self._step)
         replaced = self._folder.with_name(f".{final.name}.replaced.tmp")
         if final.exists():  # the same step before a rollback; a rename cannot replace a folder
             final.rename(replaced)
         publish_dir(self._folder, final)
-        shutil.rmtree(replaced, ignore_errors=True)
+        discard(replaced)
+        self._check_owner()  # the new start may have looked for the newest checkpoint before the rename
         return final, digest
+
+    def _check_owner(self) -> None:
+        if (self._checkpoints / OWNER_FILE).read_text() != self._identity.start_id:
+            raise CheckpointError(_superseded(self._checkpoints))
 
     def _wait_for_parts(self, timeout_s: float) -> list[Path]:
         parts = [self._folder / (rank_file(rank) + _PART_SUFFIX) for rank in range(self._identity.world_size)]
@@ -164,7 +174,7 @@ class PendingCheckpoint:
         part may be whole, and rank 0 about to publish it.
         """
         identity = self._identity
-        problem = str(error)
+        problem = in_words(error)
         if identity.world_size > 1 and not isinstance(error, RankFailed):
             problem = f"rank {identity.rank} on {socket.gethostname()}: {problem}"
         late = False
@@ -174,21 +184,21 @@ class PendingCheckpoint:
             identity.store.set(self._given_up if identity.rank == 0 else self._failed, problem)
             late = identity.store.check([self._given_up])
         if identity.rank == 0 or late:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            discard(self._folder)
         return problem
 
 
 def take_over(checkpoints: Path, start_id: str) -> None:
     """Makes a new start the owner of the folder (rank 0): deletes leftovers; an older start can no longer publish."""
-    write_text(checkpoints / _OWNER_FILE, start_id)
+    write_text(checkpoints / OWNER_FILE, start_id)
     for leftover in checkpoints.glob(".step_*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        discard(leftover)
 
 
 def lost_to(checkpoints: Path, start_id: str) -> str | None:
     """Returns the message for a start that another one has taken the folder over from; None while it owns it."""
     try:
-        owner = (checkpoints / _OWNER_FILE).read_text()
+        owner = (checkpoints / OWNER_FILE).read_text()
     except OSError:  # it tells nothing about the owner: the next look will
         return None
     return None if owner == start_id else _superseded(checkpoints)

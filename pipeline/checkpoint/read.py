@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.checkpoint.layout import Fragment, Manifest, published
+from pipeline.checkpoint.layout import Fragment, Manifest, UnreadableCheckpoint, published, reading
 from pipeline.errors import CheckpointError, listing
-from pipeline.files import naming, sha256_file, size_of_regular
+from pipeline.files import sha256_file, size_of_regular
 
 
 class CheckpointReader:
@@ -75,7 +75,7 @@ class CheckpointReader:
         """Returns the stored fragment of `KEY/NAME`, which must be as long as the manifest says."""
         path = self.folder / fragment.file
         try:
-            with naming(path, "cannot be read", error=CheckpointError):
+            with reading(path):
                 if fragment.file not in self._files:
                     size_of_regular(path, self.folder)  # safe_open would wait for the writer of a FIFO
                     self._files[fragment.file] = safe_open(path, framework="pt")
@@ -98,6 +98,7 @@ def verify(folder: Path, mine: Callable[[int], bool] = lambda index: True, threa
         threads: Number of files checked at once.
 
     Raises:
+        UnreadableCheckpoint: The storage does not answer.
         CheckpointError: A file is missing or damaged; the message names it.
     """
     manifest = Manifest.load(folder)
@@ -108,7 +109,7 @@ def verify(folder: Path, mine: Callable[[int], bool] = lambda index: True, threa
 
 
 def _check_file(path: Path, expected: dict[str, Any]) -> None:
-    with naming(path, "cannot be read", error=CheckpointError):
+    with reading(path):
         size = size_of_regular(path, path.parent)
         if size != expected["bytes"]:
             raise CheckpointError(f"{path}: is torn: {size} bytes of {expected['bytes']}")
@@ -126,6 +127,8 @@ def newest_checkpoint(checkpoints: Path) -> Path:
     for folder in published(checkpoints):
         try:
             verify(folder)
+        except UnreadableCheckpoint:
+            raise
         except CheckpointError as error:
             problems.append(error)
         else:

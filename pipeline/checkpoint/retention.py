@@ -1,14 +1,18 @@
-"""Which checkpoints are kept: the newest, every K-th forever, the best by validation loss, and one for a rollback."""
+"""Which checkpoints are kept: the newest, every K-th forever, the best, one for a rollback, and those with a pin."""
 
 from __future__ import annotations
 
+import logging
 import math
-import shutil
 from pathlib import Path
 
-from pipeline.checkpoint.layout import Manifest, published, step_of
-from pipeline.config.sections import CheckpointConfig
+from pipeline.checkpoint.layout import Manifest, UnreadableCheckpoint, published, step_of
+from pipeline.checkpoint.pins import pins
+from pipeline.config.train_sections import CheckpointConfig
 from pipeline.errors import CheckpointError
+from pipeline.files import discard
+
+_log = logging.getLogger("pipeline.checkpoint")
 
 
 class Retention:
@@ -28,6 +32,7 @@ class Retention:
         self._config = config
         self._rollback_steps = rollback_steps
         self._losses: dict[Path, float | None] = {}
+        self._told: set[Path] = set()
 
     def remove_old(self, newest: Path, val_loss: float | None) -> None:
         """Deletes old checkpoints, and what an interrupted deletion left.
@@ -38,14 +43,17 @@ class Retention:
         """
         self._losses[newest] = val_loss
         for leftover in self._checkpoints.glob(".step_*.removed.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            discard(leftover)
         folders = published(self._checkpoints)
         kept = self._kept(folders, step_of(newest) or 0)
         for folder in [f for f in folders if f not in kept]:
             # Renamed first: an interrupted deletion must not leave a checkpoint that looks published.
             doomed = folder.with_name(f".{folder.name}.removed.tmp")
             folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            if folder in self._pinned():  # at this very moment: whoever pinned it now looks whether it is still there
+                doomed.rename(folder)
+                continue
+            discard(doomed)
 
     def _kept(self, folders: list[Path], newest: int) -> set[Path]:
         steps = {folder: step_of(folder) or 0 for folder in folders}
@@ -59,7 +67,16 @@ class Retention:
             kept |= {f for f in folders if steps[f] % self._config.keep_every == 0}
         if self._config.keep_best:
             kept |= set(self._best(folders))
-        return kept
+        return kept | self._pinned()
+
+    def _pinned(self) -> set[Path]:
+        """Returns the checkpoints that another run or a job holds; reports each pin that counts no longer once."""
+        found = pins(self._checkpoints)
+        for pin in found:
+            if pin.dead is not None and pin.file not in self._told:
+                self._told.add(pin.file)
+                _log.warning("%s: no longer protects its checkpoint: %s; remove the file", pin.file, pin.dead)
+        return {pin.checkpoint for pin in found if pin.dead is None}
 
     def _best(self, folders: list[Path]) -> list[Path]:
         """Returns the checkpoint with the lowest validation loss; empty if no loss is known."""
@@ -70,6 +87,8 @@ class Retention:
         if folder not in self._losses:
             try:
                 self._losses[folder] = Manifest.load(folder).state.get("val_loss")
+            except UnreadableCheckpoint:  # it may be the best: nothing is deleted until that is known
+                raise
             except CheckpointError:
                 self._losses[folder] = None
         loss = self._losses[folder]

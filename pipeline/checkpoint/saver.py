@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from pipeline.checkpoint.host_copy import HostCopy, OwnedFragment, device_event
 from pipeline.checkpoint.pending import PendingCheckpoint, RankIdentity, lost_to
 from pipeline.checkpoint.retention import Retention
-from pipeline.config.sections import CheckpointConfig
+from pipeline.config.train_sections import CheckpointConfig
 from pipeline.errors import CheckpointError
+from pipeline.run.exchange import gather_values
 
 _log = logging.getLogger("pipeline.checkpoint")
 
@@ -115,7 +114,7 @@ class CheckpointSaver:
         if self._config.if_busy == "wait":
             self.wait()
         # Threads end at different moments on different ranks: they agree, at saves only.
-        states = self._gather((self.busy, self._reason_to_end()))
+        states = self._gather([self.busy, self._reason_to_end()])
         reason = next((reason for _, reason in states if reason is not None), None)
         if reason is not None:
             raise CheckpointError(reason)
@@ -190,12 +189,11 @@ class CheckpointSaver:
             why = "skipped: the previous checkpoint is still being written (checkpoint.if_busy: skip)"
             self._report(Saved(step, None, why, 0.0))
 
-    def _gather(self, value: tuple[bool, str | None]) -> list[tuple[bool, str | None]]:
-        if self._identity.world_size == 1:
+    def _gather(self, value: list[Any]) -> list[list[Any]]:
+        rank = self._identity
+        if rank.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self._identity.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return gather_values(rank.store, "saving", value, rank.rank, rank.world_size)
 
     def _save(self, request: _Request, ready: Any, began: float) -> None:
         try:
@@ -222,9 +220,9 @@ class CheckpointSaver:
             # Any error (safetensors reports a full disk as a bare Exception): if the thread died silently, the run
             # would report that everything is saved.
             problem = pending.fail(error)
+        self._failure, self._failures = problem, self._failures + 1 if problem else 0
         if self._identity.rank != 0:
             return
-        self._failure, self._failures = problem, self._failures + 1 if problem else 0
         if path is not None:
             try:  # the new one is whole; the next save retries the deletion
                 self._retention.remove_old(path, request.state.get("val_loss"))

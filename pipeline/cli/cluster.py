@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.arguments import AllowImageChange, AsJson, ConfigFile, Overrides, RunFolder, RunFolders
-from pipeline.errors import EXIT_FAILED, UsageError
-from pipeline.text_format import say
+from pipeline.cli.arguments import (
+    AllowImageChange,
+    AsJson,
+    ConfigFile,
+    Overrides,
+    RunFolder,
+    RunFolders,
+    numbers_from,
+    refuse,
+)
+from pipeline.errors import EXIT_FAILED, PipelineError, UsageError
+from pipeline.text_format import echo
 
 if TYPE_CHECKING:
-    from pipeline.launch.watch.status import RunStatus
+    from pipeline.launch.watch.run_status import RunStatus
 
 app = typer.Typer()
 
@@ -29,36 +37,64 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts without submitting.")] = False,
     sweep: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=V1,V2", help="One run per value, as an array; several sweeps are combined."),
+        typer.Option(
+            metavar="KEY=V1,V2|FILE",
+            help="One run per value, or per row of a CSV or YAML file, as an array; several sweeps are combined.",
+        ),
+    ] = None,
+    max_parallel: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Runs of a sweep that train at the same time; all by default."),
+    ] = None,
+    decay_at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Train at a constant rate, and decay from these steps in runs of their own (optimizer.schedule: wsd).",
+        ),
     ] = None,
     allow_image_change: AllowImageChange = False,
 ) -> None:
     """Submit the whole pipeline to Slurm: prepare, then train, then evaluate and report."""
-    from pipeline.launch.submit import submit as launch
-    from pipeline.launch.submit.summary import summary
+    from pipeline.check.submission import refuse_failed
+    from pipeline.launch.submit import summary
+    from pipeline.launch.submit.chain import plan_chain
+    from pipeline.launch.submit.submit import submit as submit_chain
 
-    chain = launch.plan_chain(config_file, site_file, overrides or (), sweep or (), allow_image_change)
+    if max_parallel is not None and not sweep:
+        raise UsageError("--max-parallel: only together with --sweep; it limits how many of its runs train at a time")
+    steps = numbers_from(decay_at, "--decay-at", least=1) if decay_at is not None else []
+    chain = plan_chain(config_file, site_file, overrides or (), sweep or (), allow_image_change, max_parallel, steps)
     if dry_run:
-        say(launch.dry_run(chain), end="")
+        echo(summary.dry_run(chain), end="")
         return
-    say(summary(chain, launch.submit(chain) if chain.jobs else []))
+    refuse_failed(chain)
+    echo(summary.summary(chain, submit_chain(chain) if any(part.jobs for part in chain.parts) else []))
 
 
 @app.command()
 def status(
     paths: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Run folders, or a folder of them; runs by default.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...", help="Runs by folder, name or config, folders of sweeps or of runs; `runs` by default."
+        ),
     ] = None,
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every five seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Show the state of runs: step, loss, speed, time left, restarts, goodput, last checkpoint."""
     from pipeline.launch.watch import status_view
-    from pipeline.launch.watch.status import find_runs, statuses
+    from pipeline.launch.watch.status import statuses
+    from pipeline.run.related import found_runs, read_branches
     from pipeline.terminal import Terminal
 
+    problems: list[PipelineError] = []
+
     def refresh() -> list[RunStatus]:
-        return statuses(find_runs(paths or ["runs"]))
+        runs, problems[:] = found_runs(paths or ["runs"])
+        decays = [branch.run for branch in read_branches(runs[0])] if len(runs) == 1 else []
+        return [*statuses(runs), *statuses([run for run in decays if run.config_file.is_file()])]
 
     # A pipe has no screen width that lines would have to be cut to.
     console = Terminal(width=None if sys.stdout.isatty() else 200)
@@ -68,13 +104,14 @@ def status(
         status_view.watch(refresh, console)
     else:
         console.print(status_view.view(refresh()))
+    refuse(problems)
 
 
 @app.command()
 def logs(
     run_folder: RunFolder,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Keep printing until the run has ended.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Rank whose output is printed.")] = 0,
+    rank: Annotated[int, typer.Option(metavar="N", min=0, help="Rank whose output is printed.")] = 0,
 ) -> None:
     """Print the output of the jobs of a run: all attempts, in order."""
     from pipeline.launch.watch import logs as job_logs
@@ -87,18 +124,27 @@ def logs(
     else:
         pieces = job_logs.printed(run, rank)
     for piece in pieces:
-        say(piece.replace("\r\n", "\n").replace("\r", "\n"), end="")
+        echo(piece.replace("\r\n", "\n").replace("\r", "\n"), end="")
 
 
 @app.command()
 def cancel(run_folders: RunFolders) -> None:
     """Cancel the jobs of runs; training saves first, and nothing is requeued."""
+    from pipeline.launch.slurm.client import SlurmError
     from pipeline.launch.watch.cancel import cancel as cancel_run
-    from pipeline.run.folder import open_run
+    from pipeline.run.related import found_runs
 
-    for run in [open_run(folder) for folder in run_folders]:
-        ids = cancel_run(run)
-        say(f"{run.path}: " + (f"cancelled job {', '.join(ids)}" if ids else "no job in the queue"))
+    runs, problems = found_runs(run_folders)
+    for run in runs:
+        try:
+            ids = cancel_run(run)
+        except SlurmError:
+            raise
+        except PipelineError as error:  # a damaged folder
+            problems.append(error)
+            continue
+        echo(f"{run.path}: " + (f"cancelled job {', '.join(ids)}" if ids else "no job in the queue"))
+    refuse(problems)
 
 
 @app.command()
@@ -109,7 +155,7 @@ def check(
         str | None, typer.Option("--site", metavar="SITE", help="The cluster's YAML file; this machine by default.")
     ] = None,
     sweep: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=V1,V2", help="As `pipeline submit` will be given it.")
+        list[str] | None, typer.Option(metavar="KEY=V1,V2|FILE", help="As `pipeline submit` will be given it.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -132,18 +178,34 @@ def plan(
     config_file: ConfigFile,
     overrides: Overrides = None,
     nodes: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of nodes.")] = "1,8,64,512",
-    device: Annotated[str, typer.Option(help="Name in the table of devices: h100, a100, mi300x, cpu ...")] = "h100",
-    per_node: Annotated[int | None, typer.Option(min=1, help="Devices per node; the usual number by default.")] = None,
-    intra_gb_per_s: Annotated[float | None, typer.Option(min=0.001, help="Bandwidth inside a node.")] = None,
-    inter_gb_per_s: Annotated[float | None, typer.Option(min=0.001, help="Total bandwidth out of a node.")] = None,
-    storage_gb_per_s: Annotated[float, typer.Option(min=0.001, help="Total bandwidth of shared storage.")] = 20.0,
-    mtbf_node_hours: Annotated[
-        float | None, typer.Option(min=0.001, help="Mean hours between failures of a node; 6,334 by default.")
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Name in the table of devices: h100, a100, mi300x, cpu ...")
+    ] = "h100",
+    per_node: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Devices per node; the usual number by default.")
     ] = None,
-    restart_s: Annotated[float, typer.Option(min=0, help="Seconds from a failure to the first new step.")] = 300.0,
+    intra_gb_per_s: Annotated[
+        float | None, typer.Option(metavar="GB/S", min=0.001, help="Bandwidth inside a node.")
+    ] = None,
+    inter_gb_per_s: Annotated[
+        float | None, typer.Option(metavar="GB/S", min=0.001, help="Total bandwidth out of a node.")
+    ] = None,
+    storage_gb_per_s: Annotated[
+        float, typer.Option(metavar="GB/S", min=0.001, help="Total bandwidth of shared storage.")
+    ] = 20.0,
+    mtbf_node_hours: Annotated[
+        float | None,
+        typer.Option(metavar="HOURS", min=0.001, help="Mean hours between failures of a node; 6,334 by default."),
+    ] = None,
+    restart_s: Annotated[
+        float, typer.Option(metavar="S", min=0, help="Seconds from a failure to the first new step.")
+    ] = 300.0,
+    price_per_gpu_hour: Annotated[
+        float | None, typer.Option(metavar="PRICE", min=0, help="What an hour of one device costs, in any currency.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate a config on many nodes: memory, step time, efficiency, goodput."""
+    """Estimate a config on many nodes: memory, step time, efficiency, cost, goodput."""
     from pipeline.config.load import load_config
     from pipeline.plan.devices import device_named
     from pipeline.plan.plan import MTBF_NODE_HOURS, Cluster, make_plan
@@ -159,17 +221,11 @@ def plan(
         storage_gb_per_s=storage_gb_per_s,
         mtbf_node_hours=mtbf_node_hours or MTBF_NODE_HOURS,
         restart_s=restart_s,
+        price_per_device_hour=price_per_gpu_hour,
     )
     config = load_config(config_file, overrides or ())
-    rows = make_plan(config, _counts(nodes), cluster)
+    rows = make_plan(config, numbers_from(nodes, "--nodes", least=1), cluster)
     if as_json:
         print(json.dumps([row.to_json() for row in rows], indent=2))
     else:
         print_plan(config, rows, cluster, Terminal())
-
-
-def _counts(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(re.fullmatch(r" *[1-9][0-9]{0,8} *", part) for part in parts):
-        raise UsageError(f"--nodes {text[:60]}: allowed are numbers from 1, separated by commas, for example 1,8,64")
-    return [int(part) for part in parts]

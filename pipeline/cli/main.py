@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from pipeline.cli import cluster, data, image, tracking, train
+from pipeline import __version__
+from pipeline.cli import cluster, data, evaluate, image, tracking, train
 from pipeline.cli.arguments import ConfigFile, Overrides
+from pipeline.cli.help import Group, use_our_help
+from pipeline.cli.new import new, schema
 from pipeline.devcluster import cli as devcluster
-from pipeline.errors import EXIT_FAILED, PipelineError, StopRequested
-from pipeline.text_format import PlainFormatter, say
+from pipeline.errors import EXIT_FAILED, NothingToDo, PackageMissing, PipelineError, StopRequested, in_words
+from pipeline.text_format import PlainFormatter, echo
 
 
 class _Interrupted(PipelineError):
@@ -25,7 +28,7 @@ class _Interrupted(PipelineError):
         super().__init__("interrupted; the same command resumes from what is finished")
 
 
-class _Commands(TyperGroup):
+class _Commands(Group):
     def invoke(self, ctx: Any) -> Any:
         # Typer itself would end with status 130, which is not a documented one, and without a message.
         try:
@@ -39,10 +42,29 @@ app = typer.Typer(
     cls=_Commands,
     help="Turn text into token shards and a trained language model, on this machine or on a Slurm cluster.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pipeline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(new)
+app.command()(schema)
 
 
 @app.command()
@@ -53,10 +75,11 @@ def run(config_file: ConfigFile, overrides: Overrides = None) -> None:
     run_all(train.config_for_this_world(config_file, overrides))
 
 
-for group in (data, train, tracking, cluster):
+for group in (data, train, evaluate, tracking, cluster):
     app.add_typer(group.app)
 app.add_typer(image.app, name="image")
 app.add_typer(devcluster.app, name="devcluster")
+use_our_help(app)
 
 
 def main() -> None:
@@ -71,13 +94,19 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except (StopRequested, _Interrupted) as stop:
-        say(f"pipeline: {stop}", sys.stderr)
+    except (StopRequested, NothingToDo, _Interrupted) as stop:
+        echo(f"pipeline: {stop}", sys.stderr)
         sys.exit(stop.exit_code)
     except PipelineError as error:
-        say(f"pipeline: error: {error}", sys.stderr)
+        echo(f"pipeline: error: {error}", sys.stderr)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or importlib.util.find_spec(package) is not None:
+            raise  # it is there, but damaged
+        missing = PackageMissing(package)
+        echo(f"pipeline: error: {missing}", sys.stderr)
+        sys.exit(missing.exit_code)
     except OSError as error:  # a name that no file system takes, a folder that disappeared
-        place = f"{str(error.filename)[:200]}: " if error.filename else ""
-        say(f"pipeline: error: {place}{error.strerror or error}", sys.stderr)
+        echo(f"pipeline: error: {in_words(error)}", sys.stderr)
         sys.exit(EXIT_FAILED)

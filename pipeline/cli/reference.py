@@ -24,8 +24,14 @@ SITE_REFERENCE_FILE = Path("docs/sites.md")
 
 _INTRODUCTION = """# The config
 
+- **How do I** change a value without a new file? On the command line: `pipeline run configs/demo.yaml name=short`.
+- **How do I** begin a config of my own? `pipeline new my.yaml --like 1b`: every field with a comment.
+- **How do I** know what a key means? Its table below; an editor shows the same from `configs/schema.json`.
+
 One experiment is one YAML file. `make schema` generates this page from `pipeline/config/`, together with
-`configs/schema.json`, which lets an editor complete and check the YAML (`configs/demo.yaml` names it).
+`configs/schema.json`, which lets an editor complete and check the YAML (`pipeline schema` prints it).
+`pipeline new CONFIG.yaml` writes a commented config from an example (`--like demo`, `135m`, `350m`, `1b` or `8b`), or
+one for open weights (`--from hf:FOLDER`); its first line names the schema.
 
 Any value can be overridden on the command line: `pipeline run configs/demo.yaml train.max_iters=100`; an entry of a
 list is named by its index: `data.sources.0.weight=2`. Unknown keys, wrong types and values that contradict each other
@@ -34,9 +40,14 @@ are all reported in one message, and nothing starts (exit status 2).
 
 _SITE_INTRODUCTION = """# The site file
 
+- **How do I** describe my cluster? `pipeline new my.yaml --site my-site.yaml`, then set partition, account and GPUs.
+- **How do I** see what it makes of a job? `pipeline submit my.yaml --site my-site.yaml --dry-run`.
+- **How do I** set variables, modules or binds? `environment`, `modules`, `setup` and `container.binds` below.
+
 One cluster is one YAML file: `pipeline submit CONFIG --site SITE`. `make schema` generates this page from
-`pipeline/launch/site.py`, together with `slurm/sites/schema.json`, which lets an editor complete and check the YAML.
-Start from a copy of `slurm/sites/gpu.yaml` or `slurm/sites/cpu.yaml`, in which every field has a comment;
+`pipeline/launch/site.py`, together with `slurm/sites/schema.json`, which lets an editor complete and check the YAML
+(`pipeline schema site` prints it).
+`pipeline new CONFIG.yaml --site SITE.yaml` writes one in which every field has a comment;
 [slurm.md](slurm.md) shows how the fields become batch scripts.
 """
 

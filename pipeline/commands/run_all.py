@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
 import time
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from pipeline.config.sections import Config
-from pipeline.errors import UsageError
+from pipeline.errors import NothingToDo, UsageError
 from pipeline.run.folder import Run, run_for
 from pipeline.run.world import world_from_environment
 from pipeline.terminal import Terminal
-from pipeline.text_format import rounded_duration
+from pipeline.text_format import echo, rounded_duration
 
 if TYPE_CHECKING:
     from pipeline.train.evaluate import Evaluation
@@ -41,17 +42,23 @@ def run_all(config: Config) -> None:
     began = time.monotonic()
     refuse_other_start(config)
     prepare_here(config)
-    train(config)
+    try:
+        train(config)
+    except NothingToDo as done:
+        echo(f"pipeline: {done}", sys.stderr)
     run = run_for(config)
     evaluation = evaluate_run(run)
-    train_data, validation_data = (open_dataset(config.data.path, name) for name in ("train", "validation"))
+    data = config.data
+    train_data, validation_data = (
+        open_dataset(data.path, name, token_folder=data.token_folder) for name in ("train", "validation")
+    )
     bigram = bigram_loss(train_data, validation_data, config.model.context_length, config.model.vocab_size)
     texts = sample_run(run)
     console = Terminal()
     console.print(_results(run, evaluation, bigram, time.monotonic() - began))
     console.print("A sample:", style="bold")
     console.print(texts[0], soft_wrap=True)
-    console.print(_next_commands(run, config), soft_wrap=True)
+    console.print(next_commands(run, config), soft_wrap=True)
     sync_quietly(run)  # tracking ended with training, before the evaluation and the sample were written
 
 
@@ -66,7 +73,8 @@ def _results(run: Run, evaluation: Evaluation, bigram: float, seconds: float) ->
     return table
 
 
-def _next_commands(run: Run, config: Config) -> str:
+def next_commands(run: Run, config: Config) -> str:
+    """Returns what a person may do with a run that has finished, one command per line."""
     folder = shlex.quote(str(run.path))
     lines = {
         "checkpoints, metrics, config": str(run.path),

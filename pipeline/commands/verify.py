@@ -13,7 +13,7 @@ from pipeline.run.folder import CHECKPOINT_MANIFEST, Run, open_run
 from pipeline.text_format import located, megabytes
 
 
-def verify_path(path: str) -> str:
+def verify_path(path: str, token_folder: str | None = None) -> str:
     """Reads every byte of a dataset, a checkpoint or a run and returns a report of what matches its manifest.
 
     Raises:
@@ -22,11 +22,11 @@ def verify_path(path: str) -> str:
     """
     folder = Path(path)
     if _is_dataset(folder):
-        return _verify_dataset(folder)
+        return _verify_dataset(folder, token_folder)
     if (folder / CHECKPOINT_MANIFEST).exists():
         return _verify_checkpoint(folder)
-    if Run(folder).config_file.exists():
-        return _verify_run(open_run(folder))
+    if folder.is_file() or not folder.exists() or Run(folder).config_file.exists():
+        return _verify_run(open_run(path))
     raise UsageError(
         f"{located(path)}: is neither a dataset nor a checkpoint (it has no {CHECKPOINT_MANIFEST}), "
         f"nor a run (it has no {Run(folder).config_file.name})"
@@ -59,7 +59,7 @@ def _verify_run(run: Run) -> str:
     missing = not _is_dataset(dataset)
     try:
         if not missing:
-            intact.append(_verify_dataset(dataset))
+            intact.append(_verify_dataset(dataset, run.config().data.token_folder))
     except PipelineError as error:
         damaged.append(error)
     if missing:
@@ -89,11 +89,11 @@ def _verify_checkpoint(folder: Path) -> str:
     return f"{folder}: all {len(verify(folder).files):,} files of the checkpoint match its manifest"
 
 
-def _verify_dataset(folder: Path) -> str:
+def _verify_dataset(folder: Path, token_folder: str | None) -> str:
     from pipeline.data.build.display import Display
     from pipeline.data.verify import verify_dataset
 
     with Display("verify") as display:
-        done = verify_dataset(folder, display.bytes)
+        done = verify_dataset(folder, display.bytes, token_folder)
     contents = f"all {done.files:,} files ({megabytes(done.bytes)}) of the dataset {done.digest[:12]}"
     return f"{folder}: {contents} match its manifest"

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.section_base import ANY_TEXT, Fraction, Name, Positive, Section, rule, wrong_value
+from pipeline.config.section_base import (
+    ANY_TEXT,
+    Fraction,
+    Name,
+    NonNegativeInt,
+    Positive,
+    Section,
+    cut,
+    rule,
+    wrong_value,
+)  # fmt: skip
+from pipeline.config.where import parse_where
 from pipeline.errors import Problem
 from pipeline.text_format import byte_characters
 
@@ -19,16 +31,35 @@ class SourceConfig(Section):
     """Name of the source in manifests and mixing weights."""
     paths: tuple[str, ...] = Field(min_length=1)
     """File names or globs, relative to the working folder; matches are sorted."""
-    format: Literal["auto", "txt", "jsonl", "parquet"] = "auto"
-    """Format of the files; `auto` goes by the name: `.txt`, `.jsonl`, `.parquet`, or these with `.gz`, `.zst` ..."""
+    format: Literal["auto", "txt", "jsonl", "parquet", "arrow"] = "auto"
+    """Format of the files; `auto` goes by the name: `.txt`, `.jsonl`, `.json`, `.parquet`, `.arrow`, then `.gz` ..."""
     separator: Annotated[str | None, ANY_TEXT] = Field(default=None, min_length=1)
     """Splits a text file into documents; without it, one file is one document."""
     field: Annotated[str, ANY_TEXT] = "text"
-    """JSON field or Parquet column that holds the text."""
+    """JSON field or column that holds the text; a dot leads into a field: `content.text`."""
+    where: Annotated[str | None, ANY_TEXT] = None
+    """Keeps the records of which this is true: `language == 'en' and meta.score >= 0.65`; also `or`, `not`, `in`."""
     split: Literal["auto", "train", "validation"] = "auto"
     """Split that the documents go to; `auto` decides by a hash of each document."""
     weight: Positive = 1.0
     """Share of this source in training batches, relative to the other weights; with `data.mixing: weighted`."""
+
+    @rule
+    def _where_can_be_read(self) -> Iterator[Problem]:
+        try:
+            if self.where is not None:
+                parse_where(self.where)
+        except ValueError as error:
+            yield Problem("where", f"given {cut(self.where or '')!r}: {error}")
+
+
+class PhaseConfig(Section):
+    """The mixture of sources from one step on, until the next phase."""
+
+    from_step: NonNegativeInt
+    """First step of the phase, counted in global batches."""
+    weights: dict[Name, Positive] = Field(min_length=1)
+    """Share of each source by its name, relative to the other weights; a source that is not named is absent."""
 
 
 class DataConfig(Section):
@@ -36,8 +67,10 @@ class DataConfig(Section):
 
     path: str = "data/tokens"
     """Folder of the token shards and their manifest; written by `pipeline prepare`."""
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    """Where the text comes from."""
+    token_folder: str | None = None
+    """Folder of the token files that `pipeline adopt` left in place; nothing in it is read unless it is named here."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Where the text comes from; not needed with `token_folder`."""
     validation_fraction: Fraction = 0.01
     """Fraction of the documents of `split: auto` sources that goes to validation, chosen by hash."""
     dtype: Literal["auto", "uint16", "uint32"] = "auto"
@@ -54,8 +87,21 @@ class DataConfig(Section):
     """`shuffle` draws without replacement, epoch by epoch; `random` draws windows at any offset, with replacement."""
     mixing: Literal["proportional", "weighted"] = "proportional"
     """`proportional` mixes sources by their number of tokens, `weighted` by their `weight`."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """How documents fill the windows of training: `concat` cuts one long sequence of them; `best_fit` packs whole
+    documents into each window and pads the rest, which no loss counts."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Weights of the sources that change during the run, in place of `mixing`. The first begins at step 0; those ahead
+    of a run's present step may change when it resumes."""
     verify: bool = False
     """Check the SHA-256 of every shard at start-up, not only its size."""
+
+    def schedule(self) -> tuple[PhaseConfig, ...]:
+        """Returns the phases in force, of which there is one with `mixing: weighted`; none with `proportional`."""
+        if self.phases or self.mixing == "proportional":
+            return self.phases
+        weights = {source.name: source.weight for source in self.sources if source.split != "validation"}
+        return (PhaseConfig(from_step=0, weights=weights),)
 
     @rule
     def _names_differ(self) -> Iterator[Problem]:
@@ -63,9 +109,40 @@ class DataConfig(Section):
             yield Problem("sources", "two sources have the same name")
 
     @rule
+    def _text_or_tokens_are_named(self) -> Iterator[Problem]:
+        if not self.sources and self.token_folder is None:
+            yield Problem("sources", "is missing; name the text, or with token_folder the tokens of an adopted dataset")
+
+    @rule
     def _some_text_is_trained_on(self) -> Iterator[Problem]:
-        if all(source.split == "validation" for source in self.sources):
+        if self.sources and all(source.split == "validation" for source in self.sources):
             yield Problem("sources", "every source has split: validation, which leaves nothing to train on")
+
+    @rule
+    def _packed_windows_are_shuffled(self) -> Iterator[Problem]:
+        if self.packing == "best_fit" and self.order == "random":
+            yield wrong_value("order", self.order, "shuffle, with packing: best_fit; random takes windows at any token")
+
+    @rule
+    def _phases_follow_each_other_from_step_0(self) -> Iterator[Problem]:
+        if self.phases and self.phases[0].from_step != 0:
+            yield wrong_value("phases.0.from_step", self.phases[0].from_step, "0: the first phase begins the run")
+        for index, (before, after) in enumerate(itertools.pairwise(self.phases), start=1):
+            if after.from_step <= before.from_step:
+                least = f"more than {before.from_step}, where the phase before it begins"
+                yield wrong_value(f"phases.{index}.from_step", after.from_step, least)
+
+    @rule
+    def _phases_name_sources_of_the_training_split(self) -> Iterator[Problem]:
+        known = [source.name for source in self.sources if source.split != "validation"]
+        if not self.sources:
+            return  # those of an adopted dataset stand in its manifest
+        for index, phase in enumerate(self.phases):
+            for name in phase.weights:
+                if name not in known:
+                    yield Problem(
+                        f"phases.{index}.weights.{name}", f"is no source to train on; these are: {', '.join(known)}"
+                    )
 
 
 class TokenizerConfig(Section):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pipeline.config.messages.foreign_keys import CONFIG_KEYS
 from pipeline.config.section_base import wrong_value
 from pipeline.config.sections import Config
 from pipeline.config.yaml_tree import Vocabulary, dump
 from pipeline.errors import Problem
 
-CONFIG = Vocabulary(Config, "config", "configs/demo.yaml")
+CONFIG = Vocabulary(Config, "config", "configs/demo.yaml", CONFIG_KEYS)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:

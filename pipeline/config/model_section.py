@@ -66,6 +66,8 @@ class ModelConfig(Section):
     """Added to the mean square in every norm."""
     rope_scaling: RopeScaling | None = None
     """How a longer context changes the position embedding; unset, not at all."""
+    document_mask: bool = False
+    """Tokens attend only within their document, and positions restart with each."""
 
     @rule
     def _heads_divide_the_width_evenly(self) -> Iterator[Problem]:

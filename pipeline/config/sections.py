@@ -1,166 +1,38 @@
 """The vocabulary of an experiment: one YAML file plus overrides becomes one frozen tree.
 
-Every section and field is described here, in `model_section.py` or in `data_sections.py` and nowhere else; the JSON
-schema (`configs/schema.json`) and the reference (`docs/config.md`) are generated from these descriptions.
+Every section and field is described here or in a file that this one imports (`data_sections.py`, `model_section.py`,
+`init_section.py`, `train_sections.py`), and nowhere else; the JSON schema (`configs/schema.json`) and the reference
+(`docs/config.md`) are generated from these descriptions.
 Rules between the fields of a section stand in that section; rules between sections stand in `Config`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, create_model
+from pydantic import Field
 
 from pipeline.config.data_sections import DataConfig, TokenizerConfig
 from pipeline.config.deepspeed_keys import refused_settings
+from pipeline.config.init_section import InitConfig
 from pipeline.config.model_section import ModelConfig
 from pipeline.config.section_base import (
     ANY_TEXT,
     Count,
-    Fraction,
     Name,
     NonNegative,
     NonNegativeInt,
-    Positive,
     Section,
     rule,
     wrong_value,
-)  # fmt: skip
+)
+from pipeline.config.train_sections import CheckpointConfig, GuardConfig, OptimizerConfig, TrainConfig
 from pipeline.errors import Problem
 
-
-class OptimizerConfig(Section):
-    """AdamW, the cosine schedule with linear warm-up, and gradient clipping."""
-
-    learning_rate: Positive
-    """Highest learning rate, reached after warm-up."""
-    min_learning_rate: NonNegative
-    """Learning rate at the end of the cosine and afterwards."""
-    warmup_iters: NonNegativeInt
-    """Steps of linear warm-up from zero."""
-    cosine_cycle_iters: Count
-    """Step at which the cosine reaches `min_learning_rate`."""
-    weight_decay: NonNegative = 0.1
-    """Decoupled weight decay."""
-    decay_norms: bool = False
-    """Also decay the gains of the norms."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """Decay rates of AdamW's first and second moments."""
-    eps: Positive = 1e-8
-    """Added to the square root of the second moment."""
-    gradient_clip_val: NonNegative = 1.0
-    """Largest global L2 norm of the gradient; 0 switches clipping off."""
-    z_loss: NonNegative = 0.0
-    """Factor of the squared log of softmax's denominator, added to the loss to keep the logits small; 1e-4 in PaLM."""
-
-    @rule
-    def _warmup_ends_before_the_cosine(self) -> Iterator[Problem]:
-        if self.warmup_iters > self.cosine_cycle_iters:
-            most = f"at most cosine_cycle_iters = {self.cosine_cycle_iters}"
-            yield wrong_value("warmup_iters", self.warmup_iters, most)
-
-    @rule
-    def _the_learning_rate_falls(self) -> Iterator[Problem]:
-        if self.min_learning_rate > self.learning_rate:
-            most = f"at most learning_rate = {self.learning_rate}"
-            yield wrong_value("min_learning_rate", self.min_learning_rate, most)
-
-
-def _of_a_switch(value: Any) -> Any:
-    """Reads what runs of earlier versions hold, where it was a switch."""
-    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
-
-
-ActivationCheckpointing = Annotated[Literal["none", "full", "selective"], BeforeValidator(_of_a_switch)]
-
-
-class TrainConfig(Section):
-    """The training loop."""
-
-    batch_size: Count
-    """Sequences in the global batch, over all ranks and micro-batches."""
-    micro_batch_size: Count
-    """Sequences per process and forward pass."""
-    max_iters: Count
-    """Steps to train for."""
-    log_interval: Count = 10
-    """Steps between log lines."""
-    val_interval: Count = 500
-    """Steps between validations."""
-    num_val_batches: Count = 50
-    """Maximum number of global batches per validation."""
-    checkpoint_interval: Count = 500
-    """Steps between checkpoints."""
-    seed: NonNegativeInt = 1337
-    """Seed of the weights and of the order of the data."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of forward and backward; `bf16` also moves weights and gradients in bf16 at ZeRO stages 1 to 3. The
-    optimiser always updates float32 weights."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` uses a GPU if there is one."""
-    compile: bool = False
-    """Compile each transformer block with torch.compile."""
-    loss_chunk_tokens: Count = 2048
-    """Largest number of tokens whose logits are in memory at a time."""
-    activation_checkpointing: ActivationCheckpointing = "none"
-    """What the backward pass recomputes instead of keeping it: nothing, each block, or all of a block but the results
-    of attention and matrix products."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """ZeRO stage: what DeepSpeed partitions over the ranks."""
-    offload_optimizer: bool = False
-    """Keep the optimiser's float32 weights and moments in host memory; with ZeRO stages 1 to 3."""
-    overlap_comm: bool | None = None
-    """Reduce gradients during the backward pass, at the cost of device memory; unset, only ZeRO stage 3 does."""
-
-    @rule
-    def _offload_needs_zero(self) -> Iterator[Problem]:
-        if self.offload_optimizer and self.zero_stage == 0:
-            yield wrong_value("offload_optimizer", True, "only with zero_stage 1, 2 or 3")
-
-    @rule
-    def _overlap_needs_zero(self) -> Iterator[Problem]:
-        if self.overlap_comm and self.zero_stage == 0:
-            yield wrong_value("overlap_comm", True, "only with zero_stage 1, 2 or 3")
-
-
-class CheckpointConfig(Section):
-    """Which checkpoints are kept, and how they are written."""
-
-    keep_last: Count = 3
-    """Number of newest checkpoints that are kept."""
-    keep_every: NonNegativeInt = 0
-    """Checkpoints whose step is divisible by this are kept forever; 0 for none."""
-    keep_best: bool = True
-    """Keep the checkpoint with the lowest validation loss."""
-    timeout_min: Annotated[float, Field(gt=0, le=1e6)] = 30.0
-    """Minutes after which a save gives up on a rank whose file does not arrive."""
-    if_busy: Literal["wait", "skip"] = "wait"
-    """A save that is due while another is being written waits for it or is skipped; the last save is never skipped."""
-    on_failure: Literal["continue", "stop"] = "continue"
-    """After a failed save, training continues with the last good checkpoint, or ends with status 1 at the next save."""
-    max_failures: Count = 5
-    """Failed saves in a row after which training ends with status 1 all the same. A save that is still being written
-    after `timeout_min` counts once more whenever another is due."""
-
-
-class GuardConfig(Section):
-    """What happens on a loss or gradient that is not finite, and on a loss spike."""
-
-    max_bad_steps: Count = 5
-    """Consecutive steps skipped for a loss or gradient that is not finite, before training ends."""
-    on_spike: Literal["off", "warn", "rollback"] = "warn"
-    """`warn` reports a loss far above those before it; `rollback` rolls back and skips the batches around it."""
-    spike_window: Count = 100
-    """Number of preceding steps that a loss is compared with."""
-    spike_sigma: Positive = 6.0
-    """Standard deviations above the mean of the window that make a spike."""
-    rollback_skip: Count = 2
-    """Batches that a rollback skips: the one whose loss spiked and those right before it."""
-    max_rollbacks: Count = 5
-    """Rollbacks allowed in one run before training ends."""
+# It begins no option, and a comma separates names.
+TaskName = Annotated[str, Field(pattern=r"^[^-,\s][^,\s]*$", max_length=200)]
 
 
 class TrackingConfig(Section):
@@ -229,34 +101,32 @@ class SampleConfig(Section):
     """Sample from the smallest set of tokens that holds this much probability."""
 
 
-# `from` cannot be written as a field: it is a keyword.
-_From = create_model(
-    "_From",
-    __base__=Section,
-    **{
-        "from": (
-            Annotated[str, Field(pattern="^hf:.")] | None,
-            Field(
-                default=None,
-                description="`hf:FOLDER`, the folder of a model in Hugging Face's format (docs/start-from.md); unset, "
-                "weights are drawn from the seed.",
-            ),
-        )
-    },  # type: ignore[call-overload]
-)
+class EvaluateConfig(Section):
+    """Tasks of lm-evaluation-harness that jobs evaluate; a command on this machine takes them as options."""
 
+    tasks: tuple[TaskName, ...] = ()
+    """Tasks, groups or tags; empty for the validation loss alone."""
+    limit: Count | None = None
+    """Only so many documents of each task."""
+    num_fewshot: NonNegativeInt | None = None
+    """Examples before each document; without it, as many as the task says."""
+    include_path: str | None = None
+    """Folder of further tasks (docs/evaluation.md)."""
+    every_checkpoint: bool = False
+    """Evaluate each checkpoint as soon as it is published, in a job of its own at a lower priority."""
 
-class InitConfig(_From):  # type: ignore[valid-type, misc]
-    """What a new run starts from."""
+    @rule
+    def _there_are_tasks(self) -> Iterator[Problem]:
+        for name in ("limit", "num_fewshot", "include_path", "every_checkpoint"):
+            value = getattr(self, name, None)  # one that is wrong by itself hides no other
+            if not self.tasks and value not in (None, False):
+                yield wrong_value(name, value, "only together with `tasks`")
 
-    what: Literal["weights"] = "weights"
-    """What it takes: the weights; moments and step begin at zero."""
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder; None if weights are drawn."""
-        place: str | None = getattr(self, "from")
-        return None if place is None else Path(place.removeprefix("hf:"))
+    def options(self) -> list[str]:
+        """Returns the options of `pipeline evaluate` for these tasks."""
+        given = {"--limit": self.limit, "--num-fewshot": self.num_fewshot, "--include-path": self.include_path}
+        said = [part for option, value in given.items() if value is not None for part in (option, str(value))]
+        return ["--tasks", ",".join(self.tasks), *said]
 
 
 class Config(Section):
@@ -277,6 +147,7 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     container: ContainerConfig = ContainerConfig()
     sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, Any] = Field(default={})
     """DeepSpeed's settings for tuning; docs/training.md lists those that are allowed and what each does."""
 
@@ -292,6 +163,13 @@ class Config(Section):
         if self.tokenizer.kind != "file" and self.model.vocab_size < least:
             enough = f"at least {least} (256 bytes and the special tokens)"
             yield wrong_value("model.vocab_size", self.model.vocab_size, enough)
+
+    @rule
+    def _the_schedule_fits_into_the_steps(self) -> Iterator[Problem]:
+        optimizer, steps = self.optimizer, self.train.max_iters
+        used = optimizer.warmup_iters + (optimizer.decay_iters or 0)
+        if optimizer.schedule in ("wsd", "linear") and used > steps:
+            yield wrong_value("train.max_iters", steps, f"at least {used}, the steps of warm-up and decay")
 
     @rule
     def _deepspeed_is_only_tuned(self) -> Iterator[Problem]:

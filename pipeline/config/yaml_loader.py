@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from pipeline.config.messages.yaml_syntax import NotAllowed
+
 # A config with ten thousand paths has a third of each; PyYAML takes 0.1 ms for a value.
 MOST_BYTES = 1 << 20
 _MOST_VALUES = 30_000
@@ -96,12 +98,12 @@ def read_yaml(text: str) -> Any:
         yaml.YAMLError: The text is no YAML, or holds something that is not allowed; with its place where it is known.
     """
     if len(text) > MOST_BYTES:
-        raise yaml.YAMLError(f"the text has more than {MOST_BYTES:,} characters")
+        raise NotAllowed(problem=f"the text has more than {MOST_BYTES:,} characters")
     try:
         composer = _Composer(text)
         node = composer.get_single_node()
     except (ValueError, OverflowError, RecursionError) as error:  # an escape like "\UFFFFFFFF"
-        raise yaml.YAMLError(str(error)) from error
+        raise NotAllowed(problem="an escape names no character, or values are nested too deep") from error
     return None if node is None else _value(node)
 
 
@@ -194,5 +196,5 @@ def _merged(node: yaml.Node) -> Iterator[dict[str, Any]]:
         yield _mapping(part)
 
 
-def _problem(place: Any, message: str) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=message, problem_mark=place.start_mark)
+def _problem(place: Any, message: str) -> NotAllowed:
+    return NotAllowed(problem=message, problem_mark=place.start_mark)

@@ -8,14 +8,19 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
+from pipeline.config.messages.foreign_keys import answer
+from pipeline.config.messages.values import Refused, refused
+from pipeline.config.messages.yaml_syntax import syntax_problem
 from pipeline.config.section_base import S, Section, broken_rules, cut, section_of, usable_part, wrong_value
 from pipeline.config.yaml_loader import MOST_BYTES, read_yaml, write_yaml
 from pipeline.errors import ConfigError, Problem, UsageError
@@ -25,6 +30,7 @@ from pipeline.text_format import located
 # A file of another kind has a problem in every line.
 _MOST_PROBLEMS = 50
 _MOST_KEYS = 20
+_KINDS = {list: "a list", int: "a number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Vocabulary(Generic[S]):
     """What messages call the content."""
     example: str
     """A file to start from."""
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    """What to write in place of keys of other programs."""
 
     def read(self, path: str | Path, inside: Path | None = None) -> str:
         """Returns the text of a file; `inside` is the folder that was received with it.
@@ -78,7 +86,7 @@ class Vocabulary(Generic[S]):
             tree = self.model.model_validate_json(document, strict=True)
         except ValidationError as invalid:
             errors = [error for error in invalid.errors() if not _only_counts_valid_items(error)]
-            problems += map(self._problem, errors[:_MOST_PROBLEMS])
+            problems += self._in_words(errors[:_MOST_PROBLEMS])
             tree = usable_part(self.model, json.loads(document), [error["loc"] for error in errors])
         named = {problem.path for problem in problems}
         problems += [problem for problem in broken_rules(tree, rules=rules) if problem.path not in named]
@@ -94,45 +102,64 @@ class Vocabulary(Generic[S]):
         try:
             tree = read_yaml(text)
         except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-            message = f"bad YAML, {where}{_reason(error)}"
+            message = "bad YAML, " + ": ".join(filter(None, syntax_problem(error, text)))
         else:
             if isinstance(tree, dict):
                 return tree
-            message = f"holds a {type(tree).__name__}, allowed: sections of `key: value`"
+            message = f"holds {_KINDS.get(type(tree), 'text')}, allowed: sections of `key: value`"
             if tree is None:
                 message = f"the file is empty; start from a copy of {self.example}"
         raise ConfigError(source, [Problem("", message)], self.kind)
 
-    def _problem(self, error: Any) -> Problem:
-        path = cut(".".join(str(part) for part in error["loc"]), 200)
-        if error["type"] == "extra_forbidden":
-            return Problem(path, self._unknown_key_message(path))
-        if error["type"] == "missing":
-            return Problem(path, "is missing and has no default")
-        allowed = re.sub(r"^(Input|Value|String|Tuple|Dictionary) should (be |have |match )?", "", error["msg"])
-        allowed = re.sub(r" after validation, not \d+$", "", allowed)
-        return wrong_value(path, error["input"], allowed)
+    def _in_words(self, errors: Sequence[ErrorDetails]) -> list[Problem]:
+        found = [(wrong.kind, problem) for wrong in refused(errors) for problem in self._problems(wrong)]
+        # A key that is missing because it has another program's name is one mistake.
+        named = {problem.message.rpartition(" ")[2] for kind, problem in found if kind == "extra_forbidden"}
+        return [problem for kind, problem in found if kind != "missing" or problem.path not in named]
 
-    def _unknown_key_message(self, path: str) -> str:
+    def _problems(self, wrong: Refused) -> Iterator[Problem]:
+        path = cut(".".join(map(str, wrong.place)), 200)
+        if wrong.kind == "extra_forbidden":
+            yield from self._unknown_key(path, wrong.given)
+        elif wrong.kind == "missing":
+            about = dict(known_fields(self.model)).get(_without_indices(path))
+            told = f": {about.description.rstrip('.')}" if about and about.description else ""
+            yield Problem(path, f"is missing and has no default{told}")
+        elif wrong.given is None:
+            yield Problem(path, f"has no value, allowed: {wrong.allowed}")
+        else:
+            yield wrong_value(path, wrong.given, wrong.allowed)
+
+    def _unknown_key(self, path: str, given: Any) -> Iterator[Problem]:
+        told = answer(path, self.foreign)
+        inner = (
+            {f"{path}.{cut(key)}": answer(key, self.foreign) for key in list(given)[:_MOST_KEYS]}
+            if isinstance(given, dict)
+            else {}
+        )
+        if told is None and any(inner.values()):
+            sections = ", ".join(name for name, info in self.model.model_fields.items() if section_of(info))
+            yield Problem(path, f"unknown section; these are allowed: {sections}")
+            yield from (Problem(place, f"unknown key; {words}") for place, words in inner.items() if words)
+        else:
+            yield Problem(path, f"unknown key; {told or self._nearest(path)}")
+
+    def _nearest(self, path: str) -> str:
         section, _, key = path.rpartition(".")
-        plain_section = re.sub(r"\.\d+(?=\.|$)", "", section)
-        known = list(known_paths(self.model))
-        siblings = [p for p in known if p.rpartition(".")[0] == plain_section]
+        known = [name for name, _ in known_fields(self.model)]
+        siblings = [p for p in known if p.rpartition(".")[0] == _without_indices(section)]
         for candidates in (siblings, known):
             leaves = {p.rpartition(".")[2]: p for p in reversed(candidates)}
             near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.6)
             if near:
                 found_section, _, leaf = leaves[near[0]].rpartition(".")
                 where = f"in the section `{found_section}`" if found_section else "at the top level"
-                return f"unknown key; did you mean `{leaf}` {where}?"
-        names = ", ".join(p.rpartition(".")[2] for p in siblings)
-        return f"unknown key; allowed here: {names}"
+                return f"did you mean `{leaf}` {where}?"
+        return f"allowed here: {', '.join(p.rpartition('.')[2] for p in siblings)}"
 
 
-def _reason(error: yaml.YAMLError) -> str:
-    return str(getattr(error, "problem", None) or error)
+def _without_indices(path: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", "", path)
 
 
 def _only_counts_valid_items(error: Any) -> bool:
@@ -140,13 +167,13 @@ def _only_counts_valid_items(error: Any) -> bool:
     return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
-def known_paths(model: type[Section], prefix: str = "") -> Iterator[str]:
-    """Yields the dotted paths of every section and field, without list indices."""
+def known_fields(model: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yields every section and field with its dotted path, without list indices."""
     for name, info in model.model_fields.items():
-        yield prefix + name
+        yield prefix + name, info
         inner = section_of(info)
         if inner is not None:
-            yield from known_paths(inner, f"{prefix}{name}.")
+            yield from known_fields(inner, f"{prefix}{name}.")
 
 
 def dump(tree: BaseModel) -> str:
@@ -169,7 +196,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> Problem | None:
     try:
         parsed = read_yaml(value)
     except yaml.YAMLError as error:
-        return Problem(shown, f"the value {cut(repr(value))} is not valid YAML: {_reason(error)}")
+        return Problem(shown, f"the value {cut(repr(value))} is not valid YAML: {syntax_problem(error, value)[1]}")
     if isinstance(node, list):
         index = _index(node, keys[-1])
         if index is None:

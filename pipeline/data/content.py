@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import ConfigDict, Field, Strict, StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
-from pipeline.text_format import printable
+from pipeline.config.messages.values import first_problem
 
 _MOST_TOKENS = 1 << 53
 # The largest vocabularies have a million tokens; a page about a dataset counts every one.
@@ -18,11 +18,13 @@ _Count = Annotated[_Int, Field(ge=1)]
 _Text = Annotated[str, Strict(), StringConstraints(max_length=10_000)]
 _Sha256 = Annotated[str, Strict(), StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _Name = Annotated[str, Strict(), StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
-# Below the folder: no part is `..`, and none is hidden.
+# Below the folder: no part is `..`, and none is hidden. Token files that others made have other names than ours.
 _File = Annotated[
     str,
     Strict(),
-    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$", max_length=300),
+    StringConstraints(
+        pattern=r"^[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*(/[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*)*$", max_length=1000
+    ),
 ]
 
 
@@ -39,12 +41,14 @@ class _Shard(TypedDict):
     largest_id: Annotated[int, Strict(), Field(ge=0, lt=1 << 32)]
     sha256: _Sha256
     index_sha256: _Sha256
+    offset: NotRequired[_Int]
 
 
 class _Source(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     name: _Name
     empty: _Int
+    dropped: NotRequired[_Int]
     bad: dict[_Text, _Int]
 
 
@@ -53,15 +57,22 @@ class _SourceSettings(TypedDict):
     name: _Name
 
 
+class _Adopted(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    format: _Name
+    folder: _Text
+
+
 class _Settings(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     sources: list[_SourceSettings]
+    adopted: NotRequired[_Adopted]
 
 
 class _Manifest(TypedDict):
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
     format_version: _Int
-    dtype: Literal["uint16", "uint32"]
+    dtype: Literal["uint8", "uint16", "uint32", "uint64"]
     tokenizer_digest: _Sha256
     vocab_size: Annotated[_Count, Field(le=_MOST_IDS)]
     end_of_text_id: Annotated[_Int, Field(lt=_MOST_IDS)]
@@ -90,6 +101,7 @@ class _Slice(TypedDict):
     last: Annotated[bool, Strict()]
     records: _Int
     empty: _Int
+    dropped: NotRequired[_Int]
     bad: dict[_Text, _Int]
     cross_checked: _Int
     pieces: list[_Piece]
@@ -117,6 +129,5 @@ def _problem(adapter: TypeAdapter[Any], tree: Any) -> str | None:
     try:
         adapter.validate_python(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        return printable(f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg']}")
+        return first_problem(error)
     return None

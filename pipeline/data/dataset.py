@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.config.data_sections import DataConfig
 from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import SPLITS, DatasetManifest, Shard, SplitName, check_sizes
-from pipeline.data.order import Order, sample_numbers
+from pipeline.data.order.run_order import refuse_short
 from pipeline.data.shard_maps import ShardMaps
 from pipeline.errors import DataError
 from pipeline.files import naming, sha256_file
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, ...]
+"""Token ids and targets, `(rows, context)` int64; where documents are told apart, also where each token's starts."""
 
 
 class TokenStream:
@@ -31,24 +31,52 @@ class TokenStream:
         self._bounds = np.concatenate(([0], np.cumsum([s.tokens for s in shards], dtype=np.int64))).astype(np.int64)
         self.tokens = int(self._bounds[-1])
 
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the text."""
+        return sum(shard.text_bytes for shard in self.shards)
+
     def gather(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[Any]:
         """Returns `length` tokens from each start: `(len(starts), length)` in the dtype of the shards."""
         rows = np.empty((len(starts), length), self._dtype)
+        for row, places, shard, offset in self._pieces(starts, length):
+            rows[row, places] = self._maps.tokens(shard)[offset : offset + places.stop - places.start]
+        return rows
+
+    def document_begins(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.bool_]:
+        """Returns, by the index, whether a document begins at each of `length` tokens: `(len(starts), length)`."""
+        rows = np.zeros((len(starts), length), np.bool_)
+        for row, places, shard, offset in self._pieces(starts, length):
+            begins = self._maps.document_begins(shard, offset, places.stop - places.start)
+            rows[row, begins + (places.start - offset)] = True
+        return rows
+
+    def _pieces(self, starts: npt.NDArray[np.int64], length: int) -> Iterator[tuple[int, slice, Shard, int]]:
+        """Yields the row, the places in it, the shard and the first token there, of each piece of the rows."""
         first = np.searchsorted(self._bounds, starts, side="right") - 1
         offsets = (starts - self._bounds[first]).tolist()
-        for row, shard, offset in zip(rows, first.tolist(), offsets, strict=True):
+        for row, (number, offset) in enumerate(zip(first.tolist(), offsets, strict=True)):
             filled = 0
             while filled < length:
-                piece = self._maps.tokens(self.shards[shard].file)[offset : offset + length - filled]
-                row[filled : filled + len(piece)] = piece
-                filled += len(piece)
-                shard, offset = shard + 1, 0
-        return rows
+                shard = self.shards[number]
+                stop = min(length, filled + shard.tokens - offset)
+                yield row, slice(filled, stop), shard, offset
+                filled, number, offset = stop, number + 1, 0
 
     def locate(self, position: int) -> tuple[Shard, int]:
         """Returns the shard of a token and its offset in that shard."""
         index = int(np.searchsorted(self._bounds, position, side="right")) - 1
         return self.shards[index], position - int(self._bounds[index])
+
+    def source_spans(self) -> list[tuple[str, int, int]]:
+        """Returns the source of each stretch of tokens, with its first token and the one after its last."""
+        spans: list[tuple[str, int, int]] = []
+        for shard, begin in zip(self.shards, self._bounds.tolist(), strict=False):
+            if spans and spans[-1][0] == shard.source:
+                spans[-1] = (shard.source, spans[-1][1], begin + shard.tokens)
+            else:
+                spans.append((shard.source, begin, begin + shard.tokens))
+        return spans
 
 
 class TokenDataset:
@@ -81,9 +109,11 @@ class TokenDataset:
         return TokenStream(shards, self.manifest.numpy_dtype, self._maps)
 
 
-def open_dataset(path: str | Path, split: SplitName, *, vocab_size: int | None = None) -> TokenDataset:
+def open_dataset(
+    path: str | Path, split: SplitName, *, vocab_size: int | None = None, token_folder: str | None = None
+) -> TokenDataset:
     """Opens one split of a dataset; see `open_splits`."""
-    return open_splits(path, (split,), vocab_size=vocab_size)[split]
+    return open_splits(path, (split,), vocab_size=vocab_size, token_folder=token_folder)[split]
 
 
 def open_splits(
@@ -93,6 +123,7 @@ def open_splits(
     vocab_size: int | None = None,
     tokenizer_digest: str | None = None,
     verify: bool = False,
+    token_folder: str | None = None,
 ) -> dict[SplitName, TokenDataset]:
     """Opens splits of a dataset after checking its manifest against the files, each of them once.
 
@@ -102,18 +133,20 @@ def open_splits(
         vocab_size: Vocabulary size of the model, which every token id must be below.
         tokenizer_digest: Digest of the run's tokenizer, which must be the dataset's.
         verify: Also read every shard and compare its SHA-256.
+        token_folder: The folder of adopted token files; see `DatasetManifest.tokens_in`.
 
     Raises:
         DataError: The dataset is unfinished, damaged or made for something else; the message names the file.
     """
     path = Path(path)
     manifest = DatasetManifest.load(path)
+    tokens_in = manifest.tokens_in(path, token_folder)
     _check_tokenizer_file(path, manifest)
     if tokenizer_digest is not None:
         refuse_other_tokenizer(path, manifest, tokenizer_digest)
     for split in splits:
         shards = manifest.splits[split].shards
-        check_sizes(path, shards, manifest.numpy_dtype)
+        check_sizes(path, shards, manifest.numpy_dtype, tokens_in=tokens_in)
         if vocab_size is not None:
             _check_token_ids(path, manifest, shards, vocab_size)
         if not shards:
@@ -124,8 +157,10 @@ def open_splits(
         if verify:
             from pipeline.data.verify import verify_shards
 
-            verify_shards(path, shards)
-    maps = ShardMaps(path, manifest.numpy_dtype, sum(len(manifest.splits[split].shards) for split in splits))
+            verify_shards(path, shards, manifest.numpy_dtype, tokens_in=tokens_in)
+    maps = ShardMaps(
+        tokens_in or path, path, manifest.numpy_dtype, sum(len(manifest.splits[split].shards) for split in splits)
+    )
     return {split: TokenDataset(path, split, manifest, maps) for split in splits}
 
 
@@ -163,7 +198,7 @@ def get_batch(
     context_length: int,
     device: str | torch.device,
     generator: torch.Generator | None = None,
-) -> Batch:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws windows at uniformly random offsets.
 
     Args:
@@ -179,89 +214,17 @@ def get_batch(
     Raises:
         DataError: The data is shorter than a window.
     """
-    _check_long_enough(len(dataset), context_length, "the data")
+    refuse_short(len(dataset), context_length, "the data")
     starts = torch.randint(len(dataset) - context_length, (batch_size,), generator=generator).numpy()
     if isinstance(dataset, TokenDataset):
         rows = dataset.stream.gather(starts, context_length + 1)
     else:
         rows = np.stack([np.asarray(dataset[s : s + context_length + 1]) for s in starts.tolist()])
-    x, y = _tensors(rows)
+    x, y = tensors(rows)
     return x.to(device), y.to(device)
 
 
-class BatchReader:
-    """The global batches of a run: each is a pure function of (seed, index), however ranks divide its rows."""
-
-    def __init__(
-        self, dataset: TokenDataset, data_config: DataConfig, *, seed: int, context_length: int, batch_size: int
-    ) -> None:
-        self._batch_size = batch_size
-        self._context_length = context_length
-        if data_config.mixing == "weighted":
-            self._streams = list(dataset.source_streams().values())
-            names = list(dataset.source_streams())
-            known = {s.name: s.weight for s in data_config.sources}
-            weights = tuple(_weight(known, name, dataset) for name in names)
-        else:
-            names, self._streams, weights = [f"the {dataset.name} split"], [dataset.stream], None
-        for name, stream in zip(names, self._streams, strict=True):
-            _check_long_enough(stream.tokens, context_length, f"{dataset.path}: {name}")
-        self.order = Order(data_config.order, tuple(s.tokens for s in self._streams), weights, context_length, seed)
-
-    def batch(self, index: int, start: int, stop: int) -> Batch:
-        """Returns rows `[start, stop)` of global batch `index`: `x` and `y`, int64, CPU, `(stop - start, context)`."""
-        sources, starts = self.order.draw(sample_numbers(index, start, stop, self._batch_size))
-        length = self._context_length + 1
-        if len(self._streams) == 1:
-            return _tensors(self._streams[0].gather(starts, length))
-        rows = np.empty((stop - start, length), self._streams[0].gather(starts[:0], 1).dtype)
-        for source in np.unique(sources).tolist():
-            here = sources == source
-            rows[here] = self._streams[source].gather(starts[here], length)
-        return _tensors(rows)
-
-    def describe(self, index: int, start: int, stop: int) -> list[dict[str, Any]]:
-        """Returns the origin of rows `[start, stop)` of global batch `index`: shard, offset, source, epoch."""
-        samples = sample_numbers(index, start, stop, self._batch_size)
-        sources, starts = self.order.draw(samples)
-        described = []
-        for source, place, epoch in zip(
-            sources.tolist(), starts.tolist(), self.order.epochs(samples).tolist(), strict=True
-        ):
-            shard, offset = self._streams[source].locate(place)
-            described.append({"shard": shard.file, "offset": offset, "source": shard.source, "epoch": epoch})
-        return described
-
-
-class ValidationWindows:
-    """The windows of every validation: side by side from the first token, without what follows the last whole one."""
-
-    def __init__(self, dataset: TokenDataset, context_length: int) -> None:
-        _check_long_enough(len(dataset), context_length, f"{dataset.path}: the {dataset.name} split")
-        self._stream = dataset.stream
-        self._context_length = context_length
-        self.count = (len(dataset) - 1) // context_length
-
-    def batch(self, start: int, stop: int) -> Batch:
-        """Returns windows `[start, stop)`: `x` and `y`, int64 on the CPU."""
-        starts = np.arange(start, min(stop, self.count), dtype=np.int64) * self._context_length
-        return _tensors(self._stream.gather(starts, self._context_length + 1))
-
-
-def _weight(known: dict[str, float], name: str, dataset: TokenDataset) -> float:
-    if name not in known:
-        raise DataError(f"{dataset.path}: holds the source {name!r}, but data.sources only names {', '.join(known)}")
-    return known[name]
-
-
-def _check_long_enough(tokens: int, context_length: int, what: str) -> None:
-    if tokens < context_length + 1:
-        raise DataError(
-            f"{what}: {tokens} tokens are too few for one window of context_length + 1 = {context_length + 1}; "
-            "use a shorter model.context_length or more text"
-        )
-
-
-def _tensors(rows: npt.NDArray[Any]) -> Batch:
+def tensors(rows: npt.NDArray[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `x` and `y`, int64, of windows of one token more."""
     # Two contiguous tensors: views of one would break `.view(-1)` on the targets.
     return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))

@@ -12,13 +12,14 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
-import plotly.offline
 
 from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import DatasetManifest, Shard, check_sizes
+from pipeline.data.shard_maps import ShardMaps, mapped
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import DataError, UsageError
 from pipeline.files import write_text
+from pipeline.vendor import plotly_js
 
 # At most this many tokens of a split are counted: the beginnings of all its shards, the same number of each.
 _MOST_COUNTED = 200_000_000
@@ -67,7 +68,9 @@ class Document:
     """The decoded text."""
 
 
-def draw_documents(path: str | Path, split: str, count: int, seed: int) -> list[Document]:
+def draw_documents(
+    path: str | Path, split: str, count: int, seed: int, token_folder: str | None = None
+) -> list[Document]:
     """Returns random documents of a split, in the order of the dataset.
 
     Raises:
@@ -82,7 +85,9 @@ def draw_documents(path: str | Path, split: str, count: int, seed: int) -> list[
     ends = np.cumsum([s.documents for s in shards])
     if not len(ends):
         raise DataError(f"{path}: the {split} split has no documents")
-    check_sizes(path, shards, manifest.numpy_dtype)
+    tokens_in = manifest.tokens_in(path, token_folder)
+    check_sizes(path, shards, manifest.numpy_dtype, tokens_in=tokens_in)
+    maps = ShardMaps(tokens_in or path, path, manifest.numpy_dtype, len(shards))
     tokenizer = Tokenizer.load(path / TOKENIZER, inside=path)
     total = int(ends[-1])
     numbers = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
@@ -91,13 +96,15 @@ def draw_documents(path: str | Path, split: str, count: int, seed: int) -> list[
         index = int(np.searchsorted(ends, number, side="right"))
         shard = shards[index]
         first = number - int(ends[index - 1] if index else 0)
-        start, stop = np.memmap(path / shard.index, "<u8", "r")[first : first + 2].tolist()
-        tokens = np.memmap(path / shard.file, manifest.numpy_dtype, "r")[start:stop]
-        documents.append(Document(number, shard.source, stop - start, tokenizer.decode(tokens[:-1])))
+        start, stop = mapped(path / shard.index, "<u8")[first : first + 2].tolist()
+        tokens = maps.tokens(shard)[start:stop]
+        has_end = tokens[-1] == manifest.end_of_text_id  # not always, if others made the tokens
+        text = tokenizer.decode(tokens[:-1] if has_end else tokens)
+        documents.append(Document(number, shard.source, stop - start, text))
     return documents
 
 
-def write_page(path: str | Path, out: Path) -> None:
+def write_page(path: str | Path, out: Path, token_folder: str | None = None) -> None:
     """Writes a self-contained HTML page about a dataset to `out`.
 
     Raises:
@@ -105,13 +112,14 @@ def write_page(path: str | Path, out: Path) -> None:
     """
     path = Path(path)
     manifest = DatasetManifest.load(path)
-    check_sizes(path, manifest.shards, manifest.numpy_dtype)
+    tokens_in = manifest.tokens_in(path, token_folder)
+    check_sizes(path, manifest.shards, manifest.numpy_dtype, tokens_in=tokens_in)
     tokenizer = Tokenizer.load(path / TOKENIZER, inside=path)
     parts = []
     for name, split in manifest.splits.items():
         if not split.shards:
             continue
-        counts, counted = count_tokens(path, manifest, split.shards)
+        counts, counted = count_tokens(tokens_in or path, manifest, split.shards)
         parts.append(
             {
                 "name": name,
@@ -124,7 +132,7 @@ def write_page(path: str | Path, out: Path) -> None:
             }
         )
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
-    write_text(out, template.render(path=path, manifest=manifest, parts=parts, plotly=plotly.offline.get_plotlyjs()))
+    write_text(out, template.render(path=path, manifest=manifest, parts=parts, plotly=plotly_js()))
 
 
 def document_lengths(path: Path, shards: Sequence[Shard]) -> npt.NDArray[np.int64]:
@@ -147,7 +155,8 @@ def count_tokens(path: Path, manifest: DatasetManifest, shards: Sequence[Shard])
     waiting: list[npt.NDArray[Any]] = []
     held = counted = 0
     for shard in shards:
-        tokens = np.fromfile(path / shard.file, manifest.numpy_dtype, count=share)
+        most = min(share, shard.tokens)
+        tokens = np.fromfile(path / shard.file, manifest.numpy_dtype, count=most, offset=shard.offset)
         counted += len(tokens)
         for start in range(0, len(tokens), _COUNTED_AT_ONCE):
             waiting.append(tokens[start : start + _COUNTED_AT_ONCE])
@@ -160,7 +169,7 @@ def count_tokens(path: Path, manifest: DatasetManifest, shards: Sequence[Shard])
 
 
 def _counts(path: Path, tokens: Sequence[npt.NDArray[Any]], vocab_size: int) -> npt.NDArray[np.int64]:
-    found = np.bincount(np.concatenate([np.zeros(0, np.uint16), *tokens]), minlength=vocab_size)
+    found = np.bincount(np.concatenate([np.zeros(0, np.uint8), *tokens]).astype(np.int64), minlength=vocab_size)
     if len(found) > vocab_size:
         raise DataError(f"{path}: holds the token id {len(found) - 1}, beyond its vocabulary; {_CURE}")
     return found

@@ -7,6 +7,7 @@ slices/000000-00000/             one folder per slice: its task and its part of 
     slice.json                   the slice's record: shards, counts and what it was made from
     train.bin, validation.bin    the tokens of each split
     train.idx, validation.idx    the offset of each document in them
+packing/513/                     the index of packed windows of 513 tokens; see `order/packing.py`
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,8 +16,8 @@ import numpy as np
 from pipeline.data import content
 from pipeline.data.layout import MANIFEST, PLAN
 from pipeline.errors import DataError, PipelineError
-from pipeline.files import naming, read_json, sha256_bytes, size_of_regular, write_json
-from pipeline.text_format import located
+from pipeline.files import naming, read_json, size_of_regular, write_json
+from pipeline.text_format import located, printable
 
 FORMAT_VERSION = 1
 SplitName = Literal["train", "validation"]
@@ -48,10 +50,12 @@ class Shard:
     """Digest of the tokens."""
     index_sha256: str
     """Digest of the index."""
+    offset: int = 0
+    """Bytes before the first token in its file; an adopted file may hold several shards."""
 
     def sizes(self, dtype: np.dtype[Any]) -> dict[str, int]:
-        """Returns the expected bytes of both files, by name."""
-        return {self.file: self.tokens * dtype.itemsize, self.index: (self.documents + 1) * 8}
+        """Returns the bytes that both files must have at least, by name; the dataset's own have no more."""
+        return {self.file: self.offset + self.tokens * dtype.itemsize, self.index: (self.documents + 1) * 8}
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class DatasetManifest:
     """The content of a dataset's manifest.json."""
 
     dtype: str
-    """`uint16` or `uint32`."""
+    """`uint8`, `uint16`, `uint32` or `uint64`."""
     tokenizer_digest: str
     """SHA-256 of tokenizer.json."""
     vocab_size: int
@@ -137,6 +141,40 @@ class DatasetManifest:
     def empty(self) -> int:
         """Empty documents that were skipped."""
         return sum(source["empty"] for source in self.sources)
+
+    @property
+    def dropped(self) -> int:
+        """Records of which the condition of their source is not true."""
+        return sum(source.get("dropped", 0) for source in self.sources)
+
+    @property
+    def adopted(self) -> dict[str, str] | None:
+        """The format and the folder of token files that others made; None if the tokens are the dataset's own."""
+        return self.settings.get("adopted")
+
+    def tokens_in(self, folder: str | Path, token_folder: str | None) -> Path | None:
+        """Returns the folder of adopted token files; None for a dataset with tokens of its own.
+
+        A manifest may have been received, so that what it says of other folders is only shown, never followed.
+
+        Args:
+            folder: The dataset folder.
+            token_folder: The folder that the user names, `data.token_folder` of a config.
+
+        Raises:
+            DataError: The user names none and must, or names one and must not.
+        """
+        if self.adopted is None:
+            if token_folder is not None:
+                raise DataError(f"{folder}: has tokens of its own; remove data.token_folder (--token-folder)")
+            return None
+        if token_folder is None:
+            raise DataError(
+                f"{folder}: describes token files in another folder, which is not read unless you name it; "
+                f"if you trust this dataset, set data.token_folder (--token-folder); it was adopted with "
+                f"{printable(self.adopted['folder'])!r}"
+            )
+        return Path(token_folder)
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -196,8 +234,16 @@ class DatasetManifest:
             },
             "settings": self.settings,
             "sources": list(self.sources),
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [shard_tree(shard) for shard in self.shards],
         }
+
+
+def shard_tree(shard: Shard) -> dict[str, Any]:
+    """Returns a shard as the manifest holds it; the digests of older datasets know no offset."""
+    tree = asdict(shard)
+    if not shard.offset:
+        del tree["offset"]
+    return tree
 
 
 def divide(shards: Sequence[Shard]) -> dict[str, Split]:
@@ -205,7 +251,9 @@ def divide(shards: Sequence[Shard]) -> dict[str, Split]:
     return {name: Split(name, tuple(s for s in shards if s.split == name)) for name in SPLITS}
 
 
-def check_sizes(folder: Path, shards: Iterable[Shard], dtype: np.dtype[Any], cure: str = "") -> None:
+def check_sizes(
+    folder: Path, shards: Iterable[Shard], dtype: np.dtype[Any], cure: str = "", tokens_in: Path | None = None
+) -> None:
     """Compares the sizes of shards and their indices with what was recorded.
 
     Args:
@@ -213,6 +261,7 @@ def check_sizes(folder: Path, shards: Iterable[Shard], dtype: np.dtype[Any], cur
         shards: The shards as recorded.
         dtype: Type of the stored tokens.
         cure: What the user can do; by default prepare the dataset again.
+        tokens_in: The folder of adopted token files, in which something may follow a shard; by default the dataset's.
 
     Raises:
         DataError: A file is missing or has another size; the message names it.
@@ -220,12 +269,19 @@ def check_sizes(folder: Path, shards: Iterable[Shard], dtype: np.dtype[Any], cur
     cure = cure or "remove the dataset and prepare it again"
     for shard in shards:
         for name, expected in shard.sizes(dtype).items():
-            file = folder / name
+            adopted = tokens_in is not None and name == shard.file
+            place = tokens_in if tokens_in is not None and adopted else folder
+            file = place / name
             with naming(file, "the shard cannot be read", cure, DataError):
-                size = size_of_regular(file, folder)
-            if size != expected:
+                size = size_of_regular(file, place)
+            if size < expected or (size > expected and not adopted):
                 raise DataError(f"{file}: has {size} bytes instead of {expected}; the shard is damaged: {cure}")
 
 
 def _digest(tree: dict[str, Any]) -> str:
-    return sha256_bytes(json.dumps(tree, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode())
+    """Returns the digest of the tree as one line of JSON, which is made piece by piece: it may have a million files."""
+    pieces = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":")).iterencode(tree)
+    digest = hashlib.sha256()
+    while some := "".join(itertools.islice(pieces, 1 << 16)):
+        digest.update(some.encode())
+    return digest.hexdigest()

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +20,11 @@ app = typer.Typer(
 
 State = Annotated[
     str,
-    typer.Option(envvar="PIPELINE_DEVCLUSTER", help="Folder of everything the cluster writes; `down` removes it."),
+    typer.Option(
+        metavar="FOLDER",
+        envvar="PIPELINE_DEVCLUSTER",
+        help="Folder of everything the cluster writes; `down` removes it.",
+    ),
 ]
 Node = Annotated[str, typer.Argument(metavar="NODE", help="Number or name of a node.")]
 _DEFAULT_STATE = "build/devcluster"
@@ -28,7 +33,7 @@ _DEFAULT_STATE = "build/devcluster"
 @app.command()
 def up(
     state: State = _DEFAULT_STATE,
-    nodes: Annotated[int, typer.Option(min=1, max=16, help="Compute nodes, besides the login host.")] = 3,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, max=16, help="Compute nodes, besides the login host.")] = 3,
 ) -> None:
     """Start a cluster and print how to use it."""
     from pipeline.devcluster.cluster import up as start
@@ -74,17 +79,20 @@ def env(state: State = _DEFAULT_STATE) -> None:
 @app.command()
 def shell(
     state: State = _DEFAULT_STATE,
-    host: Annotated[str, typer.Option(help="`login`, or the number or name of a node.")] = "login",
+    host: Annotated[str, typer.Option(metavar="HOST", help="`login`, or the number or name of a node.")] = "login",
     command: Annotated[
         list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="What to run; your shell by default.")
     ] = None,
 ) -> None:
     """Run a command, or an interactive shell, on a host of the cluster."""
     from pipeline.devcluster.hosts import enter
+    from pipeline.devcluster.settings import LOGIN, refuse_private
 
     settings = _load(state)
     where = host if host in settings.hosts else settings.node(host)
-    line = enter(settings, where, command or [os.environ.get("SHELL", "/bin/sh")])
+    if where != LOGIN:
+        refuse_private("the working folder", Path.cwd())
+    line = enter(settings, where, command or [os.environ.get("SHELL", "/bin/sh")], Path.cwd())
     sys.stdout.flush()
     os.execvp(line[0], line)
 

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from pipeline.devcluster import services
 from pipeline.devcluster.files import CGROUPS, free_letter, has_cgroup_v1, write_clients, write_files
 from pipeline.devcluster.hosts import kill_host, pid_of, run_on, start_host
-from pipeline.devcluster.settings import LOGIN, Settings, exists, load
+from pipeline.devcluster.settings import LOGIN, Settings, exists, load, refuse_private
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import naming
 
@@ -40,8 +41,16 @@ def up(state: Path, node_count: int) -> Settings:
     """Starts a cluster, or returns the one that is already running in this folder.
 
     Raises:
+        UsageError: The nodes would not see the folders that jobs need.
         PipelineError: A program is missing, or a part did not start; whatever had started is taken down.
     """
+    for what, path in (
+        ("the folder of --state", state),
+        ("the working folder", Path.cwd()),
+        ("this Python", sys.prefix),
+        ("the code of this command", Path(__file__)),
+    ):
+        refuse_private(what, path)
     _check_machine()
     if exists(state):
         settings = load(state)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.devcluster.settings import LOGIN, Settings
+from pipeline.devcluster.settings import LOGIN, PRIVATE, Settings
 from pipeline.errors import PipelineError
 from pipeline.files import write_text
 
@@ -27,7 +27,7 @@ def start_host(settings: Settings, host: str) -> None:
     Raises:
         PipelineError: The host did not start; the message ends with its output.
     """
-    private = [str(settings.database)] if host == LOGIN else ["/tmp", "/dev/shm"]
+    private = [str(settings.database)] if host == LOGIN else list(PRIVATE)
     init = [sys.executable, "-I", "-S", str(Path(__file__).with_name("init.py"))]
     reader, writer = os.pipe()
     try:
@@ -70,8 +70,8 @@ def pid_of(settings: Settings, host: str) -> int | None:
     return int(pid) if _start_time(int(pid)) == start else None
 
 
-def enter(settings: Settings, host: str, command: list[str]) -> list[str]:
-    """Returns the command line that runs `command` on a host, in this working folder, with Slurm's clients on PATH.
+def enter(settings: Settings, host: str, command: list[str], folder: Path = Path("/")) -> list[str]:
+    """Returns the command line that runs `command` on a host, in a folder there, with Slurm's clients on PATH.
 
     Raises:
         PipelineError: The host is down.
@@ -80,7 +80,7 @@ def enter(settings: Settings, host: str, command: list[str]) -> list[str]:
     if pid is None:
         raise PipelineError(f"host {host} is down")
     # `env` changes the folder once inside; nsenter's --wd would keep a folder of the outer mounts.
-    inside = [f"--chdir={Path.cwd()}", *(f"{name}={value}" for name, value in environment(settings).items())]
+    inside = [f"--chdir={folder}", *(f"{name}={value}" for name, value in environment(settings).items())]
     return ["nsenter", "--target", str(pid), *NAMESPACES, "--", "env", *inside, *command]
 
 

@@ -17,6 +17,9 @@ CPUS_PER_NODE = 4
 GPUS_PER_NODE = 4
 MEMORY_MB_PER_NODE = 8000
 
+PRIVATE = ("/tmp", "/dev/shm")
+"""Folders that each node has for itself, as the nodes of a real cluster do."""
+
 _FILE = "cluster.json"
 # The path of a socket must fit in 107 bytes, and munge adds `.lock` to its own.
 _LONGEST_STATE = 80
@@ -102,6 +105,25 @@ def state_folder(path: str | Path) -> Path:
             f"{state}: longer than the {_LONGEST_STATE} characters that sockets allow; choose another --state"
         )
     return state
+
+
+def refuse_private(what: str, path: str | Path) -> None:
+    """Refuses a path that the nodes of a cluster would not see.
+
+    Args:
+        what: What it is, for the message.
+        path: The path.
+
+    Raises:
+        UsageError: It is below a folder that each node has for itself.
+    """
+    place = Path(path).resolve()
+    hidden = next((folder for folder in PRIVATE if place.is_relative_to(folder)), None)
+    if hidden is not None:
+        raise UsageError(
+            f"{place}: {what} is below {hidden}, which each node of a devcluster has for itself, so that no job would "
+            "see it; use a folder elsewhere, for example below /var/tmp"
+        )
 
 
 def exists(state: Path) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
-
-from torch import Tensor
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config.model_section import ModelConfig
 from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Architecture(NamedTuple):
@@ -124,3 +125,23 @@ def shapes(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _row(name: str) -> Weight:
     return _BY_OUR_NAME[_LAYER.sub("{i}", name)]
+
+
+def other_tensors(
+    expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], described_by: str
+) -> list[str]:
+    """Returns how the names and shapes of stored tensors differ from those of a model: at most nine lines.
+
+    Args:
+        expected: The shapes that the model gives its parameters, by name.
+        found: The stored ones.
+        described_by: What describes the model, for the lines.
+    """
+    problems = [f"{name}: is missing" for name in expected if name not in found]
+    problems += [f"{name}: is not part of the model" for name in found if name not in expected]
+    problems += [
+        f"{name}: has the shape {list(found[name])}, {described_by} gives it {list(shape)}"
+        for name, shape in expected.items()
+        if list(found.get(name, shape)) != list(shape)
+    ]
+    return problems if len(problems) <= 8 else [*problems[:8], f"and {len(problems) - 8} more"]

@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipeline.config.messages.values import refused
 from pipeline.config.model_section import ModelConfig
+from pipeline.config.section_base import wrong_value
 from pipeline.errors import UsageError, listing
 from pipeline.huggingface.architectures import ARCHITECTURES, Architecture, architecture_of
 
@@ -73,7 +75,7 @@ def model_section(tree: Any, place: str) -> ModelConfig:
     try:
         return ModelConfig(**settings)
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        wrong = [wrong_value(".".join(map(str, e.place)), e.given, e.allowed) for e in refused(error.errors())]
         raise UsageError(listing(f"{place}: holds values that are not a model's:", wrong)) from error
 
 

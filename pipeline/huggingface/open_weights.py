@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pipeline.config.model_section import ModelConfig
 from pipeline.errors import UsageError, listing
-from pipeline.files import naming, sha256_bytes, sha256_file
-from pipeline.huggingface.architectures import is_rotated, shapes, their_name, to_pairs
+from pipeline.files import naming, read_json, sha256_bytes, sha256_file
+from pipeline.huggingface.architectures import is_rotated, other_tensors, shapes, their_name, to_pairs
 from pipeline.huggingface.config_json import model_section
 from pipeline.huggingface.model_folder import CONFIG, INDEX, TOKENIZER, WEIGHTS
 from pipeline.huggingface.safetensors_header import Stored, stored_tensors
@@ -39,9 +39,9 @@ class OpenWeights:
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         self.folder = folder
         self._head_dim = model.head_size
-        content = self._content(CONFIG)
-        _refuse_other_model(folder, model_section(_json(folder / CONFIG, content), str(folder / CONFIG)), model)
-        self._small = {CONFIG: sha256_bytes(content), TOKENIZER: sha256_bytes(self._content(TOKENIZER))}
+        described = read_json(folder / CONFIG, folder, UsageError)
+        _refuse_other_model(folder, model_section(described, str(folder / CONFIG)), model)
+        self._small = {name: self._digest(name) for name in (CONFIG, TOKENIZER)}
         self.files = self._weight_files()
         self._stored: dict[str, Stored] = {}
         self._open_files: dict[Path, Any] = {}
@@ -70,8 +70,7 @@ class OpenWeights:
         for name, stored in self._stored.items():
             if stored.file == file and not all(bool(part.isfinite().all()) for part in self._parts(name)):
                 raise UsageError(f"{file}: {name} holds a value that is not finite; fetch the file again")
-        with naming(file, "cannot be read", error=UsageError):
-            return sha256_file(file)
+        return self._digest(file.name)
 
     def digest(self, checked: dict[str, str]) -> str:
         """Returns what names the content of the folder, given the SHA-256 of each weight file by its name."""
@@ -105,15 +104,15 @@ class OpenWeights:
         """Unmaps the files."""
         self._open_files.clear()
 
-    def _content(self, name: str) -> bytes:
+    def _digest(self, name: str) -> str:
         with naming(self.folder / name, "cannot be read", error=UsageError):
-            return (self.folder / name).read_bytes()
+            return sha256_file(self.folder / name, self.folder)
 
     def _weight_files(self) -> list[Path]:
         if (self.folder / WEIGHTS).exists():  # transformers reads it and ignores an index beside it
             return [self.folder / WEIGHTS]
         if (self.folder / INDEX).exists():
-            tree = _json(self.folder / INDEX, self._content(INDEX))
+            tree = read_json(self.folder / INDEX, self.folder, UsageError)
             names = tree.get("weight_map") if isinstance(tree, dict) else None
             if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
                 raise UsageError(f"{self.folder / INDEX}: has no weight_map; fetch the file again")
@@ -137,16 +136,9 @@ class OpenWeights:
             pairs = zip(self._parts(_HEAD), self._parts(_EMBEDDING), strict=True)
             if not all(torch.equal(head, embedding) for head, embedding in pairs):
                 raise UsageError(f"{self.folder}: {_HEAD} differs from {_EMBEDDING}, and config.json says they are one")
-        problems = [f"{name}: is missing" for name in expected if name not in found]
-        problems += [f"{name}: is not part of this architecture" for name in found if name not in expected]
-        problems += [
-            f"{name}: has the shape {found[name]}, config.json gives it {shape}"
-            for name, shape in expected.items()
-            if found.get(name, shape) != shape
-        ]
+        problems = other_tensors(expected, found, "config.json")
         if problems:
-            more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
-            raise UsageError(listing(f"{self.folder}: the weights are not those of config.json:", problems[:8] + more))
+            raise UsageError(listing(f"{self.folder}: the weights are not those of config.json:", problems))
 
     def _slice(self, name: str) -> Any:
         file = self._stored[name].file
@@ -162,20 +154,13 @@ class OpenWeights:
         yield from (source[first : first + rows] for first in range(0, shape[0] if shape else 0, rows))
 
 
-def _json(path: Path, content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is not valid JSON ({error})") from error
-
-
 def _refuse_other_model(folder: Path, found: ModelConfig, model: ModelConfig) -> None:
     resolved = ({**m.model_dump(), "num_kv_heads": m.kv_heads, "head_dim": m.head_size} for m in (found, model))
     theirs, ours = resolved
     problems = [
         f"model.{key}: {theirs[key]!r} in the folder, {ours[key]!r} in the config"
         for key in theirs
-        if theirs[key] != ours[key] and key != "context_length"
+        if theirs[key] != ours[key] and key not in ("context_length", "document_mask")  # the weights fit any of both
     ]
     if problems:
         raise UsageError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import UsageError
-from pipeline.files import naming
+from pipeline.files import naming, open_regular, parse_json
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
@@ -33,8 +33,8 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
     Raises:
         UsageError: The file is missing, truncated or not what the format allows.
     """
-    with naming(path, "cannot be read", error=UsageError), path.open("rb") as file:
-        size = path.stat().st_size
+    with naming(path, "cannot be read", error=UsageError), open_regular(path, path.parent) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER, size - 8):
             raise UsageError(
@@ -42,10 +42,10 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
             )
         content = file.read(length)
     try:
-        header = json.loads(content)
+        header = parse_json(content)
         header.pop("__metadata__", None)
         found = {name: _stored(path, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: the header is damaged ({error}); fetch the file again") from error
     end = 8 + length
     for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,21 @@ _CURES = (
     ("Requesting capability set", "export APPTAINER_DROP_CAPS with the capabilities that root lacks on this machine"),
     ("o space left on device", "make room, or export APPTAINER_TMPDIR=DIR on a larger disk"),
 )  # fmt: skip
+
+
+# How Apptainer ends when no registry answers; what one that answers refuses has other words.
+_NOT_REACHED = re.compile(
+    r"^FATAL: +(.*(?:dial tcp|no such host|proxyconnect|connection refused|timeout|unreachable).*)$", re.M
+)
+
+
+class RegistryNotReached(PipelineError):
+    """No registry answered."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        """One line: what Apptainer said of it."""
 
 
 def apptainer_version() -> str:
@@ -69,6 +85,7 @@ def build(
         show: Called with each stage.
 
     Raises:
+        RegistryNotReached: The base is in a registry, and none answered.
         PipelineError: The build or the image's own test failed.
     """
     command = [COMMAND, "build", *(["--sandbox"] if sandbox else ["--mksquashfs-args", _SQUASH])]
@@ -90,7 +107,11 @@ def build(
         said = log.read_text(encoding="utf-8", errors="replace")
         cures = [cure for mark, cure in _CURES if mark in said]
         tail = said.splitlines()[-_TAIL_LINES:]
-        raise PipelineError(listing(f"apptainer could not build the image; the end of {log}:", [*tail, *cures]))
+        message = listing(f"apptainer could not build the image; the end of {log}:", [*tail, *cures])
+        unreached = _NOT_REACHED.search(said)
+        if unreached is not None:
+            raise RegistryNotReached(message, f"the registry was not reached ({unreached[1]})")
+        raise PipelineError(message)
 
 
 def _follow(said: IO[bytes], log: IO[bytes], show: Callable[[str], None]) -> None:

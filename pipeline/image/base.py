@@ -13,11 +13,16 @@ from pathlib import Path
 from pipeline.errors import UsageError
 from pipeline.files import sha256_file
 
+# The Python of Debian 12, which all bases of `containers/` are.
+PYTHON = "3.11"
+
 _BOOTSTRAPS = ("debootstrap", "docker", "docker-archive")
 _ACCELERATORS = ("cpu", "cuda", "rocm")
 # Apptainer also looks for debootstrap in these, which are not on a plain user's PATH.
 _ADMIN_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 _PINNED = re.compile(r".+@(sha256:[0-9a-f]{64})")
+# A bare Debian of a registry, which debootstrap makes too.
+_BARE_DEBIAN = re.compile(r"docker\.io/library/(debian:[a-z]+?)(?:-slim)?@.*")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,16 @@ class Base:
         """`cpu`, `cuda` or `rocm`."""
         return self.arguments["ACCELERATOR"]
 
+    @property
+    def python(self) -> str:
+        """Version of the base's Python: that of Debian 12, unless the file says otherwise."""
+        return self.arguments.get("PYTHON", PYTHON)
+
+    @property
+    def brings_torch(self) -> bool:
+        """Whether the base has a PyTorch of its own, which the image keeps."""
+        return "TORCH" in self.arguments
+
 
 def read_base(name: str, root: Path) -> Base:
     """Reads and checks the argument file that `--base` names: one in `containers/` of the checkout, or another by path.
@@ -51,14 +66,41 @@ def read_base(name: str, root: Path) -> Base:
     for key, allowed in (("BOOTSTRAP", _BOOTSTRAPS), ("ACCELERATOR", _ACCELERATORS)):
         if arguments.get(key) not in allowed:
             raise UsageError(f"{file}: {key}={arguments.get(key, '')}, allowed: {', '.join(allowed)}")
+    if not re.fullmatch(r"3\.1[1-9]", arguments.get("PYTHON", PYTHON)):
+        raise UsageError(f"{file}: PYTHON={arguments['PYTHON']}, allowed: 3.11 or newer, as `python3` of the base says")
+    if arguments.get("TORCH", "base") != "base":
+        raise UsageError(f"{file}: TORCH={arguments['TORCH']}, allowed: base, or no such line; a wheel is the default")
     if "FROM" not in arguments:
         raise UsageError(f"{file}: FROM is missing; set it to the name of the base")
     if arguments["BOOTSTRAP"] == "debootstrap":
-        if "MIRROR" not in arguments:
-            arguments["MIRROR"] = _apt_mirror(file)
-        if shutil.which("debootstrap", path=os.pathsep.join([os.environ["PATH"], *_ADMIN_FOLDERS])) is None:
-            raise UsageError(f"{file}: debootstrap is not installed here; run `apt-get install debootstrap`")
+        _require_debootstrap(file, arguments)
     return Base(file.stem, arguments, _digest(file, arguments))
+
+
+def without_registry(base: Base) -> Base | None:
+    """Returns the same base made by debootstrap, if it is a bare Debian; None for any other.
+
+    Raises:
+        UsageError: debootstrap is not installed here, or apt has no mirror.
+    """
+    bare = _BARE_DEBIAN.fullmatch(base.arguments["FROM"])
+    if base.arguments["BOOTSTRAP"] != "docker" or bare is None:
+        return None
+    arguments = {**base.arguments, "BOOTSTRAP": "debootstrap", "FROM": bare[1], "SUITE": bare[1].partition(":")[2]}
+    _require_debootstrap(Path(f"{base.name}.args"), arguments)
+    return Base(base.name, arguments, None)
+
+
+def _require_debootstrap(file: Path, arguments: dict[str, str]) -> None:
+    """Fills in the mirror, unless the file names one.
+
+    Raises:
+        UsageError: debootstrap is not installed here, or apt has no mirror.
+    """
+    if "MIRROR" not in arguments:
+        arguments["MIRROR"] = _apt_mirror(file)
+    if shutil.which("debootstrap", path=os.pathsep.join([os.environ["PATH"], *_ADMIN_FOLDERS])) is None:
+        raise UsageError(f"{file}: debootstrap is not installed here; run `apt-get install debootstrap`")
 
 
 def _parse(file: Path) -> dict[str, str]:

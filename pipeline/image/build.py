@@ -20,8 +20,8 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 import pipeline
 from pipeline.errors import UsageError
 from pipeline.files import naming, sha256_bytes
-from pipeline.image.apptainer import apptainer_version, build, run_inside
-from pipeline.image.base import Base, read_base
+from pipeline.image.apptainer import RegistryNotReached, apptainer_version, build, run_inside
+from pipeline.image.base import Base, read_base, without_registry
 from pipeline.image.record import IMAGE_HOME, record_file, write_record
 from pipeline.image.wheels import PROJECT_PARTS, lock_digest, locks_of, project_wheel, wheelhouse
 from pipeline.run.provenance import git_state, untracked
@@ -77,28 +77,46 @@ def _build(root: Path, base: Base, sandbox: bool, apptainer: str, steps: _Steps)
     if commit.endswith(_DIRTY):
         steps.show(f"files differ from the commit, so the image is recorded as {commit}; commit them for one to keep")
     images = _folder(root / "build" / "images")
-    locks = locks_of(base.accelerator, root / CONTAINERS)
-    wheels = wheelhouse(base.accelerator, locks, root / "build" / "wheels", steps.show)
+    locks = locks_of(base.accelerator, root / CONTAINERS, platform.machine())
+    wheels = wheelhouse(base, locks, root / "build" / "wheels", steps.show)
     _check_free_space(wheels, images if sandbox else _temporary_folder())
     image = images / f"pipeline-{base.name}{'' if sandbox else '.sif'}"
     temp = images / f".{image.name}.{secrets.token_hex(4)}"
     log = images / f"{image.name}.log"
-    arguments = {
-        **base.arguments,
-        "VERSION": pipeline.__version__,
-        "COMMIT": commit,
-        "LOCK": lock_digest(locks),
-    }
+    ours = {"VERSION": pipeline.__version__, "COMMIT": commit, "LOCK": lock_digest(locks)}
     try:
         with _context(root, wheels, locks, steps) as context:
+
+            def run(base: Base) -> None:
+                arguments = {**base.arguments, **ours}
+                bind = f"{context}:/mnt:ro"
+                build(root / "Apptainer.def", temp, arguments, bind, log, sandbox=sandbox, show=steps.show)
+
             steps.show(f"apptainer builds {image.name}; its output is in {log}")
-            bind = f"{context}:/mnt:ro"
-            build(root / "Apptainer.def", temp, arguments, bind, log, sandbox=sandbox, show=steps.show)
+            try:
+                run(base)
+            except RegistryNotReached as error:
+                base = _made_by_debootstrap(base, error, steps)
+                run(base)
         steps.show("computing the checksum")
-        _publish(temp, image, {**_record(base, temp, arguments), "apptainer": apptainer})
+        _publish(temp, image, {**_record(base, temp, {**base.arguments, **ours}), "apptainer": apptainer})
     finally:
         _remove(temp)
     return image
+
+
+def _made_by_debootstrap(base: Base, error: RegistryNotReached, steps: _Steps) -> Base:
+    """Returns the same bare Debian by debootstrap, and says so.
+
+    Raises:
+        RegistryNotReached: The base is no bare Debian.
+        UsageError: debootstrap is not installed here, or apt has no mirror.
+    """
+    instead = without_registry(base)
+    if instead is None:
+        raise error
+    steps.show(f"{error.reason}; the base is a bare Debian, so debootstrap makes it")
+    return instead
 
 
 def _folder(images: Path) -> Path:

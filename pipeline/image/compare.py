@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.image.apptainer import run_inside
 from pipeline.image.record import PACKAGE_LISTS, read_record
-from pipeline.text_format import say
+from pipeline.text_format import echo
 
 _SHOWN = 20
 # Type, mode and link target. Times differ between any two builds and mean nothing.
@@ -55,7 +55,7 @@ def print_comparison(image: Path, other: Path) -> bool:
     for what, lines in (("packages", found.packages), ("files", found.listed), ("contents", found.contents)):
         print(f"{what:<13} {f'{len(lines)} differ' if lines else 'the same'}")
         for line in lines[:_SHOWN]:
-            say(f"  {line}")
+            echo(f"  {line}")
         if len(lines) > _SHOWN:
             print(f"  and {len(lines) - _SHOWN} more")
     print(f"{found.files:,} files, folders and links in {image}")

@@ -10,7 +10,7 @@ from pipeline.image.apptainer import labels
 from pipeline.image.build import CONTAINERS, checkout, commit_of
 from pipeline.image.record import PACKAGE_LISTS, digest, read_record
 from pipeline.image.wheels import lock_digest, locks_of
-from pipeline.text_format import say
+from pipeline.text_format import echo
 
 _BASE = ("base.name", "base.bootstrap", "base.digest")
 _SHOWN = ("accelerator", "architecture", "version", "commit", "lock_sha256", "date", "apptainer", "size_mb", "sha256")
@@ -28,13 +28,13 @@ def print_info(image: Path) -> None:
         raise UsageError(f"{image}: does not exist; build it with `pipeline image build`")
     record = read_record(image, (*_BASE, *_SHOWN, *PACKAGE_LISTS))
     base = record["base"]
-    say(f"{'base':<13} {base['name']} by {base['bootstrap']}, {base['digest']}")
+    echo(f"{'base':<13} {base['name']} by {base['bootstrap']}, {base['digest']}")
     for key in _SHOWN:
-        say(f"{key:<13} {record[key]}")
+        echo(f"{key:<13} {record[key]}")
     python, system = (len(record[kind]) for kind in PACKAGE_LISTS)
     print(f"{'packages':<13} {python} of Python, {system} of the system")
     for line in _differences_from_checkout(record):
-        say(line)
+        echo(line)
     problems = _contradictions(image, record)
     if problems:
         raise PipelineError(listing(f"{image}: does not match its record:", problems))
@@ -46,7 +46,7 @@ def _differences_from_checkout(record: dict[str, Any]) -> list[str]:
         root = checkout()
     except UsageError:  # installed: there is no checkout to compare with
         return []
-    locks = locks_of(record["accelerator"], root / CONTAINERS)
+    locks = locks_of(record["accelerator"], root / CONTAINERS, record["architecture"])
     here = {"commit": commit_of(root), "lock_sha256": lock_digest(locks)}
     return [f"{key} of this checkout differs: {value}" for key, value in here.items() if record[key] != value]
 

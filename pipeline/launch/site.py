@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pipeline.config.messages.foreign_keys import SITE_KEYS
 from pipeline.config.section_base import ANY_TEXT, Count, Name, NonNegativeInt, Positive, Section, rule, wrong_value
 from pipeline.config.yaml_tree import Vocabulary
 from pipeline.errors import Problem
@@ -106,7 +107,7 @@ class Site(Section):
     signal_before_end_s: Annotated[int, Field(ge=10)] | None = None
     """Seconds before the time limit at which Slurm sends the stop signal; without it, derived from measured times."""
     environment: dict[str, str] = Field(default={})
-    """Environment variables of every job."""
+    """Environment variables of every job; they may be secrets, unlike what `setup` holds."""
     modules: tuple[str, ...] = ()
     """Modules that every job loads, for example `apptainer/1.3`."""
     setup: Annotated[tuple[str, ...], ANY_TEXT] = ()
@@ -149,7 +150,7 @@ class Site(Section):
                 yield wrong_value(f"extra_sbatch.{name}", value, "a name without leading dashes, and a value or true")
 
 
-SITE = Vocabulary(Site, "site", "slurm/sites/cpu.yaml")
+SITE = Vocabulary(Site, "site", "slurm/sites/cpu.yaml", SITE_KEYS)
 
 # A second value under `extra_sbatch` would contradict what the launcher decides itself.
 _DECIDED_BY = {

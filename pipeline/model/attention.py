@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -55,9 +56,37 @@ class RotaryEmbedding(nn.Module):
             positions = positions.reshape(*positions.shape[:-1], *[1] * (x.dim() - 1 - positions.dim()), -1)
         cos, sin = self.cos[positions], self.sin[positions]
         pairs = x.float().unflatten(-1, (-1, 2))
-        even, odd = pairs[..., 0], pairs[..., 1]
-        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        if torch.compiler.is_compiling():  # which fuses the parts, and knows no complex numbers
+            even, odd = pairs[..., 0], pairs[..., 1]
+            rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        else:
+            rotated = _Rotation.apply(pairs, torch.complex(cos, sin))
         return rotated.flatten(-2).to(x.dtype)
+
+
+class _Rotation(torch.autograd.Function):
+    """Multiplies pairs, as complex numbers, with numbers of length 1: one pass over memory forward and one backward.
+
+    Autograd's own product would keep the pairs, and compute a gradient of the tables.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pairs: Tensor, turns: Tensor) -> Tensor:
+        ctx.save_for_backward(turns)
+        return torch.view_as_real(_complex(pairs) * turns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (turns,) = ctx.saved_tensors
+        return torch.view_as_real(_complex(grad) * turns.conj()), None
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    """Returns `(..., 2)` as complex numbers, without a copy where the layout in memory allows it."""
+    *outer, inner = pairs.stride()
+    in_place = inner == 1 and pairs.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in outer)
+    return torch.view_as_complex(pairs if in_place else pairs.clone(memory_format=torch.contiguous_format))
 
 
 def scaled_frequencies(
@@ -106,23 +135,24 @@ def scaled_dot_product_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
-def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Tensor | None = None) -> Tensor:
     """Returns attention in which consecutive queries share keys and values (Ainslie et al. 2023).
 
     Args:
         q: `(..., heads, queries, d_k)`.
         k: `(..., kv_heads, keys, d_k)`; `heads` is a multiple of `kv_heads`.
         v: `(..., kv_heads, keys, d_v)`.
-        is_causal: Query i sees keys 0..i.
+        is_causal: Query i sees keys 0..i; excludes a mask.
+        mask: `(..., 1, queries, keys)` bool, True = attend; or None.
     """
     group = q.shape[-3] // k.shape[-3]
     if group == 1:
-        return scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return scaled_dot_product_attention(q, k, v, mask, is_causal)
     if q.is_cuda and q.dtype == torch.float32:
         # The only kernel there that holds no whole matrix of scores in float32 takes no groups.
         k, v = k.repeat_interleave(group, dim=-3), v.repeat_interleave(group, dim=-3)
-        return scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+        return scaled_dot_product_attention(q, k, v, mask, is_causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
 
 
 class KeyValueCache:

@@ -9,30 +9,22 @@ from typing import NamedTuple, Protocol
 class Shape(Protocol):
     """What the counts depend on; the section `model` of a config has it."""
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of token embeddings."""
-        ...
-
-    @property
-    def context_length(self) -> int:
-        """Longest sequence, in tokens."""
-        ...
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        ...
-
-    @property
-    def num_layers(self) -> int:
-        """Number of blocks."""
-        ...
-
-    @property
-    def d_ff(self) -> int:
-        """Inner width of the feed-forward."""
-        ...
+    vocab_size: int
+    """Number of token embeddings."""
+    context_length: int
+    """Longest sequence, in tokens."""
+    d_model: int
+    """Width of the residual stream."""
+    num_layers: int
+    """Number of blocks."""
+    d_ff: int
+    """Inner width of the feed-forward."""
+    tie_embeddings: bool
+    """Whether the head uses the embedding's weight."""
+    qkv_bias: bool
+    """Whether queries, keys and values have biases."""
+    qk_norm: bool
+    """Whether queries and keys are normalized per head."""
 
     @property
     def d_q(self) -> int:
@@ -47,21 +39,6 @@ class Shape(Protocol):
     @property
     def head_size(self) -> int:
         """Size of a head."""
-        ...
-
-    @property
-    def tie_embeddings(self) -> bool:
-        """Whether the head uses the embedding's weight."""
-        ...
-
-    @property
-    def qkv_bias(self) -> bool:
-        """Whether queries, keys and values have biases."""
-        ...
-
-    @property
-    def qk_norm(self) -> bool:
-        """Whether queries and keys are normalized per head."""
         ...
 
 

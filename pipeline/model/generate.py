@@ -31,7 +31,8 @@ def generate(
         max_new_tokens: Largest number of tokens to add.
         temperature: 0 takes the likeliest token.
         top_p: Draw from the smallest set of tokens that holds this much probability (Holtzman et al. 2020).
-        stop_id: The token that ends the text; it is not returned.
+        stop_id: The token that ends the text; it is not returned. By it, a model with a document mask also knows the
+            documents of the prompt.
         generator: Source of randomness, on the model's device.
     """
     device = model.device
@@ -43,7 +44,8 @@ def generate(
             context = context[-(model.context_length // 2 or 1) :]
             caches, cached = model.new_caches(), 0
         ids = torch.tensor([context[cached:]], device=device)
-        logits = model(ids, caches, start=cached)[0, -1]
+        starts = _document_starts(context, cached, stop_id, device) if model.document_mask else None
+        logits = model(ids, caches, start=cached, document_starts=starts)[0, -1]
         cached = len(context)
         token = draw(logits, temperature, top_p, generator)
         if token == stop_id:
@@ -51,6 +53,16 @@ def generate(
         new.append(token)
         context.append(token)
     return new
+
+
+def _document_starts(context: Sequence[int], first: int, end_id: int | None, device: torch.device) -> Tensor:
+    """Returns where the document of each token from `first` on starts, `(1, tokens)`."""
+    starts, begin = [], 0
+    for place, token in enumerate(context):
+        starts.append(begin)
+        if token == end_id:
+            begin = place + 1
+    return torch.tensor([starts[first:]], device=device)
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:

@@ -14,6 +14,7 @@ from pipeline.model.attention import KeyValueCache as KeyValueCache
 from pipeline.model.attention import RotaryEmbedding, grouped_query_attention
 from pipeline.model.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from pipeline.model.chunked_loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
+from pipeline.model.documents import Layout, document_attention
 
 NORM_EPS = 1e-5
 
@@ -189,7 +190,13 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, variant.norm_eps, device, dtype) if variant.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, variant.norm_eps, device, dtype) if variant.qk_norm else None
 
-    def forward(self, x: Tensor, positions: Tensor | slice | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | slice | None = None,
+        cache: KeyValueCache | None = None,
+        documents: Layout | None = None,
+    ) -> Tensor:
         """Attends within `(..., seq, d_model)`; with a cache, also to the tokens in it.
 
         Args:
@@ -197,6 +204,7 @@ class CausalSelfAttention(nn.Module):
             positions: `(..., seq)`, `(seq,)` or a slice; required with a rope.
             cache: Holds the earlier tokens and takes the new ones. After the first call it takes one token at a
                 time: a longer chunk would need a mask that is causal inside the chunk.
+            documents: Attend only within documents; None if each row is one.
         """
         q, k, v = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
@@ -207,6 +215,9 @@ class CausalSelfAttention(nn.Module):
             q, k = self.rope(q, positions), self.rope(k, positions)
         if cache is not None:
             k, v = cache.extend(k, v)
+        if documents is not None:
+            heads = document_attention(q, k, v, documents, grouped_query_attention)
+            return self.output_proj(heads.transpose(-3, -2).flatten(-2))
         causal = q.shape[-2] > 1
         if causal and q.shape[-2] != k.shape[-2]:
             raise ValueError("a filled cache takes one token at a time")
@@ -253,7 +264,13 @@ class TransformerBlock(nn.Module):
         self.ln2 = RMSNorm(d_model, variant.norm_eps, device, dtype)
         self.ffn = SwiGLU(d_model, d_ff, device, dtype)
 
-    def forward(self, x: Tensor, positions: Tensor | slice, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | slice,
+        cache: KeyValueCache | None = None,
+        documents: Layout | None = None,
+    ) -> Tensor:
         """Maps `(batch, seq, d_model)` to itself."""
-        x = x + self.attn(self.ln1(x), positions, cache)
+        x = x + self.attn(self.ln1(x), positions, cache, documents)
         return x + self.ffn(self.ln2(x))

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from pipeline.model.attention import KeyValueCache, RotaryEmbedding
 from pipeline.model.chunked_loss import LOSS_CHUNK_TOKENS
+from pipeline.model.documents import Layout, document_layout
 from pipeline.model.layers import NORM_EPS, Embedding, LMHead, RMSNorm, TiedHead, TransformerBlock, Variant
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
@@ -28,6 +29,7 @@ _KEPT = [
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_fused_attention_overrideable.default,
+    torch.ops.higher_order.flex_attention,
 ]
 """The operations whose results selective checkpointing keeps: they are most of a block's time."""
 
@@ -70,6 +72,7 @@ class TransformerLM(nn.Module):
         qk_norm: Whether queries and keys are normalized per head.
         norm_eps: Added to the mean square in every norm.
         rope_scaling: Arguments of `scaled_frequencies`.
+        document_mask: Whether the model is trained with attention only within documents.
         device: Where the weights are; on `meta` none is drawn, and the tables of the positions are on the CPU.
         dtype: Of the weights.
     """
@@ -90,11 +93,15 @@ class TransformerLM(nn.Module):
         qk_norm: bool = False,
         norm_eps: float = NORM_EPS,
         rope_scaling: Mapping[str, Any] | None = None,
+        document_mask: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.context_length = context_length
+        self.document_mask = document_mask
+        self.compiled_blocks = False
+        """Whether torch.compile makes the blocks."""
         self.activation_checkpointing: ActivationCheckpointing = "none"
         """What backward recomputes: nothing; each block; or, of each block, all but attention and matrix products."""
         self.loss_chunk_tokens = LOSS_CHUNK_TOKENS
@@ -125,6 +132,8 @@ class TransformerLM(nn.Module):
         caches: Sequence[KeyValueCache] | None = None,
         start: int = 0,
         targets: Tensor | None = None,
+        document_starts: Tensor | None = None,
+        logits_from: int = 0,
     ) -> Any:
         """Returns the logits of the next token at every position; with targets, the `LossParts` instead.
 
@@ -133,6 +142,9 @@ class TransformerLM(nn.Module):
             caches: One key-value cache per layer, for sampling; see `new_caches`.
             start: Position of the first token: the number of tokens in the caches.
             targets: `(batch, seq)` int64, the tokens that follow.
+            document_starts: `(batch, seq)` int64, the position in its row at which the document of each token starts:
+                a token sees only its document, and positions restart with each. Without it each row is one document.
+            logits_from: The first of these tokens whose logits are returned: those of a long prompt take much memory.
 
         Raises:
             ValueError: The sequence extends past the context length.
@@ -140,11 +152,17 @@ class TransformerLM(nn.Module):
         end = start + token_ids.shape[-1]
         if end > self.context_length:
             raise ValueError(f"a sequence of {end} tokens does not fit the context of {self.context_length}")
-        positions = slice(start, end)
+        positions: Tensor | slice = slice(start, end)
+        layout: tuple[Layout, ...] = ()
+        if document_starts is not None:
+            layout = (document_layout(document_starts, start, self.compiled_blocks),)
+            positions = torch.arange(start, end, device=document_starts.device) - document_starts
         x = self.token_embeddings(token_ids)
         for index, layer in enumerate(self.layers):
             block = recomputed(layer, self.activation_checkpointing)
-            x = block(x, positions, caches[index] if caches is not None else None)
+            x = block(x, positions, caches[index] if caches is not None else None, *layout)
+        if logits_from:
+            x = x[:, logits_from:]
         embedding = (self.token_embeddings,) if isinstance(self.lm_head, TiedHead) else ()
         options = (self.loss_chunk_tokens, self.z_loss, self.compiled_loss)
         return self.lm_head(self.ln_final(x), *embedding, targets, *options)

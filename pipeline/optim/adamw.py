@@ -69,6 +69,11 @@ class AdamW(torch.optim.Optimizer):
         It saves clipping its own pass over memory. The step may overwrite the gradients with the quotients.
         """
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters with settings of their own; see `torch.optim.Optimizer`."""
+        # PyTorch's, without its guard against tracing, whose first call imports the compiler: a second of CPU time.
+        torch.optim.Optimizer.add_param_group.__wrapped__(self, param_group)  # type: ignore[attr-defined]
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; returns the loss of the closure, if given."""

@@ -17,10 +17,15 @@ _RNG_STATE = 5056  # bytes; PyTorch keeps one per checkpointed block
 class Activations:
     """Bytes that one micro-batch takes on top of the model's state."""
 
+    block: float
+    """What one block keeps without activation checkpointing, without copies of weights."""
     kept: float
     """What the blocks and the last norm keep for backward."""
+    before_last_block: float
+    """The most in forward before the last block is called."""
     loss: float
-    """What the loss in chunks needs beside it: the gradient of the head in float32, and the logits of a chunk."""
+    """What the loss in chunks needs beside what is kept: the gradient of the head in float32, and the logits of a chunk
+    or, as backward begins, that gradient in the dtype of the weights."""
     head: float
     """What of the loss is still there when backward begins, as the gradient of the head arrives."""
     recomputing: float
@@ -82,9 +87,16 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
     product = (4 * d * rows_at_once if on_cpu else gradient) if bf16 else 0
     rows = 2 * stream * d * tokens  # the normed input and its gradient
     copy = 2 * vocab * d if autocast else 0
-    loss = rows + gradient + copy + logits + product
     head = gradient + (2 * vocab * d if bf16 and not autocast else 0)
+    loss = max(rows + gradient + copy + logits + product, rows / 2 + head)
     recomputing = 0.0
+    # A block's result, or what its feed-forward has at a time: all of it is kept if nothing is recomputed.
+    ahead = {
+        "none": stream * d,
+        "full": stream * d + width * (d + 3 * f),
+        "selective": stream * d + width * (d + 2 * f),
+    }[train.activation_checkpointing]
+    before_last_block = kept - norm - per_block + ahead * tokens
     if train.activation_checkpointing != "none":
         # The block without what is kept of it, its copies, and the gradients that pass back through it; the last norm
         # is done with.
@@ -93,4 +105,4 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
             same += width * (model.d_q + model.d_kv + 2 * f) + 4 * heads
         passing = 2 * stream * d + width * f
         recomputing = kept - norm + block + weight_copies + (passing - same) * tokens
-    return Activations(kept, loss, head, recomputing)
+    return Activations(block, kept, before_last_block, loss, head, recomputing)

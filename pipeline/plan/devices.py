@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.errors import UsageError
 
 GIB = 2.0**30
+
+
+class Products(NamedTuple):
+    """Shares of the peak that runs reach in matrix products."""
+
+    lowest: float
+    """In the slowest runs."""
+    expected: float | None
+    """As calibrated with published runs; None where there are too few."""
+    highest: float
+    """In the fastest runs."""
+
+
+# From the runs of benchmarks/published, on A100, H100 and H200; the GH200 has the H200's chip. Too few were found for
+# other devices: one, on the MI250, gives the lowest share.
+ELSEWHERE = Products(0.25, None, 1.00)
+AMPERE = Products(0.55, 0.90, 1.00)
+HOPPER = Products(0.50, 0.70, 0.85)
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,18 @@ class Device:
     """Bandwidth of the whole node to other nodes, one direction, all adapters together."""
     host_gb_per_s: float
     """Bandwidth to host memory, which limits how fast a save copies."""
+    products: Products = ELSEWHERE
+    """Shares of the peak that runs reach in matrix products."""
+    has_bf16: bool = True
+    """Whether it computes in bf16; if not, PyTorch computes in fp32 and rounds."""
+
+    def lacks(self, precision: str) -> str | None:
+        """Returns what is wrong with a precision that the device does not have; None for one that it has."""
+        if precision != "bf16" or self.has_bf16:
+            return None
+        return (
+            f"a {self.name} has no unit for bf16, so that PyTorch computes in fp32 and rounds: slower, and less exact"
+        )
 
     def flops_per_s(self, precision: str) -> float:
         """Returns the peak for `bf16`, `tf32` or `fp32`."""
@@ -48,16 +79,16 @@ class Device:
 DEVICES = {
     "b200": Device("B200", 178.3, 2250e12, 1125e12, 75e12, 7700, 8, 900, 400, 50),
     "h200-nvl": Device("H200 NVL", 139.8, 835e12, 417e12, 60e12, 4800, 8, 64, 100, 50),
-    "h200": Device("H200", 139.8, 989e12, 494e12, 67e12, 4800, 8, 450, 400, 50),
-    "gh200": Device("GH200", 94.5, 989e12, 494e12, 67e12, 4000, 4, 150, 100, 360),
+    "h200": Device("H200", 139.8, 989e12, 494e12, 67e12, 4800, 8, 450, 400, 50, HOPPER),
+    "gh200": Device("GH200", 94.5, 989e12, 494e12, 67e12, 4000, 4, 150, 100, 360, HOPPER),
     "h100-pcie": Device("H100 PCIe", 79.1, 756e12, 378e12, 51e12, 2000, 8, 64, 100, 50),
     "h100-nvl": Device("H100 NVL", 93.1, 835e12, 417e12, 60e12, 3900, 8, 64, 100, 50),
-    "h100": Device("H100", 79.1, 989e12, 494e12, 67e12, 3350, 8, 450, 400, 50),
-    "a100-40": Device("A100 40GB", 39.4, 312e12, 156e12, 19.5e12, 1555, 8, 300, 200, 25),
-    "a100": Device("A100", 79.1, 312e12, 156e12, 19.5e12, 2039, 8, 300, 200, 25),
+    "h100": Device("H100", 79.1, 989e12, 494e12, 67e12, 3350, 8, 450, 400, 50, HOPPER),
+    "a100-40": Device("A100 40GB", 39.4, 312e12, 156e12, 19.5e12, 1555, 8, 300, 200, 25, AMPERE),
+    "a100": Device("A100", 79.1, 312e12, 156e12, 19.5e12, 2039, 8, 300, 200, 25, AMPERE),
     "l40s": Device("L40S", 44.4, 362e12, 183e12, 91.6e12, 864, 8, 32, 50, 25),
     "a40": Device("A40", 44.4, 150e12, 74.8e12, 37.4e12, 696, 8, 32, 25, 25),
-    "v100": Device("V100", 31.7, 15.7e12, 15.7e12, 15.7e12, 900, 8, 150, 50, 12),
+    "v100": Device("V100", 31.7, 15.7e12, 15.7e12, 15.7e12, 900, 8, 150, 50, 12, has_bf16=False),
     "mi300x": Device("MI300X", 192.0, 1307e12, 653e12, 163e12, 5300, 8, 448, 400, 50),
     "mi250x": Device("MI250X", 64.0, 191.5e12, 23.9e12, 23.9e12, 1638, 8, 50, 100, 25),
     # One server core: two 256-bit FMA units at 3 GHz; bfloat16 is no faster without AMX. Memory belongs to the node.

@@ -1,7 +1,7 @@
 """How much memory a process needs: what this engine keeps, and when the peak occurs (docs/scaling.md).
 
 Every figure is counted from the code, in bytes: train/engine and DeepSpeed's ZeRO optimizers for the state and the
-buffers, `activations.py` for the rest. tests/plan/test_memory.py measures them.
+buffers (`buffers.py`), `activations.py` for the rest. tests/plan/test_memory.py measures them.
 """
 
 from __future__ import annotations
@@ -10,15 +10,23 @@ from dataclasses import dataclass
 
 from pipeline.config.model_section import ModelConfig
 from pipeline.config.sections import Config
-from pipeline.model.flops import block_matrices, block_vectors, elements, num_parameters, parameter_counts
+from pipeline.model.flops import num_parameters
 from pipeline.plan.activations import Activations, activations, working_bytes
+from pipeline.plan.buffers import (
+    REDUCE_ELEMENTS,
+    block_elements,
+    bucket_bytes,
+    gathered,
+    keeps_gathered,
+    largest_of_block,
+    overlaps_reduction,
+    persistent_elements,
+    reducing,
+    summed,
+    zero_setting,
+)
 
-# DeepSpeed's defaults, in elements; `deepspeed.zero_optimization` in the config can change them.
-REDUCE_ELEMENTS = 500_000_000
-LIVE_ELEMENTS = 1_000_000_000
-PREFETCH_ELEMENTS = 50_000_000
-_UPDATED_ELEMENTS = 1_000_000_000
-_PERSISTENT = 100_000
+_UPDATED_ELEMENTS = 1_000_000_000  # DeepSpeed's default of `sub_group_size`
 CHECKPOINT_BYTES = 12  # per parameter: weight and two moments in float32
 
 
@@ -137,93 +145,74 @@ def _moments(
     """Returns the bytes at each moment of a step at which the peak can be, and the bytes of buffers."""
     model, total = config.model, num_parameters(config.model)
     width, left, bf16 = state.width, state.left, state.width == 2
-    head, block = width * model.vocab_size * model.d_model, width * _block(model)
+    head, block = width * model.vocab_size * model.d_model, width * block_elements(model)
     # Of the gradients of the last block and the head: one weight's only, if each is added or handed on.
-    handed_on = width * model.d_model * max(model.d_q, model.d_ff)
-    recomputing = acts.recomputing and acts.recomputing + (handed_on if left or stage >= 2 else head + block)
+    handed_on = width * largest_of_block(model)
+    # Autograd holds a tied head's gradient until it has the embedding's, at the end of backward, and adds them up.
+    tied = head if model.tie_embeddings else 0
+    recomputing = acts.recomputing and acts.recomputing + (handed_on + tied if left or stage >= 2 else head + block)
+    both = left + 2 * tied if left else state.gradients + tied  # at stages 0 and 1, with all other gradients
     if stage == 0:
-        reducing = 4.0 * min(total, REDUCE_ELEMENTS) if ranks > 1 else 0.0
+        copy = 4.0 * min(total, REDUCE_ELEMENTS) if ranks > 1 else 0.0
         return {
             "loss": base + left + acts.kept + acts.loss,
             "recomputation": base + left + recomputing,
-            "reduction": base + state.gradients + reducing,
+            "reduction": base + state.gradients + copy,
             "optimizer step": base + state.gradients,
-        }, reducing
-    bucket = _bucket(config, total, width, on_cpu)
+            "last gradients": base + both,
+        }, copy
+    bucket = bucket_bytes(config, total, width, on_cpu)
     if stage == 3:
-        whole = width * _persistent(model, zero_setting(config, "stage3_param_persistence_threshold", _PERSISTENT))
-        live, arriving = _gathered(config, width)
+        whole = width * persistent_elements(config)
+        live, live_blocks, message, prefetched = gathered(config, width)
         block = min(block, int(live))  # nothing is gathered where every weight is kept whole
+        again = 0.0 if keeps_gathered(config) else max(prefetched, block)
         node_ranks = zero_setting(config, "zero_hpz_partition_size", 1)
         second = width * total / node_ranks if node_ranks > 1 else 0.0
         base += bucket + whole + second
         shares = 4 * head / width / ranks if bf16 else 0.0  # the head's gradient, reduced, in float32
+        first = max(acts.head, tied + handed_on) if tied else 2 * head + shares
         return {
             "loss": base + live + acts.kept + acts.loss,
-            "first gradients": base + live + arriving + acts.kept + 2 * head + shares,
-            "gathering": base + live + block + acts.kept,
-            "recomputation": base + live + max(arriving, block) + recomputing,
+            "first gradients": base + live + min(prefetched, again) + acts.kept + first,
+            # A message lies in memory until the last of its weights is used: the head's, or of the last block.
+            "gathering": base + live + max(message, block) + (acts.before_last_block if tied else acts.kept),
+            "recomputation": base + live_blocks + again + recomputing,
             "optimizer step": base + 4.0 * min(state.own, zero_setting(config, "sub_group_size", _UPDATED_ELEMENTS)),
-        }, bucket + whole + second + live + max(arriving, block)
+            "last gradients": base + live + 2 * tied + shares,
+        }, bucket + whole + second + live + max(message, again)
     if overlaps_reduction(config, stage):
         bucket *= 2
     base_and_left = base + left
     if stage == 1:
         # The gradients of this rank's part are copied together; float32 ones once more for the step.
         step = state.own * (2 + 2 + 4 if bf16 else 4 + 4)
+        # They are reduced from the embedding on. Those in the bucket have left the place where they were computed.
+        size = zero_setting(config, "reduce_bucket_size", REDUCE_ELEMENTS)
+        overlaps = overlaps_reduction(config, stage)
+        moved = 0 if overlaps or model.vocab_size * model.d_model > size else width * min(size, total)
         return {
             "loss": base_and_left + (bucket if left else 0.0) + acts.kept + acts.loss,
             "recomputation": base_and_left + (bucket if left else 0.0) + recomputing,
-            "reduction": base + state.gradients + width * state.own + bucket,
+            "reduction": base + state.gradients + width * state.own + max(0.0, bucket - moved),
             "optimizer step": base + step,
+            "last gradients": base + bucket + both,
         }, bucket
-    # A rank allocates its whole part of the gradients when the first of them arrives: on the rank that owns the last
-    # layers, while all activations are still held. Float32 ones are added to those of the micro-batches before.
+    # A rank allocates its whole part of the gradients when the first of them is reduced: on the rank that owns the last
+    # layers, while most activations are still held. Float32 ones are added to those of the micro-batches before.
     early = state.gradients if not (bf16 and left) else 0.0
+    table = model.vocab_size * model.d_model
+    base_and_bucket = base_and_left + bucket
+    # The first gradients are those of an untied head, or else of the last block.
+    first = tied + handed_on + summed(largest_of_block(model), state.own, width) if tied else early + acts.head
     return {
         "loss": base_and_left + acts.kept + acts.loss,
-        "first gradients": base_and_left + early + bucket + acts.kept + acts.head,
-        "recomputation": base_and_left + early + bucket + recomputing,
+        "first gradients": base_and_bucket + acts.kept + first,
+        "reduction": base_and_bucket + tied + handed_on + reducing(config, width, state.own, early, acts.kept),
+        "recomputation": base_and_bucket + early + recomputing,
         "optimizer step": base + state.gradients * (1 if bf16 else 2),
+        "last gradients": base_and_bucket + early + tied + max(tied, summed(table, state.own, width)),
     }, bucket
-
-
-def overlaps_reduction(config: Config, stage: int) -> bool:
-    """Returns whether gradients are reduced beside backward: by DeepSpeed's default at stage 3, never at stage 0."""
-    overlap = config.train.overlap_comm
-    return stage == 3 if overlap is None else overlap and stage > 0
-
-
-def _bucket(config: Config, total: int, width: int, on_cpu: bool) -> float:
-    """Returns the bytes of the buffer in which gradients are reduced, and of its copy for a wider reduction."""
-    size = zero_setting(config, "reduce_bucket_size", REDUCE_ELEMENTS)
-    filled = min(total, size)
-    copied = 4.0 * filled if reduced_bytes(config, width) > width else 0.0
-    return width * (filled if on_cpu else size) + copied  # a host does not provide memory that is never written
-
-
-def reduced_bytes(config: Config, width: int) -> int:
-    """Returns the bytes that a gradient has while it is reduced."""
-    return 4 if config.deepspeed.get("communication_data_type") == "fp32" else width
-
-
-def _gathered(config: Config, width: int) -> tuple[float, float]:
-    """Returns the bytes of the weights that ZeRO-3 holds gathered, and of those that arrive.
-
-    What arrives lies in one buffer and is copied out of it.
-    """
-    model = config.model
-    parts = num_parameters(model) - _persistent(
-        model, zero_setting(config, "stage3_param_persistence_threshold", _PERSISTENT)
-    )
-    largest = max(model.vocab_size * model.d_model, _block(model))
-    if parts == 0:
-        return 0.0, 0.0
-    live = max(largest, min(parts, zero_setting(config, "stage3_max_live_parameters", LIVE_ELEMENTS)))
-    tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
-    blocks = max(0, parts - tables)
-    arriving = min(blocks, zero_setting(config, "stage3_prefetch_bucket_size", PREFETCH_ELEMENTS))
-    return float(width * live), float(width * arriving)
 
 
 def _starting(model: ModelConfig, stage: int, ranks: int, width: int) -> float:
@@ -238,21 +227,6 @@ def _starting(model: ModelConfig, stage: int, ranks: int, width: int) -> float:
     return float(width * total) if stage else 0.0
 
 
-def zero_setting(config: Config, key: str, default: int) -> int:
-    """Returns a DeepSpeed ZeRO setting of the config, or DeepSpeed's default."""
-    return int(config.deepspeed.get("zero_optimization", {}).get(key, default))
-
-
 def checkpoint_bytes(config: Config) -> int:
     """Returns the bytes of one checkpoint, all ranks together, without the kilobytes of its manifest and headers."""
     return CHECKPOINT_BYTES * num_parameters(config.model)
-
-
-def _block(model: ModelConfig) -> int:
-    """Returns the elements of a block's weights."""
-    return elements(block_matrices(model)) + elements(block_vectors(model))
-
-
-def _persistent(model: ModelConfig, threshold: int) -> int:
-    """Returns the number of elements in parameters so small that ZeRO-3 keeps them whole."""
-    return elements(count for count in parameter_counts(model) if count.elements < threshold)

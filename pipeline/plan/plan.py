@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.sections import Config
+from pipeline.model.flops import flops_per_token
 from pipeline.plan.devices import GIB, Device
 from pipeline.plan.failure_model import Failures
-from pipeline.plan.memory import Memory, checkpoint_bytes, overlaps_reduction, process_memory
-from pipeline.plan.step_time import ARITHMETIC, LINKS, Network, StepTime, step_time
+from pipeline.plan.memory import Memory, checkpoint_bytes, process_memory
+from pipeline.plan.step_time import Network, expected_step_time, step_time_bounds
 
 # On top of what PyTorch allocates: the context of CUDA or ROCm, NCCL's buffers, and what the allocator cannot use.
 RESERVE_BYTES = 1 * GIB
@@ -43,6 +44,8 @@ class Cluster:
     """Mean hours until one node fails and ends its job."""
     restart_s: float = 300.0
     """Seconds from a failure to the first new step."""
+    price_per_device_hour: float | None = None
+    """What an hour of one device costs, in any currency; None if nobody asks."""
 
     @property
     def on_cpu(self) -> bool:
@@ -54,8 +57,26 @@ Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What published runs on such devices lead one to expect."""
+
+    step_s: float
+    """Seconds per step."""
+    tokens_per_s: float
+    """Tokens per second, all devices together."""
+    mfu: float
+    """Share of the devices' peak that goes into the model's own arithmetic."""
+    days: float
+    """Days until `max_iters`, failures included."""
+    device_hours: float
+    """Hours of all devices in those days."""
+    cost: float | None
+    """What they cost; None without a price."""
+
+
+@dataclass(frozen=True)
 class PlanRow:
-    """Expectations for one number of nodes; a range is (lowest, highest)."""
+    """Estimates for one number of nodes; a range is (lowest, highest)."""
 
     nodes: int
     """Number of nodes."""
@@ -75,10 +96,22 @@ class PlanRow:
     """Seconds of a step's collectives."""
     tokens_per_s: Range
     """Tokens per second, all devices together."""
+    tokens_per_device_s: Range
+    """Tokens per second of each device."""
     efficiency: Range
     """Share of a step in which devices compute."""
+    mfu: Range
+    """Share of the devices' peak that goes into the model's own arithmetic, recomputation not counted."""
     days: Range
     """Days until `max_iters`, failures included."""
+    node_hours: Range
+    """Hours of all nodes in those days."""
+    device_hours: Range
+    """Hours of all devices in those days."""
+    cost: Range | None
+    """What the devices' hours cost; None without a price."""
+    expected: Expected | None
+    """What lies between these bounds, as expected; None where too few runs were published."""
     checkpoint_gb: float
     """Size of a checkpoint."""
     save_s: float
@@ -130,9 +163,13 @@ def _row(config: Config, nodes: int, cluster: Cluster) -> PlanRow:
     batch = shared_batch(config, ranks)
     grown = config.model_copy(update={"train": train.model_copy(update={"batch_size": batch})})
     memory = process_memory(grown, ranks, on_cpu=cluster.on_cpu)
-    times = _times(grown, cluster.device, network, batch)
+    times = step_time_bounds(grown, cluster.device, network, batch)
     fastest, slowest = times[0], times[-1]
+    likely = expected_step_time(grown, cluster.device, network, batch)
     tokens = batch * config.model.context_length
+    rates = (tokens / slowest.total_s, tokens / fastest.total_s)
+    # Useful seconds at the peak, over the seconds that the devices are held.
+    useful = flops_per_token(config.model) / cluster.device.flops_per_s(train.precision) / ranks
     size = checkpoint_bytes(config)
     failures = Failures(
         mtbf_s=cluster.mtbf_node_hours * 3600 / nodes,
@@ -140,10 +177,19 @@ def _row(config: Config, nodes: int, cluster: Cluster) -> PlanRow:
         stall_s=size / ranks / (cluster.device.host_gb_per_s * 1e9),
         save_s=save_seconds(config, ranks, cluster.storage_gb_per_s),
     )
-    typical = (fastest.total_s * slowest.total_s) ** 0.5
+    typical = likely.total_s if likely else (fastest.total_s * slowest.total_s) ** 0.5
     best = failures.best_interval_s()
     goodput = failures.goodput(train.checkpoint_interval * typical)
-    days = [train.max_iters * t.total_s / max(goodput, 1e-9) / 86400 for t in (fastest, slowest)]
+    hours_per_second = train.max_iters / max(goodput, 1e-9) / 3600  # of a step
+    hours = [hours_per_second * t.total_s for t in (fastest, slowest)]
+    device_hours = _range([ranks * h for h in hours])
+    price = cluster.price_per_device_hour
+    expected = None
+    if likely is not None:
+        rate, likely_hours = tokens / likely.total_s, hours_per_second * likely.total_s
+        likely_cost = None if price is None else price * ranks * likely_hours
+        shares = (rate, useful * rate, likely_hours / 24, ranks * likely_hours)
+        expected = Expected(likely.total_s, *shares, likely_cost)
     memory_gib = cluster.device.memory_gib
     return PlanRow(
         nodes=nodes,
@@ -154,9 +200,15 @@ def _row(config: Config, nodes: int, cluster: Cluster) -> PlanRow:
         fits=fits_device(memory, memory_gib) if memory_gib else None,
         step_s=(fastest.total_s, slowest.total_s),
         communication_s=_range([t.communication_s for t in times]),
-        tokens_per_s=(tokens / slowest.total_s, tokens / fastest.total_s),
+        tokens_per_s=rates,
+        tokens_per_device_s=_range([rate / ranks for rate in rates]),
         efficiency=_range([t.efficiency for t in times]),
-        days=(days[0], days[1]),
+        mfu=_range([useful * rate for rate in rates]),
+        days=_range([h / 24 for h in hours]),
+        node_hours=_range([nodes * h for h in hours]),
+        device_hours=device_hours,
+        cost=None if price is None else _range([price * h for h in device_hours]),
+        expected=expected,
         checkpoint_gb=size / 1e9,
         save_s=failures.save_s,
         mtbf_hours=failures.mtbf_s / 3600,
@@ -164,17 +216,6 @@ def _row(config: Config, nodes: int, cluster: Cluster) -> PlanRow:
         goodput=goodput,
         best_goodput=failures.goodput(best),
     )
-
-
-def _times(config: Config, device: Device, network: Network, batch: int) -> list[StepTime]:
-    """Returns step times at the ends of the attainable ranges, fastest first; only the best links overlap."""
-    overlaps = overlaps_reduction(config, config.train.zero_stage)
-    times = [
-        step_time(config, device, network, batch, arithmetic, links, overlaps and links == max(LINKS))
-        for arithmetic in ARITHMETIC
-        for links in LINKS
-    ]
-    return sorted(times, key=lambda t: t.total_s)
 
 
 def _range(values: Sequence[float]) -> Range:

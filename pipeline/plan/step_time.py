@@ -1,7 +1,8 @@
-"""How long a training step takes on many devices: arithmetic, optimizer traffic, ring collectives (docs/scaling.md).
+"""How long a training step takes on many devices: arithmetic, memory traffic, ring collectives (docs/scaling.md).
 
-It covers data parallelism, the only kind this engine has. The results are bounds, not predictions: they follow from the
-lowest and the highest share of each rated figure that published runs have reached.
+It covers data parallelism, the only kind this engine has. The shares of the rated figures that a run reaches come from
+published runs: what the slowest and the fastest reach gives bounds, what a calibration found gives an expectation
+(`python -m benchmarks.published`).
 """
 
 from __future__ import annotations
@@ -9,23 +10,44 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pipeline.config.sections import Config
-from pipeline.model.flops import flops_per_token, num_parameters
-from pipeline.plan.activations import working_bytes
+from pipeline.model.flops import block_matrices, elements, flops_per_token, num_parameters
+from pipeline.plan.activations import activations, working_bytes
+from pipeline.plan.buffers import REDUCE_ELEMENTS, keeps_gathered, overlaps_reduction, reduced_bytes, zero_setting
 from pipeline.plan.devices import Device
-from pipeline.plan.memory import LIVE_ELEMENTS, REDUCE_ELEMENTS, reduced_bytes, zero_setting
 
-# Attainable shares of the rated figures, (lowest, highest): arithmetic from 30% (Megatron-Turing NLG) to 55% (the best
-# of Chowdhery et al. 2022, table 3, and Touvron et al. 2023); links from what NCCL's tests reach.
-ARITHMETIC = (0.30, 0.55)
-LINKS = (0.60, 0.95)
 # Seconds that a message takes between ring neighbors: NCCL's tuning table, Ring/Simple.
 LATENCY_INTRA_S = 3.4e-6
 LATENCY_INTER_S = 14e-6
+# Bytes that norms, activation functions, residuals and the loss move, per byte that a block keeps and per byte of bf16
+# logits. torch.compile fuses half of them away.
+TRAFFIC = 14
+TRAFFIC_COMPILED = 7
+# Bytes that stage 3 moves per parameter and micro-batch: weights and gradients are copied out of and into the buffers
+# of their messages, widened and added.
+TRAFFIC_STAGE_3 = 45
 # Bytes that the optimizer step moves per element: the norm reads the gradient (4); the fused update reads and writes
 # weight and moments (24), reads the gradient and writes it back, divided (8). From stage 1 on, DeepSpeed also copies
 # gradients together (8) and the new float32 weight to the working weight (8 in float32, 6 in bf16).
 UPDATE_BYTES = 36
 UPDATE_BYTES_PARTITIONED = 52
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a run reaches of the rated figures."""
+
+    products: float
+    """Share of the device's peak in matrix products."""
+    links: float
+    """Share of the rated bandwidths."""
+    hidden: float
+    """Share of the communication that computation can hide, where the engine overlaps the two."""
+    traffic: float
+    """What forward and backward move in memory, as a multiple of what is expected."""
+
+
+# Links, what is hidden of their time, and traffic. The links are what NCCL's tests reach.
+SLOW, LIKELY, FAST = (0.60, 0.0, 1.5), (0.80, 0.9, 1.0), (0.95, 1.0, 0.8)
 
 
 @dataclass(frozen=True)
@@ -102,9 +124,7 @@ def step_volumes(config: Config, micro_batches: int, stage: int | None = None) -
     if stage < 3:
         times = micro_batches if stage == 2 else 1
         return Volumes(all_reduce=(times * reduced, times * buckets), all_gather=(size, buckets))
-    kept = total <= min(
-        zero_setting(config, key, LIVE_ELEMENTS) for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance")
-    )
+    kept = keeps_gathered(config)
     once = (micro_batches * size, micro_batches * (1 if kept else model.num_layers + 2))
     scattered = (micro_batches * reduced, micro_batches * buckets)
     if kept:
@@ -133,9 +153,25 @@ class StepTime:
         return self.compute_s / self.total_s
 
 
-def step_time(
-    config: Config, device: Device, network: Network, batch_size: int, arithmetic: float, links: float, overlaps: bool
-) -> StepTime:
+def step_time_bounds(config: Config, device: Device, network: Network, batch_size: int) -> list[StepTime]:
+    """Returns the step times at the ends of what published runs reach, fastest first."""
+    times = [
+        step_time(config, device, network, batch_size, Reached(products, *rest))
+        for products in (device.products.lowest, device.products.highest)
+        for rest in (SLOW, FAST)
+    ]
+    return sorted(times, key=lambda time: time.total_s)
+
+
+def expected_step_time(config: Config, device: Device, network: Network, batch_size: int) -> StepTime | None:
+    """Returns the step time that published runs lead one to expect; None if too few are known: all are in bf16."""
+    products = device.products.expected
+    if products is None or config.train.precision != "bf16":
+        return None
+    return step_time(config, device, network, batch_size, Reached(products, *LIKELY))
+
+
+def step_time(config: Config, device: Device, network: Network, batch_size: int, reached: Reached) -> StepTime:
     """Returns the time of one step.
 
     Args:
@@ -143,20 +179,15 @@ def step_time(
         device: The device of every rank.
         network: Nodes and links.
         batch_size: Sequences in the global batch; divisible by ranks and micro-batch.
-        arithmetic: Attainable share of the device's peak.
-        links: Attainable share of the rated bandwidths.
-        overlaps: Whether communication overlaps with computation as far as it can.
+        reached: What the run reaches of the rated figures.
     """
-    train, model = config.train, config.model
-    share = batch_size // network.ranks
-    per_token = flops_per_token(model)
-    # Recomputing all of forward adds a third, selectively next to nothing; the published shares count useful work only.
-    recomputed = 4 / 3 if train.activation_checkpointing == "full" else 1.0
-    compute = per_token * recomputed * share * model.context_length / (device.flops_per_s(train.precision) * arithmetic)
-    own = num_parameters(model) / (network.ranks if train.zero_stage else 1)
+    train = config.train
+    micro_batches = batch_size // network.ranks // train.micro_batch_size
+    compute = micro_batches * _micro_batch_s(config, device, reached)
+    own = num_parameters(config.model) / (network.ranks if train.zero_stage else 1)
     moved = UPDATE_BYTES_PARTITIONED if train.zero_stage else UPDATE_BYTES
     update = moved * own / (device.memory_gb_per_s * 1e9)
-    volumes = step_volumes(config, share // train.micro_batch_size)
+    volumes = step_volumes(config, micro_batches)
     node = replace(network, nodes=1)
     rings = (
         (volumes.all_reduce, 2, network),
@@ -165,7 +196,26 @@ def step_time(
         (volumes.node_all_gather, 1, node),
     )
     communication = sum(
-        passes * calls * where.ring_s(size / calls, links) for (size, calls), passes, where in rings if calls
+        passes * calls * where.ring_s(size / calls, reached.links) for (size, calls), passes, where in rings if calls
     )
-    exposed = max(0.0, communication - compute) if overlaps else communication
+    hidden = reached.hidden if overlaps_reduction(config, train.zero_stage) else 0.0
+    exposed = max((1 - hidden) * communication, communication - compute)
     return StepTime(compute, update, communication, compute + update + exposed)
+
+
+def _micro_batch_s(config: Config, device: Device, reached: Reached) -> float:
+    """Returns the seconds of forward and backward: matrix products at a share of the peak, and what the rest moves."""
+    model, train = config.model, config.train
+    stage = train.zero_stage
+    tokens = train.micro_batch_size * model.context_length
+    flops = float(flops_per_token(model))
+    moved = model.num_layers * activations(config, stage).block
+    if train.activation_checkpointing != "none":
+        moved *= 4 / 3
+    if train.activation_checkpointing == "full":  # forward of the blocks; the loss computes its gradients in forward
+        flops += 2 * model.num_layers * (elements(block_matrices(model)) + 2 * model.d_q * model.context_length)
+    moved = (TRAFFIC_COMPILED if train.compile else TRAFFIC) * (moved + 2 * model.vocab_size * tokens)
+    if stage == 3:
+        moved += TRAFFIC_STAGE_3 * num_parameters(model)
+    products_s = tokens * flops / (device.flops_per_s(train.precision) * reached.products)
+    return products_s + reached.traffic * moved / (device.memory_gb_per_s * 1e9)

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.data_sections import DataConfig
 from pipeline.config.load import CONFIG, dump_config, parse_config
 from pipeline.config.sections import Config
 from pipeline.errors import UsageError, listing
 from pipeline.files import naming, write_json, write_text
-from pipeline.run.records import EVALUATION, PROVENANCE, Evaluation, read_checked
+from pipeline.optim.schedule import learning_rates
+from pipeline.run.events import EventLog, RolledBack
+from pipeline.run.records import EVALUATION, PROVENANCE, Evaluation, Origin, read_checked
 from pipeline.text_format import located
 
 # What the weights after step t are a function of. Everything else (intervals, ZeRO stage, precision,
-# micro-batch, device, tracking ...) may change between two starts of one run.
+# micro-batch, device, tracking ...) may change between two starts of one run; the schedule and the phases of the data
+# may as far as they lie ahead.
 _FIXED_SECTIONS = ("tokenizer", "model", "init")
 _FIXED_FIELDS = {
-    "data": ("path", "order", "mixing"),
+    "data": ("path", "order", "mixing", "packing"),
     "train": ("batch_size", "seed"),
     "optimizer": (
         "learning_rate",
-        "min_learning_rate",
         "warmup_iters",
-        "cosine_cycle_iters",
         "weight_decay",
         "decay_norms",
         "betas",
@@ -35,12 +38,20 @@ _FIXED_FIELDS = {
 }
 
 
+_RUNS_DIR = str(Config.model_fields["runs_dir"].default)
 CHECKPOINT_MANIFEST = "manifest.json"
+_STEP = re.compile(r"step_([0-9]{8,15})")
 
 
 def step_name(step: int) -> str:
     """Returns the folder name of the checkpoint after this many steps."""
     return f"step_{step:08d}"
+
+
+def step_in(name: str) -> int | None:
+    """Returns the step that the name of a folder claims; None if it is not that of a published checkpoint."""
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 class _Below:
@@ -102,18 +113,44 @@ class Run:
     """A copy of the submitted code, so that editing the checkout cannot change a queued job."""
     exports = _Below("export")
     """Models in the formats of other programs."""
+    profiles = _Below("profiles")
+    """Traces that `pipeline profile` asked for: one folder per request."""
+    profile_request = _Below("profiles/request.json")
+    """What `pipeline profile` asks of the training; removed when it is answered."""
+    hangs = _Below("hangs")
+    """Stacks and collectives of all ranks: one folder per step in which the ranks hung."""
     evaluation_file = _Below("evaluation.json")
     """The result of the last `pipeline evaluate`."""
+    evaluations = _Below("evaluations")
+    """The results of tasks; `run/evaluations.py` knows the files."""
     launch = _Below("launch")
     """Batch scripts, submitit's files and the two files below."""
     jobs_file = _Below("launch/jobs.json")
     """The Slurm jobs that were submitted for the run."""
+    evaluation_jobs_file = _Below("launch/evaluation_jobs.json")
+    """The Slurm jobs that evaluate checkpoints while training continues."""
     attempts_file = _Below("launch/attempts.jsonl")
     """The outcome of every attempt of a job: one line per record."""
+    branches_file = _Below("launch/branches.json")
+    """The runs that decay from checkpoints of this one."""
     logs = _Below("logs")
     """Output of jobs: one folder per Slurm job, one file per attempt and rank."""
     report_file = _Below("report.html")
     """The self-contained report page."""
+    tensorboard = _Below("tensorboard")
+    """The metrics as an event file for TensorBoard."""
+    wandb = _Below("wandb")
+    """The metrics as an offline run of Weights & Biases."""
+    sweep_file = _Below("sweep.json")
+    """Only in a sweep's folder, which is no run: names its runs."""
+
+    def meeting_file(self, start: str) -> Path:
+        """Returns the file through which the ranks of a start find each other; it exists only until they have."""
+        return self.launch / f"meeting_{start}.json"
+
+    def evaluation_lock(self, step: int) -> Path:
+        """Returns the file that is locked while tasks are evaluated on a checkpoint."""
+        return self.tracking / f"evaluate.{step_name(step)}.lock"
 
     def config(self) -> Config:
         """Returns the config that the run was created with."""
@@ -133,6 +170,11 @@ class Run:
             return []
         return list(read_checked(self.provenance_file, self.path, PROVENANCE)["starts"])
 
+    def origin(self) -> Origin | None:
+        """Returns what the run started from, as its newest start recorded it; None if its weights were drawn."""
+        found = [start["init"] for start in self.provenance() if start.get("init")]
+        return found[-1] if found else None
+
     def evaluation(self) -> Evaluation | None:
         """Returns the result of the last `pipeline evaluate`; None without one."""
         if not self.evaluation_file.exists():
@@ -149,19 +191,28 @@ def run_for(config: Config) -> Run:
     return Run(Path(config.runs_dir) / config.name)
 
 
-def open_run(path: str | Path) -> Run:
-    """Returns the existing run in a folder.
+def open_run(named: str | Path) -> Run:
+    """Returns the existing run that is named by its folder, by its name below `runs`, or by its config file.
 
     Raises:
-        UsageError: There is no run at this place.
+        UsageError: There is no such run, or the config file is wrong.
     """
-    run = Run(Path(path))
-    if run.config_file.is_file():
-        return run
-    parent = Path(path) if Path(path).is_dir() else Path(path).parent
+    path = Path(named)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        found = [Run(path.parent)] if path.name == "config.yaml" else []
+        found.append(run_for(parse_config(CONFIG.read(path), source=str(path))))
+        missing = f"{path}: its run, {found[-1].path}, does not exist yet; `pipeline train {path}` begins it"
+    else:
+        found = [Run(path)]
+        if len(path.parts) == 1:
+            found.append(Run(Path(_RUNS_DIR) / path))
+        missing = f"{located(path)}: is not a run folder (it has no config.yaml)"
+    existing = next((run for run in found if run.config_file.is_file()), None)
+    if existing is not None:
+        return existing
+    parent = found[-1].path.parent if not path.is_dir() else path
     near = sorted(str(p.parent) for p in parent.glob("*/config.yaml"))
-    hint = f"; runs beside it: {', '.join(near)}" if near else ""
-    raise UsageError(f"{located(path)}: is not a run folder (it has no config.yaml){hint}")
+    raise UsageError(missing + (f"; runs there: {', '.join(near)}" if near else ""))
 
 
 def create_run(config: Config) -> Run:
@@ -193,6 +244,46 @@ def _refuse_other_experiment(run: Run, config: Config) -> None:
         for field in _FIXED_FIELDS.get(section, type(before).model_fields)
         if getattr(before, field) != getattr(after, field)
     ]
+    changed += [*_changed_mixture(run, old.data, new.data), *_changed_rates(run, old, new)]
     if changed:
         title = f"{run.path}: this run exists with other settings; resuming with these would train a different model:"
-        raise UsageError(listing(title, changed, "Give the new experiment another `name`, or remove the folder."))
+        cure = "Give the new experiment another `name` (`init.from` continues from a checkpoint), or remove the folder."
+        raise UsageError(listing(title, changed, cure))
+
+
+def _changed_rates(run: Run, old: Config, new: Config) -> list[str]:
+    """Returns how the learning rates of the steps that the run has taken differ; those ahead may change."""
+    if (old.optimizer, old.train.max_iters) == (new.optimizer, new.train.max_iters):
+        return []
+    before, after = (learning_rates(config.optimizer, config.train.max_iters) for config in (old, new))
+    taken = newest_step(run.checkpoints)
+    first = next((step for step in range(taken) if before(step) != after(step)), None)
+    if first is None:
+        return []
+    return [
+        f"schedule: the learning rate of step {first} was {before(first):.3g} and would have been {after(first):.3g}; "
+        f"only a run that has taken no more than {first} steps may have it"
+    ]
+
+
+def _changed_mixture(run: Run, old: DataConfig, new: DataConfig) -> list[str]:
+    """Returns how the mixtures of the batches that the run has drawn differ; those ahead may change."""
+    rolled_back = EventLog.load(run.events_file).last(RolledBack)
+    drawn = newest_step(run.checkpoints) + len(rolled_back.skipped if rolled_back else [])
+    before, after = ([p.model_dump() for p in data.schedule() if p.from_step < drawn] for data in (old, new))
+    if before == after:
+        return []
+    return [f"weights of the sources before step {drawn}: {before or 'none'} in the run, {after or 'none'} asked for"]
+
+
+def newest_step(checkpoints: Path) -> int:
+    """Returns the step of the newest published checkpoint, damaged or not; 0 without one.
+
+    Raises:
+        OSError: The folder cannot be listed.
+    """
+    try:
+        names = os.listdir(checkpoints)  # noqa: PTH208  # names only
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    return max((step for name in names if (step := step_in(name)) is not None), default=0)

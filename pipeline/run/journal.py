@@ -16,7 +16,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Self
 
-from pipeline.files import fsync_file, naming, open_regular, write_bytes
+from pipeline.files import fsync_file, naming, of_file, open_regular, write_bytes
 
 _BLOCK = 1 << 20
 _LONGEST_LINE = 16 << 20
@@ -190,24 +190,40 @@ class Writer:
 
     def __init__(self, path: Path) -> None:
         repair(path)
+        self._path = path
+        self._torn: int | None = None  # where a part of a line begins that could not be cut off yet
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
 
     def write(self, raw: bytes) -> None:
         """Appends complete lines with one write.
 
         Raises:
-            OSError: The disk is full or failing; no part of the lines stays in the file.
+            OSError: The disk is full or failing; no part of the lines stays in the file once it can be written again.
         """
-        before = os.fstat(self._fd).st_size
-        written = os.write(self._fd, raw)
-        if written != len(raw):
-            os.ftruncate(self._fd, before)
-            raise _disk_full()
+        with of_file(self._path):
+            self._cut()
+            self._torn = os.fstat(self._fd).st_size
+            if os.write(self._fd, raw) != len(raw):
+                self._cut()
+                raise _disk_full()
+            self._torn = None
+
+    def _cut(self) -> None:
+        if self._torn is not None:
+            os.ftruncate(self._fd, self._torn)
+            self._torn = None
 
     def close(self) -> None:
-        """Makes the file durable and closes it."""
-        os.fsync(self._fd)
-        os.close(self._fd)
+        """Makes the file durable and closes it.
+
+        Raises:
+            OSError: It may not be durable; it is closed.
+        """
+        with of_file(self._path):
+            try:
+                os.fsync(self._fd)
+            finally:
+                os.close(self._fd)
 
     def __enter__(self) -> Self:
         return self
@@ -226,13 +242,14 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         OSError: It cannot be written completely; readers ignore the part that was written.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
-    try:
-        before = os.fstat(fd).st_size
-        # With several writers a torn end cannot be cut off: a newline closes it, and readers skip it.
-        torn = before > 0 and os.pread(fd, 1, before - 1) != b"\n"
-        raw = (b"\n" if torn else b"") + encode(record)
-        if os.write(fd, raw) != len(raw):
-            raise _disk_full()
-    finally:
-        os.close(fd)
+    with of_file(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+        try:
+            before = os.fstat(fd).st_size
+            # With several writers a torn end cannot be cut off: a newline closes it, and readers skip it.
+            torn = before > 0 and os.pread(fd, 1, before - 1) != b"\n"
+            raw = (b"\n" if torn else b"") + encode(record)
+            if os.write(fd, raw) != len(raw):
+                raise _disk_full()
+        finally:
+            os.close(fd)

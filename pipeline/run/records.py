@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar, cast
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
+from pipeline.config.messages.values import first_problem
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.text_format import printable
@@ -22,14 +23,58 @@ class _Image(TypedDict):
     sha256: str | None
 
 
+# `from` cannot be written as a field: it is a keyword.
+Ancestor = TypedDict("Ancestor", {"from": str, "digest": str, "step": NotRequired[_Count], "what": NotRequired[str]})
+"""What a run started from: a folder, the digest of its content and, of a checkpoint, its step and what was taken."""
+
+
+class Origin(Ancestor):
+    """What is recorded about what a run started from, in its provenance and its checkpoints."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    mlflow_run_id: NotRequired[str | None]
+    """The MLflow run of a checkpoint, if it is in the same store."""
+    differences: NotRequired[list[str]]
+    """Where the config differs from that of the checkpoint."""
+    ancestors: NotRequired[list[Ancestor]]
+    """What that run started from, and so on; the oldest last."""
+
+
+def lineage(origin: Origin | None) -> list[Ancestor]:
+    """Returns what a run started from, what that started from, and so on; the nearest first."""
+    if origin is None:
+        return []
+    nearest = {key: value for key, value in origin.items() if key in ("from", "digest", "step", "what")}
+    return [cast(Ancestor, nearest), *origin.get("ancestors", [])]
+
+
+def ancestry(origin: Origin | None) -> list[str]:
+    """Returns the lineage, a line each."""
+    return [_line(ancestor) for ancestor in lineage(origin)]
+
+
+def _line(ancestor: Ancestor) -> str:
+    taken = f"{ancestor.get('what', 'weights')} of step {ancestor['step']}, " if "step" in ancestor else ""
+    return printable(f"{ancestor['from']} ({taken}digest {ancestor['digest'][:12]})")
+
+
 class _Start(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     image: NotRequired[_Image | None]
     git: NotRequired[dict[str, Any] | None]
+    init: NotRequired[Origin | None]
 
 
 class _Provenance(TypedDict):
     starts: list[_Start]
+
+
+class SourceEvaluation(TypedDict):
+    """One source in evaluation.json."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: _Count
 
 
 class Evaluation(TypedDict):
@@ -40,6 +85,7 @@ class Evaluation(TypedDict):
     perplexity: float
     bits_per_byte: float
     tokens: _Count
+    sources: NotRequired[dict[str, SourceEvaluation]]
 
 
 PROVENANCE: TypeAdapter[Any] = TypeAdapter(_Provenance)
@@ -61,9 +107,3 @@ def read_checked(path: Path, inside: Path, form: TypeAdapter[T]) -> T:
         return form.validate_python(read_json(path, inside))
     except ValidationError as error:
         raise PipelineError(f"{path}: is damaged ({first_problem(error)}); restore it from a backup") from error
-
-
-def first_problem(error: ValidationError) -> str:
-    """Returns the place and the words of the first thing that pydantic found wrong."""
-    found = error.errors(include_url=False, include_input=False)[0]
-    return printable(": ".join(filter(None, [".".join(map(str, found["loc"]))[:200], found["msg"]])))

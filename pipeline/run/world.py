@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +14,15 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 # Unix seconds at which the job ends; the launcher sets it, and training stops in time.
 DEADLINE_VARIABLE = "PIPELINE_DEADLINE"
+
+# GPUs that the job has on each node, if it requested any; the launcher sets it, and training refuses to do without.
+GPUS_VARIABLE = "PIPELINE_GPUS_PER_NODE"
+
+# Names a start of all ranks; the launcher sets it, because inside an image the variables of the step may be missing.
+MEETING_VARIABLE = "PIPELINE_MEETING"
+
+# torchrun sets it, and keeps MASTER_PORT for itself.
+AGENT_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 
 @dataclass(frozen=True)
@@ -26,9 +36,11 @@ class World:
     size: int = 1
     """Number of processes."""
     master_addr: str = "127.0.0.1"
-    """Where rank 0 listens."""
+    """The node of rank 0."""
     master_port: int = 0
-    """Its port."""
+    """Where rank 0 listens; 0 lets the system choose."""
+    meeting: str = ""
+    """Names this start, the same on all ranks: they find rank 0 through a file of that name."""
 
     @property
     def is_first(self) -> bool:
@@ -36,14 +48,17 @@ class World:
         return self.rank == 0
 
     def export(self, environ: dict[str, str]) -> None:
-        """Sets the variables that torch.distributed and DeepSpeed read."""
+        """Sets the variables that DeepSpeed reads, and what the other end needs to meet the other ranks."""
         environ.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.size),
             LOCAL_RANK=str(self.local_rank),
             MASTER_ADDR=self.master_addr,
-            MASTER_PORT=str(self.master_port),
         )
+        if self.master_port:
+            environ["MASTER_PORT"] = str(self.master_port)
+        if self.meeting:
+            environ[MEETING_VARIABLE] = self.meeting
 
 
 def world_from_environment(environ: Mapping[str, str] = os.environ) -> World:
@@ -68,10 +83,15 @@ def _from_torchrun(environ: Mapping[str, str]) -> World:
         raise UsageError(f"RANK={rank} is not below WORLD_SIZE={size}")
     if local_rank < 0:
         raise UsageError(f"LOCAL_RANK={local_rank} is below 0")
-    if size > 1 and ("MASTER_ADDR" not in environ or "MASTER_PORT" not in environ):
+    named = environ.get(MEETING_VARIABLE, "")
+    if size > 1 and not named and ("MASTER_ADDR" not in environ or "MASTER_PORT" not in environ):
         raise UsageError("WORLD_SIZE above 1 needs MASTER_ADDR and MASTER_PORT in the environment")
     port = _port(environ) if "MASTER_PORT" in environ else 0
-    return World(rank, local_rank, size, environ.get("MASTER_ADDR", "127.0.0.1"), port)
+    address = environ.get("MASTER_ADDR", "127.0.0.1")
+    if size > 1 and not named:
+        start = (address, port, environ.get(AGENT_VARIABLE), environ.get("TORCHELASTIC_RESTART_COUNT"))
+        named = hashlib.sha256(repr(start).encode()).hexdigest()[:16]
+    return World(rank, local_rank, size, address, 0 if AGENT_VARIABLE in environ else port, _meeting(named))
 
 
 def world_from_srun(environ: Mapping[str, str]) -> World:
@@ -89,13 +109,12 @@ def world_from_srun(environ: Mapping[str, str]) -> World:
             f"SLURM_STEP_NUM_TASKS={size}; start the ranks with srun"
         )
     nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-    # Derived from the job, so that all ranks agree without a message and two jobs on a node do not collide; and from
-    # the restart, as ranks of the previous attempt may still live on a node that Slurm gave up too early.
-    attempt = _number(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
-    port = 20000 + (_number(environ, "SLURM_JOB_ID") * 7 + _number(environ, "SLURM_STEP_ID") + attempt) % 20000
-    if "MASTER_PORT" in environ:
-        port = _port(environ)
-    return World(rank, local_rank, size, environ.get("MASTER_ADDR") or first_host(nodes), port)
+    # The restart too: ranks of the previous attempt may still live on a node that Slurm gave up too early.
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    job, step, attempt = (_number({"SLURM_RESTART_COUNT": "0", **environ}, name) for name in names)
+    port = _port(environ) if "MASTER_PORT" in environ else 0
+    address = environ.get("MASTER_ADDR") or first_host(nodes)
+    return World(rank, local_rank, size, address, port, f"{job}.{step}.{attempt}")
 
 
 def first_host(nodes: str) -> str:
@@ -111,6 +130,12 @@ def _port(environ: Mapping[str, str]) -> int:
     if not 0 <= port < 1 << 16:  # 0 for a lone process, whose rank 0 listens nowhere
         raise UsageError(f"MASTER_PORT={port} is no port; allowed: 1 to 65535")
     return port
+
+
+def _meeting(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]{0,64}", name, re.ASCII):
+        raise UsageError(f"{MEETING_VARIABLE}={name[:60]!r} is no name of a start; unset it")
+    return name
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

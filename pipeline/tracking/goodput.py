@@ -7,11 +7,13 @@ startup     preparing data in a job of its own, and from the start of a process 
 training    steps done for the first time, including validation
 checkpoint  the loop waited for a checkpoint (`stall_s` of `checkpointed` and of the last event)
 repeated    steps repeated after a kill or a rollback, until `caught_up`
-idle        nothing ran and nothing was queued
+idle        nothing ran and nothing was queued, or nothing was heard for longer than the pace of the run explains
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -39,8 +41,12 @@ from pipeline.run.events import (
 from pipeline.run.folder import Run
 from pipeline.text_format import duration
 
+# Lines are about 400 bytes, more with many sources.
+_TAIL_BYTES = 1 << 16
+_RECENT_LINES = 20
+_FEW_STEPS = 3
 # A launcher or the prepare stage writes these: they do not show that a training process is alive.
-_OUTSIDE = (Submitted, Requeued, NodeLost, Cancelled, GaveUp, PrepareBegan, PrepareEnded)
+OUTSIDE = (Submitted, Requeued, NodeLost, Cancelled, GaveUp, PrepareBegan, PrepareEnded)
 
 Part = Literal["queue", "startup", "training", "checkpoint", "repeated", "idle"]
 
@@ -81,7 +87,7 @@ class Goodput:
         return f"{self.fraction:.1%} of {duration(self.wall_s)}" + (f" ({shares})" if shares else "")
 
 
-def goodput(run: Run, events: EventLog, now: float | None = None) -> Goodput | None:
+def goodput(run: Run, events: EventLog, now: float | None = None, queued: bool = False) -> Goodput | None:
     """Splits the time of a run; returns None where nothing has happened yet.
 
     Args:
@@ -89,14 +95,46 @@ def goodput(run: Run, events: EventLog, now: float | None = None) -> Goodput | N
         events: Its events.
         now: Unix seconds up to which a training or queued run is counted; None for its last sign of life (its
             last event or the last line of metrics.jsonl).
+        queued: Whether its job waits in the queue now; the run folder does not tell where a node was lost.
     """
     last = journal.last_step(run.metrics_file)
-    return split(events, last_line=float(last["time"]) if last else None, now=now)
+    last_line = float(last["time"]) if last else None
+    silence_s = None if now is None else longest_silence_s(run, events)
+    return split(events, last_line, now, queued=queued, silence_s=silence_s)
 
 
-def split(events: EventLog, last_line: float | None = None, now: float | None = None) -> Goodput | None:
-    """Splits the time like `goodput`, given the time of the last line of metrics.jsonl."""
-    starts = _starts(events, last_line, now)
+def longest_silence_s(run: Run, events: EventLog) -> float | None:
+    """Returns for how many seconds after its last line a process may be silent and train; None before it has a pace.
+
+    That is the longest time between two of its recent lines, and three steps more.
+    """
+    start = max(0, journal.size(run.metrics_file) - _TAIL_BYTES)
+    lines = [line.record for line in journal.read_steps(run.metrics_file, start)][-_RECENT_LINES:]
+    began = [event.time for event in events.of(StartBegan)]
+    pace = max((float(line.get("time/step_s", 0.0)) for line in lines), default=0.0)
+    times = [float(line["time"]) for line in lines]
+    gaps = [b - a for a, b in itertools.pairwise(times) if not any(a < moment <= b for moment in began)]
+    return max(gaps) + _FEW_STEPS * pace if gaps else None
+
+
+def split(
+    events: EventLog,
+    last_line: float | None = None,
+    now: float | None = None,
+    *,
+    queued: bool = False,
+    silence_s: float | None = None,
+) -> Goodput | None:
+    """Splits the time like `goodput`.
+
+    Args:
+        events: The events of the run.
+        last_line: The time of the last line of metrics.jsonl.
+        now: As for `goodput`.
+        queued: As for `goodput`.
+        silence_s: Seconds after its last sign of life for which a process still counts as alive; None for any time.
+    """
+    starts = _starts(events, last_line, now, silence_s)
     waits = list(_waits(events))
     if not starts and not waits:
         return None
@@ -115,6 +153,8 @@ def split(events: EventLog, last_line: float | None = None, now: float | None = 
     if rest:
         waiting = now is not None and rest[-1].part != "idle"
         _account_of_wait(rest, at, max(at, rest[-1].at, now or 0.0 if waiting else 0.0), totals)
+    elif now is not None and isinstance(events.last(StartBegan, Finished), StartBegan):
+        _account_of_wait([_Wait(at, "queue" if queued else "idle")], at, max(at, now), totals)
     return Goodput(**{f"{part}_s": seconds for part, seconds in totals.items()})
 
 
@@ -184,7 +224,9 @@ class _Start:
     repeated: list[list[float | None]] = field(default_factory=list)
 
 
-def _starts(events: EventLog, last_line: float | None, now: float | None) -> list[_Start]:
+def _starts(
+    events: EventLog, last_line: float | None, now: float | None, silence_s: float | None = None
+) -> list[_Start]:
     starts: list[_Start] = []
     for event in events:
         if isinstance(event, StartBegan):
@@ -199,14 +241,15 @@ def _starts(events: EventLog, last_line: float | None, now: float | None) -> lis
         newest = starts[-1]
         newest.last_sign = max(newest.last_sign, last_line or 0.0)
         alive = newest.gone is None or newest.gone < newest.last_sign
-        newest.end = now if alive and now is not None else newest.last_sign
+        latest = math.inf if silence_s is None else newest.last_sign + silence_s
+        newest.end = min(now, latest) if alive and now is not None else newest.last_sign
     return starts
 
 
 def _note(start: _Start, event: Event) -> None:
     """Records in `start` what an event says about the time of the process."""
     at = event.time
-    if isinstance(event, _OUTSIDE):
+    if isinstance(event, OUTSIDE):
         start.gone = at if isinstance(event, Requeued | NodeLost) else start.gone
         return
     start.last_sign = at

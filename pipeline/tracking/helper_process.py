@@ -9,12 +9,15 @@ import sys
 import threading
 from pathlib import Path
 
+from pipeline.errors import PipelineError, in_words
 from pipeline.run.folder import Run
 from pipeline.text_format import PlainFormatter
 from pipeline.tracking.helper import EVERYTHING_SENT, POINTS_LEFT
 from pipeline.tracking.system import NodeSampler, node_name
 from pipeline.tracking.upload.sync import note_killed
 from pipeline.tracking.upload.uploader import Uploader
+
+_log = logging.getLogger("pipeline.tracking")
 
 _NICE = 10
 _LAST_ROUND_S = 20.0  # for the remaining points of a killed training
@@ -33,7 +36,8 @@ def main(folder: str, uri: str, attempt: int) -> int:
     def listen() -> None:
         told.append(sys.stdin.buffer.read())  # returns when the training closes or dies
         if not told[0]:
-            note_killed(run, attempt)
+            with contextlib.suppress(OSError, PipelineError):  # `pipeline sync` and the next start note it too
+                note_killed(run, attempt)
             threading.Timer(_LAST_ROUND_S, os._exit, [POINTS_LEFT]).start()
         sampler.close()
         closing.set()
@@ -43,7 +47,14 @@ def main(folder: str, uri: str, attempt: int) -> int:
     if not uri:
         closing.wait()
         return EVERYTHING_SENT
-    sent = Uploader(run, run.config(), uri, closing).work()
+    try:
+        config = run.config()
+    except (OSError, PipelineError) as error:
+        logging.getLogger("pipeline.tracking").warning(
+            "MLflow is not fed: %s; run `pipeline sync` later", in_words(error)
+        )
+        return POINTS_LEFT
+    sent = Uploader(run, config, uri, closing).work()
     return EVERYTHING_SENT if sent else POINTS_LEFT
 
 

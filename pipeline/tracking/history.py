@@ -71,17 +71,17 @@ class History:
 
     def close(self) -> None:
         """Makes the file durable."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        # Forgotten first: should a part of `_go_back` fail, another file may get the number of the closed descriptor.
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
     def _go_back(self, step: int) -> None:
         """Cuts the lines after `step` and sets aside those that a store may have.
 
         The order makes a kill between two writes harmless: set the lines aside, lower the position, cut the file.
         """
-        if self._writer is not None:
-            self._writer.close()
+        self.close()
         kept: list[tuple[int, bytes]] = []
         cut: list[journal.Line] = []
         whole = 0  # bytes at the start of the file that do not change

@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.run import journal
 from pipeline.run.folder import Run
+from pipeline.tracking.energy import EnergyMeter
 from pipeline.tracking.upload.store import quiet_environment
 
 _log = logging.getLogger("pipeline.tracking")
@@ -48,10 +49,14 @@ class NodeSampler:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             newest = journal.last_step(self._file)
             step = int(newest["step"]) + 1 if newest else 0
+            prefix = f"system/{self._node}/"
+            meter = EnergyMeter(newest or {}, prefix)
             with journal.Writer(self._file) as writer:
                 while not self._closing.is_set():
-                    sample = {f"system/{self._node}/{k}": v for k, v in read_monitors(monitors).items()}
-                    writer.write(journal.encode({"step": step, "time": round(time.time(), 3), **sample}))
+                    sample = read_monitors(monitors)
+                    sample |= meter.add(time.monotonic(), sample)
+                    named = {prefix + name: value for name, value in sample.items()}
+                    writer.write(journal.encode({"step": step, "time": round(time.time(), 3), **named}))
                     step += 1
                     self._closing.wait(self._interval_s)
         except OSError as error:

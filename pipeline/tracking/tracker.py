@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -28,6 +29,8 @@ _log = logging.getLogger("pipeline.tracking")
 
 CloseStatus = Literal["FINISHED", "FAILED", "KILLED", "STOPPED"]
 _CLOSE_S = {"FINISHED": 30.0, "FAILED": 10.0, "KILLED": 5.0, "STOPPED": 5.0}
+# All nodes of a job would wait: the evaluation job, the next start or `pipeline sync` sends the rest.
+_CLOSE_IN_JOB_S = 2.0
 _KEPT_LINES = 1000
 _STALL = "time/checkpoint_stall_s"  # mean over the steps since the last line
 
@@ -82,6 +85,8 @@ class RunTracker(Tracker):
         self._history = History(run, step)
         self._repeating = self._begin(step)
         self._unwritten: deque[tuple[int, dict[str, float]]] = deque(maxlen=_KEPT_LINES)
+        self._unwritten_events: deque[Event] = deque(maxlen=_KEPT_LINES)
+        self._writing_events = threading.Lock()
         self._warned = 0.0
         self._uri = uri
         self._run_id: str | None = None
@@ -124,12 +129,7 @@ class RunTracker(Tracker):
             self._step = step
         self._unwritten.append((step, {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}))
         reached = self._history.reached
-        try:
-            while self._unwritten:
-                self._history.log(*self._unwritten[0])
-                self._unwritten.popleft()
-        except OSError as error:
-            self._warn("%s: cannot be written (%s); the newest %d lines are kept in memory", error)
+        self._write_lines()
         if self._repeating and step >= reached:
             self._repeating = False
             self.event(CaughtUp(step=step))
@@ -141,10 +141,26 @@ class RunTracker(Tracker):
         if isinstance(event, Accounted) and event.stall_s is None:
             with self._lock:
                 event, self._stall_s = replace(event, stall_s=round(self._stall_s, 6)), 0.0
+        self._unwritten_events.append(replace(event, time=event.time or round(time.time(), 3)))
+        self._write_events()
+
+    def _write_lines(self) -> None:
+        """Writes the lines that are waiting; a failure leaves them for the next call."""
         try:
-            append(self._run.events_file, event)
-        except OSError as error:
-            self._warn("%s: cannot be written (%s)", error, self._run.events_file)
+            while self._unwritten:
+                self._history.log(*self._unwritten[0])
+                self._unwritten.popleft()
+        except (OSError, PipelineError) as error:
+            self._warn(self._run.metrics_file, error)
+
+    def _write_events(self) -> None:
+        with self._writing_events:
+            try:
+                while self._unwritten_events:
+                    append(self._run.events_file, self._unwritten_events[0])
+                    self._unwritten_events.popleft()
+            except OSError as error:
+                self._warn(self._run.events_file, error)
 
     def rewind(self, step: int) -> None:
         """Records that this process rolled back to the state after `step` and will train differently."""
@@ -167,13 +183,21 @@ class RunTracker(Tracker):
         return self._run_id
 
     def close(self, status: CloseStatus) -> None:
-        """Ends tracking and gives the helper a few seconds to send the rest; `pipeline sync` can do so later."""
-        self._history.close()
+        """Ends tracking and gives the helper a few seconds to send the rest; `pipeline sync` can do so later.
+
+        Raises:
+            PipelineError: The run is finished, and lines of metrics.jsonl could not be written.
+        """
         assert self._helper is not None
         if self._superseded():
+            self._close_history()
             self._helper.close(_CLOSE_S["KILLED"])
             os.close(self._alive)
             return
+        self._write_lines()
+        self._write_events()
+        lost = len(self._unwritten) if status == "FINISHED" else 0
+        self._close_history()
         if status == "STOPPED" and "SLURM_JOB_ID" not in os.environ:
             status = "KILLED"  # only a person can start it again
 
@@ -182,17 +206,34 @@ class RunTracker(Tracker):
             if s.attempt == self._attempt:
                 s.status, s.ended = status, round(time.time(), 3)
 
-        upload_state.update(self._run, end)
-        if not self._helper.close(_CLOSE_S[status]):
-            _log.warning("MLflow has not received everything yet; send the rest with: pipeline sync %s", self._run.path)
-        os.close(self._alive)
+        try:
+            upload_state.update(self._run, end)
+        except (OSError, PipelineError) as error:  # `pipeline sync` and the next start see that this one has ended
+            self._warn(self._run.mlflow_file, error)
+        in_job = "SLURM_JOB_ID" in os.environ
+        if not self._helper.close(_CLOSE_IN_JOB_S if in_job else _CLOSE_S[status]):
+            who = "the next job of the run sends the rest, or" if in_job else "send the rest with:"
+            _log.warning("MLflow has not received everything yet; %s pipeline sync %s", who, self._run.path)
+        with contextlib.suppress(OSError):
+            os.close(self._alive)
+        if lost:
+            raise PipelineError(
+                f"{self._run.metrics_file}: the last {lost} lines could not be written and are lost; the run is "
+                "finished, and its weights are saved"
+            )
 
-    def _warn(self, message: str, error: OSError, file: Path | None = None) -> None:
+    def _close_history(self) -> None:
+        try:
+            self._history.close()
+        except OSError as error:
+            self._warn(self._run.metrics_file, error)
+
+    def _warn(self, file: Path, error: Exception) -> None:
         now = time.monotonic()
         if now - self._warned > 60 or not self._warned:
             self._warned = now
-            args = (file, error.strerror) if file else (self._run.metrics_file, error.strerror, _KEPT_LINES)
-            _log.warning(message, *args)
+            why = error.strerror if isinstance(error, OSError) else error
+            _log.warning("%s: cannot be written (%s); the newest %d lines are kept in memory", file, why, _KEPT_LINES)
 
 
 def start(

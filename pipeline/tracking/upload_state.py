@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from pipeline.config.messages.values import first_problem
 from pipeline.errors import PipelineError
 from pipeline.files import read_json, write_json
 from pipeline.run.folder import Run
-from pipeline.run.records import first_problem
 
 _Count = Annotated[int, Field(ge=0, le=1 << 53)]
 _Moment = Annotated[float, Field(ge=0, lt=1e11)]

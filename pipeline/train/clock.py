@@ -12,6 +12,11 @@ from pipeline.checkpoint.saver import Saved
 UNKNOWN_SAVE_S = 10.0
 
 
+def every(step: int, interval: int) -> bool:
+    """Whether what happens at this interval is due after `step` finished steps."""
+    return step % interval == 0
+
+
 class StepClock:
     """Adds up the host's seconds between laps, by name, over the steps of a log interval.
 

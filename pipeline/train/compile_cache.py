@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 from pathlib import Path
 
-from pipeline.errors import UsageError
 from pipeline.files import naming
+from pipeline.run.private import make_private
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 """PyTorch's own setting; Triton's cache lies inside it. A user's value wins."""
@@ -25,14 +24,9 @@ def keep_compiled(folder: Path) -> None:
     """
     if VARIABLE in os.environ:
         return
-    with naming(folder, "compiled code cannot be kept", f"set {VARIABLE} to a folder of yours"):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise UsageError(
-                f"{folder}: compiled code is executed, and other users could write it here; remove it, or set "
-                f"{VARIABLE} to a folder that only you can open"
-            )
+    cure = f"set {VARIABLE} to a folder that only you can open"
+    found = make_private(folder, "compiled code", cure)
+    with naming(folder, "compiled code cannot be kept there", cure):
         mark = folder / f"of_inode_{found.st_ino}"
         if not mark.exists():
             for entry in list(folder.iterdir()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -13,12 +13,25 @@ from torch.nn import functional
 
 from pipeline.checkpoint.layout import step_of
 from pipeline.checkpoint.read import newest_checkpoint
-from pipeline.data.dataset import TokenDataset, ValidationWindows, open_dataset
+from pipeline.data.dataset import open_dataset
+from pipeline.data.order.validation import ValidationWindows, validation_windows
 from pipeline.files import write_json
 from pipeline.model.chunked_loss import IGNORED, LossParts
 from pipeline.run.folder import Run
 from pipeline.run.world import World
 from pipeline.train.model import load_model
+
+
+@dataclass(frozen=True)
+class SourceEvaluation:
+    """How well a model predicts the validation tokens of one source."""
+
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float
+    """Bits per UTF-8 byte of the text."""
+    tokens: int
+    """Predicted tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +41,32 @@ class Evaluation:
     step: int
     """Finished steps of the model."""
     loss: float
-    """Nats per token."""
+    """Nats per token: the mean over the sources, each weighted by its tokens in the validation split."""
     perplexity: float
     """exp(loss)."""
     bits_per_byte: float
     """Bits per UTF-8 byte of the text: unlike the loss, comparable between tokenizers."""
     tokens: int
     """Predicted tokens."""
+    sources: dict[str, SourceEvaluation] = field(default_factory=dict)
+    """Each source, by its name."""
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the numbers by the keys of metrics.jsonl."""
+        found = {"val/loss": self.loss, "val/perplexity": self.perplexity, "val/bits_per_byte": self.bits_per_byte}
+        for name, source in self.sources.items():
+            found |= {f"val/{name}/loss": source.loss, f"val/{name}/bits_per_byte": source.bits_per_byte}
+        return found
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The first windows of a dataset's validation split, and how the ranks share them."""
+    """The first windows of each source of a dataset's validation split, and how the ranks share them."""
 
-    dataset: TokenDataset
-    """The validation split."""
-    windows: ValidationWindows
-    """All its windows."""
+    sources: tuple[ValidationWindows, ...]
+    """All windows of each source."""
     count: int
-    """Number of windows to evaluate; fewer if there are fewer."""
+    """Number of windows of each source to evaluate; fewer if there are fewer."""
     chunk: int
     """Windows per forward pass."""
     world: World
@@ -54,34 +74,55 @@ class Validation:
     device: torch.device
     """Where the model is."""
 
+    def chunks(self) -> list[tuple[ValidationWindows, int, int]]:
+        """Returns the windows of each forward pass, on whichever rank: a source, the first one and the end."""
+        return [
+            (source, start, min(start + self.chunk, self.count, source.count))
+            for source in self.sources
+            for start in range(0, min(self.count, source.count), self.chunk)
+        ]
+
 
 @torch.no_grad()
-def evaluate(loss_of: Callable[[Tensor, Tensor], LossParts], validation: Validation, step: int) -> Evaluation:
+def evaluate(loss_of: Callable[..., LossParts], validation: Validation, step: int) -> Evaluation:
     """Returns the loss on the validation windows, the same number at any world size.
 
     Neither the chunks nor the order in which their losses are added depends on the world size, and so the sum does not.
 
     Args:
-        loss_of: Token ids and targets to the loss; every rank calls it equally often, as ZeRO-3 demands.
+        loss_of: A batch of the windows to the loss; every rank calls it equally often, as ZeRO-3 demands.
         validation: The windows, and how the ranks share them.
         step: Finished steps of the model.
     """
-    windows, chunk, world = validation.windows, validation.chunk, validation.world
-    count = min(validation.count, windows.count)
-    chunks = -(-count // chunk)
-    sums = torch.zeros(chunks, dtype=torch.float64, device=validation.device)
-    for turn in range(-(-chunks // world.size)):
-        index = min(turn * world.size + world.rank, chunks - 1)
-        x, y = windows.batch(index * chunk, min((index + 1) * chunk, count))
-        mean = loss_of(*(_padded(t, chunk, fill).to(validation.device) for t, fill in ((x, 0), (y, IGNORED))))
-        if turn * world.size + world.rank < chunks:
-            sums[index] = mean.cross_entropy.double() * y.numel()
+    chunks, world = validation.chunks(), validation.world
+    sums = torch.zeros(len(chunks), dtype=torch.float64, device=validation.device)
+    for turn in range(-(-len(chunks) // world.size)):
+        index = min(turn * world.size + world.rank, len(chunks) - 1)
+        windows, start, stop = chunks[index]
+        parts = zip(windows.batch(start, stop), (0, IGNORED, 0), strict=False)
+        mean = loss_of(*(_padded(part, validation.chunk, fill).to(validation.device) for part, fill in parts))
+        if turn * world.size + world.rank < len(chunks):
+            sums[index] = mean.cross_entropy.double() * windows.targets(start, stop)
     if world.size > 1:
         dist.all_reduce(sums)
-    tokens = count * y.shape[-1]
-    loss = math.fsum(sums.tolist()) / tokens  # the only wait for the device, once all chunks are launched
-    bits_per_byte = loss / math.log(2) * len(validation.dataset) / validation.dataset.bytes
-    return Evaluation(step, loss, math.exp(min(loss, 700.0)), bits_per_byte, tokens)
+    return _evaluation(step, chunks, sums.tolist())  # the only wait for the device, once all chunks are launched
+
+
+def _evaluation(step: int, chunks: list[tuple[ValidationWindows, int, int]], sums: list[float]) -> Evaluation:
+    sources = list(dict.fromkeys(windows for windows, _, _ in chunks))
+    found = {}
+    for source in sources:
+        mine = [(start, stop) for windows, start, stop in chunks if windows is source]
+        tokens = sum(source.targets(start, stop) for start, stop in mine)
+        parts = (part for part, (windows, _, _) in zip(sums, chunks, strict=True) if windows is source)
+        loss = math.fsum(parts) / tokens
+        bits_per_byte = loss / math.log(2) * source.tokens / source.bytes
+        found[source.name] = SourceEvaluation(loss, bits_per_byte, tokens)
+    total, total_bytes = sum(source.tokens for source in sources), sum(source.bytes for source in sources)
+    loss = math.fsum(source.tokens / total * found[source.name].loss for source in sources)
+    bits_per_byte = loss / math.log(2) * total / total_bytes
+    tokens = sum(source.tokens for source in found.values())
+    return Evaluation(step, loss, math.exp(min(loss, 700.0)), bits_per_byte, tokens, found)
 
 
 def _padded(tokens: Tensor, rows: int, fill: int) -> Tensor:
@@ -98,11 +139,17 @@ def evaluate_run(run: Run) -> Evaluation:
     """
     config = run.config()
     checkpoint = newest_checkpoint(run.checkpoints)
-    dataset = open_dataset(config.data.path, "validation", vocab_size=config.model.vocab_size)
+    vocab_size, folder = config.model.vocab_size, config.data.token_folder
+    dataset = open_dataset(config.data.path, "validation", vocab_size=vocab_size, token_folder=folder)
     model = load_model(config, checkpoint)
-    windows = ValidationWindows(dataset, config.model.context_length)
-    chunk, device = config.train.micro_batch_size, model.device
-    validation = Validation(dataset, windows, windows.count, chunk, World(), device)
-    result = evaluate(lambda x, y: model(x, targets=y), validation, step_of(checkpoint) or 0)
+    windows = validation_windows(dataset, config.model.context_length, config.model.document_mask)
+    everything = max(source.count for source in windows)
+
+    def loss_of(x: Tensor, y: Tensor, document_starts: Tensor | None = None) -> LossParts:
+        parts: LossParts = model(x, targets=y, document_starts=document_starts)
+        return parts
+
+    validation = Validation(windows, everything, config.train.micro_batch_size, World(), model.device)
+    result = evaluate(loss_of, validation, step_of(checkpoint) or 0)
     write_json(run.evaluation_file, asdict(result))
     return result

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.sections import GuardConfig
-from pipeline.data.dataset import BatchReader
+from pipeline.config.train_sections import GuardConfig
+from pipeline.data.order.batches import BatchReader
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
@@ -133,7 +133,7 @@ def record_batch(
         tokenizer: Decodes the samples.
         about: Further numbers: step, loss, norm.
     """
-    x, _ = reader.batch(index, 0, batch_size)
+    x = reader.batch(index, 0, batch_size)[0]
     places = reader.describe(index, 0, batch_size)
     samples = [
         {"row": row, **place, "text": tokenizer.decode(ids)}

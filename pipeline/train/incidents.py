@@ -12,11 +12,12 @@ from pipeline.checkpoint.layout import published, step_of
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.run.events import BadBatch, BadStep, RolledBack, Spike
+from pipeline.train.clock import every
 from pipeline.train.engine.step_numbers import Numbers, PendingNumbers
 from pipeline.train.guard import Guard, data_index, record_batch
 from pipeline.train.ranks import group
 from pipeline.train.recover import quarantine
-from pipeline.train.session import Session, every
+from pipeline.train.session import Session
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def inspect(session: Session, step: int, pending: PendingNumbers) -> Verdict:
     while len(unread) > 1 or (unread and (due or stop)):
         finished, numbers = unread[0][0], unread.popleft()[1].read()
         stop = stop or numbers.stop
+        session.profile.agree(numbers.profile)
         rollback = _judge(session, finished, numbers)
         if rollback is not None:
             unread.clear()  # the rollback undoes the later steps
@@ -75,6 +77,7 @@ def roll_back(session: Session, rollback: Rollback) -> int:
     skipped = session.guard.skipped
     session.guard = Guard(session.config.guard, state["guard"])
     session.guard.skip_batches([*skipped, *(data_index(s, skipped) for s in suspects)])
+    session.source_counts.restore(state.get("source_tokens"))
     if session.world.is_first:
         for newer in published(session.run.checkpoints):
             if newer > rollback.checkpoint:
@@ -109,8 +112,9 @@ def _checkpoint_before(session: Session, step: int) -> Path | None:
     session.saver.wait()
     newest = step - session.config.guard.rollback_skip
     found = published(session.run.checkpoints) if session.world.is_first else []
-    fit = next((folder for folder in found if (step_of(folder) or 0) <= newest), None)
-    return group.broadcast(fit, session.world, group.save_timeout(session.config.checkpoint))
+    fit = next((str(folder) for folder in found if (step_of(folder) or 0) <= newest), None)
+    agreed = group.broadcast(fit, session.world, group.save_timeout(session.config.checkpoint))
+    return None if agreed is None else Path(agreed)
 
 
 def _report(session: Session, kind: type[BadBatch], step: int, what: str, numbers: Numbers) -> None:

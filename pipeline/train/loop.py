@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pipeline.config.sections import Config
 from pipeline.errors import StopRequested
-from pipeline.optim.schedule import get_lr_cosine_schedule
+from pipeline.optim.schedule import learning_rates
+from pipeline.train.clock import every
 from pipeline.train.incidents import inspect, roll_back
-from pipeline.train.session import Session, TrainResult, every
+from pipeline.train.session import Session, TrainResult
 from pipeline.train.startup import open_session
 
 
@@ -29,23 +30,25 @@ def train(config: Config, allow_image_change: bool = False) -> TrainResult:
 def run_loop(session: Session, config: Config) -> None:
     """Trains from the first missing step to the last."""
     train, optim, engine, clock = config.train, config.optimizer, session.engine, session.clock
-    schedule = (optim.learning_rate, optim.min_learning_rate, optim.warmup_iters, optim.cosine_cycle_iters)
+    learning_rate = learning_rates(optim, train.max_iters)
     step = session.step
     session.run_missed_validation()
     while step < train.max_iters:
-        lr = get_lr_cosine_schedule(step, *schedule)
+        session.begin_step(step)
+        lr = learning_rate(step)
         engine.set_learning_rate(lr)
         engine.zero_grad()
 
         losses = []
-        for x, y in session.micro_batches(step):
+        for batch in session.micro_batches(step):
             clock.lap("data")
-            loss, cross_entropy = engine.loss(x, y)
+            loss, cross_entropy = engine.loss(*batch)
             engine.backward(loss)
             losses.append(cross_entropy)
             clock.lap("forward_backward")
 
-        numbers = engine.reduce_and_clip(optim.gradient_clip_val, losses, session.stop.requested)
+        asked = session.stop.requested, session.profile.asked
+        numbers = engine.reduce_and_clip(optim.gradient_clip_val, losses, *asked)
         clock.lap("optimizer")
         session.saver.wait_for_copy()  # a save may still be copying what the step is about to change
         clock.lap("checkpoint_stall")
@@ -64,4 +67,4 @@ def run_loop(session: Session, config: Config) -> None:
             session.save(step)
         if verdict.stop:
             session.wait_until_durable()
-            raise StopRequested(session.stop_message(step))
+            raise StopRequested(session.stop.message(step))

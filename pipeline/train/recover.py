@@ -1,23 +1,23 @@
-"""What a start begins with, the same on all ranks: the newest whole checkpoint, or weights from elsewhere."""
+"""The newest whole checkpoint of a run, the same on all ranks, and the state that a start begins with."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from pipeline.checkpoint.layout import published
-from pipeline.checkpoint.read import verify
+import torch
+
+from pipeline.checkpoint.layout import UnreadableCheckpoint, published
+from pipeline.checkpoint.read import CheckpointReader, verify
 from pipeline.config.sections import Config
-from pipeline.errors import CheckpointError, UsageError
-from pipeline.huggingface.open_weights import OpenWeights
-from pipeline.run.folder import run_for
+from pipeline.errors import CheckpointError, DataError, UsageError
 from pipeline.run.world import World
+from pipeline.train.engine.engine import Engine
+from pipeline.train.engine.fresh import INIT_VERSION
+from pipeline.train.origin.origin import Origin
 from pipeline.train.ranks import group
-
-# To read a file of weights once, and check its values, on a slow disk.
-_CHECK_TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,23 @@ def find_checkpoint(checkpoints: Path, world: World) -> Recovery:
     """Returns the newest whole checkpoint, checked byte for byte, the ranks sharing the files.
 
     Damaged ones are quarantined: renamed to `step_X.rejected` and kept for inspection.
+
+    Raises:
+        UnreadableCheckpoint: The storage does not answer; training on from an older checkpoint, or from nothing, would
+            throw away what may be whole.
     """
     rejected: list[str] = []
-    for folder in group.broadcast(published(checkpoints) if world.is_first else [], world):
-        problem = None
+    for name in group.broadcast([str(p) for p in published(checkpoints)] if world.is_first else [], world):
+        folder, problem, unreadable = Path(name), None, False
         try:
             verify(folder, mine=lambda index: index % world.size == world.rank)
         except CheckpointError as error:
-            problem = str(error)
-        problems = [p for p in group.gather(problem, world) if p]
+            problem, unreadable = str(error), isinstance(error, UnreadableCheckpoint)
+        answers = group.gather((problem, unreadable), world)
+        for why, no_answer in answers:
+            if no_answer:
+                raise UnreadableCheckpoint(why)
+        problems = [why for why, _ in answers if why]
         if not problems:
             return Recovery(folder, tuple(rejected))
         rejected.append(problems[0])
@@ -52,53 +60,42 @@ def find_checkpoint(checkpoints: Path, world: World) -> Recovery:
     return Recovery(None, tuple(rejected))
 
 
+def fill(engine: Engine, recovery: Recovery, origin: Origin | None, config: Config, data_digest: str) -> dict[str, Any]:
+    """Loads the checkpoint if there is one, else takes the origin, else draws weights; returns step and other state."""
+    if recovery.checkpoint is None:
+        if origin is None:
+            engine.draw(config.train.seed)
+            return {"initialization": INIT_VERSION}
+        state = origin.fill(engine)
+        _restore_rng(state)
+        return state
+    reader = CheckpointReader(recovery.checkpoint)
+    if "rng" not in reader.manifest.state:
+        raise UsageError(
+            f"{recovery.checkpoint}: is an average, without moments to resume with; branch from it (`init.from`) under "
+            "another `name`"
+        )
+    trained_on = reader.manifest.state["dataset"]
+    if trained_on != data_digest:
+        raise DataError(
+            f"{recovery.checkpoint}: was trained on the dataset {trained_on[:12]}, and data.path holds "
+            f"{data_digest[:12]} now; restore that dataset, or give the new experiment another `name`"
+        )
+    engine.load(reader)
+    reader.close()
+    state = reader.manifest.state
+    _restore_rng(state)
+    return {"initialization": 1, **state, "step": reader.manifest.step}  # the first version had no number
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    if "rng" in state:
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
+
+
 def quarantine(folder: Path) -> None:
     """Renames a checkpoint that must not be used, and keeps it for inspection."""
     kept = folder.with_name(f"{folder.name}.rejected")
     if kept.exists():
         shutil.rmtree(kept)
     folder.rename(kept)
-
-
-@dataclass(frozen=True)
-class InitialWeights:
-    """Weights that a run starts from, checked."""
-
-    weights: OpenWeights
-    record: dict[str, str]
-    """Where they come from and the digest of the folder: for the checkpoints and the provenance."""
-
-
-def initial_weights(config: Config, tokenizer_digest: str, world: World) -> InitialWeights | None:
-    """Returns the weights that the section `init` names, the ranks sharing the check of the files; None if it is empty.
-
-    Args:
-        config: The experiment.
-        tokenizer_digest: Digest of the tokenizer that the data was prepared with.
-        world: This process's place.
-
-    Raises:
-        UsageError: The folder is not what the config and the data expect, or not what the run started from before.
-    """
-    folder = config.init.folder
-    if folder is None:
-        return None
-    weights = OpenWeights(folder, config.model)
-    weights.refuse_other_tokenizer(config.data.path, tokenizer_digest)
-    problem, checked = None, {}
-    try:
-        checked = {file.name: weights.check_values(file) for file in weights.files[world.rank :: world.size]}
-    except UsageError as error:
-        problem = str(error)
-    found = group.exchange((problem, checked), world, _CHECK_TIMEOUT)
-    for other, _ in found:
-        if other is not None:
-            raise UsageError(other)
-    digest = weights.digest({name: sha256 for _, part in found for name, sha256 in part.items()})
-    before = [start["init"]["digest"] for start in run_for(config).provenance() if start.get("init")]
-    if before and before[-1] != digest:
-        raise UsageError(
-            f"{folder}: has changed since this run started from it (digest {before[-1][:12]}, now {digest[:12]}); "
-            "restore it, or give the new experiment another `name`"
-        )
-    return InitialWeights(weights, {"from": f"hf:{folder}", "digest": digest})

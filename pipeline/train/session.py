@@ -7,48 +7,42 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline import tracking
+from pipeline.checkpoint.pins import unpin
 from pipeline.checkpoint.saver import CheckpointSaver, Saved
 from pipeline.config.sections import Config
-from pipeline.data.dataset import BatchReader
+from pipeline.data.order.batches import BatchReader
+from pipeline.data.order.source_counts import SourceCounts
 from pipeline.errors import CheckpointError
 from pipeline.model.flops import flops_per_token
 from pipeline.run import journal
 from pipeline.run.events import Checkpointed, CheckpointFailed, Event, Failed
 from pipeline.run.folder import Run
+from pipeline.run.records import Origin
 from pipeline.run.world import World
 from pipeline.tracking.tracker import CloseStatus
-from pipeline.train.clock import StepClock, longest_save_s
+from pipeline.train.clock import StepClock, every, longest_save_s
 from pipeline.train.engine.engine import Engine
 from pipeline.train.engine.step_numbers import PendingNumbers
 from pipeline.train.evaluate import Evaluation, Validation, evaluate
 from pipeline.train.guard import Guard, data_index
+from pipeline.train.profile.on_request import ProfileOnRequest
 from pipeline.train.progress import Progress
 from pipeline.train.ranks import group
-from pipeline.train.ranks.device import peak_flops_per_s
+from pipeline.train.ranks.activity import Activity, Roster
+from pipeline.train.ranks.device import on_device, peak_flops_per_s
 from pipeline.train.ranks.stop import StopRequest
-
-Batch = tuple[Tensor, Tensor]
 
 # A save may be waiting for the file of a rank that is gone; the surviving ranks must not wait as long.
 FAILED_SAVE_S = 5.0
 
 # For a thread that is already writing the last records, with a tracking server that may be slow.
 END_S = 35.0
-
-
-def every(step: int, interval: int) -> bool:
-    """Whether what happens at this interval is due after `step` finished steps."""
-    return step % interval == 0
-
-
-def on_device(tokens: Tensor, device: torch.device) -> Tensor:
-    """Returns the tensor on the device; copied from pinned memory, because the host waits for any other copy."""
-    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
 
 
 @dataclass(frozen=True)
@@ -78,20 +72,32 @@ class Session:
     saver: CheckpointSaver
     stop: StopRequest
     """Whether this process was asked to stop."""
+    activity: Activity
+    """What this process is doing, as rank 0 and a profile see it."""
+    roster: Roster
+    """What all ranks are doing; complete on rank 0."""
+    profile: ProfileOnRequest
+    """Answers requests for a profile."""
     tracker: tracking.Tracker
     progress: Progress
     data_digest: str
     """Names the dataset in the checkpoints."""
+    tokenizer_digest: str
+    """Names the tokenizer in the checkpoints."""
     guard: Guard
     """Judges the numbers of each step; replaced by a rollback."""
+    source_counts: SourceCounts
+    """Tokens of each source that the run has trained on."""
     step: int
     """Finished steps."""
     tokens_seen: int
     """Tokens trained on since the first start."""
     initialization: int
     """Version of the numbers that the run's weights began with."""
-    init: dict[str, str] | None = None
-    """The weights that the run started from, and their digest; None if they were drawn."""
+    init: Origin | None = None
+    """What the run started from; None if its weights were drawn."""
+    pinned_in: Path | None = None
+    """The folder of checkpoints that the run branched from; it may hold a pin until this run has saved."""
     unread: deque[tuple[int, PendingNumbers]] = field(default_factory=deque)
     """Steps whose numbers have not been read yet, oldest first."""
     evaluation: Evaluation | None = None
@@ -104,15 +110,26 @@ class Session:
     ended: bool = False
     ending: threading.Lock = field(default_factory=threading.Lock)
 
-    def micro_batches(self, step: int) -> Iterator[Batch]:
-        """Yields this rank's micro-batches of a step, on the device: its own rows of the global batch."""
+    def begin_step(self, step: int) -> None:
+        """Notes that a step begins, and begins or ends a profile that was asked for."""
+        self.profile.begin_step(step)
+        self.activity.begin_step(step)
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Any, ...]]:
+        """Yields this rank's micro-batches of a step, on the device: its own rows of the global batch.
+
+        Each is what `Engine.loss` takes: token ids and targets and, where they are needed, document starts and weight.
+        """
         share = self.config.train.batch_size // self.world.size
         size = self.config.train.micro_batch_size
         first = share * self.world.rank
         index = data_index(step, self.guard.skipped)
         for start in range(first, first + share, size):
-            x, y = self.reader.batch(index, start, start + size)
-            yield on_device(x, self.engine.device), on_device(y, self.engine.device)
+            with self.activity.phase("data"):
+                batch = self.reader.batch(index, start, start + size)
+                x, y, *starts = (on_device(part, self.engine.device) for part in batch)
+                weight = self.reader.weight(index, start, start + size)
+            yield (x, y, *starts) if weight is None else (x, y, starts[0] if starts else None, weight)
 
     def log(self, step: int, lr: float, pending: PendingNumbers) -> None:
         """Counts a finished step, and records its metrics where a log line is due."""
@@ -137,13 +154,21 @@ class Session:
             "train/tokens_per_s": rate,
             "train/flops_per_s": flops,
             "train/tokens_seen": self.tokens_seen,
+            **{f"data/{name}/tokens_seen": count for name, count in self._source_tokens().items()},
             **{f"time/{name}_s": value for name, value in seconds.items()},
         }
         peak = peak_flops_per_s(self.engine.device, train.precision)
         if peak is not None:
             metrics["train/mfu"] = flops / (peak * self.world.size)
+        if self.world.is_first:
+            metrics |= self.roster.metrics()
         self.tracker.log(step, metrics)
         self.progress.step(step, metrics)
+
+    def _source_tokens(self) -> dict[str, int]:
+        """Counts the tokens of each source up to this step, on the rank that records them."""
+        skipped = self.guard.skipped
+        return self.source_counts.before(data_index(self.step, skipped), skipped) if self.world.is_first else {}
 
     def refuse_superseded(self) -> None:
         """Ends this start if another one has taken over the run; the other ranks learn of it from rank 0.
@@ -162,7 +187,8 @@ class Session:
         now is agreed on in the next step.
         """
         # Before the first validation: one step per batch is an upper estimate, because a step does more with a batch.
-        validation_s = self.clock.longest_pause_s or self.config.train.num_val_batches * self.clock.step_s
+        estimate = self.config.train.num_val_batches * len(self.validation.sources) * self.clock.step_s
+        validation_s = self.clock.longest_pause_s or estimate
         due = sum(self.validation_due(s) for s in (step, step + 1))
         self.stop.check_time(self.clock.step_s, longest_save_s(self.saves), due * validation_s)
 
@@ -184,33 +210,34 @@ class Session:
     def validate(self, step: int) -> None:
         """Evaluates the model on the validation windows and records the result."""
         self.engine.module.eval()
-        result = self.evaluation = evaluate(self.engine.loss, self.validation, step)
+        with self.activity.phase("validation"):
+            result = self.evaluation = evaluate(self.engine.loss, self.validation, step)
         self.engine.module.train()
-        metrics = {
-            "val/loss": result.loss,
-            "val/perplexity": result.perplexity,
-            "val/bits_per_byte": result.bits_per_byte,
-        }
+        metrics = result.metrics()
         self.tracker.log(step, metrics)
         self.progress.step(step, metrics)
         self.clock.pause()
 
     def save(self, step: int) -> None:
         """Begins a checkpoint of this step, which is written while the loop continues."""
+        self._source_tokens()
         fresh = self.evaluation if self.evaluation and self.evaluation.step == step else None
         state = {
             "optimizer_steps": self.engine.optimizer_steps,
             "tokens_seen": self.tokens_seen,
+            "source_tokens": self.source_counts.state(),
             "initialization": self.initialization,
             "init": self.init,
             "guard": self.guard.state(),
             "val_loss": fresh.loss if fresh else None,
             "dataset": self.data_digest,
+            "tokenizer": self.tokenizer_digest,
             "rng": torch.get_rng_state().numpy().tobytes().hex(),
             "config": self.config.model_dump(mode="json"),
             "mlflow_run_id": self.tracker.mlflow_run_id(),
         }
-        self.saver.save(step, self.engine.fragments(), state)
+        with self.activity.phase("checkpoint"):
+            self.saver.save(step, self.engine.fragments(), state)
         self.clock.lap("checkpoint_stall")
 
     def wait_until_durable(self) -> None:
@@ -219,10 +246,11 @@ class Session:
         Raises:
             CheckpointError: It failed; the previous checkpoint is still there.
         """
-        self.saver.wait()
-        error = self.saves[-1].error if self.saves else None
-        error = group.broadcast(error, self.world, group.save_timeout(self.config.checkpoint))
-        group.barrier(self.world)  # rank 0 takes the store, from which its peers read, with it when it leaves
+        with self.activity.phase("checkpoint"):
+            self.saver.wait()
+            error = self.saves[-1].error if self.saves else None
+            error = group.broadcast(error, self.world, group.save_timeout(self.config.checkpoint))
+            group.barrier(self.world)  # rank 0 takes the store, from which its peers read, with it when it leaves
         if error is not None:
             raise CheckpointError(f"the last checkpoint could not be saved: {error}")
 
@@ -237,11 +265,13 @@ class Session:
         else:
             path, seconds = str(saved.path), round(saved.seconds, 3)
             self.tracker.event(Checkpointed(step=saved.step, path=path, digest=saved.digest, seconds=seconds))
+            self.release_parent()
 
-    def stop_message(self, step: int) -> str:
-        """Returns what the person who stopped the run is told."""
-        reason = self.stop.reason or "another rank was asked"
-        return f"stopped on request ({reason}) after step {step}; everything is saved: the same command resumes the run"
+    def release_parent(self) -> None:
+        """Lets the run that this one branched from delete the checkpoint; from now on this run has its own (rank 0)."""
+        if self.world.is_first and self.pinned_in is not None:
+            unpin(self.pinned_in, self.run.path)
+            self.pinned_in = None
 
     def fail(self, why: str) -> None:
         """Records that training failed; a save in progress is given a moment, because it may be whole already."""

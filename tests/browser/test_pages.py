@@ -11,7 +11,7 @@ from pipeline.files import write_json, write_text
 from pipeline.run.events import Checkpointed, Finished, Requeued, Resumed, Started, Submitted, append
 from pipeline.tracking.report.report import write_report
 from pipeline.tracking.upload.sync import sync
-from pipeline.tracking.upload.ui import local_server, page_of
+from pipeline.tracking.upload.ui import guarded_server, page_of
 from tests.tracking.conftest import InThread
 from tests.tracking.support import begin, make_run, open_store
 
@@ -81,12 +81,14 @@ def test_the_mlflow_page_shows_the_run_with_its_loss_chart_and_its_params(browse
     sync(run, f"sqlite:///{tmp_path}/mlflow.db")
     store, run_id = open_store(run, config)
     experiment = store.read_run(run_id).info.experiment_id
-    with local_server(f"sqlite:///{tmp_path}/mlflow.db") as server:
+    with guarded_server(f"sqlite:///{tmp_path}/mlflow.db") as server:
         browser.driver.set_window_size(1700, 1300)
-        page, _, training = page_of(server.url, run_id).partition("?")
-        browser.open(f"{server.url}/#/experiments/{experiment}/runs?{training}")
+        page, _, training = page_of(server, run_id).rpartition("?")
+        entrance, _, _ = page.partition("#")
+        browser.open(f"{entrance}#/experiments/{experiment}/runs?{training}")
         browser.until("[...document.querySelectorAll('a')].some(link => link.innerText.trim() == 'try')")
         browser.shot("mlflow-runs")
+        assert server.token not in browser.driver.current_url
         browser.open(f"{page}?{training}")
         browser.until("document.body.innerText.includes('model.d_model')")
         text = browser.text()
@@ -112,8 +114,11 @@ def test_the_report_draws_its_charts_without_an_error_or_a_network(browser, tmp_
     browser.until(f"{charts}.every(c => c.querySelectorAll('.scatterlayer path.js-line, .bars path').length > 0)")
     assert browser.driver.execute_script(f"return {charts}.length") >= 7
     lines = "[...document.querySelectorAll('#chart-0 .scatterlayer path.js-line')].map(p => p.getAttribute('d').length)"
-    training, validation = browser.driver.execute_script(f"return {lines}")
-    assert training > 1000 and validation > 20
+    training, validation, restart = browser.driver.execute_script(f"return {lines}")
+    assert training > 1000 and validation > 20 and restart > 5
+    boxes = "['.legend', '.modebar-group'].map(c => document.querySelector('#chart-0 ' + c).getBoundingClientRect())"
+    legend, buttons = browser.driver.execute_script(f"return {boxes}")
+    assert legend["top"] > buttons["bottom"] and legend["height"] > 5 < buttons["height"]
     assert "strong" in browser.text() and not browser.driver.execute_script("return document.querySelector('pre b')")
     bars = "[...document.querySelectorAll('.bars path')].map(b => b.getBoundingClientRect())"
     assert browser.driver.execute_script(f"return Math.max(...{bars}.map(b => b.width * b.height))") > 1000
@@ -128,7 +133,7 @@ def test_the_report_of_two_runs_overlays_them(browser, tmp_path):
     second, _ = trained(tmp_path, "name=wider", "model.d_model=32", floor=1.9, seed=2)
     page = write_report([first, second], tmp_path / "both.html")
     browser.open(page.as_uri())
-    browser.until("document.querySelectorAll('#chart-0 .scatterlayer path.js-line').length == 4")
-    assert "model.d_model" in browser.text()
+    browser.until("document.querySelectorAll('#chart-0 .scatterlayer path.js-line').length == 6")
+    assert "model.d_model" in browser.text() and "wider restarted" in browser.text()
     browser.shot("report-two-runs", whole=True)
     assert browser.errors() == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.launch.conftest import no_settings as no_settings
 from tests.launch.conftest import slurm as slurm
 from tests.launch.support import FakeSlurm
 

@@ -11,9 +11,13 @@ from typing import Any, Protocol
 import pytest
 
 from pipeline.check.check import _disk as disk_check
+from pipeline.check.check import _parent as parent_check
+from pipeline.check.result import Check
+from pipeline.checkpoint.layout import Manifest
 from pipeline.cli.main import main
+from pipeline.config.init_section import InitConfig
 from pipeline.data.build.build import prepare
-from pipeline.run.folder import step_name
+from pipeline.run.folder import run_for, step_name
 from tests.launch.support import CONFIG, ROOT, SITE, FakeSlurm, make_run, write_files
 
 
@@ -26,8 +30,6 @@ class Checking(Protocol):
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Checking:
     """The command in this process; only what it starts itself is a process."""
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text("We hold these truths to be self-evident. " * 50)
     monkeypatch.chdir(tmp_path)
 
     def run(*args: str, slurm: FakeSlurm | None = None) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -144,6 +146,30 @@ def test_stage_0_on_several_gpus_is_a_warning_that_names_the_better_stages(
         assert "train.zero_stage=1" in found["zero stage"]["cure"]
 
 
+@pytest.mark.parametrize(
+    ("gpu_type", "reported", "overrides", "warned"),
+    [
+        ("v100", "", ["train.precision=bf16"], True),
+        ("v100", "", ["train.precision=fp32"], False),
+        ("a100", "", ["train.precision=bf16"], False),
+        (None, "2 x Tesla V100-SXM2-32GB", ["train.precision=bf16"], True),
+        (None, "2 x Tesla V100-SXM2-32GB", ["train.precision=bf16", "train.device=cpu"], False),
+        (None, "no GPU, 2 CPU cores", ["train.precision=bf16"], False),
+    ],
+)
+def test_a_precision_that_the_gpu_lacks_is_a_warning(
+    tmp_path: Path, check: Checking, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch, gpu_type: str | None,
+    reported: str, overrides: list[str], warned: bool,
+):  # fmt: skip
+    write_files(tmp_path, site={**with_site(tasks_per_node=1, gpus_per_node=1), "gpu_type": gpu_type})
+    monkeypatch.setattr("pipeline.check.check._node", lambda *_: [Check("devices", "ok", reported)])
+    arguments = [*overrides, *(["--site", "site.yaml"] if gpu_type else [])]
+    _, found = check(*arguments, slurm=cluster if gpu_type else None)
+    assert ("precision" in found) == warned
+    if warned:
+        assert found["precision"]["status"] == "warning" and found["precision"]["cure"] == "train.precision=fp32"
+
+
 def test_a_checkpoint_that_already_exists_needs_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run, config = make_run(tmp_path, monkeypatch)
     config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_interval": 10})})
@@ -158,6 +184,24 @@ def test_a_short_run_needs_space_for_its_own_checkpoints_only(tmp_path: Path, mo
     for interval, expected in ((100, "2 more "), (60, "3 more "), (10, "5 more ")):
         train = config.train.model_copy(update={"checkpoint_interval": interval})
         assert disk_check(config.model_copy(update={"train": train})).found.startswith(expected)
+
+
+def test_what_a_run_branches_from_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base, config = make_run(tmp_path, monkeypatch)
+    assert parent_check(config) == []
+    folder = base.checkpoints / step_name(4)
+    folder.mkdir()
+    Manifest(4, 1, 0, {}, {}, {"config": config.model_dump(mode="json"), "optimizer_steps": 4}).save(folder)
+    init = InitConfig(**{"from": str(base.path), "what": "all"})
+    branch = config.model_copy(update={"name": "branch", "init": init})
+    assert [one.status for one in parent_check(branch)] == ["ok"]
+    wide = branch.model_copy(update={"model": config.model.model_copy(update={"d_ff": 32})})
+    (failed,) = parent_check(wide)
+    assert failed.status == "failed" and "model.d_ff" in failed.found
+    missing = branch.model_copy(update={"init": init.model_copy(update={"step": 5})})
+    assert [one.status for one in parent_check(missing)] == ["failed"]
+    (run_for(branch).checkpoints / step_name(6)).mkdir(parents=True)
+    assert parent_check(missing) == [], "with a checkpoint of its own a run needs its parent no more"
 
 
 def test_missing_sources_a_cut_shard_and_a_missing_image_fail(

@@ -9,10 +9,10 @@ import torch
 from torch.distributed import HashStore, Store
 
 from pipeline.checkpoint.host_copy import OwnedFragment
-from pipeline.checkpoint.layout import KEYS
+from pipeline.checkpoint.layout import KEYS, published
 from pipeline.checkpoint.pending import RankIdentity, take_over
 from pipeline.checkpoint.saver import CheckpointSaver, Saved
-from pipeline.config.sections import CheckpointConfig
+from pipeline.config.train_sections import CheckpointConfig
 
 NUMEL = 1000
 
@@ -54,6 +54,11 @@ def save(folder: Path, step: int, val_loss: float | None = None, **config: Any) 
     one.save(step, fragments(float(step)), {"val_loss": val_loss})
     one.wait()
     assert reports[-1].error is None, reports[-1].error
+
+
+def steps(folder: Path) -> list[str]:
+    """Returns the names of the published checkpoints, newest first."""
+    return [path.name for path in published(folder)]
 
 
 def two_checkpoints(folder: Path) -> Path:

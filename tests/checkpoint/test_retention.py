@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import retention
 from pipeline.checkpoint.layout import Manifest, published, step_of
 from pipeline.checkpoint.pending import take_over
 from pipeline.checkpoint.saver import Saved
@@ -60,7 +60,7 @@ def test_an_interrupted_deletion_leaves_nothing_that_looks_published(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(folder, 1)
-    monkeypatch.setattr(retention.shutil, "rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     save(folder, 2, keep_last=1)
     assert steps(folder) == [2]
     monkeypatch.undo()
@@ -71,7 +71,7 @@ def test_an_interrupted_deletion_leaves_nothing_that_looks_published(
 def test_a_failed_deletion_is_retried_after_the_next_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(folder, 1)
     with monkeypatch.context() as patched:
-        patched.setattr(retention.shutil, "rmtree", lambda *args, **kwargs: None)
+        patched.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
         save(folder, 2, keep_last=1)
     assert list(folder.glob(".step_*"))
     save(folder, 3, keep_last=2)

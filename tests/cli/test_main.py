@@ -48,9 +48,10 @@ def test_help_names_every_command_in_the_order_of_a_run_and_fits_80_columns():
     argv = [sys.executable, "-m", "pipeline", "--help"]
     lines = subprocess.run(argv, capture_output=True, text=True, env=environment).stdout.splitlines()
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
-    assert [found[1] for line in lines if (found := re.match(r"│ ([a-z]+) ", line))] == [
-        "run", "prepare", "inspect", "verify", "train", "sample", "evaluate", "export", "report", "sync", "ui",
-        "submit", "status", "logs", "cancel", "check", "plan", "image", "devcluster",
+    assert [found[1] for line in lines if (found := re.match(r"│ ([a-z][a-z-]+) ", line))] == [
+        "new", "schema", "run", "prepare", "adopt", "inspect", "export-data", "verify", "train", "profile", "sample",
+        "export", "average", "evaluate", "report", "sync", "ui", "submit", "status", "logs", "cancel", "check", "plan",
+        "image", "devcluster",
     ]  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def test_help_names_every_command_in_the_order_of_a_run_and_fits_80_columns():
     ],
 )
 def test_every_error_has_its_exit_status_and_is_one_message_on_stderr(error, status, printed, monkeypatch, capsys):
-    def fail(path: str) -> str:
+    def fail(path: str, token_folder: str | None) -> str:
         raise error
 
     monkeypatch.setattr("pipeline.commands.verify.verify_path", fail)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.cli.reference import REFERENCE_FILE, SCHEMA_FILE, generated
 from pipeline.config.sections import Config
-from pipeline.config.yaml_tree import known_paths
+from pipeline.config.yaml_tree import known_fields
 from tests.cli.test_main import ROOT
 
 
@@ -19,7 +19,7 @@ def test_schemas_and_reference_pages_are_current(file):
 
 def test_every_key_has_a_description_in_the_schema_and_on_the_page():
     page = generated()[REFERENCE_FILE]
-    for path in known_paths(Config):
+    for path, _ in known_fields(Config):
         assert f"`{path.rpartition('.')[2]}`" in page or f"## `{path}" in page, path
     definitions = json.loads(generated()[SCHEMA_FILE])["$defs"]
     for section in definitions.values():

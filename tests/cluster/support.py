@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.devcluster import cluster as devcluster
 from pipeline.devcluster import services
 from pipeline.devcluster.hosts import environment, run_on
-from pipeline.devcluster.settings import Settings, load, state_folder
+from pipeline.devcluster.settings import LOGIN, Settings, load, state_folder
 
 ROOT = Path(__file__).parents[2]
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL"}
@@ -60,8 +60,9 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """Environment of a shell that evaluated `pipeline devcluster env`."""
-        return {**os.environ, **environment(self.settings), "PYTHONPATH": str(ROOT)}
+        """Environment of a shell that evaluated `pipeline devcluster env`, of a user with settings of their own."""
+        own = {"PYTHONPATH": str(ROOT), "XDG_CONFIG_HOME": str(self.work / "settings")}
+        return {**os.environ, **environment(self.settings), **own}
 
     @property
     def nodes(self) -> list[str]:
@@ -120,12 +121,28 @@ class Cluster:
         """Cuts a node's power."""
         devcluster.kill_node(self.settings, node)
 
-    def slow_down(self, nodes: list[str], megabits: int) -> None:
+    def slow_down(self, nodes: list[str], megabits: int, device: str = "eth0") -> None:
         """Slows down the network of nodes until they lose their power; waiting for it takes no processor time."""
-        shape = f"tc qdisc add dev eth0 root tbf rate {megabits}mbit burst 64kb latency 400ms"
+        # A packet of the loopback may have 64 kB, and one that is larger than the burst never gets through.
+        shape = f"tc qdisc add dev {device} root tbf rate {megabits}mbit burst 128kb latency 800ms"
         for node in nodes:
-            done = run_on(self.settings, node, shape.split())
-            assert done.returncode == 0, done.stderr
+            self._on(node, shape)
+
+    @contextlib.contextmanager
+    def cut_off(self, node: str) -> Iterator[None]:
+        """Lets no packet of a node reach the controller during the block; what runs there runs on."""
+        route = f"blackhole {self.settings.address(LOGIN)}/32"
+        self._on(node, f"ip route add {route}")
+        try:
+            yield
+        finally:
+            self._on(node, f"ip route del {route}")
+        back = f"{node} has not returned"
+        wait_until(lambda: node in services.registrations(self.settings), 120, lambda: back, every=1.0)
+
+    def _on(self, node: str, command: str) -> None:
+        done = run_on(self.settings, node, command.split())
+        assert done.returncode == 0, done.stderr
 
     def start_node(self, node: str) -> None:
         """Brings a node back up."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +18,21 @@ import pytest
 from pipeline.checkpoint.layout import published, step_of
 from tests import experiment
 from tests.cluster.support import ROOT, Cluster, open_cluster
-from tests.cluster.training import Training, describe, prepare, start
+from tests.cluster.training import Training, describe, prepare, processes_of, start
+from tests.launch.notify.support import SECRET, script, write_settings
+from tests.train.profile.traces import spans
 
 _ENDLESS = 100_000
 
 
 @pytest.fixture(scope="module")
 def cluster(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster with a working folder for this file only, which holds prepared data."""
+    """The cluster with a working folder for this file only, which holds prepared data; its jobs tell how they end."""
     own = open_cluster(cluster.settings.state, cluster.work / "commands")
     prepare(own)
+    tell = script(own.work / "tell", f'echo "$PIPELINE_RUN $PIPELINE_EVENT" >> {own.work}/told')
+    # Nobody listens on a node.
+    write_settings(own.work / "settings", command=[str(tell)], webhook=f"http://127.0.0.1:9/{SECRET}")
     yield own
     own.cancel_all()
 
@@ -78,6 +86,41 @@ def test_logs_show_every_attempt_of_the_requested_rank(training: Training) -> No
     missing = training.pipeline("logs", str(training.run), "--rank", "2")
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
     assert "0, 1" in missing.stderr
+
+
+def test_a_job_is_profiled_on_both_nodes_while_it_trains(training: Training) -> None:
+    done = training.pipeline("profile", str(training.run), "--steps", "2", "--ranks", "0,1")
+    assert done.returncode == 0, done.stderr
+    traces = [Path(file) for file in done.stdout.splitlines() if "trace_rank_" in file]
+    began = training.events("profile_began")[-1]["step"]
+    assert len(traces) == 2
+    for trace in traces:
+        named = [name for name, _, _ in spans(trace) if name.startswith("step")]
+        assert named == [f"step {began + 1}", f"step {began + 2}"]
+    training.wait_for_step(began + 10)
+
+
+def test_a_rank_that_is_stopped_on_the_other_node_is_named_and_the_run_continues(
+    cluster: Cluster, training: Training
+) -> None:
+    """Half a minute long, which is the limit for a hang."""
+    _, second = cluster.nodes_of(training.job("train"))
+    (rank,) = processes_of(cluster, second, "pipeline train")
+    os.kill(rank, signal.SIGSTOP)
+    try:
+        training.wait_for(lambda: bool(training.events("hang")), 55, "no hang is reported")
+        shown = training.pipeline("status", str(training.run)).stdout
+    finally:
+        os.kill(rank, signal.SIGCONT)
+    hang = training.events("hang")[-1]
+    assert (hang["ranks"], hang["hosts"]) == ([1], [second])
+    assert f"rank 1 on {second}" in shown
+    training.wait_for(lambda: len(list(Path(hang["path"]).glob("rank_*.txt"))) == 2, 20, "a rank left no stack")
+    training.wait_for_step(hang["step"] + 10)
+    assert training.events("hang_ended")[-1]["seconds"] > 25
+    (network,) = training.events("network")
+    assert (network["transport"], network["ranks"], network["nodes"]) == ("gloo over TCP", 2, 2)
+    assert network["gb_per_s"] > 0
 
 
 def test_a_run_in_the_queue_is_not_submitted_again(training: Training) -> None:
@@ -151,7 +194,13 @@ def test_a_sweep_is_one_array_that_trains_and_evaluates_a_run_per_value(cluster:
         assert run.wait_for_end("evaluate", 240)["JobState"] == "COMPLETED", run.words()
         assert [step for step, _ in experiment.curve(run.run)] == list(range(1, 11))
         assert (run.run / "evaluation.json").exists()
-        assert _status(run)["state"] == "finished"
+        found = _status(run)
+        assert (found["state"], _told(run)) == ("finished", ["finished"])
+        cost = found["usage"]
+        assert cost["allocations"] == 2 and cost["cpu_core_hours"] > 0, "training and evaluation, by sacct"
+        assert (cost["gpu_hours"], cost["gpu_kwh"], cost["node_kwh"]) == (0, None, None)
+        notes = experiment.lines(run.run / "launch" / "attempts.jsonl")
+        assert [note["job"] for note in notes if note["event"] == "charged"] == [run.job("train")]
         assert f"==> train, job {run.job('train')}, attempt 0, rank 0 <==" in run.pipeline("logs", str(run.run)).stdout
     assert experiment.curve(runs[0].run) != experiment.curve(runs[1].run)
 
@@ -167,8 +216,16 @@ def test_a_run_that_fails_three_times_at_the_same_step_is_not_requeued(cluster: 
     run.wait_for(lambda: cluster.show(evaluation)["JobState"] == "CANCELLED", 30, "the evaluation is not cancelled")
     found = _status(run)
     assert (found["state"], found["stage"], found["reason"]) == ("failed", "train", gave_up["reason"])
+    assert _told(run) == ["failed", "failed", "gave_up"]
+    assert (found["usage"]["allocations"], found["usage"]["cpu_core_hours"] > 0) == (3, True)
+    log = (run.run / "launch" / f"{run.job('train')}_0_log.err").read_text()
+    assert log.count("webhook") == 3 and SECRET not in log
     titles = [line for line in run.pipeline("logs", str(run.run)).stdout.splitlines() if line.startswith("==> train")]
-    assert titles == [f"==> train, job {run.job('train')}, attempt {i}, rank 0 <==" for i in range(3)]
+    names = [f"==> train, job {run.job('train')}, attempt {i}, rank 0" for i in range(3)]
+    assert [title[: len(name)] for title, name in zip(titles, names, strict=True)] == names
+    assert titles[0] == f"{names[0]} <=="
+    for before, title in enumerate(titles[1:]):
+        assert f"; it began because attempt {before} ended: " in title and "not finite" in title, title
 
 
 def test_an_unreachable_controller_is_named_and_nothing_is_submitted(cluster: Cluster, training: Training) -> None:
@@ -181,6 +238,12 @@ def test_an_unreachable_controller_is_named_and_nothing_is_submitted(cluster: Cl
     assert not run.run.exists()
     assert json.loads(found.stdout)[0]["state"] == "cancelled", "read from the run folder"
     assert "run folder" in found.stderr
+
+
+def _told(run: Training) -> list[str]:
+    """Returns what the jobs of a run told, in order."""
+    lines = [line.split() for line in (run.cluster.work / "told").read_text().splitlines()]
+    return [event for folder, event in lines if folder == str(run.run)]
 
 
 def _status(run: Training) -> dict[str, Any]:

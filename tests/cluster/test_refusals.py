@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.devcluster.hosts import run_on
 from pipeline.devcluster.settings import LOGIN
+from pipeline.errors import EXIT_FAILED, EXIT_USAGE
 from tests.cluster.support import ROOT, Cluster, open_cluster, wait_until
 from tests.cluster.training import Training, describe
 
@@ -24,19 +25,19 @@ def cluster(cluster: Cluster) -> Cluster:
 
 
 _REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "partition": ({"train": {"partition": "nope"}}, ["train.partition", "partitions here: main, low, high"]),
-    "nodes": ({"train": {"nodes": 8}}, ["train.nodes", "sinfo --format '%P %D %c %G'"]),
-    "memory": ({"train": {"mem_gb": 100}}, ["train.mem_gb", "sinfo --format '%P %N %m'"]),
+    "partition": ({"train": {"partition": "nope"}}, ["request of train", "'nope'", "allowed: high, low, main"]),
+    "nodes": ({"train": {"nodes": 8}}, ["request of train: 8 nodes, and main has 5"]),
+    "memory": ({"train": {"mem_gb": 100}}, ["request of train: 100 GB of memory per node"]),
     "gpus": (
         {"train": {"gpus_per_node": 8, "tasks_per_node": 8, "nodes": 1}},
-        ["gpus_per_node", "sinfo --format '%P %D %c %G'"],
+        ["request of train: ", "8 GPUs per node, and main has 4"],
     ),
     "time": (
         {"train": {"partition": "high", "time_limit_min": 90}},
-        ["train.time_limit_min", "sinfo --format '%P %l'"],
+        ["request of train: 90 minutes, and high has 60"],
     ),
     "account": ({"account": "nobody"}, ["account", "sacctmgr show associations"]),
-    "the last of the chain": ({"evaluate": {"partition": "nope"}}, ["evaluate.partition", "partitions here"]),
+    "the last of the chain": ({"evaluate": {"partition": "nope"}}, ["request of evaluate", "'nope'"]),
     "key": ({"acount": "research"}, ["acount", "did you mean `account`"]),
 }
 
@@ -94,9 +95,15 @@ exit 0
 """
 
 
-@pytest.mark.parametrize("when", ["before", "in the middle"])
+@pytest.mark.parametrize(
+    ("when", "ends", "words"),
+    [
+        ("before", (EXIT_USAGE, "", 2), ["`pipeline check` fails", "are free", "runs_dir"]),
+        ("in the middle", (EXIT_FAILED, "", 1), ["No space left on device", "runs_dir"]),
+    ],
+)
 def test_a_full_disk_is_one_message_and_nothing_is_submitted_halfway(
-    cluster: Cluster, small_disk: Path, when: str
+    cluster: Cluster, small_disk: Path, when: str, ends: tuple[int, str, int], words: list[str]
 ) -> None:
     before = _jobs(cluster)
     name = f"full-{when.replace(' ', '-')}"
@@ -112,10 +119,9 @@ def test_a_full_disk_is_one_message_and_nothing_is_submitted_halfway(
     status, out, err = _on_login(
         cluster, "env", f"PATH={path}", f"PYTHONPATH={ROOT}", sys.executable, "-m", "pipeline", *submission, check=False
     )
-    assert (status, out, err.count("\n")) == (1, "", 1), err
-    for words in (str(small_disk), "No space left on device", "runs_dir"):
-        assert words in err
-    assert _on_login(cluster, "ls", "-A", f"{small_disk}/runs")[1] == ""
+    assert (status, out, err.count("\n")) == ends, err
+    assert all(word in err for word in [str(small_disk), *words])
+    assert _on_login(cluster, "ls", "-A", f"{small_disk}/runs", check=False)[1] == ""
     assert _jobs(cluster) == before
     if when == "in the middle":
         (job,) = re.findall(r"Submitted batch job (\d+)", (cluster.work / "submitted").read_text())
@@ -130,6 +136,12 @@ def test_check_predicts_what_slurm_would_accept_and_reject(cluster: Cluster) -> 
     assert "main: 2 of 5" in found["request of train"]["found"] and "60 min" in found["request of train"]["found"]
     assert found["accounting"]["found"] == "sacct answers"
     assert found["torch"]["status"] == "ok"
+    assert found["submission of prepare, train, evaluate"]["status"] == "ok"
+    status, found = _check(describe(cluster, "charged", account="nobody"))
+    refused = found["submission of prepare, train, evaluate"]
+    assert (status, refused["status"]) == (1, "failed") and "site.yaml: account" in refused["found"].replace(
+        "charged", "site"
+    )
     bad = describe(
         cluster, "bad", "train.micro_batch_size=1", prepare={"partition": "nope"},
         train={"nodes": 8, "mem_gb": 100, "partition": "high"}, evaluate={"time_limit_min": 90, "partition": "high"},

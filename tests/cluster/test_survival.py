@@ -5,12 +5,14 @@ Recovery needs no manual intervention: each test causes one failure and then onl
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from pipeline.run.folder import Run
 from pipeline.tracking.upload.sync import sync
 from tests import experiment
@@ -158,6 +160,40 @@ def test_training_continues_while_the_controller_restarts(
     cluster.restart_controller()
     ended = run.wait_for_end("train")
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), run.words()
+    assert_same_training(run.run, reference.run)
+
+
+def test_a_start_that_lost_the_run_ends_within_seconds_and_is_not_requeued(
+    cluster: Cluster, reference: Training, submit: Callable[..., Training], figures: Figures
+) -> None:
+    """A job loses it to its own next attempt, because its node only seemed lost, and that one to a start by hand."""
+    run = submit("superseded", nodes=1, tasks_per_node=2, mem_gb=3)
+    job = run.job("train")
+    (first,) = cluster.nodes_of(job)
+    cluster.slow_down(cluster.nodes[:3], 2, "lo")  # 0.6 s per step: each attempt still trains when the next one starts
+    with cluster.cut_off(first):
+        run.wait_for(lambda: len(run.events("resumed")) > 0, 120, "no second attempt")
+        taken = [run.events("attempt")[1]["time"]]
+        assert (run.events("attempt")[1]["job"], run.events("attempt")[1]["restart"]) == (job, 1)
+        run.wait_for(lambda: len(run.ended(job)) > 0, 60, "the first attempt still runs")
+        second = cluster.nodes_of(job)
+        assert second != [first] and cluster.show(job)["JobState"] == "RUNNING", run.words()
+
+        refused = run.pipeline("train", str(run.config), *run.overrides)
+        assert refused.returncode == EXIT_USAGE and cluster.show(job)["JobState"] == "RUNNING", run.words()
+        by_hand = run.train_here("--take-over")
+        ended = run.wait_for_end("train", 120)
+        assert by_hand.wait(240) == EXIT_OK, run.words()
+    taken.append(run.events("attempt")[2]["time"])
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{EXIT_FAILED}:0", "1"), run.words()
+    for number, (began, note) in enumerate(zip(taken, run.ended(job), strict=True)):
+        assert note["attempt"] == number and note["time"] - began < 30
+        figures.add(f"a run is taken over -> attempt {number} of its job has ended", note["time"] - began)
+    assert not [
+        kind for kind in ("failed", "checkpoint_failed", "preempted", "requeued", "gave_up") if run.events(kind)
+    ]
+    assert experiment.lines(run.run / "events.jsonl")[-1]["event"] == "finished"
+    assert json.loads(run.pipeline("status", str(run.run), "--json").stdout)[0]["state"] == "finished"
     assert_same_training(run.run, reference.run)
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from pipeline.checkpoint.layout import Manifest
 from pipeline.launch.slurm import job_records
+from pipeline.run.attempts import Stage
 from pipeline.run.folder import Run, step_name
 from tests import experiment
 from tests.cluster.support import ENDED, ROOT, Cluster, pipeline, wait_until
@@ -66,7 +67,19 @@ class Training:
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
 
-    def job(self, stage: job_records.Stage) -> str:
+    def train_here(self, *options: str) -> subprocess.Popen[bytes]:
+        """Starts `pipeline train` on two ranks of this machine, as a user does by hand; its output is in the run."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "pipeline"]
+        command = [*launcher, "train", str(self.config), *self.overrides, *options]
+        with (self.run / "logs" / "by_hand.log").open("ab") as log:
+            return subprocess.Popen(command, cwd=self.checkout, env=self.cluster.env, stdout=log, stderr=log)
+
+    def ended(self, job: str) -> list[dict[str, Any]]:
+        """Returns what the attempts of a job noted at their end, oldest first."""
+        notes = experiment.lines(self.run / "launch" / "attempts.jsonl")
+        return [note for note in notes if note["event"] == "ended" and note["job"] == job]
+
+    def job(self, stage: Stage) -> str:
         """Returns the id of the newest job of a stage."""
         return [job.id for job in job_records.jobs(Run(self.run)) if job.stage == stage][-1]
 
@@ -82,7 +95,7 @@ class Training:
         """Waits until the condition holds; fails with the logs of the jobs."""
         wait_until(condition, seconds, lambda: f"{what}\n{self.words()}")
 
-    def wait_for_end(self, stage: job_records.Stage, seconds: float = 300) -> dict[str, str]:
+    def wait_for_end(self, stage: Stage, seconds: float = 300) -> dict[str, str]:
         """Waits until the job of a stage has ended for good; returns its fields in Slurm."""
         job = self.job(stage)
 
@@ -101,7 +114,7 @@ class Training:
     def words(self) -> str:
         """Returns the ends of all logs, for the message of a failing test."""
         files = sorted(
-            [*self.run.glob("launch/*.err"), *self.run.glob("logs/*/*.log"), *self.run.glob("*events.jsonl")]
+            [*self.run.glob("launch/*.err"), *self.run.glob("logs/**/*.log"), *self.run.glob("*events.jsonl")]
         )
         parts = [f"--- {path.relative_to(self.run)}\n{path.read_text(errors='replace')[-1500:]}" for path in files]
         return "\n".join([self.cluster.run("squeue", check=False), *parts])

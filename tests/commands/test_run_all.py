@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.commands.run_all import _next_commands, _results, run_all
+from pipeline.commands.run_all import _results, next_commands, run_all
 from pipeline.config.load import load_config
 from pipeline.errors import UsageError
 from pipeline.run.folder import Run
@@ -122,7 +122,7 @@ def test_the_table_compares_the_model_with_bigram_counts_in_three_units():
     assert [cell.strip() for cell in rows["bigram counts"]] == ["2.7726", "16.0", "3.000"]
 
 
-def test_the_first_sample_and_the_next_commands_are_printed_as_they_are_however_narrow_the_screen(
+def test_the_first_sample_and_thenext_commands_are_printed_as_they_are_however_narrow_the_screen(
     tmp_path, monkeypatch, capsys
 ):
     config = load_config(experiment(tmp_path, runs_dir=str(tmp_path / "[dim]runs")))
@@ -150,9 +150,9 @@ def test_the_first_sample_and_the_next_commands_are_printed_as_they_are_however_
         ("http://host:5000", "http://host:5000"),
     ],
 )
-def test_the_next_commands_can_be_pasted_into_a_shell(uri, last, tmp_path):
+def test_thenext_commands_can_be_pasted_into_a_shell(uri, last, tmp_path):
     config = load_config(experiment(tmp_path, **{"tracking.uri": uri}))
-    assert _next_commands(Run(Path("my runs/tiny")), config).splitlines()[-1].endswith(f"  {last}")
+    assert next_commands(Run(Path("my runs/tiny")), config).splitlines()[-1].endswith(f"  {last}")
 
 
 def _in_mlflow(folder: Path, run: Path) -> dict[str, object]:

@@ -20,7 +20,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "data.sources": {"data.sources.0.paths": []},
     "tokenizer": {"tokenizer.train_sample_mb": 0},
     "model": {"model.context_length": "long"},
-    "init": {"init.from": "runs/base"},
+    "init": {"init.step": -1},
     "optimizer": {"optimizer.eps": -1},
     "train": {"train.max_iters": 1.5},
     "checkpoint": {"checkpoint.keep_last": 0},
@@ -28,6 +28,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "tracking": {"tracking.experiment": ""},
     "container": {"container.code": "mine"},
     "sample": {"sample.top_p": 2},
+    "evaluate": {"evaluate.limit": 0},
 }
 BROKEN_RULES: dict[str, dict[str, Any]] = {
     "names of sources": {"data.sources.1.name": "speeches"},
@@ -41,6 +42,8 @@ BROKEN_RULES: dict[str, dict[str, Any]] = {
     "store": {"tracking.uri": "ftp://host"},
     "vocabulary": {"model.vocab_size": 100},
     "deepspeed": {"deepspeed.fp16": {}},
+    "tasks": {"evaluate.every_checkpoint": True},
+    "what a run takes": {"init.what": "all"},
 }
 
 

@@ -11,20 +11,28 @@ from pipeline.config.section_base import section_of
 from pipeline.config.sections import Config, tracking_uri_problem
 from tests.config.support import problems, tree
 
+WSD = {"optimizer.schedule": "wsd", "optimizer.cosine_cycle_iters": None}
+
+
+def phase(from_step: int, name: str = "speeches", weight: float = 1.0) -> dict:
+    return {"from_step": from_step, "weights": {name: weight}}
+
 
 @pytest.mark.parametrize(
     ("changes", "path", "words"),
     [
-        ({"train.max_iters": 1.5}, "train.max_iters", ["given 1.5", "integer"]),
-        ({"train.max_iters": True}, "train.max_iters", ["given true", "integer"]),
-        ({"train.max_iters": "3"}, "train.max_iters", ['given "3"', "integer"]),
-        ({"train.max_iters": 0}, "train.max_iters", ["given 0", "greater than or equal"]),
-        ({"train.precision": "fp16"}, "train.precision", ['given "fp16"', "'fp32' or 'bf16'"]),
-        ({"data.sources.0.paths": []}, "data.sources.0.paths", ["given []", "at least 1 item"]),
+        ({"data.phases": [{"from_step": 0, "weights": {}}]}, "data.phases.0.weights", ["at least 1 entry"]),
+        ({"data.phases": [phase(0, weight=0.0)]}, "data.phases.0.weights.speeches", ["more than 0"]),
+        ({"train.max_iters": 1.5}, "train.max_iters", ["given 1.5", "a whole number"]),
+        ({"train.max_iters": True}, "train.max_iters", ["given true", "a whole number"]),
+        ({"train.max_iters": "3"}, "train.max_iters", ['given "3"', "a whole number"]),
+        ({"train.max_iters": 0}, "train.max_iters", ["given 0", "1 or more"]),
+        ({"train.precision": "fp16"}, "train.precision", ['given "fp16"', "allowed: fp32 or bf16"]),
+        ({"data.sources.0.paths": []}, "data.sources.0.paths", ["given []", "at least 1 entry"]),
         ({"data.slice_size_mb": 1e-7}, "data.slice_size_mb", ["0.000001"]),
-        ({"model": 3}, "model", ["given 3", "object"]),
+        ({"model": 3}, "model", ["given 3", "`key: value`"]),
         ({"model": None}, "model", ["missing"]),
-        ({"name": "a/b"}, "name", ['given "a/b"', "pattern"]),
+        ({"name": "a/b"}, "name", ['given "a/b"', "letters, digits"]),
     ],
 )
 def test_a_wrong_value_is_reported_with_what_is_allowed(changes, path, words):
@@ -62,6 +70,10 @@ def test_every_field_is_described_where_it_is_defined(section):
             ["given 4.0", "low_frequency_factor = 5.0"],
         ),
         ({"optimizer.warmup_iters": 1001}, "optimizer.warmup_iters", ["cosine_cycle_iters = 1000"]),
+        ({"optimizer.decay_iters": 10}, "optimizer.decay_iters", ["given 10", "schedule: wsd"]),
+        ({"optimizer.schedule": "linear"}, "optimizer.cosine_cycle_iters", ["given 1000", "schedule: cosine"]),
+        (WSD, "optimizer.decay_iters", ["missing", "wsd"]),
+        ({**WSD, "optimizer.decay_iters": 951}, "train.max_iters", ["given 1000", "at least 1001"]),
         ({"optimizer.min_learning_rate": 1.0}, "optimizer.min_learning_rate", ["learning_rate = 0.006"]),
         ({"model.vocab_size": 256}, "model.vocab_size", ["given 256", "at least 257"]),
         (
@@ -89,6 +101,14 @@ def test_every_field_is_described_where_it_is_defined(section):
         ),
         ({"data.sources.1.name": "speeches"}, "data.sources", ["same name"]),
         ({"data.sources.0.split": "validation"}, "data.sources", ["split: validation"]),
+        ({"data.packing": "best_fit", "data.order": "random"}, "data.order", ["shuffle", "best_fit"]),
+        ({"data.phases": [phase(5)]}, "data.phases.0.from_step", ["given 5", "0"]),
+        ({"data.phases": [phase(0), phase(9), phase(9)]}, "data.phases.2.from_step", ["given 9", "more than 9"]),
+        (
+            {"data.phases": [phase(0), phase(9, "last-speeches")]},
+            "data.phases.1.weights.last-speeches",
+            ["to train on", "speeches"],
+        ),
     ],
 )
 def test_a_broken_rule_is_reported_at_one_field_and_names_the_other(changes, path, words):
@@ -103,6 +123,9 @@ def test_a_broken_rule_is_reported_at_one_field_and_names_the_other(changes, pat
     [
         {"model.d_model": 8},
         {"optimizer.warmup_iters": 1000},
+        {"optimizer.cosine_cycle_iters": None},
+        {**WSD, "optimizer.decay_iters": 950},
+        {**WSD, "optimizer.schedule": "inv_sqrt", "optimizer.warmup_iters": 2000},
         {"optimizer.min_learning_rate": 6.0e-3},
         {"model.vocab_size": 257},
         {"model.vocab_size": 258, "tokenizer.special_tokens": ["<|a|>"]},
@@ -145,3 +168,8 @@ def test_the_address_of_a_store_is_refused_without_repeating_a_secret(uri, word)
     message = tracking_uri_problem(uri)
     assert message is not None
     assert word in message and "secret" not in message
+
+
+def test_a_name_of_a_task_is_no_option_and_holds_no_comma():
+    for name in ("--output", "a,b", "a b", ""):
+        assert set(problems(**{"evaluate.tasks": [name]})) == {"evaluate.tasks.0"}

@@ -73,7 +73,7 @@ def test_a_long_value_is_cut_in_the_message():
     [
         ("", "empty"),
         ("- 1\n- 2\n", "list"),
-        ("name: [1, 2\n", "line 2, column 1"),
+        ("name: [1, 2\n", "line 1, column 7: `.` opens a list"),
         ("name: a\nname: b\n", "given twice"),
         ("name: !!python/object/apply:os.system [ls]\n", "bad YAML"),
         ("name: \x00\n", "bad YAML"),

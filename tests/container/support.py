@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pipeline.run.folder import Run
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "build" / "images"
 SPLITS = ("train", "validation")
-_INPUTS = ("Apptainer.def", "containers/cpu.args", "containers/image.lock", *PROJECT_PARTS)
+_INPUTS = ("Apptainer.def", "containers/cpu.args", f"containers/{platform.machine()}/image.lock", *PROJECT_PARTS)
 
 
 def cpu_image() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from pipeline.launch.site import SiteContainer
 from tests.cli.test_main import pipeline
 from tests.container.support import ROOT, Jobs
 
+LOCK = ROOT / "containers" / platform.machine() / "image.lock"
+
 # The first test that needs the image builds it.
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 
@@ -33,9 +36,9 @@ def test_the_image_tested_itself_when_it_was_built(image: Path):
 def test_the_record_is_true_and_info_finds_a_changed_image(image: Path, tmp_path: Path):
     record = read_record(image)
     assert record["sha256"] == sha256_file(image)
-    assert record["lock_sha256"] == sha256_file(ROOT / "containers" / "image.lock")
+    assert record["lock_sha256"] == sha256_file(LOCK)
     assert record["base"]["bootstrap"] == "debootstrap" and record["base"]["digest"].startswith("sha256:")
-    pins = [line for line in (ROOT / "containers" / "image.lock").read_text().splitlines() if "==" in line]
+    pins = [line for line in (LOCK).read_text().splitlines() if "==" in line]
     built = {line.partition("+")[0] for line in record["python_packages"]}
     assert {_normal(p) for p in pins} - {_normal(b) for b in built} == set()
 

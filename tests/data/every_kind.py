@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.sections import Config
-from tests.data.helpers import COMPRESS, config, documents, jsonl, write, write_parquet
+from tests.data.helpers import COMPRESS, config, documents, jsonl, write, write_arrow, write_parquet
 
 TEXTS = documents(300, seed=5)
 TOKENIZER = {"kind": "bpe", "special_tokens": ["<|pad|>"]}
@@ -19,12 +19,14 @@ def sources_of_every_kind(folder: Path) -> list[dict[str, Any]]:
         write(folder / "whole" / f"{i:02d}.txt", text.encode())
     write(folder / "lines.jsonl", jsonl(TEXTS[60:150]))
     write(folder / "packed.jsonl.gz", COMPRESS["gz"](jsonl(TEXTS[150:230] * 4)))
-    write_parquet(folder / "rows.parquet", TEXTS[230:])
+    write_parquet(folder / "rows.parquet", TEXTS[230:270])
+    write_arrow(folder / "batches.arrow", TEXTS[270:])
     return [
         {"name": "whole", "paths": [str(folder / "whole" / "*.txt")]},
         {"name": "lines", "paths": [str(folder / "lines.jsonl")]},
         {"name": "packed", "paths": [str(folder / "packed.jsonl.gz")], "split": "train"},
         {"name": "rows", "paths": [str(folder / "rows.parquet")]},
+        {"name": "batches", "paths": [str(folder / "batches.arrow")], "where": "id != 3"},
     ]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
@@ -94,6 +95,16 @@ def jsonl(texts: Sequence[str], field: str = "text") -> bytes:
 def write_parquet(path: Path, texts: Sequence[str | None], row_group_size: int = 10, column: str = "text") -> Path:
     table = pyarrow.table({"id": list(range(len(texts))), column: pyarrow.array(texts, pyarrow.string())})
     pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def write_arrow(path: Path, texts: list[str | None], kind: str = "stream", rows: int = 10, **options: str) -> Path:
+    """Writes texts as `datasets` does: an IPC stream of batches, beside other columns."""
+    table = pyarrow.table({"id": list(range(len(texts))), "text": pyarrow.array(texts, pyarrow.string())})
+    make = pyarrow.ipc.new_stream if kind == "stream" else pyarrow.ipc.new_file
+    settings = pyarrow.ipc.IpcWriteOptions(**options)
+    with pyarrow.OSFile(str(path), "wb") as out, make(out, table.schema, options=settings) as writer:
+        writer.write_table(table, max_chunksize=rows)
     return path
 
 

@@ -17,9 +17,7 @@ from pipeline.data import dataset as module
 from pipeline.data import manifest as manifests
 from pipeline.data.build.build import prepare
 from pipeline.data.dataset import (
-    BatchReader,
     TokenDataset,
-    ValidationWindows,
     get_batch,
     open_dataset,
     open_splits,
@@ -27,6 +25,8 @@ from pipeline.data.dataset import (
 )
 from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import DatasetManifest
+from pipeline.data.order.batches import BatchReader
+from pipeline.data.order.validation import validation_windows
 from pipeline.errors import DataError
 from tests.data.helpers import a_shard, config, documents, one_source, write
 
@@ -102,17 +102,6 @@ def test_weighted_batches_have_their_shares_and_never_cross_sources(made: Config
     assert abs(sources.count("b") / len(sources) - 0.75) < 0.03
 
 
-def test_validation_windows_are_fixed_and_do_not_overlap(made: Config) -> None:
-    dataset = open_dataset(made.data.path, "validation")
-    windows = ValidationWindows(dataset, CONTEXT)
-    tokens = _all_tokens(made.data.path, "validation")
-    assert windows.count == (len(tokens) - 1) // CONTEXT
-    assert ValidationWindows(dataset, len(tokens) - 1).count == 1  # the last window may end with the last token
-    x, y = windows.batch(0, windows.count + 5)
-    assert torch.equal(x.flatten(), torch.from_numpy(tokens[: windows.count * CONTEXT].astype(np.int64)))
-    assert torch.equal(y.flatten(), torch.from_numpy(tokens[1 : windows.count * CONTEXT + 1].astype(np.int64)))
-
-
 @pytest.mark.parametrize("kind", ["memmap", "array", "dataset"])
 def test_get_batch_draws_uniformly_and_reaches_both_ends(kind: str, made: Config, tmp_path: Path) -> None:
     values = np.arange(40, dtype=np.uint16)
@@ -167,7 +156,7 @@ def test_data_shorter_than_a_window_is_refused(made: Config) -> None:
     with pytest.raises(DataError, match=rf"b: {shortest} tokens .*{shortest + 1}"):
         BatchReader(dataset, _data(made, mixing="weighted"), seed=0, context_length=shortest, batch_size=2)
     with pytest.raises(DataError, match="validation split: .*context_length"):
-        ValidationWindows(open_dataset(made.data.path, "validation"), 10**6)
+        validation_windows(open_dataset(made.data.path, "validation"), 10**6)
 
 
 def test_a_source_without_a_weight_is_refused(made: Config) -> None:

@@ -46,6 +46,7 @@ def _check(made: Config, sources: Any = SOURCES, tokenizer: Any = None, **data: 
         ({"validation_fraction": 0.01}, "validation_fraction: 0.3 .*0.01"),
         ({"max_document_mb": 1.0}, "max_document_mb: 32.0 .*1.0"),
         ({"sources": _with(0, field="other")}, "sources.a.field: 'text' .*'other'"),
+        ({"sources": _with(0, where="id < 9")}, r"sources.a.where: None .*'id < 9\.0'"),
         ({"sources": _with(1, split="train")}, "sources.b.split: 'auto' .*'train'"),
         ({"sources": _with(1, separator="|")}, "sources.b.separator: None .*'\\|'"),
         ({"sources": SOURCES[:1]}, "sources.b: was there"),

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plotly.offline import get_plotlyjs
 
 from pipeline.data.inspect import count_tokens, document_lengths, draw_documents
 from pipeline.data.manifest import DatasetManifest
+from pipeline.vendor import plotly_js
 from tests.data.helpers import SPEECHES, command
 
 
@@ -25,7 +25,7 @@ def test_inspect_prints_documents_and_writes_a_page(
     assert out.count("source speeches") == 101 and "<script>alert(1)</script> & co" in out
     html = page.read_text()
     assert "Plotly.newPlot" in html and "<td><code>&#39; &#39;</code></td>" in html
-    assert "alert(1)" not in html and "src=" not in html.replace(get_plotlyjs(), "")
+    assert "alert(1)" not in html and "src=" not in html.replace(plotly_js(), "")
     assert not (files[1] / "inspect.html").exists()
 
 
@@ -81,7 +81,7 @@ def test_every_token_is_counted(files: tuple[Path, Path]) -> None:
 def test_the_page_counts_documents_by_length(files: tuple[Path, Path], tmp_path: Path) -> None:
     command("prepare", str(files[0]))
     command("inspect", str(files[1]), "--count", "0", "--html", str(tmp_path / "page.html"))
-    page = (tmp_path / "page.html").read_text().replace(get_plotlyjs(), "")
+    page = (tmp_path / "page.html").read_text().replace(plotly_js(), "")
     (bars,), _ = json.JSONDecoder().raw_decode(page, page.index("[", page.index("Plotly.newPlot(")))
     lengths = [len(text.encode()) + 1 for text in SPEECHES]
     bounds = [[int(number.replace(",", "")) for number in label.split("–")] for label in bars["x"]]

@@ -65,5 +65,25 @@ def test_every_client_is_a_script_that_runs_on_the_login_host(settings: Settings
         subprocess.run(["sh", "-n", script], check=True)
 
 
+def test_a_job_is_not_submitted_from_a_folder_that_its_node_does_not_see(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    settings.bin.mkdir(parents=True)
+    programs = settings.state / "programs"
+    programs.mkdir()
+    (programs / "nsenter").write_text("#!/bin/sh\necho entered\n")
+    (programs / "nsenter").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    files.write_clients(settings, 4711)
+    outcomes = {
+        (client, folder): subprocess.run([settings.bin / client], cwd=folder, capture_output=True, text=True)
+        for client in ("sbatch", "squeue")
+        for folder in ("/tmp", "/var/tmp")
+    }
+    refused = outcomes.pop(("sbatch", "/tmp"))
+    assert refused.returncode == 1 and refused.stderr.startswith("/tmp: is below /tmp, which each node has for itself")
+    assert {done.stdout for done in outcomes.values()} == {"entered\n"}
+
+
 def test_the_install_script_is_in_the_package():
     subprocess.run(["bash", "-n", INSTALL_SCRIPT], check=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.devcluster.settings import Settings, exists, load, state_folder
+from pipeline.devcluster.cluster import up
+from pipeline.devcluster.settings import Settings, exists, load, refuse_private, state_folder
 from pipeline.errors import PipelineError, UsageError
 
 
@@ -40,3 +41,23 @@ def test_a_state_folder_whose_path_is_too_long_for_sockets_is_refused():
     assert state_folder(longest) == Path(longest)
     with pytest.raises(UsageError, match="80 .*--state"):
         state_folder(longest + "x")
+
+
+def test_what_the_nodes_would_not_see_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    hidden, seen = tmp_path / "hidden", tmp_path / "seen"
+    hidden.mkdir()
+    seen.mkdir()
+    monkeypatch.setattr("pipeline.devcluster.settings.PRIVATE", (str(hidden),))
+    monkeypatch.setattr("pipeline.devcluster.cluster._check_machine", lambda: pytest.fail("looked further"))
+    (seen / "link").symlink_to(hidden)
+    monkeypatch.chdir(seen)
+    for state in (hidden / "state", seen / "link" / "state"):
+        with pytest.raises(UsageError, match=r"hidden/state: the folder of --state is below .*hidden.* /var/tmp"):
+            up(state, 1)
+    monkeypatch.chdir(hidden)
+    with pytest.raises(UsageError, match=r"hidden: the working folder is below"):
+        up(seen / "state", 1)
+    refuse_private("the folder", seen)
+    assert not any(hidden.iterdir()) and {path.name for path in seen.iterdir()} == {"link"}

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,11 +41,23 @@ def full(path: Path) -> Iterator[None]:
 def read_only(path: Path) -> Iterator[None]:
     """Makes everything below the folder unchangeable, for root too, while the block runs."""
     _mount("--bind", str(path), str(path))
-    _mount("-o", "remount,bind,ro", str(path))
     try:
+        _refuse_writers(path)
         yield
     finally:
         _umount(path)
+
+
+def _refuse_writers(path: Path, timeout_s: float = 10.0) -> None:
+    """Makes a mount read-only as soon as no rank has a file open for writing there: until then it is busy."""
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            return _mount("-o", "remount,bind,ro", str(path))
+        except subprocess.CalledProcessError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def _filled(filler: Path) -> bool:

@@ -8,8 +8,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.errors import EXIT_FAILED
 from tests import experiment, processes
-from tests.faults.strikes import DAMAGES, Deck, Strike, kill_all
+from tests.faults.injected import Tally, injected
+from tests.faults.strikes import DAMAGES, FROM_THE_START, Deck, Moment, Strike, kill_agent, kill_all, name_of, plan_of
 
 LONGEST_S = 30.0
 AT_START = 0.25
@@ -44,6 +46,7 @@ class Episode:
         self._config = experiment.write_experiment(folder, disk, name)
         self._folder, self._name, self._deck, self._rng, self._fixed = folder, name, deck, rng, fixed
         self._precision = precision
+        self._others: list[processes.Ranks] = []
         self.run = disk / name
         self.faults: list[Fault] = []
         self.problems: list[str] = []
@@ -57,6 +60,8 @@ class Episode:
             before, code = self._start(attempt, layout, strike, before)
             if strike is not None and before is None:
                 self._deck.put_back(strike)
+            elif strike is not None and before is not None and before.kind != name_of(strike):
+                self._deck.put_under(strike)
             if code == 0 or self.problems:
                 return
 
@@ -69,29 +74,56 @@ class Episode:
         self._check_promises(before, good, reached)
         began = time.monotonic()
         log = self._folder / "logs" / f"{self._name}_{attempt:03d}.log"
-        ranks = processes.start(arguments(self._config, layout, self._precision), layout[0], log)
+        ranks, tally = self._launch(layout, strike, log)
         try:
-            fault = None
-            at_start = strike is kill_all and self._rng.random() < AT_START
-            if at_start:
+            if tally is not None and strike is not None:
+                fault = self._in_trouble(ranks, strike, layout, tally)
+            elif strike is kill_all and self._rng.random() < AT_START:
                 time.sleep(self._rng.uniform(0, 1))
+                fault = self._land(ranks, strike, layout)
             else:
                 first = self._wait_for_first_step(ranks, began, good, resumes)
                 if before is not None and first is not None:
                     before.to_step_s, before.lost_steps = first, max(0, reached - good)
-            if strike is not None and at_start:
-                fault = self._land(ranks, strike, layout)
-            elif strike is not None and not self.problems:
-                fault = self._strike(ranks, strike, layout)
-            elif not ranks.within(ranks.poll, 120):
-                self._problem(ranks, "an undisturbed start did not end in 120 s")
+                fault = self._strike(ranks, strike, layout) if strike is not None and not self.problems else None
+                if strike is None and not ranks.within(ranks.poll, 120):
+                    self._problem(ranks, "an undisturbed start did not end in 120 s")
             if fault is not None:
                 self.faults.append(fault)
             elif not self.problems and set(ranks.codes.values()) != {0}:
                 self._problem(ranks, f"an undisturbed start ended with {ranks.codes}")
         finally:
             ranks.end()
+            for other in self._others:
+                other.end()
+            self._others.clear()
         return fault, 0 if set(ranks.codes.values()) == {0} else 1
+
+    def _launch(self, layout: Layout, strike: Strike | None, log: Path) -> tuple[processes.Ranks, Tally | None]:
+        """Starts the ranks; returns with them what has failed, for a strike that begins with the start."""
+        command = arguments(self._config, layout, self._precision)
+        if strike is kill_agent:
+            return processes.start_with_agent(command, layout[0], log), None
+        if strike not in FROM_THE_START:
+            return processes.start(command, layout[0], log), None
+        plan = plan_of(strike, self.run, self._folder / "tokens", self._rng)
+        with injected(plan, log.with_suffix(".tally")) as (environ, tally):
+            return processes.start(command, layout[0], log, environ), tally
+
+    def _in_trouble(self, ranks: processes.Ranks, strike: Strike, layout: Layout, tally: Tally) -> Fault | None:
+        """Waits until the ranks have ended or come far enough, then strikes; None if the run has finished."""
+        began, at_step = time.monotonic(), experiment.last_step(self.run)
+        target = at_step + self._rng.randint(1, 25)
+        if not ranks.launched(lambda: experiment.last_step(self.run) >= target, 2 * LONGEST_S):
+            self._problem(ranks, f"neither an end nor step {target} after {tally.first()} failed")
+        if "Traceback" in ranks.words():
+            self._problem(ranks, f"a traceback after {tally.first()} failed")
+        if ranks.poll() and EXIT_FAILED in ranks.codes.values() and tally.struck():
+            return Fault(name_of(strike), layout, at_step, time.monotonic() - began)
+        fault = self._land(ranks, strike, layout)
+        if fault is not None and not tally.struck():
+            fault.kind = name_of(kill_all)
+        return fault
 
     def _check_promises(self, before: Fault | None, good: int, reached: int) -> None:
         """Checks that a checkpoint reported as durable is there, and that a stop on request lost no step."""
@@ -138,7 +170,7 @@ class Episode:
             return None
         at_step = experiment.last_step(self.run)
         began = time.monotonic()
-        blow = strike(ranks, self.run, self._rng)
+        blow = strike(Moment(ranks, self.run, self._rng, lambda: self._start_another(layout, ranks.log)))
         if not ranks.within(ranks.poll, LONGEST_S):
             self._problem(ranks, f"ranks still ran {LONGEST_S:g} s after {blow.kind}")
         if set(ranks.codes.values()) == {0}:
@@ -149,6 +181,10 @@ class Episode:
         ended = max(ranks.ended_at.values(), default=time.monotonic())
         blow.afterwards()
         return Fault(blow.kind, layout, at_step, ended - began)
+
+    def _start_another(self, layout: Layout, log: Path) -> None:
+        command = [*arguments(self._config, layout, self._precision), "--take-over"]
+        self._others.append(processes.start(command, layout[0], log.with_suffix(".other.log")))
 
     def _problem(self, ranks: processes.Ranks, what: str) -> None:
         self.problems.append(f"{self._name}: {what}\n{ranks.words()}")

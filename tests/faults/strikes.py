@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
 from tests import experiment
 from tests.faults.disk import full, read_only
+from tests.faults.injected import CALLS, FAILURES, Plan
 from tests.processes import Ranks
 
 KILLED = -signal.SIGKILL
@@ -33,64 +34,102 @@ class Blow:
         return set(codes.values()) <= self.statuses | ({0} if finished else set())
 
 
-Strike = Callable[[Ranks, Path, random.Random], Blow]
+@dataclass
+class Moment:
+    """What a strike finds."""
+
+    ranks: Ranks
+    run: Path
+    rng: random.Random
+    start_another: Callable[[], None]
+    """Starts the run a second time."""
 
 
-def kill_one(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+Strike = Callable[[Moment], Blow]
+
+
+def kill_one(at: Moment) -> Blow:
     """SIGKILL to one rank; the remaining ranks must end by themselves."""
-    ranks.kill(signal.SIGKILL, [rng.randrange(len(ranks.processes))])
+    at.ranks.kill(signal.SIGKILL, [at.rng.randrange(len(at.ranks.processes))])
     return Blow("kill one rank", frozenset({KILLED, EXIT_FAILED}))
 
 
-def kill_all(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+def kill_all(at: Moment) -> Blow:
     """SIGKILL to all at once, as in a power failure."""
-    ranks.kill(signal.SIGKILL)
+    at.ranks.kill(signal.SIGKILL)
     return Blow("kill all ranks", frozenset({KILLED}))
 
 
-def ask_to_stop(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+def ask_to_stop(at: Moment) -> Blow:
     """SIGUSR2 to one rank or to all: they save everything and end with 85."""
-    ranks.kill(signal.SIGUSR2, None if rng.random() < 0.5 else [rng.randrange(len(ranks.processes))])
+    at.ranks.kill(signal.SIGUSR2, None if at.rng.random() < 0.5 else [at.rng.randrange(len(at.ranks.processes))])
     return Blow("SIGUSR2", frozenset({EXIT_STOPPED}))
 
 
-def fill_disk(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+def fill_disk(at: Moment) -> Blow:
     """No room for a checkpoint: saves fail and training continues; then the machine dies."""
-    with full(run.parent):
-        return _saves_fail(ranks, run, "disk full")
+    with full(at.run.parent):
+        return _saves_fail(at.ranks, at.run, "disk full")
 
 
-def make_read_only(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+def make_read_only(at: Moment) -> Blow:
     """The checkpoint folder is read-only for a while: saves fail and training continues; then the machine dies."""
-    with read_only(run / "checkpoints"):
-        return _saves_fail(ranks, run, "folder read-only")
+    with read_only(at.run / "checkpoints"):
+        return _saves_fail(at.ranks, at.run, "folder read-only")
 
 
-def flip_bit(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+def flip_bit(at: Moment) -> Blow:
     """All die, and one bit of the newest checkpoint flips."""
 
     def flip() -> None:
-        file = _any_file(run, rng)
+        file = _any_file(at.run, at.rng)
         if file is not None:
             content = bytearray(file.read_bytes())
-            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            content[at.rng.randrange(len(content))] ^= 1 << at.rng.randrange(8)
             file.write_bytes(content)
 
-    ranks.kill(signal.SIGKILL)
+    at.ranks.kill(signal.SIGKILL)
     return Blow("bit flipped", frozenset({KILLED}), flip)
 
 
-def truncate(ranks: Ranks, run: Path, rng: random.Random) -> Blow:
+def truncate(at: Moment) -> Blow:
     """All die, and a file of the newest checkpoint is truncated."""
 
     def cut() -> None:
-        file = _any_file(run, rng)
+        file = _any_file(at.run, at.rng)
         if file is not None:
             with file.open("rb+") as out:
-                out.truncate(rng.randrange(file.stat().st_size))
+                out.truncate(at.rng.randrange(file.stat().st_size))
 
-    ranks.kill(signal.SIGKILL)
+    at.ranks.kill(signal.SIGKILL)
     return Blow("file truncated", frozenset({KILLED}), cut)
+
+
+def supersede(at: Moment) -> Blow:
+    """A second start takes the run over: the first one must end by itself. The second is killed when it has."""
+    at.start_another()
+    return Blow("superseded start", frozenset({EXIT_FAILED}))
+
+
+def kill_agent(at: Moment) -> Blow:
+    """SIGKILL to torchrun's agent, whose store is gone with it: several ranks must end by themselves."""
+    at.ranks.kill_agent()
+    if len(at.ranks.processes) > 1:
+        return Blow("agent killed", frozenset({EXIT_FAILED}))
+    at.ranks.kill(signal.SIGKILL)  # nothing is lost to a lone rank
+    return Blow("agent killed", frozenset({KILLED}))
+
+
+def refuse_maps(at: Moment) -> Blow:
+    """The machine has refused to map shards since the start; then it dies."""
+    at.ranks.kill(signal.SIGKILL)
+    return Blow("mmap refused", frozenset({KILLED, EXIT_FAILED}))
+
+
+def fail_storage(at: Moment) -> Blow:
+    """A call in the run folder, or all from one on, has failed since the start; then the machine dies."""
+    at.ranks.kill(signal.SIGKILL)
+    return Blow("storage fails", frozenset({KILLED, EXIT_FAILED}))
 
 
 STRIKES: dict[str, Strike] = {
@@ -101,9 +140,34 @@ STRIKES: dict[str, Strike] = {
     "folder read-only": make_read_only,
     "bit flipped": flip_bit,
     "file truncated": truncate,
+    "superseded start": supersede,
+    "agent killed": kill_agent,
+    "mmap refused": refuse_maps,
+    "storage fails": fail_storage,
 }
 
+# Below the run folder, a start that is struck makes each of these calls some forty times.
+_FREQUENT = frozenset(CALLS) - {"statvfs", "lock", "map", "truncate"}
+
 DAMAGES = frozenset({"bit flipped", "file truncated"})
+
+
+def name_of(strike: Strike) -> str:
+    """Returns the kind that a strike's faults have."""
+    return next(kind for kind, known in STRIKES.items() if known is strike)
+
+
+# Strikes that begin with the start that they strike.
+FROM_THE_START = (refuse_maps, fail_storage)
+
+
+def plan_of(strike: Strike, run: Path, tokens: Path, rng: random.Random) -> Plan:
+    """Returns what fails in a start that such a strike is for."""
+    if strike is refuse_maps:
+        return Plan(tokens, "mmap refused", "map", rng.randint(1, 2), rng.random() < 0.5)
+    failure = rng.choice([failure for failure in FAILURES if failure != "mmap refused"])
+    call = rng.choice(sorted(FAILURES[failure][1] & _FREQUENT))
+    return Plan(run, failure, call, rng.randint(1, 40), rng.random() < 0.5)
 
 
 class Deck:
@@ -123,6 +187,10 @@ class Deck:
     def put_back(self, strike: Strike) -> None:
         """Returns a strike that came too late to the deck; it is the next one."""
         self._cards.append(strike)
+
+    def put_under(self, strike: Strike) -> None:
+        """Returns a strike that met no call which it could fail to the deck; it is the last one of this round."""
+        self._cards.insert(0, strike)
 
 
 def _saves_fail(ranks: Ranks, run: Path, kind: str) -> Blow:

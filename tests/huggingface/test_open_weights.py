@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -241,11 +242,41 @@ def index_of_a_missing_file(folder: Path) -> str:
     return "model-00001-of-00002.safetensors"
 
 
+def linked_out(folder: Path, name: str) -> str:
+    """Another file of the user in the place of one of the folder's."""
+    (folder / name).rename(folder.parent / name)
+    (folder / name).symlink_to(folder.parent / name)
+    return f"{name}.*link"
+
+
+def linked_config(folder: Path) -> str:
+    return linked_out(folder, CONFIG)
+
+
+def linked_tokenizer(folder: Path) -> str:
+    return linked_out(folder, TOKENIZER)
+
+
+def linked_weights(folder: Path) -> str:
+    return linked_out(folder, WEIGHTS)
+
+
+def weights_that_never_come(folder: Path) -> str:
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+    return f"{WEIGHTS}.*regular"
+
+
+def nested_config(folder: Path) -> str:
+    (folder / CONFIG).write_text("[" * 100_000)
+    return CONFIG
+
+
 BAD_FOLDERS = (
     no_config, broken_config, no_tokenizer, no_weights, only_pickle, unknown_architecture, missing_tensor, extra_tensor,
     wrong_shape, wrong_dtype, not_a_number, infinite, truncated, longer, empty, absurd_header, header_is_no_object,
     overlapping, index_outside, index_absolute, index_without_map, index_of_a_missing_file,
-    index_of_two_copies,
+    index_of_two_copies, linked_config, linked_tokenizer, linked_weights, weights_that_never_come, nested_config,
 )  # fmt: skip
 
 

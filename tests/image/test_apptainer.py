@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PipelineError, UsageError
-from pipeline.image.apptainer import apptainer_version, build, labels, run_inside
+from pipeline.image.apptainer import RegistryNotReached, apptainer_version, build, labels, run_inside
 
 STAGES = ["Starting build...", "Running post scriptlet", "Running testscript", "Creating SIF file..."]
 REPORTED = [
@@ -64,6 +64,23 @@ def test_a_failed_build_ends_with_the_last_lines_of_its_output_and_the_cure(
     title, *tail = str(failed.value).splitlines()
     assert f"{tmp_path}/log" in title
     assert tail[0].strip() == "line 26" and tail[14].strip() == said and cure in tail[15]
+
+
+@pytest.mark.parametrize(
+    ("said", "unreached"),
+    [
+        ('FATAL:   conveyor failed to get: Get "https://index.docker.io/v2/": dial tcp: no such host', True),
+        ("FATAL:   conveyor failed to get: pinging container registry r: proxyconnect tcp: timeout", True),
+        ("FATAL:   conveyor failed to get: reading manifest in docker.io/library/debian: unauthorized", False),
+        ("FATAL:   while running engine: exit status 1", False),
+    ],
+)
+def test_a_registry_that_did_not_answer_is_told_from_one_that_refused(
+    apptainer: Callable[..., list[str]], said: str, unreached: bool
+):
+    with pytest.raises(PipelineError) as failed:
+        apptainer("INFO:    Starting build...", said, status=255)
+    assert isinstance(failed.value, RegistryNotReached) == unreached
 
 
 def test_a_sandbox_needs_no_options_of_a_sif(tmp_path: Path, apptainer: Callable[..., list[str]]):

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.files import sha256_file
-from pipeline.image.base import read_base
+from pipeline.image.base import Base, read_base, without_registry
 from tests.cli.test_main import ROOT
 
 
@@ -22,6 +22,8 @@ from tests.cli.test_main import ROOT
         ("BOOTSTRAP=docker\nFROM=x\nACCELERATOR=tpu", ("ACCELERATOR=tpu", "cpu, cuda, rocm")),
         ("BOOTSTRAP=docker\nACCELERATOR=cpu", ("FROM is missing",)),
         ("BOOTSTRAP=docker-archive\nFROM=/not/there.tar\nACCELERATOR=cpu", ("FROM=/not/there.tar", "does not exist")),
+        ("BOOTSTRAP=docker\nFROM=x\nACCELERATOR=cuda\nTORCH=mine", ("TORCH=mine", "allowed: base")),
+        ("BOOTSTRAP=docker\nFROM=x\nACCELERATOR=cuda\nPYTHON=3.9", ("PYTHON=3.9", "3.11 or newer")),
         ("# a comment\n\nBOOTSTRAP docker", ("line 3", "'BOOTSTRAP docker'", "NAME=VALUE")),
     ],
 )
@@ -56,6 +58,18 @@ def test_apptainer_itself_can_read_the_argument_files():
     for file in (ROOT / "containers").glob("*.args"):
         keys = [line.partition("=")[0] for line in file.read_text().splitlines() if "=" in line]
         assert keys == ["BOOTSTRAP", "FROM", "ACCELERATOR"], file
+
+
+def test_only_a_bare_debian_is_made_without_its_registry(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipeline.image.base._apt_mirror", lambda file: "http://mirror")
+    made = without_registry(read_base("cuda", ROOT))
+    assert made is not None and made.accelerator == "cuda" and made.digest is None
+    wanted = {"BOOTSTRAP": "debootstrap", "FROM": "debian:bookworm", "SUITE": "bookworm", "MIRROR": "http://mirror"}
+    assert wanted.items() <= made.arguments.items()
+    vendor = Base(
+        "mine", {"BOOTSTRAP": "docker", "FROM": "nvcr.io/nvidia/pytorch@sha256:0", "ACCELERATOR": "cuda"}, "0"
+    )
+    assert without_registry(vendor) is None
 
 
 def test_debootstrap_is_found_outside_a_users_path_and_a_mirror_of_the_file_is_used(

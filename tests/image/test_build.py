@@ -16,8 +16,9 @@ import pytest
 
 from pipeline.errors import UsageError
 from pipeline.files import sha256_bytes
-from pipeline.image.base import Base
-from pipeline.image.build import _check_free_space, _publish, _record, commit_of
+from pipeline.image.apptainer import RegistryNotReached
+from pipeline.image.base import Base, read_base
+from pipeline.image.build import _build, _check_free_space, _publish, _record, commit_of
 from pipeline.image.record import digest, read_record, record_file, write_record
 from tests.cli.test_main import ROOT
 
@@ -64,6 +65,38 @@ def _fake_apptainer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program.write_text("#!/bin/sh\necho apptainer version 1.4.5\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+
+
+def test_a_bare_debian_is_made_without_its_registry_and_the_record_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given, said = [], []
+
+    def build(definition: Path, target: Path, arguments: dict[str, str], *_: object, **options: object) -> None:
+        given.append(arguments["BOOTSTRAP"])
+        if arguments["BOOTSTRAP"] == "docker":
+            raise RegistryNotReached("it failed", "no registry")
+        target.write_bytes(b"SIF")
+
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    shutil.copytree(ROOT / "containers", tmp_path / "containers")
+    for name, does in (
+        ("build", build), ("wheelhouse", lambda *_: wheels), ("project_wheel", lambda *_: None),
+        ("run_inside", lambda *_: "a=1\n"),
+    ):  # fmt: skip
+        monkeypatch.setattr(f"pipeline.image.build.{name}", does)
+    monkeypatch.setattr("pipeline.image.base._apt_mirror", lambda file: "http://mirror")
+    monkeypatch.setattr("pipeline.image.base._ADMIN_FOLDERS", (str(tmp_path),))
+    (tmp_path / "debootstrap").touch(mode=0o755)
+    image = _build(tmp_path, read_base("cuda", ROOT), False, "1.4.5", SimpleNamespace(show=said.append))
+    assert given == ["docker", "debootstrap"] and any("no registry" in line for line in said)
+    base = read_record(image)["base"]
+    assert (base["bootstrap"], base["name"]) == ("debootstrap", "debian:bookworm")
+
+    vendor = Base("mine", {"BOOTSTRAP": "docker", "FROM": "a@sha256:0", "ACCELERATOR": "cuda"}, "sha256:0")
+    with pytest.raises(RegistryNotReached):
+        _build(tmp_path, vendor, False, "1.4.5", SimpleNamespace(show=said.append))
 
 
 def test_too_little_space_is_refused_before_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -48,7 +48,7 @@ def test_the_record_is_printed_and_how_it_differs_from_the_checkout(image, monke
     assert (status, err) == (0, "")
     assert read_record(image)["sha256"] in out and "1 of Python" in out
     differing = [line.rpartition(" ")[2] for line in out.splitlines() if "differs" in line]
-    assert differing == [commit_of(ROOT), lock_digest(locks_of("cpu", ROOT / "containers"))]
+    assert differing == [commit_of(ROOT), lock_digest(locks_of("cpu", ROOT / "containers", "x86_64"))]
 
 
 def test_a_changed_image_and_the_record_of_another_are_named(image, monkeypatch, capsys):

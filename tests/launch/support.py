@@ -95,7 +95,9 @@ class Done:
 
 
 def write_files(folder: Path, config: dict[str, Any] | None = None, site: dict[str, Any] | None = None) -> None:
-    """config.yaml and site.yaml."""
+    """config.yaml, site.yaml, and a text to prepare."""
+    (folder / "text").mkdir(exist_ok=True)
+    (folder / "text" / "a.txt").write_text("We hold these truths to be self-evident. " * 50)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG if config is None else config))
     (folder / "site.yaml").write_text(yaml.safe_dump(SITE if site is None else site))
 
@@ -108,6 +110,16 @@ def make_run(folder: Path, monkeypatch: Any) -> tuple[Run, Config]:
     run = create_run(config)
     run.launch.mkdir()
     return run, config
+
+
+BASE = {"from": "/runs/base/checkpoints/step_00000004", "digest": "b" * 64, "step": 4, "what": "all"}
+FIRST = {"from": "hf:/models/first", "digest": "f" * 64}
+
+
+def branched(run: Run) -> Run:
+    """Records that a run branched from one that started from open weights."""
+    run.add_provenance({"init": {**BASE, "mlflow_run_id": "a1", "differences": [], "ancestors": [FIRST]}})
+    return run
 
 
 def pipeline(folder: Path, *args: str, slurm: FakeSlurm | None = None) -> Done:

@@ -19,15 +19,29 @@ from pipeline.model.layers import (
     softmax,
 )
 
+LAYOUTS = {
+    "whole": lambda: torch.randn(2, 3, 5, 8),
+    "heads split off": lambda: torch.randn(2, 5, 3, 8).transpose(1, 2),
+    "at an odd place": lambda: torch.randn(2, 3, 5, 9)[..., 1:],
+    "strided": lambda: torch.randn(2, 3, 5, 16)[..., ::2],
+    "one value for all": lambda: torch.ones(()).expand(2, 3, 5, 8),
+}
 
-def test_rope_rotates_adjacent_pairs_like_complex_numbers():
-    d_k, theta = 8, 10000.0
-    x = torch.randn(2, 3, 5, d_k)
-    positions = torch.tensor([0, 1, 7, 3, 2])
-    frequencies = torch.tensor([theta ** (-2 * k / d_k) for k in range(d_k // 2)])
-    turns = torch.polar(torch.ones(5, d_k // 2), positions[:, None] * frequencies)
-    expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
-    torch.testing.assert_close(RotaryEmbedding(theta, d_k, 16)(x, positions), expected)
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rope_rotates_adjacent_pairs_and_its_gradient_rotates_back(layout):
+    theta, positions = 10000.0, torch.tensor([0, 1, 7, 3, 2])
+    x, upstream = LAYOUTS[layout](), LAYOUTS[layout]()
+    angles = positions[:, None] * theta ** (-torch.arange(0, 8, 2) / 8).double()
+    cos, sin = angles.cos(), angles.sin()
+    turns = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)  # 2 x 2 for each pair
+    wide = x.double().requires_grad_()
+    expected = torch.einsum("skij,bhskj->bhski", turns, wide.unflatten(-1, (-1, 2))).flatten(-2)
+    x.requires_grad_()
+    found = RotaryEmbedding(theta, 8, 16)(x, positions)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+    gradients = torch.autograd.grad(found, x, upstream)[0], torch.autograd.grad(expected, wide, upstream.double())[0]
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=0, atol=1e-6)
 
 
 def test_rope_takes_positions_per_sequence_across_heads():

@@ -171,6 +171,12 @@ def test_a_model_on_meta_draws_nothing_and_has_the_real_tables_of_the_positions(
     assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
 
 
+def test_the_logits_of_a_part_are_those_of_the_whole():
+    model = small_model()
+    ids = torch.randint(0, 97, (2, 32))
+    torch.testing.assert_close(model(ids, logits_from=20), model(ids)[:, 20:], rtol=0, atol=1e-5)
+
+
 def test_a_sequence_longer_than_the_context_is_rejected():
     with pytest.raises(ValueError, match="context of 32"):
         small_model()(torch.zeros(1, 33, dtype=torch.int64))

@@ -38,3 +38,8 @@ def test_every_device_is_found_by_its_own_name():
 def test_peaks_fall_with_the_width_of_the_numbers():
     for device in DEVICES.values():
         assert device.flops_per_s("bf16") >= device.flops_per_s("tf32") >= device.flops_per_s("fp32") > 0
+
+
+def test_only_a_precision_that_the_device_lacks_is_warned_of():
+    assert [key for key, device in DEVICES.items() if device.lacks("bf16")] == ["v100"]
+    assert not any(device.lacks("fp32") for device in DEVICES.values())

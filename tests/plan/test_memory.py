@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.load import load_config
+from pipeline.config.sections import Config
 from pipeline.plan.activations import activations
 from pipeline.plan.memory import BytesPerParameter, _starting, checkpoint_bytes, model_state, process_memory
 from pipeline.plan.step_time import step_volumes
@@ -32,6 +33,9 @@ SPARING = [
 ]
 HEAD = "model.vocab_size=2048"  # reduced at once: larger than the bucket
 LONG = ["model.vocab_size=512", "model.context_length=512", "train.micro_batch_size=1", "train.batch_size=2"]
+RECOMPUTED = "train.activation_checkpointing=full"
+TIED = "model.tie_embeddings=true"
+FULL_BUCKET = "deepspeed.zero_optimization.reduce_bucket_size=1000000"  # with the head, or with two blocks
 SHARED = ["model.num_kv_heads=2", "model.head_dim=64", "model.qkv_bias=true", "model.qk_norm=true"]
 
 
@@ -48,33 +52,58 @@ def test_memory_of_the_zero_paper():
         ("loss", ["train.zero_stage=0", BF16, SEVERAL, WHOLE]),
         ("reduction", ["train.zero_stage=0"]),
         ("reduction", ["train.zero_stage=1"]),
+        ("reduction", ["train.zero_stage=1", FULL_BUCKET]),
         ("optimizer step", ["train.zero_stage=1", BF16]),
         ("first gradients", ["train.zero_stage=2", SEVERAL]),
         ("first gradients", ["train.zero_stage=2", BF16]),
         ("loss", ["train.zero_stage=2", BF16, SEVERAL, WHOLE]),
-        ("first gradients", ["train.zero_stage=3", GATHERED]),
-        ("first gradients", ["train.zero_stage=3", GATHERED, BF16, SEVERAL]),
+        ("gathering", ["train.zero_stage=3", GATHERED]),
+        ("gathering", ["train.zero_stage=3", GATHERED, BF16, SEVERAL]),
         ("loss", ["train.zero_stage=3", GATHERED, BF16, WHOLE, *SPARING]),
-        ("optimizer step", ["train.zero_stage=2", "train.activation_checkpointing=full"]),
-        ("recomputation", ["train.zero_stage=2", "train.activation_checkpointing=full", *LONG]),
-        ("recomputation", ["train.zero_stage=2", BF16, "train.activation_checkpointing=full", *LONG]),
+        ("optimizer step", ["train.zero_stage=2", RECOMPUTED]),
+        ("recomputation", ["train.zero_stage=2", RECOMPUTED, *LONG]),
+        ("recomputation", ["train.zero_stage=2", BF16, RECOMPUTED, *LONG]),
         ("recomputation", ["train.zero_stage=2", "train.activation_checkpointing=selective", *LONG, HEAD]),
         ("loss", ["train.zero_stage=0", SEVERAL, *SHARED]),
-        ("reduction", ["train.zero_stage=0", "model.tie_embeddings=true"]),
-        ("first gradients", ["train.zero_stage=3", GATHERED, *SHARED]),
+        ("gathering", ["train.zero_stage=3", GATHERED, *SHARED]),
+        ("reduction", ["train.zero_stage=0", TIED]),
+        ("loss", ["train.zero_stage=0", TIED, BF16, SEVERAL]),
+        ("recomputation", ["train.zero_stage=1", TIED, SEVERAL, RECOMPUTED]),
+        ("optimizer step", ["train.zero_stage=1", TIED, BF16]),
+        ("reduction", ["train.zero_stage=2", TIED]),
+        ("recomputation", ["train.zero_stage=2", TIED, SEVERAL, RECOMPUTED]),
+        ("reduction", ["train.zero_stage=2", TIED, BF16, HEAD, FULL_BUCKET]),
+        ("loss", ["train.zero_stage=2", TIED, BF16, SEVERAL]),
+        ("last gradients", ["train.zero_stage=2", TIED, BF16, RECOMPUTED]),
+        ("gathering", ["train.zero_stage=3", GATHERED, TIED, SEVERAL]),
+        ("loss", ["train.zero_stage=3", GATHERED, TIED, BF16, SEVERAL]),
+        ("gathering", ["train.zero_stage=3", GATHERED, TIED, BF16, RECOMPUTED]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_an_engine_holds_the_memory_and_sends_the_bytes_of_the_plan(moment: str, overrides: list[str], tmp_path: Path):
-    file = experiment.write_experiment(tmp_path, tmp_path / "runs", "measured", **SHAPE)
-    config = load_config(file, overrides, world_size=2)
-    memory = process_memory(config, 2, on_cpu=True)
-    found = processes.on_ranks(measure, 2, tmp_path / "log", str(file), overrides)
+    found, config = holds_what_is_planned(2, moment, overrides, tmp_path)
+    micro_batches = config.train.batch_size // (2 * config.train.micro_batch_size)
+    assert found["all_reduce"] - step_volumes(config, micro_batches).all_reduce[0] in AGREED
+
+
+@pytest.mark.slow
+def test_a_single_process_holds_the_memory_of_the_plan(tmp_path: Path):
+    alone = ["train.zero_stage=0", TIED, RECOMPUTED, "train.batch_size=2"]
+    found, _ = holds_what_is_planned(1, "last gradients", alone, tmp_path)
+    assert "all_reduce" not in found
+
+
+def holds_what_is_planned(ranks: int, moment: str, overrides: list[str], folder: Path) -> tuple[dict[str, int], Config]:
+    """Compares the peaks of an engine with the plan; returns what its first rank measured, and the config."""
+    file = experiment.write_experiment(folder, folder / "runs", "measured", **SHAPE)
+    config = load_config(file, overrides, world_size=ranks)
+    memory = process_memory(config, ranks, on_cpu=True)
+    found = processes.on_ranks(measure, ranks, folder / "log", str(file), overrides)
     assert memory.moment == moment
     # Without the host copy of a save: these steps make none.
     assert memory.peak - memory.host == pytest.approx(max(rank["peak"] for rank in found), rel=0.03)
-    micro_batches = config.train.batch_size // (2 * config.train.micro_batch_size)
-    assert found[0]["all_reduce"] - step_volumes(config, micro_batches).all_reduce[0] in AGREED
+    return found[0], config
 
 
 def test_logits_take_no_more_than_a_chunk_of_tokens():

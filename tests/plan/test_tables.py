@@ -8,6 +8,13 @@ import sys
 
 import pytest
 
+from pipeline.config.load import load_config
+from pipeline.plan.plan import make_plan
+from pipeline.plan.tables import print_plan
+from pipeline.terminal import Terminal
+from pipeline.text_format import count
+from tests.plan.published import cluster_of
+
 
 def pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "pipeline", *arguments], capture_output=True, text=True, check=False)
@@ -16,10 +23,19 @@ def pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_prints_tables_and_json():
     shown = pipeline("plan", "configs/demo.yaml", "--nodes", "1,4", "--device", "a100")
     assert shown.returncode == 0, shown.stderr
-    for words in ("ZeRO stage 0", "efficiency", "goodput", "cannot be shared", "docs/scaling.md"):
-        assert words in shown.stdout
+    assert shown.stdout.startswith("demo: 1.84M parameters; 2,048 tokens per step, 2.05M in 1,000 steps\n")
+    text = " ".join(shown.stdout.split())
+    for words in ("of 79 GiB; ZeRO stage 0", "efficiency: the share", "MFU:", "goodput", "cannot be shared"):
+        assert words in text
     rows = json.loads(pipeline("plan", "configs/demo.yaml", "--nodes", "1,4", "--json").stdout)
     assert [(row["nodes"], row["ranks"]) for row in rows] == [(1, 8), (4, 32)]
+
+
+def test_a_precision_that_the_device_lacks_is_the_first_thing_said():
+    shown = pipeline("plan", "configs/135m.yaml", "--nodes", "1", "--device", "v100", "train.precision=bf16")
+    assert shown.stdout.startswith("WARNING: a V100 has no unit for bf16")
+    assert "train.precision=fp32" in " ".join(shown.stdout.split())
+    assert "WARNING" not in pipeline("plan", "configs/135m.yaml", "--nodes", "1", "train.precision=bf16").stdout
 
 
 @pytest.mark.parametrize(
@@ -33,6 +49,33 @@ def test_the_command_prints_tables_and_json():
 def test_wrong_options_are_named(arguments, words):
     done = pipeline("plan", "configs/demo.yaml", *arguments)
     assert done.returncode == 2 and all(word in done.stderr for word in words) and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("config", "device"), [("8b", "h100"), ("8b", "mi300x"), ("135m", "v100"), ("demo", "cpu")])
+@pytest.mark.parametrize("override", ["train.zero_stage=0", "train.max_iters=1000000"])
+def test_nothing_is_wider_than_80_columns_or_cut(
+    capsys: pytest.CaptureFixture[str], config: str, device: str, override: str
+) -> None:
+    cluster = cluster_of(device, price_per_device_hour=12.5, mtbf_node_hours=1e6)
+    loaded = load_config(f"configs/{config}.yaml", [override])
+    print_plan(loaded, make_plan(loaded, [1, 64, 4096], cluster), cluster, Terminal(width=80))
+    shown = capsys.readouterr().out
+    headings = [line.split() for line in shown.splitlines() if line.startswith(" nodes ")]
+    assert (
+        len(headings) == (6 if device == "h100" else 5)
+        and max(map(len, shown.splitlines())) <= 80
+        and "\u2026" not in shown
+    )
+    unit = "core" if device == "cpu" else "GPU"
+    assert headings[3] == ["nodes", f"{unit}s", f"tok/s/{unit}", "days", f"{unit}-hours", "node-hours", "cost"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2048, "2,048"), (134_515_008, "135M"), (999_900_000, "1B"), (1_235_814_400, "1.24B"), (15e12, "15T")],
+)
+def test_counts_have_three_digits(value: float, text: str) -> None:
+    assert count(value) == text
 
 
 def test_planning_imports_no_torch():

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from pipeline.run import events
 from pipeline.run.events import (
     Checkpointed,
     CheckpointFailed,
@@ -19,16 +18,17 @@ from pipeline.run.events import (
     Submitted,
     UnknownEvent,
     append,
+    event,
     parse,
 )  # fmt: skip
 
-KINDS = sorted(events._KINDS)
+KINDS = sorted(event._KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_read_as_it_was_written(tmp_path, kind):
     file = tmp_path / "events.jsonl"
-    written = append(file, events._KINDS[kind]())
+    written = append(file, event._KINDS[kind]())
     assert EventLog.load(file) == (written,)
     assert json.loads(file.read_text())["event"] == kind
 

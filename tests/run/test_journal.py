@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,6 +84,25 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     writer.write(journal.encode({"step": 3}))
     writer.close()
     assert records(file) == [{"step": 1}, {"step": 3}]
+
+
+def test_a_part_of_a_line_that_could_not_be_cut_off_is_cut_off_before_the_next_line(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    writer = journal.Writer(file)
+    writer.write(journal.encode({"step": 1}))
+    real = os.write
+
+    def refused(fd, size):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(journal.os, "write", lambda fd, data: real(fd, data[:5]))
+    monkeypatch.setattr(journal.os, "ftruncate", refused)
+    with pytest.raises(OSError, match=re.escape(os.strerror(errno.EIO))):
+        writer.write(journal.encode({"step": 2}))
+    monkeypatch.undo()
+    writer.write(journal.encode({"step": 3}))
+    writer.close()
+    assert records(file) == [{"step": 1}, {"step": 3}] and len(file.read_bytes().splitlines()) == 2
 
 
 def test_journal_and_goodput_need_neither_torch_nor_mlflow():

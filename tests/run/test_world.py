@@ -23,15 +23,38 @@ def test_alone_without_variables():
 
 
 def test_torchrun_variables():
-    assert world_from_environment(TORCHRUN) == World(3, 1, 8, "node1", 29500)
+    worlds = [world_from_environment({**TORCHRUN, "RANK": str(rank)}) for rank in (3, 7)]
+    assert worlds[0] == World(3, 1, 8, "node1", 29500, worlds[1].meeting)
+    assert worlds[0].meeting != world_from_environment({**TORCHRUN, "MASTER_PORT": "29501"}).meeting
 
 
-def test_srun_variables_give_all_ranks_the_same_meeting_place():
+def test_torchrun_keeps_its_port_and_gives_each_restart_a_meeting_of_its_own():
+    first, second = (
+        world_from_environment({**TORCHRUN, "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": str(n)})
+        for n in (0, 1)
+    )
+    assert first.master_port == 0
+    assert first.meeting != second.meeting
+
+
+def test_srun_variables_give_all_ranks_the_same_meeting():
     worlds = [world_from_environment({**SRUN, "SLURM_PROCID": str(rank)}) for rank in range(4)]
     assert [w.rank for w in worlds] == [0, 1, 2, 3]
-    assert {(w.master_addr, w.master_port, w.size) for w in worlds} == {("gpu007", worlds[0].master_port, 4)}
-    other_job = world_from_environment({**SRUN, "SLURM_JOB_ID": "78"})
-    assert other_job.master_port != worlds[0].master_port
+    assert {(w.master_addr, w.master_port, w.size, w.meeting) for w in worlds} == {("gpu007", 0, 4, "77.0.0")}
+
+
+@pytest.mark.parametrize("change", [{"SLURM_JOB_ID": "78"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}])
+def test_another_job_step_or_attempt_is_another_meeting(change):
+    assert world_from_environment({**SRUN, **change}).meeting != world_from_environment(SRUN).meeting
+
+
+def test_a_port_that_the_site_names_is_the_port():
+    assert world_from_environment({**SRUN, "MASTER_PORT": "29500"}).master_port == 29500
+
+
+def test_the_name_of_a_meeting_is_no_path():
+    with pytest.raises(UsageError, match="PIPELINE_MEETING"):
+        world_from_environment({**TORCHRUN, "PIPELINE_MEETING": "../x"})
 
 
 def test_torchrun_variables_go_before_those_of_slurm():
@@ -85,7 +108,8 @@ def test_wrong_variables_of_a_step_are_named(change, words):
 
 
 def test_exported_variables_read_back_equal():
-    environment: dict[str, str] = {}
-    world = World(1, 1, 2, "h", 4000)
-    world.export(environment)
-    assert world_from_environment(environment) == world
+    for port in (0, 4000):
+        environment: dict[str, str] = {}
+        world = World(1, 1, 2, "h", port, "77.0.0")
+        world.export(environment)
+        assert world_from_environment(environment) == world

@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline import tracking
 from pipeline.config.load import parse_config
 from pipeline.config.sections import Config
+from pipeline.files import write_json
 from pipeline.run import journal
+from pipeline.run.evaluations import evaluation_file
 from pipeline.run.folder import Run, create_run
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload.store import Point, Store
@@ -89,7 +92,7 @@ def of_mlflow(run: Run, config: Config) -> Points:
     return {
         key: [(p.step, p.time_ms, p.value) for p in points]
         for key, points in history.items()
-        if not key.startswith(("system/", "wall/", "evaluation/"))
+        if not key.startswith(("system/", "wall/", "usage/", "evaluation/"))
     }
 
 
@@ -183,15 +186,25 @@ def gate(target_port: int) -> Iterator[Gate]:
         made.end()
 
 
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def log_steps(tracker: tracking.Tracker, first: int, last: int) -> None:
     """Logs these steps as training does, with a validation every ten steps."""
     for step in range(first, last + 1):
         tracker.log(step, {"train/loss": 5 / step, "train/lr": 1e-3, "train/tokens_seen": 64 * step})
         if step % 10 == 0:
             tracker.log(step, {"val/loss": 6 / step})
+
+
+def task_evaluation(name: str, step: int, value: float, **asked: int) -> dict[str, Any]:
+    """The content of a file of `evaluations/`, of one task."""
+    metric = {"value": value, "stderr": value / 10, "higher_is_better": True}
+    scores = {"documents": 7, "metrics": {"acc": metric}, "hash": "0", "version": "1.0", "num_fewshot": 0}
+    return {
+        "name": name, "step": step, "checkpoint": "c", "time": 9.0, "seconds": 1.0, "harness": "0.4.13", "limit": None,
+        "num_fewshot": None, "tasks": {name: scores}, "groups": {}, **asked,
+    }  # fmt: skip
+
+
+def write_task_evaluation(run: Run, content: dict[str, Any]) -> None:
+    """Writes the file that such a content belongs into."""
+    file = evaluation_file(run, content["step"], content["name"], content["num_fewshot"], content["limit"])
+    write_json(file, content)

@@ -1,26 +1,13 @@
-import time
-from types import SimpleNamespace
-
 import pytest
-from rich.console import Console
 
-from pipeline.launch.watch.status import statuses
-from pipeline.launch.watch.status_view import view
 from pipeline.run import journal
 from pipeline.run.events import (
-    Checkpointed,
     EventLog,
-    Finished,
-    Preempted,
-    Repeating,
-    Resumed,
-    Started,
-    Submitted,
     append,
     parse,
 )
-from pipeline.tracking.goodput import goodput, split
-from tests.tracking.support import begin, make_run
+from pipeline.tracking.goodput import longest_silence_s, split
+from tests.tracking.support import make_run
 
 
 def event(at, kind, **fields):
@@ -185,6 +172,45 @@ def test_a_lost_node_ends_its_process_at_the_last_sign_of_life():
     }  # fmt: skip
 
 
+LOST = [attempt(0, 0), event(0, "started"), event(48, "checkpointed", step=90, stall_s=0.0)]
+AGAIN = attempt(180, 182, step=90, reached=100, requeued=True, last_seen=50.0)
+
+
+def test_the_time_in_which_a_lost_node_is_silent_is_no_training():
+    silent = {"last_line": 50.0, "silence_s": 4.0}
+    assert parts(*LOST, **silent, now=52.0) == {"training": 52}
+    assert parts(*LOST, **silent, now=90.0) == {"training": 54, "idle": 36}
+    assert parts(*LOST, **silent, now=150.0, queued=True) == {"training": 54, "queue": 96}
+    ended = event(53, "failed", step=100, error="rank 1 on n2 does not answer")
+    assert parts(*LOST, ended, **silent, now=90.0) == {"training": 53, "idle": 37}
+    assert parts(*LOST, AGAIN, last_line=50.0, silence_s=4.0, now=185.0) == {"training": 50, "queue": 130, "startup": 5}
+
+
+def test_wall_time_never_goes_back_while_a_node_is_lost_and_its_job_starts_again():
+    walls = []
+    for now in range(40, 260):
+        events = [
+            event for event in [*LOST, AGAIN, event(190, "resumed"), event(200, "caught_up")] if event["time"] <= now
+        ]
+        last_line = min(now, 50.0) if now < 200 else float(now)
+        found = split(log(*events), last_line, float(now), queued=90 <= now < 175, silence_s=4.0)
+        walls.append(found.wall_s)
+        assert found.training_s <= 54 + max(0, now - 200)
+    assert walls == [float(now) for now in range(40, 260)]
+
+
+def test_a_process_may_be_silent_for_as_long_as_its_lines_lie_apart_and_a_few_steps(tmp_path):
+    run, _ = make_run(tmp_path, "none")
+    append(run.events_file, parse(attempt(1000, 1000)))
+    assert longest_silence_s(run, EventLog.load(run.events_file)) is None
+    for step, at in ((1, 1001.0), (10, 1010.0), (20, 1020.0)):
+        journal.append(run.metrics_file, {"step": step, "time": at, "time/step_s": 1.0})
+    assert longest_silence_s(run, EventLog.load(run.events_file)) == 13.0
+    append(run.events_file, parse(attempt(1500, 1500, step=20, reached=20)))
+    journal.append(run.metrics_file, {"step": 30, "time": 1510.0, "time/step_s": 2.0})
+    assert longest_silence_s(run, EventLog.load(run.events_file)) == 16.0
+
+
 def test_a_requeue_noticed_late_does_not_end_the_next_process():
     events = [
         attempt(0, 0),
@@ -219,69 +245,3 @@ def test_every_second_belongs_to_exactly_one_part(count):
 def test_a_repeat_of_no_length_hides_no_stall():
     events = [event(0, "submitted"), attempt(10, 10), event(10, "started"), event(40, "repeating")]
     assert parts(*events, event(40, "failed", stall_s=3.0)) == {"queue": 10, "training": 27, "checkpoint": 3}
-
-
-def test_a_tracker_writes_the_events_that_goodput_needs(tmp_path):
-    run, config = make_run(tmp_path, "none")
-    append(run.events_file, Submitted())
-    tracker = begin(run, config)
-    tracker.event(Started())
-    for step in range(1, 11):
-        tracker.log(step, {"train/loss": 1.0, "time/checkpoint_stall_s": 0.25 if step == 5 else 0.0})
-        if step == 6:
-            tracker.event(Checkpointed(step=5))
-    tracker.event(Preempted())
-    tracker.close("STOPPED")
-    tracker = begin(run, config, 5)
-    tracker.event(Resumed())
-    for step in range(6, 12):
-        tracker.log(step, {"train/loss": 1.0})
-    tracker.rewind(8)
-    tracker.log(9, {"train/loss": 1.0})
-    tracker.event(Finished())
-    tracker.close("FINISHED")
-    kinds = [line.record["event"] for line in journal.read(run.events_file)]
-    assert kinds == [
-        "submitted", "attempt", "started", "checkpointed", "preempted",
-        "attempt", "resumed", "caught_up", "repeating", "finished",
-    ]  # fmt: skip
-    stalls = [line.record.get("stall_s") for line in journal.read(run.events_file)]
-    assert stalls == [None, None, None, 0.25, 0.0, None, None, None, None, 0.0]
-    attempts = [line.record for line in journal.read(run.events_file) if line.record["event"] == "attempt"]
-    assert [(a["number"], a["step"], a["reached"]) for a in attempts] == [(1, 0, 0), (2, 5, 10)]
-    found = goodput(run, EventLog.load(run.events_file))
-    assert found.queue_s == 0 and found.startup_s > 0  # this process began long before the run was submitted
-
-
-def test_a_rollback_to_the_newest_step_repeats_nothing(tmp_path):
-    run, config = make_run(tmp_path, "none")
-    tracker = begin(run, config)
-    tracker.log(1, {"train/loss": 1.0})
-    tracker.rewind(1)
-    tracker.close("FINISHED")
-    assert not EventLog.load(run.events_file).of(Repeating)
-
-
-def test_status_shows_goodput_as_text_and_as_json(tmp_path, capsys):
-    run, _ = make_run(tmp_path, "none")
-    events = [event(0, "submitted"), attempt(60, 70), event(75, "started"), event(175, "finished", step=300)]
-    run.events_file.write_bytes(b"".join(map(journal.encode, events)))
-    (found,) = statuses([run])
-    Console(width=100).print(view([found]))
-    assert "57.1% of 2:55 (queue 1:00, startup 0:15, training 1:40)" in capsys.readouterr().out
-    assert {k: v for k, v in found.to_json()["wall"].items() if v} == {
-        "queue_s": 60,
-        "startup_s": 15,
-        "training_s": 100,
-    }
-
-
-def test_status_counts_the_time_a_run_waits(tmp_path, monkeypatch):
-    run, _ = make_run(tmp_path, "none")
-    append(run.events_file, Submitted())
-    monkeypatch.setattr(
-        "pipeline.launch.watch.status._known",
-        lambda *_: SimpleNamespace(state="queued", reason="", stage="train", job="7", nodes=""),
-    )
-    monkeypatch.setattr("time.time", lambda real=time.time: real() + 600)
-    assert statuses([run])[0].wall.queue_s == pytest.approx(600, abs=30)

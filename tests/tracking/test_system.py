@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.run import journal
 from pipeline.tracking import upload_state
+from pipeline.tracking.energy import gpu_energy
 from pipeline.tracking.helper import Helper
 from pipeline.tracking.system import NodeSampler, open_monitors, read_monitors
 from tests.tracking.support import make_run, wait_for
@@ -33,8 +34,9 @@ def test_each_node_has_its_own_file_which_continues_after_a_restart(tmp_path):
     assert {"cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage"} <= names
 
 
-def test_memory_utilisation_and_power_of_every_gpu_are_sampled(monkeypatch):
-    """Runs MLflow's own monitor on a library that answers like NVML for two GPUs."""
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A library that answers MLflow's own monitor like NVML for two GPUs."""
     nvml = types.ModuleType("pynvml")
     nvml.NVMLError = RuntimeError
     nvml.nvmlInit = lambda: None
@@ -48,11 +50,33 @@ def test_memory_utilisation_and_power_of_every_gpu_are_sampled(monkeypatch):
     from mlflow.system_metrics.metrics import gpu_monitor
 
     monkeypatch.setattr(gpu_monitor, "pynvml", nvml, raising=False)
+
+
+def test_memory_utilisation_and_power_of_every_gpu_are_sampled(two_gpus):
     sample = read_monitors(open_monitors())
     assert sample["gpu_1_memory_usage_megabytes"] == 2000
     assert sample["gpu_1_utilization_percentage"] == 91
     assert sample["gpu_0_power_usage_watts"] == 300
     assert sample["gpu_0_power_usage_percentage"] == 50
+
+
+def test_the_energy_of_a_node_s_gpus_adds_up_over_its_starts(tmp_path, two_gpus):
+    run, _ = make_run(tmp_path, "none")
+    file = run.system_metrics / "node-1.jsonl"
+    starts = []
+    for count in (4, 8):
+        starts.append(len(list(journal.read(file))))
+        sampler = NodeSampler(run, "node-1", interval_s=0.3)
+        wait_for_lines(file, count)
+        sampler.close()
+    records = [line.record for line in journal.read(file)]
+    joules = [r["system/node-1/gpu_energy_joules"] for r in records]
+    assert joules == sorted(joules) and joules[0] == 0 < joules[2] < joules[-1]
+    found = gpu_energy(run)
+    assert found is not None and found[0] == joules[-1]
+    assert found[0] == pytest.approx(found[1] * 300, rel=0.2), "300 W each; seconds are rounded to tenths"
+    between = records[starts[1]]["time"] - records[starts[1] - 1]["time"]
+    assert found[1] / 2 == pytest.approx(records[-1]["time"] - records[0]["time"] - between, abs=0.3)
 
 
 @pytest.mark.parametrize(("attempt", "status"), [(1, "RUNNING"), (2, "KILLED")])

@@ -10,7 +10,8 @@ from pipeline.launch.watch.status import statuses
 from pipeline.run.events import EventLog
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload.sync import is_alive, sync, sync_quietly
-from tests.tracking.support import begin, make_run, unused_port
+from tests.processes import free_port
+from tests.tracking.support import begin, make_run
 
 
 @pytest.fixture
@@ -57,14 +58,14 @@ def test_a_command_succeeds_where_mlflow_is_unreachable(tmp_path, capsys):
     begin(run, config).close("FINISHED")
     sync_quietly(run)
     assert capsys.readouterr().err == ""
-    upload_state.update(run, lambda s: setattr(s, "store", f"http://127.0.0.1:{unused_port()}"))
+    upload_state.update(run, lambda s: setattr(s, "store", f"http://127.0.0.1:{free_port()}"))
     sync_quietly(run)
     assert "(Connection refused)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("[]", "valid dictionary"), ("{}", "identity: Field required"), ('{"identity": 5}', "identity: Input should be")],
+    [("[]", "the whole should be"), ("{}", "identity is missing"), ('{"identity": 5}', "identity should be text")],
 )
 def test_a_damaged_state_is_named_with_its_cure(tmp_path, content, said):
     run, _ = make_run(tmp_path, "none")

@@ -86,7 +86,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture
 def resumable(trained: Trained, tmp_path: Path) -> Config:
-    """A copy of the trained run, to be resumed."""
+    """A copy of the trained run as if it had been killed after its last checkpoint, to be resumed."""
     config = trained.again(tmp_path)
-    shutil.copytree(trained.run.path, run_for(config).path)
+    run = run_for(config)
+    shutil.copytree(trained.run.path, run.path)
+    lines = run.events_file.read_text().splitlines(keepends=True)
+    run.events_file.write_text("".join(line for line in lines if '"finished"' not in line))
     return config

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import HashStore
 
 from pipeline.config.load import load_config
 from pipeline.config.sections import Config
@@ -15,10 +16,13 @@ from pipeline.run.folder import Run
 from pipeline.run.world import World
 from pipeline.train.engine.step_numbers import PendingNumbers
 from pipeline.train.guard import Guard
+from pipeline.train.profile.on_request import ProfileOnRequest
+from pipeline.train.ranks.activity import Activity, Roster
 from pipeline.train.ranks.stop import StopRequest
 from pipeline.train.session import Session
 from tests.test_bad_input import experiment
 
+CPU = torch.device("cpu")
 INTERVALS = {"train.max_iters": 100, "train.log_interval": 10, "train.val_interval": 25}
 
 
@@ -82,6 +86,19 @@ class Saver:
         self.waits.append(timeout_s)
 
 
+class Counts:
+    """Counts ten tokens of one source in each batch."""
+
+    def before(self, batch: int, skipped: tuple[int, ...] = ()) -> dict[str, int]:
+        return {"text": 10 * (batch - sum(index < batch for index in skipped))}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        self.restored = state
+
+    def state(self) -> dict[str, Any]:
+        return {"batches": 1, "tokens": {"text": 10}}
+
+
 def tiny_config(folder: Path, **changes: Any) -> Config:
     """The tiny experiment with long intervals; its data are not prepared."""
     return load_config(experiment(folder, **(INTERVALS | {"train.checkpoint_interval": 20} | changes)))
@@ -91,20 +108,26 @@ def fake_session(folder: Path, world: World | None = None, **changes: Any) -> Se
     """A session at step 0 whose config is changed by dotted keys."""
     config = tiny_config(folder, **changes)
     model = SimpleNamespace(eval=lambda: None, train=lambda: None)
-    engine = SimpleNamespace(device=torch.device("cpu"), optimizer_steps=7, fragments=list, module=model, loss=None)
+    engine = SimpleNamespace(device=CPU, optimizer_steps=7, fragments=list, module=model, loss=None)
+    run, activity, tracker = Run(folder / "runs" / "tiny"), Activity(CPU), Tracker()
     return Session(
         config=config,
         world=world or World(),
-        run=Run(folder / "runs" / "tiny"),
+        run=run,
         reader=None,  # type: ignore[arg-type]
-        validation=None,  # type: ignore[arg-type]
+        validation=SimpleNamespace(sources=(None,)),  # type: ignore[arg-type]
         engine=engine,  # type: ignore[arg-type]
         saver=Saver(),  # type: ignore[arg-type]
         stop=StopRequest(),
-        tracker=Tracker(),  # type: ignore[arg-type]
+        activity=activity,
+        roster=Roster(activity),
+        profile=ProfileOnRequest(run, world or World(), CPU, HashStore(), activity, tracker.event),
+        tracker=tracker,  # type: ignore[arg-type]
         progress=Progress(),  # type: ignore[arg-type]
         data_digest="d" * 64,
+        tokenizer_digest="e" * 64,
         guard=Guard(config.guard),
+        source_counts=Counts(),  # type: ignore[arg-type]
         step=0,
         tokens_seen=0,
         initialization=2,

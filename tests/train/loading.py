@@ -17,7 +17,7 @@ from pipeline.checkpoint.pending import RankIdentity, take_over
 from pipeline.checkpoint.read import CheckpointReader
 from pipeline.checkpoint.saver import CheckpointSaver, Saved
 from pipeline.config.load import load_config
-from pipeline.config.sections import CheckpointConfig
+from pipeline.config.train_sections import CheckpointConfig
 from pipeline.run.world import World
 from pipeline.train.engine.build import working_dtype
 from pipeline.train.engine.engine import Engine

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from pipeline.config.load import load_config
-from pipeline.data.dataset import ValidationWindows, open_dataset
+from pipeline.data.dataset import open_dataset
+from pipeline.data.order.validation import validation_windows
 from pipeline.model.chunked_loss import IGNORED, LossParts
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
@@ -45,26 +46,20 @@ class Uniform:
 
 
 class Windows:
-    """Seven windows of four tokens, which are all in 0 ... 2; the targets of window i are i % 3."""
+    """Seven windows of four tokens in 0 ... 2, of a text of 60 bytes; the targets of window i are i % 3."""
 
-    count = 7
+    name, count, tokens, bytes = "text", 7, 30, 60
+
+    def targets(self, start: int, stop: int) -> int:
+        return 4 * (stop - start)
 
     def batch(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.arange(start, stop).unsqueeze(1).expand(-1, 4) % 3
         return rows, rows
 
 
-class Text:
-    """30 tokens of 60 bytes."""
-
-    bytes = 60
-
-    def __len__(self) -> int:
-        return 30
-
-
 def fake_validation(count: int, chunk: int, world: World) -> Validation:
-    return Validation(Text(), Windows(), count, chunk, world, torch.device("cpu"))  # type: ignore[arg-type]
+    return Validation((Windows(),), count, chunk, world, torch.device("cpu"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("count", "tokens"), [(7, 28), (100, 28), (5, 20), (1, 4)])
@@ -92,6 +87,42 @@ def test_every_rank_calls_the_model_equally_often_and_each_chunk_counts_once(
         assert float(torch.stack(shares).sum()) == pytest.approx(28 * math.log(3))
 
 
+class Other(Windows):
+    """Four windows of four tokens, with twice as many bytes per token."""
+
+    name, count, tokens, bytes = "other", 4, 10, 40
+
+
+def test_each_source_has_its_own_windows_and_the_whole_is_weighted_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers whichever ranks share the chunks; the limit holds for each source."""
+    shares: list[torch.Tensor] = []
+    calls = iter(range(1000))
+
+    def falling(ids: torch.Tensor, targets: torch.Tensor) -> LossParts:
+        loss = torch.tensor(1.0 + ids.shape[0] * next(calls))
+        return LossParts(loss, loss)
+
+    sources = (Windows(), Other())
+    alone = evaluate(falling, Validation(sources, 5, 2, World(), torch.device("cpu")), step=0)  # type: ignore[arg-type]
+    # Chunks of 2, 2, 1 and of 2, 2 windows with losses 1, 3, 5, 7, 9.
+    assert {name: (found.loss, found.tokens) for name, found in alone.sources.items()} == {
+        "text": (pytest.approx((2 * 1 + 2 * 3 + 5) / 5), 20),
+        "other": (pytest.approx(8.0), 16),
+    }
+    assert alone.sources["other"].bits_per_byte == pytest.approx(8.0 / math.log(2) / 4)
+    assert alone.tokens == 36 and alone.loss == pytest.approx((30 * 2.6 + 10 * 8.0) / 40)
+    assert alone.bits_per_byte == pytest.approx(alone.loss / math.log(2) * 40 / 100)
+    monkeypatch.setattr(dist, "all_reduce", lambda sums: shares.append(sums.clone()))
+    for rank in range(3):
+        calls = iter([rank, rank + 3])
+        validation = Validation(sources, 5, 2, World(rank=rank, size=3), torch.device("cpu"))  # type: ignore[arg-type]
+        evaluate(falling, validation, step=0)
+    monkeypatch.setattr(dist, "all_reduce", lambda sums: sums.copy_(torch.stack(shares).sum(0)))
+    calls = iter(range(1000))
+    three = Validation(sources, 5, 2, World(rank=2, size=3), torch.device("cpu"))  # type: ignore[arg-type]
+    assert evaluate(falling, three, step=0) == alone
+
+
 def test_a_loss_too_large_for_a_perplexity_is_still_a_number() -> None:
     def sure_and_wrong(ids: torch.Tensor, targets: torch.Tensor) -> LossParts:
         return loss_of(functional.one_hot(torch.full_like(ids, 7), 8) * 1e4, targets)
@@ -107,10 +138,10 @@ def evaluated(world: World, config_file: str, stage: int) -> dict[str, Any]:
     """The evaluation of the fresh model, as training does it."""
     config = load_config(config_file, [f"train.zero_stage={stage}"])
     dataset = open_dataset(config.data.path, "validation")
-    windows = ValidationWindows(dataset, config.model.context_length)
+    windows = validation_windows(dataset, config.model.context_length)
     engine = Engine(config, world, torch.device("cpu"))
     engine.draw(config.train.seed)
-    found = evaluate(engine.loss, Validation(dataset, windows, WINDOWS, CHUNK, world, engine.device), step=0)
+    found = evaluate(engine.loss, Validation(windows, WINDOWS, CHUNK, world, engine.device), step=0)
     return asdict(found)
 
 

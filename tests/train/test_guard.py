@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.sections import GuardConfig
+from pipeline.config.train_sections import GuardConfig
 from pipeline.errors import PipelineError
 from pipeline.train.guard import Guard, data_index, record_batch
 

@@ -13,6 +13,7 @@ import torch
 
 import pipeline.train.loop as loop
 from pipeline.checkpoint.layout import Manifest, published, step_of
+from pipeline.checkpoint.weights import load_weights
 from pipeline.config.sections import Config
 from pipeline.errors import PipelineError, StopRequested
 from pipeline.optim.schedule import get_lr_cosine_schedule
@@ -34,9 +35,33 @@ def test_every_step_is_that_of_plain_pytorch(trained: Trained) -> None:
 
 def test_the_learning_rate_follows_the_schedule_from_step_0(trained: Trained) -> None:
     optim = trained.config.optimizer
+    assert optim.cosine_cycle_iters is not None
     schedule = (optim.learning_rate, optim.min_learning_rate, optim.warmup_iters, optim.cosine_cycle_iters)
     found = [line["train/lr"] for line in lines(trained.run.metrics_file) if "train/lr" in line]
     assert found == [get_lr_cosine_schedule(step, *schedule) for step in range(trained.config.train.max_iters)]
+
+
+def test_a_stable_part_extended_twice_and_then_decayed_equals_the_run_planned_so(tmp_path: Path) -> None:
+    def train(name: str, schedule: str, steps: int, decay_iters: int | None = None) -> Path:
+        optimizer = {"schedule": schedule, "decay_iters": decay_iters, "cosine_cycle_iters": None}
+        loop.train(
+            config.model_copy(
+                update={
+                    "name": name,
+                    "optimizer": config.optimizer.model_copy(update=optimizer),
+                    "train": config.train.model_copy(update={"max_iters": steps}),
+                }
+            )
+        )
+        return Path(config.runs_dir) / name
+
+    config = tiny(tmp_path)
+    planned = train("planned", "wsd", 24, 8)
+    for schedule, steps, decay_iters in (("constant", 6, None), ("constant", 16, None), ("wsd", 24, 8)):
+        grown = train("grown", schedule, steps, decay_iters)
+    assert curve(grown) == curve(planned) and len(curve(grown)) == 24
+    ours, theirs = (load_weights(run / "checkpoints" / step_name(24)) for run in (grown, planned))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_checkpoints_validations_and_the_end_come_when_they_are_due(trained: Trained) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
 from types import SimpleNamespace
+
+import pytest
 
 import pipeline.train.progress as module
 from pipeline.train.progress import Progress
@@ -51,12 +55,33 @@ def test_a_validation_has_a_column_of_its_own(capsys):
     assert "| val loss 2.5000 | eta" in capsys.readouterr().err
 
 
-def test_on_a_terminal_the_bar_shows_the_figures_of_the_last_logged_step(monkeypatch):
-    monkeypatch.setattr(module.Terminal, "is_terminal", property(lambda self: True))
-    progress = Progress("demo", 5, 100)
-    progress.advance(9)
-    task = progress._bar.tasks[0]
-    assert (task.completed, task.total, task.fields["figures"]) == (9, 100, "starting")
-    progress.step(10, METRICS)
-    assert task.completed == 10
-    assert task.fields["figures"].startswith("loss 3.2500 · lr 1.00e-03 · norm 0.50")
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_terminal_always_shows_the_step_and_keeps_a_line_of_each_logged_step(monkeypatch, width):
+    shown = io.StringIO()
+    console = module._Output(file=shown, force_terminal=True, width=width, color_system=None, legacy_windows=False)
+    monkeypatch.setattr(module, "_Output", lambda **_: console)
+    progress = Progress("a-run-with-quite-a-long-name-of-its-own", 1_200_000, 5_000_000)
+    with progress:
+        progress.advance(1_200_009)
+        for step in (1_200_010, 1_200_020):
+            progress.step(step, {**METRICS, "train/mfu": 0.41} if width == 80 else METRICS)
+        console.print(progress._bar.get_renderable())
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue()))
+    logged = [line for line in lines if line.startswith("step ")]
+    assert [line.split(" | ")[0] for line in logged] == ["step 1200010/5000000", "step 1200020/5000000"]
+    assert all("loss 3.2500" in line and "12.3k tok/s" in line and " | eta " in line for line in logged)
+    assert [("norm" in line, "lr" in line) for line in logged] == [(width > 80, width > 60)] * 2
+    bars = [line for line in lines if "1200020/5000000" in line and not line.startswith("step")]
+    assert bars and all("loss 3.2500 · eta " in line for line in bars)
+    assert all(len(line) <= width for line in lines)
+    assert bool(re.search(r"eta \S+ 0:00:\d\d *$", bars[-1])) == (width >= 100), "the time elapsed goes first"
+
+
+def test_a_message_on_a_terminal_breaks_between_words(monkeypatch):
+    shown = io.StringIO()
+    console = module._Output(file=shown, force_terminal=True, width=40, color_system=None)
+    monkeypatch.setattr(module, "_Output", lambda **_: console)
+    Progress("demo", 0, 100).message(f"resuming from {'x' * 50}/checkpoints with every word of it whole")
+    assert shown.getvalue().split("\n") == [
+        "resuming from", f"  {'x' * 50}/checkpoints", "  with every word of it whole", "",
+    ]  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.layout import published
+from pipeline.checkpoint.layout import UnreadableCheckpoint, published
 from pipeline.checkpoint.pending import take_over
+from pipeline.checkpoint.read import newest_checkpoint
 from pipeline.checkpoint.saver import Saved
 from pipeline.run.world import World
 from pipeline.train.recover import Recovery, find_checkpoint, quarantine
@@ -97,6 +100,22 @@ def test_alone_a_rank_checks_the_files_of_all_ranks(checkpoints: Path, damage: C
     recovery = find_checkpoint(checkpoints, World())
     assert recovery.checkpoint == older
     assert [newest.name in problem for problem in recovery.rejected] == [True]
+
+
+@pytest.mark.parametrize("reason", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_checkpoint_that_the_storage_does_not_give_out_is_neither_quarantined_nor_passed_over(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    def no_answer(path: Path, *_: object) -> bytes:
+        raise OSError(reason, os.strerror(reason), str(path))
+
+    before = published(checkpoints)
+    monkeypatch.setattr("pipeline.checkpoint.layout.read_bounded", no_answer)
+    with pytest.raises(UnreadableCheckpoint, match=os.strerror(reason)):
+        find_checkpoint(checkpoints, World())
+    with pytest.raises(UnreadableCheckpoint):
+        newest_checkpoint(checkpoints)
+    assert published(checkpoints) == before
 
 
 def test_a_run_without_checkpoints_starts_afresh(tmp_path: Path) -> None:

@@ -68,6 +68,9 @@ def test_weights_that_every_layer_fetches_are_resumed_bit_for_bit_too(lab: Lab) 
     assert [e["step"] for e in events(run, "resumed")] == [37]
     assert curve(run) == curve(lab.uninterrupted(2, 3))[:HALF]
     assert same_weights(run, lab.uninterrupted(2, 3), HALF)
+    recorded = (run / "events.jsonl").read_text()
+    lab.train("fetched", 2, 3, f"train.max_iters={HALF}", **settings)
+    assert (run / "events.jsonl").read_text() == recorded, "all ranks of a finished run end at once, with status 0"
 
 
 def test_plain_pytorch_resumes_from_a_checkpoint_of_four_ranks_at_zero_3(lab: Lab) -> None:

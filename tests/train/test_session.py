@@ -17,8 +17,9 @@ from pipeline.errors import CheckpointError
 from pipeline.model.flops import flops_per_token
 from pipeline.run.events import Checkpointed, CheckpointFailed, Failed
 from pipeline.run.world import World
+from pipeline.train.clock import every
 from pipeline.train.evaluate import Evaluation
-from pipeline.train.session import Session, every
+from pipeline.train.session import Session
 from tests.train.fakes import Progress, Saver, Tracker, fake_session, pending
 
 FOUND = Evaluation(step=25, loss=2.0, perplexity=7.4, bits_per_byte=2.9, tokens=160)
@@ -52,7 +53,7 @@ def test_the_ranks_share_the_rows_of_a_global_batch(tmp_path: Path) -> None:
     for rank in range(2):
         sizes = {"train.batch_size": 12, "train.micro_batch_size": 3}
         session = fake_session(tmp_path, World(rank=rank, size=2), **sizes)
-        session.reader = SimpleNamespace(batch=batch)  # type: ignore[assignment]
+        session.reader = SimpleNamespace(batch=batch, weight=lambda *rows: None)  # type: ignore[assignment]
         session.guard.skipped = (4,)
         rows = [(x.tolist(), y.tolist()) for x, y in session.micro_batches(5)]
         assert rows[0] == ([6 * rank, 6 * rank + 1, 6 * rank + 2], [6 * rank + 1, 6 * rank + 2, 6 * rank + 3])
@@ -88,6 +89,7 @@ def test_a_log_line_says_what_the_step_did_and_how_fast(session: Session, monkey
                 "train/tokens_per_s": tokens / 2,
                 "train/flops_per_s": tokens / 2 * flops,
                 "train/tokens_seen": 1000 + tokens,
+                "data/text/tokens_seen": 10,
                 "time/data_s": 0.25,
                 "time/step_s": 2.0,
                 "train/mfu": tokens / 2 * flops / 4e9,
@@ -215,6 +217,6 @@ def test_a_thread_that_hangs_in_its_last_records_is_not_waited_for(
 
 
 def test_the_person_who_stopped_a_run_is_told_why_and_that_nothing_is_lost(session: Session) -> None:
-    assert "another rank" in session.stop_message(7) and "step 7" in session.stop_message(7)
+    assert "another rank" in session.stop.message(7) and "step 7" in session.stop.message(7)
     session.stop.request("SIGUSR2")
-    assert "SIGUSR2" in session.stop_message(7) and "everything is saved" in session.stop_message(7)
+    assert "SIGUSR2" in session.stop.message(7) and "everything is saved" in session.stop.message(7)

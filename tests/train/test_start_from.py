@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 import pipeline.train.loop as loop
 from pipeline.checkpoint.layout import Manifest
 from pipeline.commands.export import export_run
+from pipeline.config.init_section import InitConfig
 from pipeline.config.load import dump_config, load_config
 from pipeline.config.model_section import ModelConfig
-from pipeline.config.sections import Config, InitConfig
+from pipeline.config.sections import Config
 from pipeline.data.build.display import prepare_here
-from pipeline.data.dataset import ValidationWindows, open_dataset
+from pipeline.data.dataset import open_dataset
+from pipeline.data.order.validation import validation_windows
 from pipeline.errors import UsageError
 from pipeline.huggingface.model_folder import CONFIG, INDEX, TOKENIZER, WEIGHTS
 from pipeline.model.transformer import TransformerLM
@@ -79,7 +81,7 @@ def folder(data: Data, tmp_path: Path) -> Path:
 
 def loss_of(logits: Callable[[torch.Tensor], torch.Tensor], config: Config) -> float:
     """The mean loss on the windows of the run's validations."""
-    windows = ValidationWindows(open_dataset(config.data.path, "validation"), config.model.context_length)
+    (windows,) = validation_windows(open_dataset(config.data.path, "validation"), config.model.context_length)
     x, y = windows.batch(0, min(windows.count, config.train.num_val_batches * config.train.batch_size))
     with torch.no_grad():
         return float(torch.nn.functional.cross_entropy(logits(x).flatten(0, 1), y.flatten()))

@@ -11,22 +11,27 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import pipeline.train.recover as recover
 import pipeline.train.startup as startup
-from pipeline.checkpoint.layout import Manifest, published
+from pipeline.checkpoint.layout import OWNER_FILE, Manifest, published
+from pipeline.config.load import dump_config
 from pipeline.config.sections import Config
 from pipeline.data import dataset
 from pipeline.data import manifest as module
 from pipeline.data.build.display import prepare_here
 from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import DatasetManifest
-from pipeline.errors import DataError, PipelineError, StopRequested
+from pipeline.errors import DataError, NothingToDo, PipelineError, StopRequested
+from pipeline.model.flops import num_parameters
 from pipeline.run.folder import run_for
 from pipeline.run.provenance import IMAGE_SHA256_VARIABLE, IMAGE_VARIABLE
 from pipeline.run.world import World
+from pipeline.text_format import count
 from pipeline.train.clock import StepClock
 from pipeline.train.engine.fresh import INIT_VERSION
+from pipeline.train.loop import train
 from pipeline.train.ranks import group
-from pipeline.train.recover import Recovery
+from pipeline.train.recover import Recovery, fill
 from pipeline.train.startup import open_session
 from tests.experiment import events
 from tests.train.conftest import Trained
@@ -62,6 +67,34 @@ def test_a_resumed_start_continues_the_state_of_the_checkpoint(resumable: Config
     assert (resumed["step"], resumed["world_size"]) == (10, 1)
 
 
+def test_a_finished_run_that_is_started_again_says_so_and_records_nothing(trained: Trained, tmp_path: Path) -> None:
+    config = trained.again(tmp_path)
+    run = run_for(config)
+    shutil.copytree(trained.run.path, run.path)
+    run.config_file.write_text(dump_config(config))
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(NothingToDo, match=rf"{run.path}: finished already, at step 10; train.max_iters=20 ") as done:
+        train(config)
+    assert done.value.exit_code == 0
+    after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert {path.name for path in after if before.get(path) != after[path]} <= {OWNER_FILE}
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"max_iters": 11})})
+    assert train(longer).step == 11
+
+
+def test_a_start_says_what_it_trains(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = trained.again(tmp_path)
+    with open_session(config):
+        pass
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    tokens = DatasetManifest.load(config.data.path).splits["train"].tokens
+    assert first == f"{config.name}: {num_parameters(config.model):,} parameters, fp32, 1 process on CPU"
+    assert second == (
+        f"10 steps of {8 * config.model.context_length} tokens: {count(80 * config.model.context_length)} tokens, "
+        f"{80 * config.model.context_length / tokens:.3g} epochs; run folder {run_for(config).path}"
+    )
+
+
 def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_resumed(
     resumable: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,7 +114,7 @@ def test_a_checkpoint_of_another_dataset_is_refused_before_it_is_loaded(trained:
     newest = published(trained.run.checkpoints)[0]
     engine = SimpleNamespace(load=lambda reader: pytest.fail("it was loaded"))
     with pytest.raises(DataError, match=f"{newest}: .*dataset"):
-        startup._fill(engine, Recovery(newest, ()), None, trained.config, "e" * 64)  # type: ignore[arg-type]
+        fill(engine, Recovery(newest, ()), None, trained.config, "e" * 64)  # type: ignore[arg-type]
 
 
 def test_a_resumed_run_keeps_the_version_of_its_initialization(
@@ -92,13 +125,13 @@ def test_a_resumed_run_keeps_the_version_of_its_initialization(
     engine = SimpleNamespace(load=lambda reader: None)
 
     def resumed() -> int:
-        found = startup._fill(engine, Recovery(newest, ()), None, trained.config, digest)  # type: ignore[arg-type]
+        found = fill(engine, Recovery(newest, ()), None, trained.config, digest)  # type: ignore[arg-type]
         return found["initialization"]
 
     assert resumed() == INIT_VERSION == 2
     state = {key: value for key, value in Manifest.load(newest).state.items() if key != "initialization"}
     older = SimpleNamespace(manifest=SimpleNamespace(state=state, step=10), close=lambda: None)
-    monkeypatch.setattr(startup, "CheckpointReader", lambda folder: older)
+    monkeypatch.setattr(recover, "CheckpointReader", lambda folder: older)
     assert resumed() == 1
 
 
@@ -145,7 +178,8 @@ def test_another_image_is_refused_unless_it_is_allowed(resumable: Config, monkey
     monkeypatch.setenv(IMAGE_SHA256_VARIABLE, "b" * 64)
     with pytest.raises(PipelineError, match="image"), open_session(resumable):
         pass
-    with open_session(resumable, allow_image_change=True):
+    longer = resumable.model_copy(update={"train": resumable.train.model_copy(update={"max_iters": 11})})
+    with open_session(longer, allow_image_change=True):
         pass
 
 

@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoint.pending import take_over
+import pipeline.train.startup as startup
+from pipeline.checkpoint import pending
+from pipeline.checkpoint.pending import lost_to, take_over
+from pipeline.checkpoint.read import verify
+from pipeline.checkpoint.saver import Saved
+from pipeline.config.sections import Config
 from pipeline.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError
 from pipeline.run.events import CheckpointFailed, Event
+from pipeline.run.folder import run_for
+from pipeline.train.startup import open_session
 from tests import processes
 from tests.checkpoint.support import fragments, saver
 from tests.experiment import curve, events, last_step, lines, validations
@@ -74,6 +81,43 @@ def test_a_save_is_not_begun_once_another_start_has_taken_over(tmp_path: Path) -
     assert one.superseded() is not None
     with pytest.raises(CheckpointError, match="taken over"):
         one.save(2, fragments(2.0), {})
+
+
+def test_a_save_that_another_start_overtook_at_its_rename_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new start may have looked for the newest checkpoint before."""
+    real = pending.publish_dir
+
+    def overtaken(temp: Path, final: Path) -> None:
+        real(temp, final)
+        take_over(tmp_path, "a2")
+
+    monkeypatch.setattr(pending, "publish_dir", overtaken)
+    take_over(tmp_path, "a1")
+    reports: list[Saved] = []
+    one = saver(tmp_path, reports)
+    one.save(1, fragments(1.0), {})
+    one.wait()
+    assert [report.path for report in reports] == [None] and "taken over" in str(reports[0].error)
+    assert verify(tmp_path / "step_00000001").step == 1, "whole, for whoever comes next"
+
+
+def test_a_start_looks_for_the_newest_checkpoint_once_no_older_start_can_publish(
+    resumable: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an older start published in between would be trained once more, and its metrics lost in a crash."""
+    checkpoints, real = run_for(resumable).checkpoints, startup.find_checkpoint
+    take_over(checkpoints, "older")
+    seen: list[bool] = []
+
+    def looking(*args: Any) -> Any:
+        seen.append(lost_to(checkpoints, "older") is not None)
+        return real(*args)
+
+    monkeypatch.setattr(startup, "find_checkpoint", looking)
+    with open_session(resumable):
+        assert seen == [True]
 
 
 def test_an_owner_file_that_cannot_be_read_takes_nothing_over(tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ def prepare(
         raise UsageError(f"--slice {slice_spec[0]}/{slice_spec[1]}: there is no such part; I must be from 1 to N")
     report = progress or (lambda _: None)
     folder = Path(config.data.path)
+    if config.data.token_folder is not None:
+        manifest = DatasetManifest.load(folder)  # others made the tokens, and there is no text
+        manifest.tokens_in(folder, config.data.token_folder)
+        report(BuildProgress("done"))
+        return manifest
     with _writable(folder):
         while True:
             try:
@@ -154,7 +159,7 @@ class _Build:
         done = self._records(task)
         if finished(done):
             return  # another process finished it since `run` looked
-        resume_at = done[-1]["pieces"][-1]["stop"] if done else 0
+        resume_at = done[-1]["pieces"][-1].stop if done else 0
         files = self._plan.files[task.source]
         events = read_task(task, self._config.data.sources[task.source], files, self._config.data, resume_at)
         part, more = len(done), True

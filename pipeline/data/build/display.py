@@ -16,6 +16,7 @@ from rich.table import Table
 from pipeline.config.sections import Config
 from pipeline.data.build.build import BuildProgress, prepare
 from pipeline.data.manifest import DatasetManifest
+from pipeline.data.order.packing import Packing, make_packing
 from pipeline.errors import UsageError
 from pipeline.files import naming
 from pipeline.terminal import Terminal
@@ -107,8 +108,20 @@ def prepare_here(config: Config, slice_spec: tuple[int, int] | None = None) -> D
         )
         return None
     console.print(summary_table(manifest, config.data.path))
+    if config.data.packing == "best_fit":
+        packing = make_packing(Path(config.data.path), config.model.context_length + 1)
+        console.print(packing_line(packing), highlight=False)
     console.print(f"{time.monotonic() - began:.1f} s, dataset {manifest.digest[:12]}")
     return manifest
+
+
+def packing_line(packing: Packing) -> str:
+    """Returns what packing made of the training documents."""
+    cut, padding = packing.fractions()
+    return (
+        f"packed into {sum(packing.windows.values()):,} windows of {packing.window} tokens: "
+        f"{cut:.2%} of the documents were cut, {padding:.2%} of the places are padding"
+    )
 
 
 def summary_table(manifest: DatasetManifest, title: str) -> Table:
@@ -129,6 +142,8 @@ def summary_table(manifest: DatasetManifest, title: str) -> Table:
         table.add_row(name, *cells)
     table.add_section()
     table.add_row("empty documents, skipped", f"{manifest.empty:,}")
+    if any("dropped" in source for source in manifest.sources):
+        table.add_row("records dropped by `where`", f"{manifest.dropped:,}")
     table.add_row("bad records, skipped", f"{sum(manifest.bad.values()):,}")
     for reason, count in manifest.bad.items():
         table.add_row(f"  {reason}", f"{count:,}")
@@ -149,24 +164,27 @@ def parse_slice(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def inspect_here(path: str, split: str, count: int, seed: int, page: str | None) -> None:
+def inspect_here(
+    path: str, split: str, count: int, seed: int, page: str | None, token_folder: str | None = None
+) -> None:
     """Prints documents of a dataset and writes a page about it; see `inspect`."""
     from pipeline.data.inspect import draw_documents, write_page
 
     console = Terminal()
     console.print(summary_table(DatasetManifest.load(path), path))
-    for document in draw_documents(path, split, count, seed):
+    for document in draw_documents(path, split, count, seed, token_folder):
         console.rule(
             printable(f"{split} document {document.number:,}, source {document.source}, {document.tokens:,} tokens")
         )
-        console.print(_shortened(document.text))
+        console.print(shortened(document.text))
     out = Path(page) if page is not None else Path(path) / "inspect.html"
     with naming(out, "the page cannot be written", "choose another place with --html", UsageError):
-        write_page(path, out)
+        write_page(path, out, token_folder)
     console.print(f"written: {out}")
 
 
-def _shortened(text: str, longest: int = 1200) -> str:
+def shortened(text: str, longest: int = 1200) -> str:
+    """Returns the beginning and the end of a long text."""
     if len(text) <= longest:
         return text
     return f"{text[: longest // 2]}\n[... {len(text) - longest:,} characters ...]\n{text[-longest // 2 :]}"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import gc
 import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.allocator import keep_freed_memory, return_freed_memory
+
 if TYPE_CHECKING:
     from pipeline.data.tokenize.tokenizer import Tokenizer
-
-# glibc's <malloc.h>
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
 # Allocations between garbage collections; Python's default is 700.
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
@@ -47,7 +45,8 @@ class WordCaches:
                 self._tokenizer.clear_caches()
                 self._since, self._chunks_to_trim = 0, self._workers
             elif self._chunks_to_trim:
-                # The old caches are freed when the last worker that uses them finishes its chunk.
+                # The old caches are freed when the last worker that uses them finishes its chunk. Returned at once,
+                # before other objects settle in their memory and the next caches need new memory.
                 self._chunks_to_trim -= 1
                 if not self._chunks_to_trim:
                     return_freed_memory()
@@ -64,10 +63,9 @@ def resident_bytes() -> int:
 def devote_process() -> None:
     """Tunes malloc and gc for a build-only process; call it before numpy is imported.
 
-    malloc reuses the buffers of the last chunk instead of returning them to the kernel. A build constantly allocates
-    and frees buffers of some megabytes; by default each is mapped, zeroed page by page and unmapped again: half of the
-    system time of a build, a tenth of all its CPU time. The peak does not change. A C library other than glibc keeps
-    its defaults.
+    malloc reuses the buffers of the last chunk instead of returning them to the kernel: a build constantly allocates
+    and frees buffers of some megabytes, which took half of its system time, a tenth of all its CPU time. The peak does
+    not change.
 
     Garbage collection runs less often, and not at exit: a vocabulary alone is some 100,000 objects that stay, and
     scanning them while they are read takes a twentieth of the CPU time of a build of 200 MB.
@@ -78,21 +76,4 @@ def devote_process() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     atexit.register(gc.freeze)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    # Only one arena: only the main heap can grow beyond 64 MiB.
-    for parameter, value in (
-        (_M_ARENA_MAX, 1),
-        (_M_MMAP_THRESHOLD, 32 << 20),
-        (_M_TOP_PAD, 64 << 20),
-        (_M_TRIM_THRESHOLD, 1 << 30),
-    ):
-        mallopt(parameter, value)
-
-
-def return_freed_memory() -> None:
-    """Returns freed memory to the kernel, before other objects settle in it and the next caches need new memory."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    keep_freed_memory(32 << 20, 1 << 30)

@@ -91,7 +91,7 @@ def refuse_changed_content(
     for task in plan.tasks:
         if not records[task.number] or not any((task.source, number) in touched for number in task.files):
             continue
-        expected = [FileSpan(**piece) for record in records[task.number] for piece in record["pieces"]]
+        expected = [span for record in records[task.number] for span in record["pieces"]]
         for was, now in zip(expected, _reread(config, plan, task), strict=False):
             # `last` may differ where a stream was not read to its end.
             if (was.file, was.start, was.stop, was.sha256) != (now.file, now.start, now.stop, now.sha256):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import numpy as np
 from pipeline.data.content import slice_problem
 from pipeline.data.layout import MANIFEST, PLAN, SLICE_RECORD, SLICES, TOKENIZER, published_slices, slice_name
 from pipeline.data.manifest import Shard, check_sizes
+from pipeline.data.read.task import FileSpan
 from pipeline.errors import DataError
-from pipeline.files import is_temporary, read_json
+from pipeline.files import discard, is_temporary, read_json
 
 Record = dict[str, Any]
 
@@ -57,7 +57,7 @@ def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files of killed processes where permissions allow; call once every slice is published."""
     for temp in (folder / SLICES).glob(".*.tmp"):
         if _LEFT_OF_SLICE.fullmatch(temp.name):
-            shutil.rmtree(temp, ignore_errors=True)
+            discard(temp)
     for file in folder.glob(".*.tmp"):
         if is_temporary(file, (MANIFEST, PLAN, TOKENIZER)):
             with contextlib.suppress(OSError):
@@ -69,7 +69,8 @@ def _load(file: Path) -> Record:
     problem = slice_problem(record)
     if problem is not None:
         raise DataError(f"{file}: is not the record of a slice ({problem}); {_remake(file.parent)}")
-    return dict(record)
+    # Slices of older versions do not say what was lost. There may be a million files.
+    return {**record, "pieces": [FileSpan(**piece) for piece in record["pieces"]]}
 
 
 def _remake(folder: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,14 +17,14 @@ import numpy.typing as npt
 from pipeline.config.data_sections import SourceConfig
 from pipeline.data.build.slice_store import Record
 from pipeline.data.layout import SLICE_RECORD, SLICES, slice_name
-from pipeline.data.manifest import SPLITS, Shard
+from pipeline.data.manifest import SPLITS, Shard, shard_tree
 from pipeline.data.read.chunks import Chunk
 from pipeline.data.read.documents import Documents, Flags, Offsets
 from pipeline.data.read.task import FileSpan
 from pipeline.data.tokenize.crosscheck import CrossCheck
 from pipeline.data.tokenize.tokenizer import Ids, Tokenizer
 from pipeline.errors import DataError
-from pipeline.files import publish_dir, read_json, write_json
+from pipeline.files import discard, publish_dir, read_json, write_json
 
 
 class _ShardWriter:
@@ -119,7 +118,7 @@ class SliceWriter:
         self._files = files
         place = f"slice {self.name} of source {source.name}"
         self._check = CrossCheck(tokenizer, seed=task << 32 | part, place=place)
-        self._records = self._empty = 0
+        self._records = self._empty = self._dropped = 0
         self._bad: Counter[str] = Counter()
         self._shards: dict[str, _ShardWriter] = {}
 
@@ -130,9 +129,11 @@ class SliceWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for shard in self._shards.values():
-            shard.close()
-        shutil.rmtree(self._temp, ignore_errors=True)
+        try:
+            for shard in self._shards.values():
+                shard.close()
+        finally:
+            discard(self._temp)
 
     def add(self, chunk: Chunk, parallel: bool) -> None:
         """Encodes and writes documents.
@@ -142,6 +143,7 @@ class SliceWriter:
         """
         self._records += chunk.records
         self._empty += chunk.empty
+        self._dropped += chunk.dropped
         self._bad.update(chunk.bad)
         documents = chunk.documents
         if not len(documents):
@@ -187,10 +189,11 @@ class SliceWriter:
             "last": last,
             "records": self._records,
             "empty": self._empty,
+            **({"dropped": self._dropped} if self._source.where is not None else {}),
             "bad": dict(sorted(self._bad.items())),
             "cross_checked": checked,
             "pieces": [asdict(piece) for piece in pieces],
-            "shards": [asdict(shard) for shard in shards if shard is not None],
+            "shards": [shard_tree(shard) for shard in shards if shard is not None],
         }
         write_json(self._temp / SLICE_RECORD, record)
         try:

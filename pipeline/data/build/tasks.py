@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.config.data_sections import SourceConfig
 from pipeline.config.sections import Config
 from pipeline.data.fingerprint import settings_of
@@ -71,20 +73,23 @@ def _refuse_undecodable_names(files: Sequence[Sequence[SourceFile]]) -> None:
 
 
 def _refuse_shared_files(sources: Sequence[SourceConfig], files: Sequence[Sequence[SourceFile]]) -> None:
+    named = [(source.name, file) for source, found in zip(sources, files, strict=True) for file in found]
+    # Names of one file have one inode. Only those few are compared by their names without links, which take memory.
+    _, first, times = np.unique([file.stamp[2] for _, file in named], return_index=True, return_counts=True)
+    if len(first) == len(named):
+        return
+    shared = {named[index][1].stamp[2] for index in first[times > 1].tolist()}
     owners: dict[str, tuple[str, str]] = {}
-    for source, found in zip(sources, files, strict=True):
-        for file in found:
-            other, owner = owners.setdefault(str(Path(file.path).resolve()), (file.path, source.name))
-            if (other, owner) == (file.path, source.name):
-                continue
-            of = (
-                f"of source {source.name!r}"
-                if owner == source.name
-                else f"in the sources {owner!r} and {source.name!r}"
-            )
-            raise DataError(
-                f"{file.path}: is the same file as {other}, both {of}; its text would be counted twice: narrow `paths`"
-            )
+    for name, file in named:
+        if file.stamp[2] not in shared:
+            continue
+        other, owner = owners.setdefault(str(Path(file.path).resolve()), (file.path, name))
+        if (other, owner) == (file.path, name):
+            continue
+        of = f"of source {name!r}" if owner == name else f"in the sources {owner!r} and {name!r}"
+        raise DataError(
+            f"{file.path}: is the same file as {other}, both {of}; its text would be counted twice: narrow `paths`"
+        )
 
 
 def _tasks_of(
@@ -136,6 +141,6 @@ def _bytes_of(task: Task, files: Sequence[SourceFile], groups: int) -> int:
     first = files[task.files[0]].size
     if task.kind == "range":
         return min(first, task.stop) - task.start
-    if task.kind == "rows" and groups > 0:
+    if task.kind == "rows" and groups > 0 and task.stop >= 0:
         return first // groups * (task.stop - task.start)
     return sum(files[number].size for number in task.files)

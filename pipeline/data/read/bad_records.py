@@ -12,8 +12,10 @@ INVALID_UTF8 = "invalid UTF-8"
 INVALID_JSON = "invalid JSON"
 MISSING_FIELD = "missing field"
 NOT_A_STRING = "field is no string"
+NOT_COMPARABLE = "field cannot be compared"
 TRUNCATED = "truncated or damaged archive"
 UNREADABLE = "unreadable Parquet"
+UNREADABLE_ARROW = "unreadable Arrow"
 TOO_LONG = "document too long"
 
 

@@ -31,6 +31,8 @@ class Chunk:
     """Records they were taken from, bad and blank ones included."""
     empty: int = 0
     """Documents of nothing but white space."""
+    dropped: int = 0
+    """Records of which the condition of the source is not true."""
     bad: Counter[str] = field(default_factory=Counter)
     """Skipped records by reason."""
     bytes_read: int = 0
@@ -75,6 +77,11 @@ class ChunkBuilder:
             self._parts.append(documents)
             self._text_bytes += documents.text_bytes
 
+    def drop(self, records: int) -> None:
+        """Counts records of which the condition of the source is not true."""
+        self._records += records
+        self._dropped += records
+
     def report(self, reason: str, place: Callable[[], str], detail: str = "", records: int = 1) -> None:
         """Reports records that gave no document."""
         self._records += records
@@ -87,13 +94,14 @@ class ChunkBuilder:
 
     def take(self) -> Chunk:
         """Returns the chunk so far and begins a new one."""
-        chunk = Chunk(Documents.joined(self._parts), self._records, self._empty, self._policy.take(), self.bytes_read)
+        documents = Documents.joined(self._parts)
+        chunk = Chunk(documents, self._records, self._empty, self._dropped, self._policy.take(), self.bytes_read)
         self._clear()
         return chunk
 
     def _clear(self) -> None:
         self._parts: list[Documents] = []
-        self._records = self._empty = self._text_bytes = 0
+        self._records = self._empty = self._dropped = self._text_bytes = 0
         self.bytes_read = 0  # of the source files, counted by the format
 
     def _report_too_long(self, place: Callable[[], str], size: str = "") -> None:

@@ -14,17 +14,19 @@ from pipeline.errors import DataError
 from pipeline.files import naming
 
 FORMATS = tuple(name for name in get_args(SourceConfig.model_fields["format"].annotation) if name != "auto")
+# What such files are called elsewhere: C4 and Dolma have `.json.gz`.
+_OTHER_NAMES = {"json": "jsonl", "ndjson": "jsonl"}
 COMPRESSIONS = ("gz", "zst", "bz2", "xz")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be a million
 class SourceFile:
     """A file as it was when the work was planned."""
 
     path: str
     """As the glob of the config gave it."""
     format: str
-    """`txt`, `jsonl` or `parquet`."""
+    """`txt`, `jsonl`, `parquet` or `arrow`."""
     compression: str | None
     """`gz`, `zst`, `bz2`, `xz` or None."""
     size: int
@@ -65,13 +67,16 @@ def _matches(pattern: str, source: SourceConfig) -> list[str]:
 def _describe(path: str, source: SourceConfig) -> SourceFile:
     suffixes = [s[1:].lower() for s in Path(path).suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else None
-    kind = source.format if source.format != "auto" else (suffixes[-1] if suffixes else "")
+    suffix = suffixes[-1] if suffixes else ""
+    kind = source.format if source.format != "auto" else _OTHER_NAMES.get(suffix, suffix)
     if kind not in FORMATS:
         raise DataError(
             f"{path}: the name does not show the format (source {source.name}); set `format` of the source to "
             f"one of {', '.join(FORMATS)}, or let the name end in .{', .'.join(FORMATS)}, "
             f"optionally followed by .{', .'.join(COMPRESSIONS)}"
         )
+    if kind == "txt" and source.where is not None:
+        raise DataError(f"{path}: a text file has no fields for `where` of source {source.name}; remove one of the two")
     with naming(path, f"the file of source {source.name} cannot be read", error=DataError):
         found = Path(path).stat()
         if not stat.S_ISREG(found.st_mode):

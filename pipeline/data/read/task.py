@@ -37,7 +37,7 @@ class Task:
     """The one after the last; -1 means to the end."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileSpan:
     """A file, or the part of it that belongs to a slice, after it was read."""
 

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.init_section import InitConfig
 from pipeline.config.sections import Config
 from pipeline.data.layout import MANIFEST
 from pipeline.errors import UsageError
-from pipeline.files import naming, nearest_existing
+from pipeline.files import is_regular, naming, nearest_existing
 from pipeline.image.record import IMAGE_HOME
 from pipeline.launch.site import SiteContainer
-from pipeline.run.folder import Run
+from pipeline.run.evaluations import data_cache
+from pipeline.run.folder import CHECKPOINT_MANIFEST, Run
 
 # Apptainer itself mounts these from the host.
 _ALWAYS_VISIBLE = (Path("/tmp"), Path("/var/tmp"))
@@ -154,15 +156,30 @@ def _needs(config: Config, run: Run) -> Iterator[_Need]:
         yield _Need("tracking.uri", absolute(Path(uri.removeprefix("sqlite:///"))).parent, True)
         if "://" not in config.tracking.artifact_location:  # the address of an object store is no path
             yield _Need("tracking.artifact_location", absolute(Path(config.tracking.artifact_location)), True)
-    if config.init.folder is not None:
-        yield _Need("init.from", absolute(config.init.folder), False)
+    origin = config.init.folder
+    if origin is not None and os.access(origin, os.F_OK):  # once it has saved, a run needs it no more
+        yield _origin_need(config.init, absolute(origin))
+    if config.evaluate.tasks:
+        yield _Need("evaluate.tasks (HF_HOME)", absolute(data_cache()), True)  # locks are files there
+    if config.evaluate.include_path is not None:
+        yield _Need("evaluate.include_path", absolute(Path(config.evaluate.include_path)), False)
     if config.tokenizer.path is not None:
         yield _Need("tokenizer.path", absolute(Path(config.tokenizer.path)).parent, False)
+    if config.data.token_folder is not None:
+        yield _Need("data.token_folder", absolute(Path(config.data.token_folder)), False)
     for number, source in enumerate(config.data.sources):
         for pattern in source.paths:
             folder = _fixed_part(pattern)
             if folder is not None:
                 yield _Need(f"data.sources.{number}.paths", folder, False)
+
+
+def _origin_need(init: InitConfig, folder: Path) -> _Need:
+    """Returns what a job needs of a model folder, or of another run, in which it leaves a pin if it may."""
+    if init.is_model_folder:
+        return _Need("init.from", folder, False)
+    place = folder.parent if is_regular(folder / CHECKPOINT_MANIFEST) else folder
+    return _Need("init.from", place, os.access(place, os.W_OK))
 
 
 def _is_shared_dataset(folder: Path) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config.sections import Config
 from pipeline.launch.container.binds import absolute, binds, working_folder
+from pipeline.launch.container.caches import cache_variables
 from pipeline.launch.container.image import image_identity, image_path, start_options
 from pipeline.launch.site import SiteContainer
+from pipeline.run.evaluations import data_cache
 from pipeline.run.folder import Run
 
 # What a job needs from its surroundings even in a clean environment: Slurm's variables, where the ranks meet, which
@@ -34,6 +35,7 @@ def container_argv(
     environment: Mapping[str, str],
     code: Path | None,
     scratch: Path | None = None,
+    elsewhere: Collection[str] = (),
 ) -> list[str]:
     """Returns the exact command of one process, on the machine that will run it.
 
@@ -46,6 +48,7 @@ def container_argv(
             environment of the command instead (`container_environment`).
         code: The snapshot of the submitted code; used if `container.code` is `snapshot`.
         scratch: Where compilers keep their caches; /tmp if None.
+        elsewhere: Names of variables that the environment of the command sets, even where they are the launcher's.
 
     Raises:
         UsageError: The config names no image.
@@ -62,10 +65,13 @@ def container_argv(
         "PYTHONPATH": str(absolute(code)) if code is not None else "",
         # Otherwise `python -m` in a checkout would run the checkout's code, whatever container.code says.
         "PYTHONSAFEPATH": "1",
-        **_caches(scratch or Path("/tmp")),
+        **cache_variables(scratch),
+        # The data of tasks was fetched before, and not into the scratch folder of a node.
+        **({"HF_HOME": str(absolute(data_cache()))} if config.evaluate.tasks else {}),
         **image_identity(image).variables(),
         **environment,
     }
+    variables = {name: value for name, value in variables.items() if name not in elsewhere}
     return [
         *(site.command, "exec", *start_options(image, site)),
         *([option] if option else []),
@@ -79,14 +85,25 @@ def container_argv(
     ]
 
 
-def container_environment(site: SiteContainer, environment: Mapping[str, str]) -> dict[str, str]:
+def container_environment(
+    site: SiteContainer, environment: Mapping[str, str], own: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Returns the environment to start the command with, made from that of the job.
 
     Variables of Slurm, the ranks and tracking are passed with Apptainer's prefix: otherwise a clean environment would
     drop them, and the defaults of the image would override them.
+
+    Args:
+        site: How Apptainer is run here.
+        environment: The environment of the job.
+        own: Variables of the site, which may be secrets: they are added, and passed in the same way.
     """
+    own = own or {}
+    environment = {**own, **environment}
     prefix = "SINGULARITYENV_" if Path(site.command).name == "singularity" else "APPTAINERENV_"
-    passed = {f"{prefix}{k}": v for k, v in environment.items() if k.startswith(_PASSED_PREFIXES) or k in _PASSED}
+    passed = {
+        f"{prefix}{k}": v for k, v in environment.items() if k.startswith(_PASSED_PREFIXES) or k in _PASSED or k in own
+    }
     return {**environment, **passed}
 
 
@@ -95,15 +112,6 @@ def gpu_option(kind: str) -> str | None:
     if kind == "auto":
         kind = "nv" if _NVIDIA_DRIVER.exists() else "rocm" if _AMD_DRIVER.exists() else "none"
     return None if kind == "none" else f"--{kind}"
-
-
-def _caches(folder: Path) -> dict[str, str]:
-    # Inside there is no home, and the image is read-only.
-    cache = folder / f"pipeline-cache-{os.getuid()}"
-    return {
-        "XDG_CACHE_HOME": str(cache),
-        "MPLCONFIGDIR": str(cache / "matplotlib"),
-    }
 
 
 def _joined(variables: Mapping[str, str]) -> str:

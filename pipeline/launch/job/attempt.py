@@ -20,11 +20,21 @@ from typing import Literal
 from pipeline.checkpoint.layout import published, step_of
 from pipeline.data.layout import published_slices
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, PipelineError
+from pipeline.launch.job.causes import (
+    bad_nodes_in_words,
+    memory_in_words,
+    ran_out_of_memory,
+    rank_in_words,
+    said_by_slurm,
+    slurm_log,
+)
+from pipeline.launch.job.charges import record_charges
+from pipeline.launch.job.messages import tell_failed, tell_finished, tell_gave_up
 from pipeline.launch.job.requeue import requeue
 from pipeline.launch.job.spec import Attempt, this_attempt
 from pipeline.launch.slurm import client as slurm
-from pipeline.launch.slurm import job_records
-from pipeline.launch.slurm.job_records import AttemptBegan, AttemptEnded, AttemptEvent, RankFailed, RankStopped
+from pipeline.run import attempts, journal
+from pipeline.run.attempts import AttemptBegan, AttemptEnded, AttemptEvent, RankFailed, RankStopped
 from pipeline.run.events import (
     BadNode,
     Event,
@@ -39,10 +49,11 @@ from pipeline.run.events import (
     append,
 )
 from pipeline.run.world import DEADLINE_VARIABLE
-from pipeline.text_format import say
+from pipeline.text_format import echo
 
 # The signal comes at most a quarter of a short time limit before its end.
 _LIMIT_IS_NEAR = 0.25
+_KILLED = frozenset({128 + signal.SIGKILL})
 # srun returns these after killing ranks that had no signal handler yet.
 _ENDED_BY_SIGNAL = frozenset({128 + signal.SIGTERM, 128 + signal.SIGUSR2})
 
@@ -57,6 +68,8 @@ class Verdict:
     """In words; empty for `done`."""
     status: int
     """Exit status of the job if it is not requeued."""
+    most_failures: int | None = None
+    """Failures without progress after which it is given up; None for as many as the site allows."""
 
 
 def begin(attempt: Attempt) -> str | None:
@@ -70,7 +83,15 @@ def begin(attempt: Attempt) -> str | None:
         lost = slurm.lost_nodes(slurm.hostnames(earlier.nodes))
         if lost:
             _record(attempt, NodeLost(job=attempt.job, nodes=lost))
-    _record(attempt, AttemptBegan(**attempt.about(), nodes=attempt.nodes))
+            tell_failed(attempt, f"lost {', '.join(lost)}", earlier.attempt)
+    gpus, cpus = attempt.requested()
+    began = AttemptBegan(
+        **attempt.about(), nodes=attempt.nodes, gpus=gpus, cpus=cpus, beside=attempt.beside,
+        log_bytes=journal.size(slurm_log(attempt)),
+    )  # fmt: skip
+    _record(attempt, began)
+    if attempt.stage == "evaluate" and attempt.site.accounting and not attempt.beside:
+        record_charges(attempt)
     limit = attempt.site.requeue.max_restarts
     if attempt.number > limit:
         _give_up(attempt, f"the job was restarted {attempt.number} times; requeue.max_restarts of the site is {limit}")
@@ -101,6 +122,8 @@ def end(attempt: Attempt, code: int) -> int:
     )  # fmt: skip
     _record(attempt, ended)
     if verdict.outcome == "done":
+        if attempt.stage == "train":
+            tell_finished(attempt)
         return EXIT_OK
     why_not = _reason_to_give_up(attempt, verdict, before + 1 if counts else 0)
     if why_not is not None:
@@ -109,6 +132,8 @@ def end(attempt: Attempt, code: int) -> int:
     if lost:
         _record(attempt, NodeLost(job=attempt.job, nodes=lost))
     _record(attempt, Requeued(job=attempt.job, reason=verdict.reason))
+    if verdict.outcome == "failed":
+        tell_failed(attempt, verdict.reason)
     if not requeue(attempt, nodes, sorted({*lost, *_lost_before(attempt), *_named_by_preflight(attempt)})):
         _give_up(attempt, "the job could not be requeued; submit it again: it resumes from its last checkpoint")
     return verdict.status
@@ -127,7 +152,7 @@ def _end_superseded(attempt: Attempt, code: int, by: StartBegan) -> int:
     why = f"another start of the run, {where}, has taken over"
     ended = AttemptEnded(**attempt.about(), outcome="failed", reason=why, code=code, progress=progress(attempt))
     _record(attempt, ended)
-    say(f"pipeline: error: {attempt.stage}: {why}; this job is not requeued", sys.stderr)
+    echo(f"pipeline: error: {attempt.stage}: {why}; this job is not requeued", sys.stderr)
     return EXIT_FAILED
 
 
@@ -144,16 +169,19 @@ def judge(attempt: Attempt, code: int) -> Verdict:
     if preempted is not None:
         return Verdict("stopped", preempted.reason or "asked to stop", EXIT_STOPPED)
     culprits = _own_notes(attempt).of(RankFailed)
+    if ran_out_of_memory(attempt, asks=code in _KILLED or any(note.status in _KILLED for note in culprits)):
+        return Verdict("failed", memory_in_words(attempt, culprits), EXIT_FAILED, most_failures=2)
     failed = events.last(Failed)
-    said = failed.error if failed is not None else _bad_nodes_in_words(events.last(BadNode))
+    said = failed.error if failed is not None else bad_nodes_in_words(events.last(BadNode))
     if culprits:
-        return Verdict("failed", said or _rank_in_words(culprits[0]), culprits[0].status)
+        return Verdict("failed", said or rank_in_words(culprits[0]), culprits[0].status)
     if said:
         return Verdict("failed", said, EXIT_FAILED)
     stopped = bool(_own_notes(attempt).of(RankStopped))
     if code == EXIT_STOPPED or (stopped and code in _ENDED_BY_SIGNAL):
         return Verdict("stopped", "asked to stop", EXIT_STOPPED)
-    return Verdict("failed", f"srun ended with status {code}; see the job's _log.err in {attempt.run.launch}", code)
+    said = said_by_slurm(attempt) or f"see {slurm_log(attempt)}"
+    return Verdict("failed", f"srun ended with status {code}: {said}", code)
 
 
 def progress(attempt: Attempt) -> int:
@@ -172,7 +200,8 @@ def _reason_to_give_up(attempt: Attempt, verdict: Verdict, failures: int) -> str
         return f"{verdict.reason}; the job was restarted {attempt.number} times, as often as the site allows"
     if verdict.status == EXIT_USAGE:
         return f"{verdict.reason}; trying again would not help"
-    if failures < policy.same_step_failures:
+    most = min(policy.same_step_failures, verdict.most_failures or policy.same_step_failures)
+    if failures < most:
         return None
     where = f" at step {progress(attempt)}" if attempt.stage == "train" else ""
     if verdict.outcome == "stopped":
@@ -204,7 +233,7 @@ def _killed_before(attempt: Attempt) -> AttemptBegan | None:
 
 
 def _notes_of_job(attempt: Attempt) -> EventLog:
-    notes = job_records.notes(attempt.run, attempt.stage)
+    notes = attempts.notes(attempt.run, attempt.stage)
     return EventLog(note for note in notes.of(AttemptEvent) if note.job == attempt.job)
 
 
@@ -232,27 +261,17 @@ def _record(attempt: Attempt, event: Event) -> None:
     """Records an event; reports a failed write: a full disk must not cost the attempt, nor the requeue after it."""
     try:
         if isinstance(event, AttemptEvent):
-            job_records.note(attempt.run, event)
-        else:
+            attempts.note(attempt.run, event)
+        elif not attempt.beside:
             append(attempt.run.events_file, event)
     except OSError as error:
-        say(f"pipeline: {error}; the outcome of this attempt is not recorded", sys.stderr)
+        echo(f"pipeline: {error}; the outcome of this attempt is not recorded", sys.stderr)
 
 
 def _give_up(attempt: Attempt, why: str) -> None:
     _record(attempt, GaveUp(job=attempt.job, stage=attempt.stage, reason=why))
-    say(f"pipeline: error: {attempt.stage}: {why}", sys.stderr)
-
-
-def _bad_nodes_in_words(event: BadNode | None) -> str:
-    """Describes what preflight found, which ends training before it can record anything; empty if nothing."""
-    return f"bad node {', '.join(event.nodes)}: {'; '.join(event.problems)}" if event else ""
-
-
-def _rank_in_words(note: RankFailed) -> str:
-    killed = note.status > 128
-    how = f"was killed by signal {note.status - 128}" if killed else f"ended with status {note.status}"
-    return f"rank {note.rank} on {note.host} {how}"
+    echo(f"pipeline: error: {attempt.stage}: {why}", sys.stderr)
+    tell_gave_up(attempt, why)
 
 
 def main(arguments: list[str]) -> int:
@@ -263,7 +282,7 @@ def main(arguments: list[str]) -> int:
             return end(attempt, int(arguments[2]))
         lines = begin(attempt)
     except PipelineError as error:
-        say(f"pipeline: error: {error}", sys.stderr)
+        echo(f"pipeline: error: {error}", sys.stderr)
         return EXIT_FAILED
     if lines is None:
         return EXIT_FAILED

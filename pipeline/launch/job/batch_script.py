@@ -3,23 +3,50 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import submitit
+import submitit.slurm.slurm as submitit_slurm
 
+import pipeline
+from pipeline.launch.job.causes import MOST_LOGS
 from pipeline.launch.job.rank import run_rank
 from pipeline.launch.job.spec import JobSpec
 from pipeline.launch.site import Site, TrainResources
 from pipeline.launch.slurm.inputs import is_input
+from pipeline.run.folder import Run
+from pipeline.run.provenance import git_state
+
+# Why a line of the script is there, by its beginning.
+_REASONS = {
+    "#SBATCH --open-mode=": "Every attempt of the job adds to the same files.",
+    "#SBATCH --requeue": "After a lost node or a preemption the job starts again and resumes.",
+    "#SBATCH --signal=": "Tells the ranks to save before the time limit.",
+    "#SBATCH --kill-on-invalid-dep=": "If the stage before fails for good, this one must not wait forever.",
+    "unset MASTER_ADDR": "They belong to the submitting shell or to another job; the site may set its own.",
+    "set +eu": "With a site's `set -e` the script would end together with srun, and nothing would be requeued.",
+    "export PYTHONSAFEPATH": "The working folder is the checkout: the submitted code must be found before it.",
+    "begun=": "Records the attempt; prints what the tasks need to know, such as when the time limit is.",
+    "srun ": "One task per process. USR2 would kill a Python without a handler for it. A dead rank ends the others.",
+    "rc=$?": "Without the status in `rc` the next stage would start after a failure.",
+    "trap '' TERM": "Slurm sends TERM once the job is requeued; bad nodes must still be excluded from the waiting job.",
+}
+# How much lower the priority of a job beside the chain is.
+_NICE = 10_000
 
 
 class Executor(submitit.SlurmExecutor):
     """submitit's Slurm executor, which also renders scripts on a machine without Slurm."""
+
+    header: Sequence[str] = ()
+    """Lines of the comment at the top of the script."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -32,10 +59,20 @@ class Executor(submitit.SlurmExecutor):
             self.parameters["map_count"] = tasks
         return self._make_submission_file_text(self._submitit_command_str, "")
 
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        """Returns submitit's script with a header that says what it is, and a reason above each odd line."""
+        text = super()._make_submission_file_text(command, uid)
+        text = re.sub(r"(?m)^(#SBATCH --time=)(\d+)$", lambda found: found[1] + _slurm_time(int(found[2])), text)
+        for line, reason in _REASONS.items():
+            text = re.sub(rf"(?m)^{re.escape(line)}", f"# {reason}\n{line}", text, count=1)
+        shebang, _, rest = text.partition("\n")
+        return "\n".join([shebang, *(f"# {line}" for line in self.header), rest])
+
 
 def executor(job: JobSpec, dependency: str | None) -> Executor:
     """Returns submitit's executor, configured for this job; `dependency` has sbatch's form."""
     made = Executor(folder=job.folder, python=_python(job.site))
+    made.header = _header(job)
     made.update_parameters(**_parameters(job, dependency))
     return made
 
@@ -46,8 +83,26 @@ def submit_tasks(made: Executor, job: JobSpec) -> str:
     with _inputs_hidden():
         if count == 1:
             return str(made.submit(run_rank, str(job.file)).job_id)
-        first = made.map_array(run_rank, [str(job.file)] * count)[0]
+        with _arrays_rendered_by(made):
+            first = made.map_array(run_rank, [str(job.file)] * count)[0]
         return str(first.job_id).partition("_")[0]
+
+
+@contextlib.contextmanager
+def _arrays_rendered_by(made: Executor) -> Iterator[None]:
+    """Has the script of an array rendered as ours: submitit makes a new executor of its own class for each array."""
+
+    def same(folder: Path, max_num_timeout: int) -> Executor:
+        copy = Executor(folder=folder, max_num_timeout=max_num_timeout, python=made.python)
+        copy.header = made.header
+        return copy
+
+    names = vars(submitit_slurm)
+    before, names["SlurmExecutor"] = names["SlurmExecutor"], same
+    try:
+        yield
+    finally:
+        names["SlurmExecutor"] = before
 
 
 @contextlib.contextmanager
@@ -86,10 +141,11 @@ def _parameters(job: JobSpec, dependency: str | None) -> dict[str, Any]:
         "wckey": None,  # clusters that check such keys refuse submitit's own
         "setup": _setup(job),
         "teardown": _teardown(job),
-        # One dead rank would leave the other ranks running; srun does not inherit --cpus-per-task by itself.
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={ask.cpus_per_task}"],
+        # srun does not inherit --cpus-per-task by itself.
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={ask.cpus_per_task}", *_logs(job, nodes * tasks)],
         "additional_parameters": {
             "requeue": True,
+            **({"nice": _NICE} if job.beside else {}),
             # A dependency that can never be satisfied would leave the job pending forever.
             **({"kill-on-invalid-dep": "yes"} if dependency else {}),
             **site.extra_sbatch,
@@ -104,18 +160,24 @@ def _parameters(job: JobSpec, dependency: str | None) -> dict[str, Any]:
     return parameters
 
 
+def _logs(job: JobSpec, ranks: int) -> list[str]:
+    """Returns srun's options for the files of many ranks: one per node, instead of submitit's two per rank."""
+    if ranks <= MOST_LOGS:
+        return []
+    stem = str(job.folder / ("%A_%a" if len(job.tasks) > 1 else "%j"))
+    return [shlex.quote(f"--{kind}={stem}_%n_log.{end}") for kind, end in (("output", "out"), ("error", "err"))]
+
+
 def _setup(job: JobSpec) -> list[str]:
     site = job.site
     begin = f"begun=$({_launcher(site)} begin {_quoted(job.file)}) || exit $?"
+    secrets = ["# Not in this file, which Slurm keeps and shows: a variable may be a password."]
     return [
-        # They belong to the submitting shell or to another job's ranks; the site may set its own.
         "unset MASTER_ADDR MASTER_PORT",
         *(f"module load {shlex.quote(name)}" for name in site.modules),
-        *(f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()),
+        *([*secrets, f". {_quoted(job.environment_file)} || exit $?"] if site.environment else []),
         *site.setup,
-        # With a site's `set -e` the script would end together with srun, and nothing would be requeued.
         "set +eu",
-        # The working folder is the checkout: its package must not be found before the submitted one.
         "export PYTHONSAFEPATH=1",
         f"export PYTHONPATH={_quoted(job.code)}${{PYTHONPATH:+:$PYTHONPATH}}",
         begin,
@@ -124,14 +186,42 @@ def _setup(job: JobSpec) -> list[str]:
 
 
 def _teardown(job: JobSpec) -> list[str]:
-    # Without the status in `rc` the next stage would start after a failure. Slurm sends TERM to the script as soon as
-    # the job is requeued; untrapped, it would end the script before the bad nodes are excluded from the waiting job.
     return [
         "rc=$?",
         "trap '' TERM",
+        "# Decides whether the job is requeued; if it is, this does not return.",
         f"{_launcher(job.site)} end {_quoted(job.file)} $rc",
         "exit $?",
     ]
+
+
+def _header(job: JobSpec) -> list[str]:
+    """Returns what a person who finds the script wants to know."""
+    runs = list(dict.fromkeys(task.run for task in job.tasks))
+    first = Run(Path(runs[0]).absolute())
+    more = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+    return [
+        f"{job.stage} of the run {first.path}{more}, submitted to {job.site.name} by `pipeline submit`.",
+        f"config: {first.config_file}",
+        f"code:   {job.code}, {_commit()}",
+        f"state:  pipeline status {shlex.quote(str(first.path))}",
+        "To resume by hand after it has ended, submit again (sbatch of this file alone would not find its task):",
+        f"    pipeline submit {_quoted(first.config_file)} --site SITE.yaml",
+    ]
+
+
+@functools.cache
+def _commit() -> str:
+    state = git_state(Path(pipeline.__file__).parent)
+    if state["commit"] is None:
+        return "no commit is known"
+    return f"commit {state['commit'][:12]}" + (" with changes" if state["dirty"] else "")
+
+
+def _slurm_time(minutes: int) -> str:
+    """Returns minutes as Slurm writes a time limit: 1-02:30:00."""
+    days, rest = divmod(minutes, 24 * 60)
+    return f"{days}-{rest // 60:02}:{rest % 60:02}:00"
 
 
 def _launcher(site: Site) -> str:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.files import read_json, write_json
-from pipeline.launch.site import Resources, Site
-from pipeline.launch.slurm.job_records import Stage
+from pipeline.files import read_json
+from pipeline.launch.site import Resources, Site, TrainResources
+from pipeline.run.attempts import Stage
 from pipeline.run.folder import Run
+from pipeline.run.private import write_private
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,33 @@ class JobSpec:
     """Folder of the code that runs outside the image."""
     folder: Path
     """Where submitit keeps its files."""
+    notify: Path | None = None
+    """The user's file that says where messages go; None if nothing is told."""
+    beside: str = ""
+    """Names a job that works beside the chain, at a lower priority, and whose end says nothing of the run."""
 
     @property
     def file(self) -> Path:
         """Where the tasks read what they do."""
-        return self.folder / f"{self.stage}.json"
+        return self.folder / f"{self.beside or self.stage}.json"
+
+    @property
+    def environment_file(self) -> Path:
+        """Where the batch script finds the variables of the site, if it has any."""
+        return self.folder / f"{self.beside or self.stage}.env"
 
     def save(self) -> None:
-        """Publishes what the tasks do, with the site as it is now."""
+        """Publishes what the tasks do, with the site as it is now, in files that nobody else can read."""
         site = json.loads(self.site.model_dump_json())
-        write_json(self.file, {"stage": self.stage, "tasks": [asdict(task) for task in self.tasks], "site": site})
+        # Only where the file is: it holds secrets, and run folders are copied.
+        notify = None if self.notify is None else str(self.notify)
+        tasks = [asdict(task) for task in self.tasks]
+        content = {"stage": self.stage, "tasks": tasks, "site": site, "notify": notify}
+        if self.beside:
+            content["beside"] = True
+        write_private(self.file, json.dumps(content, indent=2).encode())
+        exports = [f"export {name}={shlex.quote(value)}\n" for name, value in self.site.environment.items()]
+        write_private(self.environment_file, "".join(exports).encode())
 
 
 @dataclass(frozen=True)
@@ -76,11 +95,28 @@ class Attempt:
     """Restarts before this attempt."""
     nodes: str
     """Slurm's short form of the node list."""
+    notify: Path | None = None
+    """The user's file that says where messages go; None if nothing is told."""
+    beside: bool = False
+    """Whether the job works beside the chain: what happens to it is no event of the run."""
+    folder: Path = Path()
+    """Where submitit keeps the files of the job, Slurm's logs among them."""
 
     @property
     def run(self) -> Run:
         """The run that the task works on."""
         return Run(Path(self.task.run))
+
+    @property
+    def resources(self) -> Resources:
+        """The part of the site that applies to the stage."""
+        return {"prepare": self.site.prepare, "train": self.site.train, "evaluate": self.site.evaluate}[self.stage]
+
+    def requested(self) -> tuple[int, int]:
+        """Returns the GPUs and CPU cores that the job requests on all its nodes."""
+        ask = self.resources
+        nodes, tasks = (ask.nodes, ask.tasks_per_node) if isinstance(ask, TrainResources) else (1, 1)
+        return nodes * ask.gpus_per_node, nodes * tasks * ask.cpus_per_task
 
     def about(self) -> dict[str, Any]:
         """Returns the fields that every event of this attempt carries."""
@@ -94,14 +130,15 @@ def this_attempt(spec_file: str, environ: Mapping[str, str] = os.environ) -> Att
         PipelineError: The file is missing or damaged, or Slurm's variables do not fit it.
     """
     try:
-        return _attempt(read_json(Path(spec_file)), environ)
+        return _attempt(Path(spec_file), environ)
     except (LookupError, TypeError, ValueError) as error:
         raise PipelineError(
             f"{spec_file}: does not describe this task ({type(error).__name__}: {error}); submit the run again"
         ) from error
 
 
-def _attempt(content: Any, environ: Mapping[str, str]) -> Attempt:
+def _attempt(spec_file: Path, environ: Mapping[str, str]) -> Attempt:
+    content: Any = read_json(spec_file)
     raw = environ["SLURM_JOB_ID"]
     index = environ.get("SLURM_ARRAY_TASK_ID")
     task = content["tasks"][int(index or 0)]
@@ -113,4 +150,7 @@ def _attempt(content: Any, environ: Mapping[str, str]) -> Attempt:
         raw_job=raw,
         number=int(environ.get("SLURM_RESTART_COUNT", 0)),
         nodes=environ.get("SLURM_JOB_NODELIST", ""),
+        notify=Path(content["notify"]) if content.get("notify") else None,
+        beside=bool(content.get("beside")),
+        folder=spec_file.parent,
     )

@@ -13,6 +13,7 @@ from datetime import datetime
 from pipeline.errors import PipelineError
 from pipeline.files import naming
 from pipeline.launch.slurm.inputs import without_inputs
+from pipeline.run.attempts import Charged
 
 ACTIVE = frozenset(
     ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
@@ -22,6 +23,7 @@ _TIMEOUT_S = 60.0
 # What follows a dash would be an option: `scancel --me` cancels every job of the user.
 JOB_ID = r"^[0-9]+(_[0-9]+)?$"
 _NODES = r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*"
+_NO_VALUE = 1e18
 _LOST_STATES = ("down", "drain", "fail", "err", "unk", "power")
 
 
@@ -58,8 +60,8 @@ def installed() -> bool:
     return shutil.which("squeue") is not None
 
 
-def call(*command: str) -> str:
-    """Runs one of Slurm's commands and returns its output.
+def call(*command: str, given: str = "") -> str:
+    """Runs one of Slurm's commands with this on its standard input, and returns its output.
 
     Raises:
         SlurmError: It is not installed, failed, or did not answer within a minute.
@@ -69,6 +71,7 @@ def call(*command: str) -> str:
             done = subprocess.run(
                 command,
                 env=without_inputs(os.environ),
+                input=given,
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -159,7 +162,16 @@ def _ids_of(array: str, tasks: str) -> list[str]:
 
 def end_time(job: str) -> float | None:
     """Returns when a running job reaches its time limit, in Unix seconds; None without a limit or an answer."""
-    value = (show(job) or {}).get("EndTime", "Unknown")
+    return _time_of(job, "EndTime")
+
+
+def start_time(job: str) -> float | None:
+    """Returns when a waiting job is expected to start, in Unix seconds; None where Slurm does not say."""
+    return _time_of(job, "StartTime")
+
+
+def _time_of(job: str, field: str) -> float | None:
+    value = (show(job) or {}).get(field, "Unknown")
     try:
         return datetime.fromisoformat(value).timestamp()  # both in this machine's time zone
     except ValueError:
@@ -239,6 +251,48 @@ def _from_sacct(ids: Sequence[str]) -> dict[str, JobInfo]:
             # "CANCELLED by 0"
             found[task] = JobInfo(task, state.split()[0], nodes="" if nodes == "None assigned" else nodes, name=name)
     return found
+
+
+def had_step_out_of_memory(job: str) -> bool:
+    """Returns whether accounting says that a step of the job's newest allocation used up its memory."""
+    try:
+        states = call("sacct", "--noheader", "--parsable2", "--jobs", job, "--format", "State")
+    except SlurmError:
+        return False
+    return "OUT_OF_MEMORY" in states.split()
+
+
+def charges(ids: Iterable[str]) -> list[tuple[str, Charged]]:
+    """Returns every allocation of these jobs, requeued ones too, each with the job's name; a single call of sacct.
+
+    Raises:
+        SlurmError: Accounting does not answer.
+    """
+    wanted = sorted(set(_valid(ids)))
+    if not wanted:
+        return []
+    fields = "JobID,Start,ElapsedRaw,AllocTRES,ConsumedEnergyRaw,JobName"
+    text = call(
+        "sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", "--jobs", ",".join(wanted), "--format",
+        fields,
+    )  # fmt: skip
+    return [found for line in text.splitlines() if (found := _charged(line.split("|", 5))) is not None]
+
+
+def _charged(cells: Sequence[str]) -> tuple[str, Charged] | None:
+    """Reads a line of sacct; None for a job that never ran."""
+    try:
+        job, start, elapsed, resources, energy, name = cells
+        began = datetime.fromisoformat(start).timestamp()  # in this machine's time zone
+        amounts = dict(part.split("=", 1) for part in resources.split(",") if part)
+        typed = sum(int(amount) for name, amount in amounts.items() if name.startswith("gres/gpu:"))
+        gpus, cpus = int(amounts.get("gres/gpu", typed)), int(amounts.get("cpu", 0))
+        seconds, joules = float(elapsed), float(energy or 0)
+    except ValueError:
+        return None
+    # Without a plugin for energy Slurm says 0, or its largest number.
+    measured = joules if 0 < joules < _NO_VALUE else None
+    return name, Charged(job=job, began=began, seconds=seconds, gpus=gpus, cpus=cpus, energy_j=measured)
 
 
 def _plain(reason: str) -> str:

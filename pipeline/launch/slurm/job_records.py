@@ -1,70 +1,19 @@
-"""What the launcher remembers of a run: its jobs, and how each attempt began and ended.
-
-`launch/jobs.json` is written when jobs are submitted; the jobs themselves append to `launch/attempts.jsonl`.
-"""
+"""The jobs that were submitted for a run, in `launch/jobs.json`; run/attempts.py knows what happened to them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from pipeline.files import write_json
 from pipeline.launch.slurm import client as slurm
-from pipeline.run import events
-from pipeline.run.events import Event, EventLog
+from pipeline.run.attempts import Charged, Stage
 from pipeline.run.folder import Run
 from pipeline.run.records import read_checked
-
-Stage = Literal["prepare", "train", "evaluate"]
-STAGES: tuple[Stage, ...] = ("prepare", "train", "evaluate")
-
-
-class AttemptEvent(Event):
-    """Something that happened to an attempt, which is one allocation of a job."""
-
-    stage: str = ""
-    job: str = ""
-    attempt: int = 0
-
-
-class AttemptBegan(AttemptEvent, kind="began"):
-    """The batch script of an attempt began."""
-
-    nodes: str = ""
-    """Slurm's short form of the node list."""
-
-
-class AttemptEnded(AttemptEvent, kind="ended"):
-    """The tasks of an attempt ended."""
-
-    outcome: str = ""
-    reason: str = ""
-    code: int = 0
-    """What srun returned."""
-    progress: int = 0
-    """The step of the newest checkpoint, or the number of finished slices."""
-    lost: list[str] = field(default_factory=list)
-    counts: bool = False
-    """Whether it counts against `requeue.same_step_failures`."""
-
-
-class RankEnded(AttemptEvent):
-    """A rank ended without having finished."""
-
-    rank: int = 0
-    host: str = ""
-    status: int = 0
-
-
-class RankFailed(RankEnded, kind="rank_failed"):
-    """A rank failed without having been asked to stop."""
-
-
-class RankStopped(RankEnded, kind="rank_stopped"):
-    """A rank stopped on request."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +60,17 @@ def jobs(run: Run) -> list[Job]:
     return list(read_checked(run.jobs_file, run.path, _JOBS)["jobs"]) if run.jobs_file.exists() else []
 
 
+def evaluation_jobs(run: Run) -> list[Job]:
+    """Returns the jobs that evaluate checkpoints beside the chain of a run, oldest first."""
+    file = run.evaluation_jobs_file
+    return list(read_checked(file, run.path, _JOBS)["jobs"]) if file.exists() else []
+
+
+def add_evaluation_job(run: Run, new: Job) -> None:
+    """Records a job that evaluates a checkpoint; only the host of rank 0 submits them."""
+    write_json(run.evaluation_jobs_file, {"jobs": [asdict(job) for job in [*evaluation_jobs(run), new]]})
+
+
 def add_jobs(run: Run, new: list[Job]) -> None:
     """Records jobs that were just submitted."""
     write_json(run.jobs_file, {"jobs": [asdict(job) for job in [*jobs(run), *new]]})
@@ -131,12 +91,12 @@ def last_chain(run: Run) -> list[Job]:
     return [job for job in found if job.submitted == newest]
 
 
-def note(run: Run, event: AttemptEvent) -> None:
-    """Appends what happened to an attempt."""
-    run.attempts_file.parent.mkdir(parents=True, exist_ok=True)
-    events.append(run.attempts_file, event)
+def charges(jobs: Iterable[Job]) -> list[Charged]:
+    """Returns what Slurm's accounting says about every allocation of jobs that belong to one run only.
 
-
-def notes(run: Run, stage: Stage) -> EventLog:
-    """Returns what happened to the attempts of a stage, in order."""
-    return EventLog(n for n in EventLog.load(run.attempts_file).of(AttemptEvent) if n.stage == stage)
+    Raises:
+        SlurmError: Accounting does not answer.
+    """
+    own = [job for job in jobs if job.accounting and not job.shared]
+    found = slurm.charges(job.id for job in own)
+    return [row for name, row in found if any(job.holds(row.job) and job.is_named(name) for job in own)]

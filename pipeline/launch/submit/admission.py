@@ -92,10 +92,19 @@ def refuse_unfit_images(configs: list[Config], site: Site, allow_image_change: b
     ]
     if problems:
         raise UsageError("\n  ".join([*problems, "nothing was submitted"]))
+    if not allow_image_change:
+        refuse_changed_images(configs)
+
+
+def refuse_changed_images(configs: list[Config]) -> None:
+    """Refuses images that a run was not trained in.
+
+    Raises:
+        UsageError: An image differs.
+    """
     for config in _contained(configs):
         image = image_identity(image_path(config))  # the ranks will find the checksum in the cache
-        if not allow_image_change:
-            refuse_other_image(run_for(config).provenance(), {"path": str(image.path), "sha256": image.sha256})
+        refuse_other_image(run_for(config).provenance(), {"path": str(image.path), "sha256": image.sha256})
 
 
 def _contained(configs: list[Config]) -> list[Config]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import PipelineError, UsageError
 from pipeline.launch.slurm import client as slurm
-from pipeline.launch.slurm.job_records import Stage
+from pipeline.run.attempts import Stage
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,17 @@ class _Rule:
     cure: str
 
 
+@dataclass(frozen=True)
+class Fault:
+    """The field that has to change."""
+
+    where: str
+    """File and field."""
+    cure: str
+    may_pass: bool
+    """Whether Slurm says the same while nodes are down."""
+
+
 # QOSMaxWallDurationPerJobLimit, AssocMaxNodePerJobLimit, QOSMinGRES ...: a single job exceeds them, and waiting does
 # not help.
 _LIMIT = r"\b(qos|assoc)\w*"
@@ -27,6 +38,11 @@ _LIMITS_HERE = (
     "`sacctmgr show associations user=$USER format=account,qos,maxwall,maxtres`"
 )
 
+_NODES = _Rule(
+    "node configuration|node count|processors|cpu count|partitionnodelimit|nodes? required",
+    "{stage}.nodes" + ", tasks_per_node, cpus_per_task, gpus_per_node",
+    "nodes, cores and GPUs here: `sinfo --format '%P %D %c %G'`",
+)
 # {stage} is the section of the stage. Order matters: Slurm often adds a general message to a specific one.
 _RULES = (
     _Rule("invalid partition", "{stage}.partition", "partitions here: {partitions}"),
@@ -42,11 +58,7 @@ _RULES = (
     _Rule("time limit", "{stage}.time_limit_min", "limits here: `sinfo --format '%P %l'`"),
     _Rule("memory", "{stage}.mem_gb", "memory of the nodes here: `sinfo --format '%P %N %m'` (in MB)"),
     _Rule("gres|gpu", "{stage}.gpus_per_node", "GPUs here: `sinfo --format '%P %N %G'` (gpu_request and gpu_type too)"),
-    _Rule(
-        "node configuration|node count|processors|cpu count|partitionnodelimit|nodes? required",
-        "{stage}.nodes" + ", tasks_per_node, cpus_per_task, gpus_per_node",
-        "nodes, cores and GPUs here: `sinfo --format '%P %D %c %G'`",
-    ),
+    _NODES,
     _Rule("dependency", "the chain", "a job it waits for is gone; submit again"),
 )
 _TOO_MANY = r"submit\w*limit|max(imum)? (number of )?jobs"
@@ -69,18 +81,26 @@ def refused(words: str, stage: Stage, site_file: str) -> PipelineError:
             f"{stage}: Slurm refuses more jobs of yours ({said}); nothing was submitted. "
             "Wait until some of them have ended (`squeue --me`), or ask for a higher limit"
         )
-    for rule in _RULES:
-        if re.search(rule.words, special, re.IGNORECASE):
-            field = rule.field.format(stage=stage, array="prepare.slices" if stage == "prepare" else "--sweep")
-            where = field if field.startswith("--") else f"{site_file}: {field}"
-            cure = rule.cure.replace("{partitions}", _partitions())
-            return UsageError(f"{where}: Slurm refuses it ({said}); {cure}. Nothing was submitted")
+    fault = at_fault(words, stage, site_file)
+    if fault is not None:
+        return UsageError(f"{fault.where}: Slurm refuses it ({said}); {fault.cure}. Nothing was submitted")
     if special != words:
         return PipelineError(
             f"{stage}: a limit of your account or QOS is reached ({said}); nothing was submitted. Wait until some of "
             f"your jobs have ended (`squeue --me`), or request less in {site_file}; {_LIMITS_HERE}"
         )
     return PipelineError(f"{stage}: sbatch failed ({said or 'with no message'}); nothing was submitted")
+
+
+def at_fault(words: str, stage: Stage, site_file: str) -> Fault | None:
+    """Returns the field of the site file that sbatch's words refer to; None if they refer to none."""
+    special = _POLICY.sub("", words)
+    for rule in _RULES:
+        if re.search(rule.words, special, re.IGNORECASE):
+            field = rule.field.format(stage=stage, array="prepare.slices" if stage == "prepare" else "--sweep")
+            where = field if field.startswith("--") else f"{site_file}: {field}"
+            return Fault(where, rule.cure.replace("{partitions}", _partitions()), rule is _NODES)
+    return None
 
 
 def _partitions() -> str:

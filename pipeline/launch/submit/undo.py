@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.files import naming
+from pipeline.files import discard, naming
 from pipeline.launch.slurm import client as slurm
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import Job
@@ -32,7 +31,7 @@ def undone_on_failure(runs: Sequence[Run], home: Run) -> Iterator[list[Job]]:
             if run.path not in fresh:
                 job_records.forget_jobs(run, {job.id for job in submitted})
         for folder in fresh:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
         if isinstance(error, OSError):
             place, cure = error.filename or home.path, "nothing was submitted. Make room, or choose another runs_dir"
             with naming(place, "cannot be written", cure):
@@ -53,7 +52,7 @@ def _cancel(runs: Sequence[Run], home: Run, submitted: list[Job], why: BaseExcep
             f"({error}); when `scontrol ping` answers, run `pipeline cancel {runs[0].path}` and submit again"
         ) from error
     try:
-        slurm.cancel(sorted(_unreported(home.launch) - set(known)))
+        slurm.cancel(sorted(_unreported({run.launch.resolve() for run in (*runs, home)}) - set(known)))
     except slurm.SlurmError as error:
         if isinstance(why, PipelineError):  # sbatch itself has refused the job
             return
@@ -63,11 +62,11 @@ def _cancel(runs: Sequence[Run], home: Run, submitted: list[Job], why: BaseExcep
         ) from why
 
 
-def _unreported(folder: Path) -> set[str]:
-    """Returns the ids of queued jobs whose batch script is in this folder.
+def _unreported(folders: set[Path]) -> set[str]:
+    """Returns the ids of queued jobs whose batch script is in one of these folders.
 
     submitit reports an id only after moving its files: a failure between sbatch and that leaves an unknown job behind.
     """
     listed = slurm.call("squeue", "--me", "--noheader", "--format", "%F|%o").splitlines()
     rows = [line.partition("|") for line in listed]
-    return {job for job, _, script in rows if Path(script).parent.resolve() == folder.resolve()}
+    return {job for job, _, script in rows if Path(script).parent.resolve() in folders}

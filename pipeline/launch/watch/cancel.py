@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pipeline.launch.job.evaluations import unpin_evaluated
 from pipeline.launch.job.rank import record_cancelled
 from pipeline.launch.slurm import client as slurm
 from pipeline.launch.slurm import job_records
@@ -20,16 +21,18 @@ def cancel(run: Run) -> list[str]:
     Raises:
         SlurmError: Slurm does not answer.
     """
-    known = job_records.jobs(run)
-    queue = slurm.names_in_queue(job.id for job in known)
+    known, beside = job_records.jobs(run), job_records.evaluation_jobs(run)
+    queue = slurm.names_in_queue(job.id for job in (*known, *beside))
     own = [job for job in known if not job.shared and _is_queued(job, queue)]
     left = {task: name for task, name in queue.items() if not any(job.holds(task) for job in own)}
     shared = [job for job in known if job.shared and _is_queued(job, queue) and not _is_waited_for(job, known, left)]
     ids = [job.id for job in known if job in own or job in shared]
-    slurm.cancel(ids)
+    evaluations = [job.id for job in beside if _is_queued(job, queue)]
+    slurm.cancel([*evaluations, *ids])
+    unpin_evaluated(run)
     for job_id in ids:
         record_cancelled(run.events_file, job_id)
-    return ids
+    return [*ids, *evaluations]
 
 
 def _is_queued(job: Job, queue: Mapping[str, str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -9,15 +10,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import UsageError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.files import naming, open_regular
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import Job
+from pipeline.launch.watch.restarts import why_begun
 from pipeline.run.folder import Run
 
 _NAME = re.compile(r"attempt_(\d+)_rank_(\d+)\.log$")
 # The file of a job's first task also receives the messages of the batch script.
 _MESSAGES = "_0_log.err"
+_LONGEST_MESSAGE = 300
 _POLL_S = 0.5
 # Slurm's controller serves all users.
 _ASK_S = 5.0
@@ -30,8 +33,16 @@ class LogFile:
     """The output of one rank in one attempt."""
 
     path: Path
-    title: str
-    """Names its stage, job, attempt and rank."""
+    stage: str
+    job: str
+    attempt: int
+    rank: int
+
+    def title(self, run: Run) -> str:
+        """Returns the line above it, which says why an attempt that was not the first began."""
+        why = why_begun(run, self.job, self.attempt)
+        again = f"; it began because {why}" if why else ""
+        return f"==> {self.stage}, job {self.job}, attempt {self.attempt}, rank {self.rank}{again} <==\n"
 
 
 def log_files(run: Run, rank: int = 0) -> list[LogFile]:
@@ -55,7 +66,7 @@ def printed(run: Run, rank: int = 0) -> Iterator[str]:
         for task in _tasks(run, job):
             for file in _files_of(run, job, task, rank):
                 anything = True
-                yield f"==> {file.title} <==\n"
+                yield file.title(run)
                 yield _text(run, file.path)
             for message in _slurm_messages(run, task, rank):
                 anything = True
@@ -80,7 +91,7 @@ def follow(run: Run, rank: int, ended: Callable[[], bool]) -> Iterator[str]:
             if not new:
                 continue
             if file.path != current:
-                yield f"==> {file.title} <==\n"
+                yield file.title(run)
                 current = file.path
             positions[file.path] = positions.get(file.path, 0) + len(new)
             yield new.decode(errors="replace")
@@ -102,10 +113,17 @@ def _tasks(run: Run, job: Job) -> list[str]:
 
 
 def _files_of(run: Run, job: Job, task: str, rank: int) -> Iterator[LogFile]:
-    for path in sorted((run.logs / task).glob("attempt_*.log"), key=_natural):
-        match = _NAME.search(path.name)
-        if match and (int(match[2]) == rank or job.stage != "train"):
-            yield LogFile(path, f"{job.stage}, job {task}, attempt {match[1]}, rank {match[2]}")
+    named = [
+        (path, int(match[1]), int(match[2]))
+        for path in sorted((run.logs / task).glob("attempt_*.log"), key=_natural)
+        if (match := _NAME.search(path.name))
+    ]
+    for path, attempt, first in named:
+        numbers = sorted(number for _, of, number in named if of == attempt)
+        # Of many ranks, those of a node share the file of its first one.
+        share = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+        if first <= rank < first + share or job.stage != "train":
+            yield LogFile(path, job.stage, task, attempt, first)
 
 
 def _slurm_messages(run: Run, task: str, rank: int) -> Iterator[str]:
@@ -118,6 +136,16 @@ def _slurm_messages(run: Run, task: str, rank: int) -> Iterator[str]:
             who = "Slurm and the batch script" if path.name.endswith(_MESSAGES) else f"the launcher of rank {rank}"
             yield f"==> {who}, job {task} <==\n"
             yield "\n".join(shown) + "\n"
+
+
+def last_message(run: Run, task: str) -> str:
+    """Returns the last line that Slurm or the batch script wrote about a job; empty if they wrote nothing."""
+    for path in (home / f"{task}{_MESSAGES}" for home in _homes(run)):
+        with contextlib.suppress(PipelineError, OSError):
+            lines = [line for line in _text(run, path).splitlines() if not _SUBMITIT_LINE.match(line)]
+            if lines:
+                return lines[-1][:_LONGEST_MESSAGE]
+    return ""
 
 
 def _text(run: Run, path: Path) -> str:

@@ -2,71 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pipeline.checkpoint.layout import published, step_of
-from pipeline.errors import PipelineError, UsageError
+from pipeline.checkpoint.pins import pins
+from pipeline.config.sections import Config
+from pipeline.errors import PipelineError
 from pipeline.launch.slurm import client as slurm
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.client import JobInfo
-from pipeline.launch.slurm.job_records import AttemptBegan, Job
-from pipeline.run import journal
-from pipeline.run.events import Cancelled, Event, EventLog, Failed, Finished, GaveUp, Preempted, Requeued, StartBegan
-from pipeline.run.folder import Run, open_run
-from pipeline.text_format import say
-from pipeline.tracking.goodput import Goodput, goodput
+from pipeline.launch.slurm.job_records import Job
+from pipeline.launch.watch.logs import last_message
+from pipeline.launch.watch.restarts import why_silent, why_waiting
+from pipeline.launch.watch.run_status import RunStatus, Slowest, State
+from pipeline.run import attempts, journal
+from pipeline.run.attempts import AttemptBegan, Charged
+from pipeline.run.events import (
+    Cancelled,
+    EventLog,
+    Failed,
+    Finished,
+    GaveUp,
+    Hang,
+    HangEnded,
+    Preempted,
+    Requeued,
+    StartBegan,
+)
+from pipeline.run.folder import Run
+from pipeline.run.records import ancestry
+from pipeline.text_format import echo
+from pipeline.tracking.goodput import goodput
 from pipeline.tracking.upload.sync import is_alive
+from pipeline.tracking.usage import usage
 
-State = Literal["queued", "running", "finished", "cancelled", "failed", "stopped", "unknown"]
-
-# Where the last logged step is looked for: lines are about 400 bytes.
-_TAIL_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """The state of a run and its latest figures."""
-
-    run: str
-    """Its folder."""
-    state: State
-    """`stopped` resumes when it is submitted or started again; `unknown`: neither Slurm nor the run folder tells."""
-    reason: str
-    """Why it waits, failed or stopped; may be empty."""
-    stage: str
-    """What runs, waits or failed; empty where there is no job."""
-    job: str | None
-    """Its Slurm job; None for a run that is trained on this machine."""
-    nodes: str
-    """Where it runs, or ran last."""
-    step: int
-    """Finished steps, as far as they were logged."""
-    max_iters: int
-    loss: float | None
-    """Training loss at `step`."""
-    tokens_per_s: float | None
-    """Throughput at `step`."""
-    eta_s: float | None
-    """Seconds until the last step; None unless it is training."""
-    restarts: int
-    """How often training was started again."""
-    goodput: float | None
-    """Fraction of the wall time since submission in which training made progress."""
-    wall: Goodput | None
-    """Where the wall time went: seconds in the queue, in start-up, in training and so on."""
-    checkpoint: int | None
-    """Step of the newest checkpoint; None before the first."""
-    updated: float | None
-    """When something was last logged, in Unix seconds."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values, for programs."""
-        return asdict(self)
+# Where the last logged step and the last validation are looked for: lines are about 400 bytes, more with many sources.
+_TAIL_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -80,24 +56,6 @@ class _Known:
     nodes: str = ""
 
 
-def find_runs(paths: Sequence[str]) -> list[Run]:
-    """Returns the runs at these places, each a run folder or a folder of run folders.
-
-    Raises:
-        UsageError: There is no run.
-    """
-    found: list[Run] = []
-    for path in paths:
-        inside = sorted(Path(path).glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
-        if Run(Path(path)).config_file.is_file() or not inside:
-            found.append(open_run(path))
-        else:
-            found += [Run(p.parent) for p in inside]
-    if not found:
-        raise UsageError("there is no run")
-    return found
-
-
 def statuses(runs: Sequence[Run]) -> list[RunStatus]:
     """Returns the status of each run; Slurm is asked once for all of them."""
     chains = {run.path: job_records.last_chain(run) for run in runs}
@@ -107,9 +65,10 @@ def statuses(runs: Sequence[Run]) -> list[RunStatus]:
         events = EventLog.load(run.events_file)
         known = _known(run, events, chains[run.path], infos)
         try:
-            found.append(_status(run, events, known, run.config().train.max_iters))
+            charged = _charges(run, known.state) if len(runs) == 1 else []
+            found.append(_status(run, events, known, run.config(), ancestry(run.origin()), charged))
         except PipelineError as error:  # a damaged run folder must not hide the other runs
-            found.append(_status(run, events, replace(known, state="unknown", reason=str(error)), 0))
+            found.append(_status(run, events, replace(known, state="unknown", reason=str(error)), None, []))
     return found
 
 
@@ -122,12 +81,22 @@ def _ask_slurm(jobs: Sequence[Job]) -> dict[str, JobInfo] | None:
     try:
         infos = slurm.queued(job.id for job in jobs)
     except slurm.SlurmError as error:
-        say(f"pipeline: {error}; the status below comes from the run folder alone", sys.stderr)
+        echo(f"pipeline: {error}; the status below comes from the run folder alone", sys.stderr)
         return None
     gone = [job for job in jobs if not any(_belongs(info, job) for info in infos.values())]
     for accounting in (True, False):
         infos |= slurm.ended([job.id for job in gone if job.accounting is accounting], accounting)
     return infos
+
+
+def _charges(run: Run, state: State) -> list[Charged]:
+    """Asks Slurm's accounting what the jobs of a run cost that has ended; until then the run folder knows enough."""
+    if state in ("running", "queued") or not slurm.installed():
+        return []
+    try:
+        return job_records.charges(job_records.jobs(run))
+    except slurm.SlurmError:
+        return []
 
 
 def _belongs(info: JobInfo, job: Job) -> bool:
@@ -146,18 +115,23 @@ def _known(run: Run, events: EventLog, chain: Sequence[Job], infos: dict[str, Jo
     active = [(job, info) for job in chain for info in of_job[job.id] if info.active]
     for job, info in active:
         if info.state not in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
-            return _Known("running", "", job.stage, info.id, info.nodes)
+            why = why_silent(run, events, info) if job.stage == "train" else ""
+            return _Known("running", why, job.stage, info.id, info.nodes)
     if active:
         job, info = active[0]
-        return _Known("queued", _why_it_waits(events, info), job.stage, info.id)
+        return _Known("queued", _why_it_waits(run, events, job, info), job.stage, info.id)
     for job in chain:
         for info in of_job[job.id]:
-            if info.state != "COMPLETED" and job.stage != "evaluate" and isinstance(_end(events), Finished):
+            if info.state != "COMPLETED" and job.stage != "evaluate" and isinstance(events.end(), Finished):
                 return _Known("finished", "its job was not", job.stage, info.id)  # a user finished it by hand
             if info.state == "CANCELLED":
                 return _Known("cancelled", _reason(events, GaveUp), job.stage, info.id, info.nodes)
             if info.state != "COMPLETED":
-                return _Known("failed", _reason(events, GaveUp, Failed) or info.state, job.stage, info.id, info.nodes)
+                # A batch script that could not even start its Python has recorded nothing.
+                said = _reason(events, GaveUp, Failed) or ": ".join(
+                    filter(None, (info.state, last_message(run, info.id)))
+                )
+                return _Known("failed", said, job.stage, info.id, info.nodes)
     if all(of_job[job.id] for job in chain):
         return _Known("finished", stage=newest.stage, job=newest.id)
     gone = _Known("stopped", "its jobs are no longer in the queue", newest.stage, newest.id)
@@ -169,7 +143,7 @@ def _from_folder(run: Run, events: EventLog, job: Job | None) -> _Known | None:
     stage, job_id = (job.stage, job.id) if job else ("", None)
     if is_alive(run, events):
         return _Known("running", stage="train", job=job_id)
-    match _end(events):
+    match events.end():
         case Finished():
             return _Known("finished", stage=stage, job=job_id)
         case Cancelled():
@@ -181,23 +155,26 @@ def _from_folder(run: Run, events: EventLog, job: Job | None) -> _Known | None:
     return None
 
 
-def _end(events: EventLog) -> Event | None:
-    """Returns the end that counts: a cancelled training still saves, and afterwards records that it was stopped."""
-    ends = events.ends()
-    cancelled = None if any(isinstance(end, Finished) for end in ends) else EventLog(ends).last(Cancelled)
-    return cancelled or (ends[-1] if ends else None)
-
-
-def _status(run: Run, events: EventLog, known: _Known, max_iters: int) -> RunStatus:
-    lines = _last_lines(run)
+def _status(
+    run: Run,
+    events: EventLog,
+    known: _Known,
+    config: Config | None,
+    origin: list[str],
+    charged: Sequence[Charged] = (),
+) -> RunStatus:
+    max_iters = config.train.max_iters if config is not None else 0
+    tail = _last_lines(run)
+    lines = [record for record in tail if "train/loss" in record]
     last = lines[-1] if lines else {}
     step = int(last.get("step", 0))
     running = known.state == "running" and known.stage == "train"
     left = max_iters - step
     recent = [float(line["time/step_s"]) for line in lines[-10:] if "time/step_s" in line]
-    account = goodput(run, events, now=time.time() if known.state in ("running", "queued") else None)
+    active, queued = known.state in ("running", "queued"), known.state == "queued"
+    account = goodput(run, events, time.time() if active else None, queued)
     saved = [step_of(path) or 0 for path in published(run.checkpoints)]
-    began = job_records.notes(run, "train").last(AttemptBegan)
+    began = attempts.notes(run, "train").last(AttemptBegan)
     return RunStatus(
         run=str(run.path),
         state=known.state,
@@ -208,14 +185,51 @@ def _status(run: Run, events: EventLog, known: _Known, max_iters: int) -> RunSta
         step=step,
         max_iters=max_iters,
         loss=last.get("train/loss"),
+        validation=_by_source(next((r for r in reversed(tail) if "val/loss" in r), {}), "val/", "/loss"),
+        source_tokens=_by_source(last, "data/", "/tokens_seen"),
         tokens_per_s=last.get("train/tokens_per_s"),
         eta_s=left * sum(recent) / len(recent) if running and recent else None,
         restarts=max(0, len(events.of(StartBegan)) - 1),
         goodput=account.fraction if account is not None else None,
         wall=account,
+        usage=usage(run, events, time.time() if known.state == "running" else None, charged),
+        hang=_hang(events),
+        slowest=_slowest(last),
         checkpoint=max(saved, default=None),
+        parent=_parent(run, config) if config is not None else None,
+        origin=origin,
+        pinned=[pin.line() for pin in pins(run.checkpoints)],
         updated=last.get("time"),
     )
+
+
+def _parent(run: Run, config: Config) -> str | None:
+    folder = config.init.folder
+    if folder is None or config.init.is_model_folder:
+        return None
+    parent = folder.parent.parent if step_of(folder) is not None else folder
+    beside = run.path.with_name(parent.name)  # a relative folder is that of where the run was submitted
+    return str(beside if not parent.exists() and beside.is_dir() else parent)
+
+
+def _hang(events: EventLog) -> str | None:
+    last = events.last(Hang, HangEnded, StartBegan, Finished)
+    if not isinstance(last, Hang):
+        return None
+    named = [
+        f"rank {rank} on {host}" + (f" (in {phase})" if phase else "")
+        for rank, host, phase in zip(last.ranks, last.hosts, last.phases, strict=False)
+    ]
+    who = f"{', '.join(named)} did not come" if named else "all ranks have come equally far"
+    return f"after step {last.step}: {who}; stacks are in {last.path}"
+
+
+def _slowest(line: dict[str, Any]) -> Slowest | None:
+    keys = ("ranks/slowest", "ranks/slowest_s", "ranks/median_s")
+    if any(key not in line for key in keys):
+        return None
+    rank, seconds, median_s = (float(line[key]) for key in keys)
+    return Slowest(int(rank), seconds, median_s)
 
 
 def _last_lines(run: Run) -> list[dict[str, Any]]:
@@ -224,8 +238,16 @@ def _last_lines(run: Run) -> list[dict[str, Any]]:
         return []
     start = max(0, run.metrics_file.stat().st_size - _TAIL_BYTES)
     # The tail may begin within a line: what is left of it is not a JSON object, and the reader skips it.
-    found = (line.record for line in journal.read_steps(run.metrics_file, start))
-    return [record for record in found if "train/loss" in record]
+    return [line.record for line in journal.read_steps(run.metrics_file, start)]
+
+
+def _by_source(record: Mapping[str, Any], before: str, after: str) -> dict[str, Any]:
+    """Returns the numbers of a line whose keys hold the name of a source between these parts, by its name."""
+    return {
+        key[len(before) : -len(after)]: value
+        for key, value in record.items()
+        if key.startswith(before) and key.endswith(after) and len(key) > len(before) + len(after)
+    }
 
 
 def _reason(events: EventLog, *kinds: type[GaveUp | Failed | Requeued]) -> str:
@@ -234,8 +256,15 @@ def _reason(events: EventLog, *kinds: type[GaveUp | Failed | Requeued]) -> str:
     return "" if event is None else event.error if isinstance(event, Failed) else event.reason
 
 
-def _why_it_waits(events: EventLog, info: JobInfo) -> str:
+def _why_it_waits(run: Run, events: EventLog, job: Job, info: JobInfo) -> str:
     if info.reason == "Dependency":
+        with contextlib.suppress(PipelineError):  # a damaged config is reported with the rest
+            init = run.config().init
+            if job.stage == "train" and init.step is not None:
+                return f"waits for step {init.step} of {init.folder}"
         return "waits for the stage before it"
+    known = why_waiting(run, info)
+    if known:
+        return known
     again = _reason(events, Requeued)
     return f"requeued after: {again}" if again and info.reason in ("BeginTime", "None", "") else info.reason

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UsageError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.files import is_regular, naming, open_regular, write_text
-from pipeline.run import journal
-from pipeline.run.events import Checkpointed, EventLog, Ready, Repeating, StartBegan, UnknownEvent
+from pipeline.run.evaluations import evaluations
+from pipeline.run.events import Checkpointed, EventLog, Ready, UnknownEvent
 from pipeline.run.folder import Run
+from pipeline.run.records import ancestry
 from pipeline.text_format import printable, rounded_duration, short
-from pipeline.tracking.goodput import goodput
-from pipeline.tracking.report.charts import Curve, Series, goodput_chart, line_chart, time_chart, to_html
+from pipeline.tracking.report.charts import Series, goodput_chart, line_chart, time_chart, to_html
+from pipeline.tracking.report.decays import decay_sections
 from pipeline.tracking.report.page import Section, render
+from pipeline.tracking.report.series import has_metrics, read_series
+from pipeline.tracking.report.tasks import task_sections
 from pipeline.tracking.upload.describe import as_text, checkpoints, flatten
+from pipeline.vendor import plotly_js
 
 _QUIET = (Ready, Checkpointed)  # shown elsewhere
 _UNTOLD = ("began", "last_seen")
 _CURVES = (  # metric, title, unit, note
-    ("train/lr", "Learning rate", "learning rate", "Warm-up, then a cosine."),
+    ("train/lr", "Learning rate", "learning rate", "Warm-up, then the schedule of the config."),
     ("train/grad_norm", "Gradient norm", "L2 norm", "Of the global batch, before clipping."),
     ("train/tokens_per_s", "Throughput", "tokens per second", "All processes together, mean over a log interval."),
     ("train/mfu", "MFU", "fraction of the peak", "Model FLOP/s over the devices' peak."),
@@ -46,37 +51,49 @@ def write_report(runs: Sequence[Run], output: Path | None = None) -> Path:
     names = [run.name for run in runs]
     # Paths tell runs of the same name apart.
     series = [read_series(run, run.name if names.count(run.name) == 1 else str(run.path)) for run in runs]
-    if not any(s.curves for s in series):
+    if not has_metrics(series):
         raise UsageError(f"{runs[0].path}: nothing to report yet: metrics.jsonl is empty")
-    from plotly.offline import get_plotlyjs
-
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     title = " · ".join(s.name for s in series)
     alone = len(runs) == 1
-    sections = [*_charts(series), *_details(runs, series)]
-    if not alone:
-        sections = [_comparison(series), _differences(runs, series), *sections]
-    tiles = _tiles(runs[0], series[0]) if alone else []
-    target = output or runs[0].report_file
+    sections = [*_charts(series), *task_sections(runs, [s.name for s in series]), *_details(runs, series)]
+    if alone:
+        sections = [sections[0], *decay_sections(runs[0], series[0]), *sections[1:]]
+    else:
+        sections = [comparison(series), _differences(runs, series), *sections]
+    return page(title, _tiles(runs[0], series[0]) if alone else [], sections, output or runs[0].report_file)
+
+
+def readable(runs: Sequence[Run]) -> tuple[list[Run], list[PipelineError]]:
+    """Returns the runs whose records can be read, and what is wrong with each other one.
+
+    Raises:
+        PipelineError: None can be read.
+    """
+    found: list[Run] = []
+    problems: list[PipelineError] = []
+    for run in runs:
+        try:
+            for read in (run.config, run.provenance, run.evaluation, lambda run=run: evaluations(run)):
+                read()
+        except PipelineError as error:
+            problems.append(error)
+        else:
+            found.append(run)
+    if problems and not found:
+        raise problems[0]
+    return found, problems
+
+
+def page(title: str, tiles: Sequence[tuple[str, str]], sections: Sequence[Section], target: Path) -> Path:
+    """Writes a page of figures and sections, and returns its file.
+
+    Raises:
+        PipelineError: The file cannot be written.
+    """
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     with naming(target, "cannot be written", "choose another --output"):
-        write_text(target, render(title, f"made {made} by pipeline report", get_plotlyjs(), tiles, sections))
+        write_text(target, render(title, f"made {made} by pipeline report", plotly_js(), tiles, sections))
     return target
-
-
-def read_series(run: Run, name: str) -> Series:
-    """Reads the curves of a run from metrics.jsonl and its restarts from events.jsonl."""
-    columns: dict[str, tuple[list[int], list[float]]] = {}
-    for line in journal.read_steps(run.metrics_file):
-        step = int(line.record["step"])
-        for key, value in line.record.items():
-            if key not in ("step", "time") and isinstance(value, (int, float)):
-                steps, values = columns.setdefault(key, ([], []))
-                steps.append(step)
-                values.append(float(value))
-    events = EventLog.load(run.events_file)
-    restarts = [event.step for event in events if isinstance(event, StartBegan | Repeating)][1:]
-    curves = {key: Curve(steps, values) for key, (steps, values) in columns.items()}
-    return Series(name, curves, restarts, goodput(run, events))
 
 
 def _charts(series: Sequence[Series]) -> list[Section]:
@@ -87,6 +104,9 @@ def _charts(series: Sequence[Series]) -> list[Section]:
     restarted = any(s.restarts for s in series)
     dotted = "Dotted: a run restarted or rolled back to this step." if restarted else ""
     made = [("Loss", dotted, line_chart(series, loss, "nats per token"), True)]
+    if sources := _validation_sources(series):
+        keys = [(f"val/{name}/loss", printable(name)) for name in sources]
+        made.append(("Validation loss by source", "", line_chart(series, keys, "nats per token"), True))
     for key, title, unit, note in _CURVES:
         if has(key):
             chart = line_chart(series, [(key, title)], unit, log=key == "train/grad_norm")
@@ -102,6 +122,12 @@ def _charts(series: Sequence[Series]) -> list[Section]:
         Section(title, note, wide, html=to_html(figure, f"chart-{number}"))
         for number, (title, note, figure, wide) in enumerate(made)
     ]
+
+
+def _validation_sources(series: Sequence[Series]) -> list[str]:
+    """Returns the sources with a validation loss of their own, if there are several."""
+    keys = dict.fromkeys(key for s in series for key in s.curves if re.fullmatch("val/.+/loss", key))
+    return [key.removeprefix("val/").removesuffix("/loss") for key in keys] if len(keys) > 1 else []
 
 
 def _tiles(run: Run, series: Series) -> list[tuple[str, str]]:
@@ -121,11 +147,23 @@ def _tiles(run: Run, series: Series) -> list[tuple[str, str]]:
     if series.goodput is not None:
         figures.append(("goodput", f"{100 * series.goodput.fraction:.1f}%"))
         figures.append(("wall time", rounded_duration(series.goodput.wall_s)))
+    if series.usage is not None:
+        if series.usage.allocations:
+            figures.append(_unit_and_value(series.usage.hours()))
+        kwh = {"energy of the GPUs": series.usage.gpu_kwh, "energy of the nodes": series.usage.node_kwh}
+        measured = [(label, f"{value:,.3f} kWh") for label, value in kwh.items() if value is not None]
+        figures += measured or [("energy", "not measured")]
     figures.append(("restarts and rollbacks", str(len(series.restarts))))
     return figures
 
 
-def _comparison(series: Sequence[Series]) -> Section:
+def _unit_and_value(text: str) -> tuple[str, str]:
+    value, unit = text.split()
+    return unit, value
+
+
+def comparison(series: Sequence[Series]) -> Section:
+    """Returns a table of runs: losses, speed, goodput and cost."""
     rows = []
     for s in series:
         losses = [f"{s.curves[k].values[-1]:.4f}" if k in s.curves else "" for k in ("train/loss", "val/loss")]
@@ -133,8 +171,11 @@ def _comparison(series: Sequence[Series]) -> Section:
         middle = f"{sorted(speed.values)[len(speed.values) // 2]:,.0f}" if speed else ""
         last = max((c.steps[-1] for c in s.curves.values()), default=0)
         good = f"{100 * s.goodput.fraction:.1f}% of {rounded_duration(s.goodput.wall_s)}" if s.goodput else ""
-        rows.append([s.name, f"{last:,}", *losses, middle, good, str(len(s.restarts))])
-    head = ["run", "step", "training loss", "validation loss", "tokens/s (median)", "goodput", "restarts"]
+        allocated = s.usage.hours() if s.usage and s.usage.allocations else ""
+        cost = [allocated, s.usage.energy() if s.usage else "not measured"]
+        rows.append([s.name, f"{last:,}", *losses, middle, good, *cost, str(len(s.restarts))])
+    head = ["run", "step", "training loss", "validation loss", "tokens/s (median)", "goodput"]
+    head += ["allocated", "energy", "restarts"]
     return Section("Runs", wide=True, head=head, rows=rows)
 
 
@@ -159,6 +200,9 @@ def _details(runs: Sequence[Run], series: Sequence[Series]) -> list[Section]:
         evaluation = _evaluation(run)
         if evaluation:
             made.append(Section(f"Evaluation{of}", head=["on the whole validation split", ""], rows=evaluation))
+        origin = ancestry(run.origin())
+        if origin:
+            made.append(Section(f"Started from{of}", wide=True, head=["the nearest first"], rows=[[o] for o in origin]))
         made += [_incidents(run, of), _provenance(run, of)]
         config = run.config_text()
         made.append(Section(f"Config{of}", wide=True, texts=[(run.config_file.name, config)]))
@@ -193,6 +237,11 @@ def _evaluation(run: Run) -> list[list[str]]:
         ["perplexity", f"{found['perplexity']:.2f}"],
         ["bits per byte of text", f"{found['bits_per_byte']:.4f}"],
         ["tokens", f"{found['tokens']:,}"],
+        *(
+            [printable(name), f"loss {s['loss']:.4f}, {s['bits_per_byte']:.4f} bits per byte, {s['tokens']:,} tokens"]
+            for name, s in found.get("sources", {}).items()
+            if len(found["sources"]) > 1
+        ),
     ]
 
 

@@ -12,10 +12,23 @@ from typing import Any
 from pipeline.config.sections import Config
 from pipeline.data.layout import MANIFEST
 from pipeline.files import is_regular, read_json, sha256_file, write_text
+from pipeline.run.evaluations import evaluation_files, evaluations, suffix
 from pipeline.run.events import Cancelled, Checkpointed, EventLog, GaveUp, Requeued, StartBegan, Submitted
 from pipeline.run.folder import CHECKPOINT_MANIFEST, Run, step_name
 from pipeline.tracking.upload.store import RunStatus
 from pipeline.tracking.upload_state import State
+
+# Facts of a start's provenance, by the tags that show them.
+_FACTS = {
+    "git.commit": "mlflow.source.git.commit",
+    "git.dirty": "pipeline.dirty",
+    "pipeline": "pipeline.version",
+    "host": "pipeline.host",
+    "slurm_job_id": "pipeline.slurm_job_id",
+    "image.sha256": "pipeline.image",
+    "dataset": "pipeline.dataset",
+    "init.digest": "pipeline.init",
+}
 
 
 def params(config: Config) -> dict[str, str]:
@@ -38,18 +51,30 @@ def as_text(value: Any) -> str:
 
 
 def tags(run: Run) -> dict[str, str]:
-    """Returns the provenance of the newest start, and path and digest of the newest checkpoint."""
+    """Returns what runs are filtered by: of the newest start, of the newest checkpoint, and the parent of a branch.
+
+    The whole provenance is an artifact; as tags it would fill the page of the run.
+    """
     found = {"pipeline.run_folder": str(run.path.resolve()), "mlflow.user": _user(), "mlflow.source.name": "pipeline"}
     starts = run.provenance()
     if starts:
         newest = starts[-1]
-        found |= {f"provenance.{name}": as_text(value) for name, value in flatten(newest)}
         found["pipeline.starts"] = str(len(starts))
-        commit = (newest.get("git") or {}).get("commit")
-        if commit:
-            found["mlflow.source.git.commit"] = commit
         found["mlflow.source.type"] = "JOB" if newest.get("slurm_job_id") else "LOCAL"
-    return found | checkpoint_tags(run)
+        facts = dict(flatten(newest))
+        found |= {tag: as_text(facts[name]) for name, tag in _FACTS.items() if facts.get(name) is not None}
+    return found | checkpoint_tags(run) | _parent_tags(run)
+
+
+def _parent_tags(run: Run) -> dict[str, str]:
+    """Returns the checkpoint that the run branched from; MLflow's page shows the run below that checkpoint's."""
+    origin = run.origin()
+    if origin is None or "step" not in origin:
+        return {}
+    tags = {"": origin["from"], ".step": str(origin["step"]), ".digest": origin["digest"]}
+    parent = origin.get("mlflow_run_id")
+    above = {} if parent is None else {"mlflow.parentRunId": parent}
+    return {f"pipeline.parent{name}": value for name, value in tags.items()} | above
 
 
 def checkpoint_tags(run: Run, step: int | None = None) -> dict[str, str]:
@@ -91,7 +116,23 @@ def evaluation(run: Run) -> dict[str, Any] | None:
     made = next((c["time"] for c in checkpoints(run) if c["step"] == found["step"]), None)
     figures = {"loss": found["loss"], "perplexity": found["perplexity"], "bits_per_byte": found["bits_per_byte"]}
     values = {f"evaluation/{name}": value for name, value in figures.items()}
+    for name, source in found.get("sources", {}).items():
+        values |= {f"evaluation/{name}/{key}": source[key] for key in ("loss", "bits_per_byte")}
     return {"step": found["step"], "time": made or run.evaluation_file.stat().st_mtime, **values}
+
+
+def task_evaluations(run: Run) -> Iterator[dict[str, Any]]:
+    """Yields the scores on tasks as lines of metrics, each at the time of its checkpoint; see `evaluation`."""
+    made = {c["step"]: c["time"] for c in checkpoints(run)}
+    for found in evaluations(run):
+        asked = suffix(found["num_fewshot"], found["limit"])
+        values: dict[str, Any] = {}
+        for task, scores in {**found["groups"], **found["tasks"]}.items():
+            for metric, value in scores["metrics"].items():
+                values[f"tasks/{task}{asked}/{metric}"] = value["value"]
+                values[f"tasks/{task}{asked}/{metric}_stderr"] = value["stderr"]
+        known = {key: value for key, value in values.items() if value is not None}
+        yield {"step": found["step"], "time": made.get(found["step"], found["time"]), **known}
 
 
 def status(run: Run, s: State) -> RunStatus:
@@ -120,6 +161,9 @@ def files(run: Run) -> Iterator[tuple[Path, str | None]]:
     ):
         if is_regular(file, run.path):  # what a link names would be published
             yield file, None
+    for file in evaluation_files(run):
+        if is_regular(file, run.path):
+            yield file, f"{run.evaluations.name}/{file.parent.name}"
     if run.samples.is_dir():
         for file in sorted(run.samples.iterdir()):
             if is_regular(file, run.path) and not file.name.startswith("."):

@@ -23,6 +23,7 @@ from pipeline.tracking.goodput import goodput
 from pipeline.tracking.upload import describe
 from pipeline.tracking.upload.errors import in_words, is_missing, is_refusal
 from pipeline.tracking.upload.store import MAX_POINTS, Point, Store
+from pipeline.tracking.usage import usage
 
 _log = logging.getLogger("pipeline.tracking")
 
@@ -192,9 +193,12 @@ class Feed:
             tags["pipeline.copied_from"] = s.copied_from
         if s.retries:
             tags["pipeline.retries"] = json.dumps([r.model_dump() for r in s.retries])
-        split = goodput(self._run, EventLog.load(self._run.events_file))
-        if split is not None:
-            tags["pipeline.goodput"] = split.summary()
+        events = EventLog.load(self._run.events_file)
+        found = {
+            "goodput": goodput(self._run, events),
+            "usage": usage(self._run, events, now=s.ended or time.time()),
+        }
+        tags |= {f"pipeline.{name}": account.summary() for name, account in found.items() if account is not None}
         store.set_tags(run_id, tags)
 
     def _send_dataset(self, store: Store, run_id: str) -> None:
@@ -204,8 +208,8 @@ class Feed:
 
     def _send_evaluation(self, store: Store, run_id: str) -> None:
         found = describe.evaluation(self._run)
-        if found is not None:
-            self._send(store, run_id, list(_points(found, 0)))
+        for line in (*([] if found is None else [found]), *describe.task_evaluations(self._run)):
+            self._send(store, run_id, list(_points(line, 0)))
 
     def _send_files(self, store: Store, run_id: str) -> None:
         made = describe.checkpoints(self._run)
@@ -227,11 +231,11 @@ class Feed:
         if s.of(self._uri).status == key:
             return
         if wanted != "RUNNING":
-            split = goodput(self._run, EventLog.load(self._run.events_file))
-            if split is not None:
-                at = int((s.ended or time.time()) * 1000)
-                last = journal.last_step(self._run.metrics_file) or {"step": 0}
-                self._send(store, run_id, [Point(k, v, at, int(last["step"])) for k, v in split.metrics().items()])
+            events, ended = EventLog.load(self._run.events_file), s.ended or time.time()
+            step = int((journal.last_step(self._run.metrics_file) or {"step": 0})["step"])
+            for account in (goodput(self._run, events), usage(self._run, events, now=ended)):
+                values = account.metrics() if account is not None else {}
+                self._send(store, run_id, [Point(k, v, int(ended * 1000), step) for k, v in values.items()])
         store.set_status(run_id, wanted, None if s.ended is None else int(s.ended * 1000))
         upload_state.update(self._run, lambda s: setattr(s.of(self._uri), "status", key))
 

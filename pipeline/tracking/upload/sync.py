@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.sections import tracking_uri_problem
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PackageMissing, PipelineError, UsageError
 from pipeline.run.events import EventLog, StartBegan
 from pipeline.run.folder import Run
-from pipeline.text_format import say
+from pipeline.text_format import echo
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload import describe
 from pipeline.tracking.upload.errors import in_words
@@ -82,6 +82,8 @@ def sync(run: Run, uri: str | None = None) -> Synced:
         points = feed.send_all()
         feed.finish()
         run_id = feed.connect()[1]
+    except ModuleNotFoundError as error:
+        raise PackageMissing(error.name or "mlflow") from error
     except Exception as error:
         raise PipelineError(f"MLflow at {target}: {in_words(error)}") from error
     finally:
@@ -94,7 +96,7 @@ def sync_quietly(run: Run) -> None:
     try:
         sync(run)
     except PipelineError as error:
-        say(f"pipeline: {error}", sys.stderr)
+        echo(f"pipeline: {error}", sys.stderr)
 
 
 def register_export(run: Run, folder: Path, name: str) -> str:

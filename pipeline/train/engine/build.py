@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config.sections import Config, TrainConfig
+from pipeline.config.sections import Config
+from pipeline.config.train_sections import TrainConfig
 from pipeline.model.transformer import TransformerLM
 
 

@@ -21,10 +21,11 @@ from pipeline.optim.clipping import clip_divisor, squared_norm
 from pipeline.run.world import World
 from pipeline.train.engine.build import build, working_dtype
 from pipeline.train.engine.deepspeed_config import deepspeed_config
-from pipeline.train.engine.deepspeed_setup import initialize, prepare
+from pipeline.train.engine.deepspeed_setup import announce_collectives, initialize, prepare
 from pipeline.train.engine.fresh import fill_fresh
 from pipeline.train.engine.partitions import PARTITIONS
-from pipeline.train.engine.step_numbers import PendingNumbers
+from pipeline.train.engine.step_numbers import PendingNumbers, asked_of
+from pipeline.train.ranks.activity import Activity
 
 
 class Engine:
@@ -36,18 +37,21 @@ class Engine:
         config: The experiment.
         world: This process's place.
         device: Where it trains.
+        activity: Where the engine notes what it does; None if nobody looks.
 
     Raises:
         UsageError: DeepSpeed refuses the settings.
     """
 
-    def __init__(self, config: Config, world: World, device: torch.device) -> None:
+    def __init__(self, config: Config, world: World, device: torch.device, activity: Activity | None = None) -> None:
         self.device = device
+        self._activity = activity or Activity(device)
         self._world = world
         self._offloads = config.train.offload_optimizer
         self._tied = config.model.tie_embeddings
         settings, optim = deepspeed_config(config, world), config.optimizer
         prepare(device)
+        announce_collectives(self._activity.begin_collective)
         self.module = model = build(config, device, settings)
         model.activation_checkpointing = config.train.activation_checkpointing
         model.loss_chunk_tokens, model.z_loss = config.train.loss_chunk_tokens, config.optimizer.z_loss
@@ -64,18 +68,28 @@ class Engine:
             eps=optim.eps,
         )
         self._engine = initialize(model, self._optimizer, settings)
+        if world.size == 1 and config.train.zero_stage == 0:
+            self._engine.enable_backward_allreduce = False  # it copies all gradients twice, and nothing is to be added
         self._partitions = PARTITIONS[config.train.zero_stage](
             self._engine.optimizer, model, self._optimizer, world, device, self._offloads
         )
 
-    def loss(self, token_ids: Tensor, targets: Tensor) -> LossParts:
+    def loss(
+        self, token_ids: Tensor, targets: Tensor, document_starts: Tensor | None = None, weight: float | None = None
+    ) -> LossParts:
         """Returns the loss of a micro-batch; every rank calls it equally often, as ZeRO-3 demands.
 
         Args:
             token_ids: `(sequences, context)` int64.
             targets: The token after each; a negative one is ignored.
+            document_starts: Where the document of each token starts in its row; with `model.document_mask`.
+            weight: What the loss is multiplied with; None where no target is ignored. See `BatchReader.weight`.
         """
-        parts: LossParts = self._engine(token_ids, targets=targets)
+        documents = {} if document_starts is None else {"document_starts": document_starts}
+        with self._activity.phase("forward"):
+            parts: LossParts = self._engine(token_ids, targets=targets, **documents)
+            if weight is not None:
+                parts = LossParts(parts.loss * weight, parts.cross_entropy * weight)
         return parts
 
     def set_learning_rate(self, lr: float) -> None:
@@ -89,12 +103,12 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of a micro-batch; the last one of a step averages them over the ranks."""
-        self._engine.backward(loss)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # counts the micro-batch; no weight moves before the boundary
+        with self._activity.phase("backward"):
+            self._engine.backward(loss)
+            if not self._engine.is_gradient_accumulation_boundary():
+                self._engine.step()  # counts the micro-batch; no weight moves before the boundary
 
-    @torch.no_grad()
-    def reduce_and_clip(self, max_norm: float, losses: list[Tensor], stop: bool) -> PendingNumbers:
+    def reduce_and_clip(self, max_norm: float, losses: list[Tensor], stop: bool, profile: int = 0) -> PendingNumbers:
         """Agrees on loss, norm and stop by the one all-reduce of a step, and clips the averaged gradients.
 
         We clip ourselves at every stage, and DeepSpeed's own clipping is off: the gradients are `p.grad` at stage 0
@@ -108,15 +122,22 @@ class Engine:
             max_norm: Largest norm; 0 leaves the gradients alone.
             losses: Cross-entropies of this rank's micro-batches.
             stop: Whether this rank was asked to stop.
+            profile: Number of the profile that rank 0 is asked for; 0 on the other ranks.
         """
+        with self._activity.phase("reduce and clip"):
+            return self._reduce_and_clip(max_norm, losses, asked_of(stop, profile, self._world.size))
+
+    @torch.no_grad()
+    def _reduce_and_clip(self, max_norm: float, losses: list[Tensor], asked: float) -> PendingNumbers:
         grads = self._partitions.gradients()
         square = squared_norm(grads).to(self.device)
         loss = torch.stack(losses).float().mean() / self._world.size
         if self._partitions.replicated:
             square = square / self._world.size
         # Filled on the device: a new tensor of a Python number would be a copy that the host waits for.
-        numbers = torch.stack((loss, square, square.new_full((), float(stop))))
+        numbers = torch.stack((loss, square, square.new_full((), asked)))
         if self._world.size > 1:
+            self._activity.begin_collective()
             dist.all_reduce(numbers)
         _, norm, _ = numbers.unbind()
         norm.sqrt_()
@@ -124,11 +145,12 @@ class Engine:
         self._optimizer.counts = finite if finite.is_cuda and not self._offloads else bool(finite)
         # The step divides by it: one pass over the gradients less.
         self._optimizer.grad_divisor = clip_divisor(norm, max_norm) if max_norm > 0 else None
-        return PendingNumbers(numbers)
+        return PendingNumbers(numbers, self._world.size)
 
     def step(self) -> None:
         """Updates weights and moments; if `reduce_and_clip` found the step not finite, none of them on any rank."""
-        self._engine.step()
+        with self._activity.phase("optimizer"):
+            self._engine.step()
 
     # ---- state: what a checkpoint holds ----------------------------------------------------
 
@@ -150,8 +172,8 @@ class Engine:
         self._partitions.refresh()
 
     @torch.no_grad()
-    def take(self, weights: OpenWeights) -> None:
-        """Takes weights from a model folder, each rank those that it holds; the moments stay zero."""
+    def take(self, weights: OpenWeights | CheckpointReader) -> None:
+        """Takes weights from elsewhere, each rank those that it holds; the moments stay zero."""
         for fragment in self._partitions.held():
             weights.read("weight", fragment.name, fragment.start, fragment.tensors["weight"])
         self._partitions.refresh()
@@ -181,4 +203,5 @@ def _compile(model: TransformerLM) -> None:
     for block in model.layers:
         block.forward = torch.compile(recomputed(block.forward, model.activation_checkpointing), dynamic=False)
     model.activation_checkpointing = "none"  # the compiled blocks see to it
+    model.compiled_blocks = True
     model.compiled_loss = model.device.type == "cuda"

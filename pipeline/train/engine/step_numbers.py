@@ -18,17 +18,33 @@ class Numbers:
     """Global L2 norm of the gradients before clipping."""
     stop: bool
     """Whether any rank was asked to stop."""
+    profile: int = 0
+    """Number of the profile that rank 0 was asked for last."""
+
+
+def asked_of(stop: bool, profile: int, world_size: int) -> float:
+    """Returns what this rank is asked, as one number; the sum over all ranks still tells both.
+
+    One number more in the all-reduce of a step could change the order of its sums, and with it the last bit of a loss.
+
+    Args:
+        stop: Whether this rank was asked to stop.
+        profile: Number of a profile, on rank 0; on the other ranks 0.
+        world_size: Number of ranks.
+    """
+    return float(stop + profile * (world_size + 1))
 
 
 class PendingNumbers:
     """The numbers of a step on their way to the host.
 
     Args:
-        numbers: Loss, norm and the number of ranks that were asked to stop, on the device.
+        numbers: Loss, norm and the sum of what the ranks are asked (`asked_of`), on the device.
+        world_size: Number of ranks.
     """
 
-    def __init__(self, numbers: Tensor) -> None:
-        self._numbers, self._arrived = numbers, None
+    def __init__(self, numbers: Tensor, world_size: int = 1) -> None:
+        self._numbers, self._arrived, self._world_size = numbers, None, world_size
         if numbers.is_cuda:
             # Into pinned memory: a copy into pageable memory blocks the host until the device gets there.
             self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
@@ -39,5 +55,6 @@ class PendingNumbers:
         """Returns the numbers; the host waits until the device has clipped this step's gradients."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, norm, stop = self._numbers.tolist()
-        return Numbers(loss, norm, stop > 0)
+        loss, norm, asked = self._numbers.tolist()
+        profile, stops = divmod(int(asked), self._world_size + 1)
+        return Numbers(loss, norm, stops > 0, profile)

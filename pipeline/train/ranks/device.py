@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import MutableMapping
 
 import torch
+from torch import Tensor
 
 from pipeline.config.sections import Config
-from pipeline.errors import UsageError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.plan.devices import device_reported
-from pipeline.run.world import World
+from pipeline.run.world import GPUS_VARIABLE, World
 
 # The settings of PyTorch's allocator, under its present name and its older ones.
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -26,21 +28,43 @@ def peak_flops_per_s(device: torch.device, precision: str) -> float | None:
     return known.flops_per_s(precision) if known else None
 
 
+def on_device(tokens: Tensor, device: torch.device) -> Tensor:
+    """Returns the tensor on the device; copied from pinned memory, because the host waits for any other copy."""
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
+
+
 def pick_device(config: Config, world: World) -> torch.device:
     """Selects and returns the device that this process trains on.
 
     Raises:
         UsageError: The config demands cuda and there is none.
+        PipelineError: The job has GPUs that PyTorch cannot use: `auto` would train on the CPU for days.
     """
     wanted = config.train.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if wanted == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UsageError("train.device is cuda, but PyTorch sees no GPU here; set train.device=auto or cpu")
+        given = os.environ.get(GPUS_VARIABLE)
+        if given:
+            raise PipelineError(
+                f"the job has {given} GPUs per node, but PyTorch sees none on {socket.gethostname()}: {_why_no_gpu()}"
+            )
+        if wanted == "cuda":
+            raise UsageError("train.device is cuda, but PyTorch sees no GPU here; set train.device=auto or cpu")
+        return torch.device("cpu")
     _let_segments_grow(os.environ)
     device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def _why_no_gpu() -> str:
+    """Returns what CUDA or ROCm says: no driver, one that is too old for this PyTorch, a build without it."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return (str(error).strip().splitlines() or ["it does not say why"])[0]
+    return "it does not say why"
 
 
 def _let_segments_grow(environ: MutableMapping[str, str]) -> None:

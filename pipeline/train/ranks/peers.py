@@ -4,8 +4,8 @@ gloo fails as soon as a connection breaks; NCCL waits for a collective that neve
 TCP connection to rank 0, which the kernel closes with the process, however that ends. Rank 0 tells the other ranks
 which rank ended and what its last error was.
 
-Under torchrun the store that all ranks share lives in torchrun's agent. If that is killed, the ranks survive it and
-could save nothing more: each looks at the store every second.
+If torchrun's agent is killed, the ranks survive it, and nothing would end them: each looks every second whether the
+store that the agent keeps is still there.
 """
 
 from __future__ import annotations
@@ -13,29 +13,36 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import Store, TCPStore
 
-from pipeline.errors import EXIT_FAILED, PipelineError
+from pipeline.errors import EXIT_FAILED, NothingToDo, PipelineError, StopRequested, in_words
+from pipeline.files import naming
+from pipeline.run.events import Event
+from pipeline.run.folder import Run
 from pipeline.run.world import World
-from pipeline.train.ranks import group
+from pipeline.train.ranks.activity import Activity, Doing, Roster
+from pipeline.train.ranks.hangs import HangWatch, leave_stacks
+from pipeline.train.ranks.store import HostedStore, RemoteStore
 
 HEARTBEAT_S = 2.0
 AGENT_S = 1.0
+LOOK_S = 1.0
 SILENCE_S = 60.0
-HELLO_S = 5.0
 GRACE_S = 5.0
 LAST_WORDS_S = 3.0
 GOODBYE_S = 1.0
+WATCHER_S = 5.0
 
-_LONGEST_HELLO = 1000
-_UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
+_AGENT_HAS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
 
 class Peers:
@@ -43,38 +50,69 @@ class Peers:
 
     Args:
         world: This process's place.
+        store: What all ranks share; rank 0's listens.
+        activity: What this rank is doing, which it tells rank 0 with each heartbeat.
+
+    Raises:
+        PipelineError: A rank does not connect.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, store: Store, activity: Activity) -> None:
         # Called with the reason before this process is ended because its main thread hangs in a collective.
         self.at_exit: Callable[[str], None] = lambda lost: None
         self.lost: str | None = None  # which rank ended too early and why, once known
+        self.hanging: Callable[[], str | None] = lambda: None  # which rank the other ranks wait for, where it is known
+        self.roster = Roster(activity)  # complete on rank 0
         self._world = world
+        self._activity = activity
         self._lock = threading.Lock()
         self._sending = threading.Lock()
         self._closing = threading.Event()
         self._sockets: list[socket.socket] = []
-        if world.size == 1:
-            return
-        token = group.broadcast(os.urandom(16).hex(), world)
-        if world.is_first:
-            self._listen(token)
+        self._watchers: list[threading.Thread] = []
+        if isinstance(store, HostedStore):
+            self._receive(store)
+        elif isinstance(store, RemoteStore):
+            self._connect(store)
         else:
-            self._connect(group.broadcast(("", 0), world), token)
+            return
         self._start(self._beat)
-        if _UNDER_TORCHRUN in os.environ:
-            store = group.store()
-            self.watch(lambda: _without_agent(store), AGENT_S)
+        if os.environ.get(_AGENT_HAS_STORE) == "True":
+            agent = _agent_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            self.watch(lambda: _without_agent(agent), AGENT_S)
 
     def cause_of(self, error: BaseException) -> str | None:
         """Returns which rank's end caused this error, waiting a moment for the news; None if the error is our own.
 
-        A broken collective raises a RuntimeError, whose cause is the error of another rank.
+        A broken collective raises a RuntimeError, whose cause is the error of another rank, or a rank that hangs.
         """
         deadline = time.monotonic() + (LAST_WORDS_S if isinstance(error, RuntimeError) else 0.0)
         while self._world.size > 1 and self.lost is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        return self.lost
+        return self.lost or (self.hanging() if isinstance(error, RuntimeError) else None)
+
+    def repeat(self, do: Callable[[], None], every_s: float) -> None:
+        """Calls a function in a thread of this rank from now on."""
+
+        def calls() -> None:
+            while not self._closing.wait(every_s):
+                do()
+
+        self._start(calls)
+
+    def watch_for_hangs(
+        self, run: Run, record: Callable[[Event], None], show: Callable[[str], None], first: int
+    ) -> None:
+        """Looks every second whether any rank still moves (rank 0); takes the arguments of `HangWatch`."""
+        if self._world.size > 1:
+            hangs = HangWatch(run, self.roster, self.ask_for_stacks, record, show, first)
+            self.hanging = lambda: hangs.hang
+            self.repeat(hangs.look, LOOK_S)
+
+    def ask_for_stacks(self, folder: Path) -> None:
+        """Makes every rank that still answers leave its stacks in a folder (rank 0)."""
+        self._send_all({"stacks": str(folder)})
+        self._leave_stacks(folder)
 
     def watch(self, cause: Callable[[], str | None], every_s: float) -> None:
         """Ends all ranks as soon as `cause`, which a thread of this rank asks from now on, returns a reason."""
@@ -86,7 +124,7 @@ class Peers:
                     self._end(found, self._tell_all if self._world.is_first else lambda lost: None)
                     return
 
-        self._start(look)
+        self._watchers.append(self._start(look))
 
     def close(self, error: str | None = None) -> None:
         """Says goodbye; with an error, the other ranks end too and show it."""
@@ -94,48 +132,49 @@ class Peers:
         self._send_all({"bye": True, "error": error})
         for connection in self._sockets:
             connection.close()
+        for watcher in self._watchers:
+            # At the exit of the process, a thread inside C++ code, such as the agent's store, ends it by SIGABRT.
+            watcher.join(WATCHER_S)
 
     # ---- rank 0 ------------------------------------------------------------------------------
 
-    def _listen(self, token: str) -> None:
+    def _receive(self, store: HostedStore) -> None:
         deadline = time.monotonic() + SILENCE_S
-        with socket.create_server(("", 0), backlog=self._world.size) as server:
-            address = (self._world.master_addr, server.getsockname()[1])
-            group.broadcast(address, self._world)
-            while len(self._sockets) < self._world.size - 1:
-                server.settimeout(max(0.001, deadline - time.monotonic()))
-                try:
-                    connection, _ = server.accept()
-                except TimeoutError:
-                    raise PipelineError(
-                        f"{len(self._sockets)} of {self._world.size - 1} ranks connected to rank 0 at {address[0]}, "
-                        f"port {address[1]}, within {SILENCE_S:.0f} seconds: if the output of the missing ranks shows "
-                        "no error, a firewall between the nodes must let their processes reach each other at any port"
-                    ) from None
-                stream = connection.makefile("r", encoding="utf-8")
-                hello = _hello(connection, stream, token)
-                if hello is None:
-                    connection.close()
-                    continue
-                self._sockets.append(connection)
-                self._start(self._hear, stream, f"rank {hello['rank']} on {hello['host']}", self._tell_all)
+        while len(self._sockets) < self._world.size - 1:
+            try:
+                connection, hello = store.peers.get(timeout=max(0.001, deadline - time.monotonic()))
+            except queue.Empty:
+                raise PipelineError(
+                    f"{len(self._sockets)} of {self._world.size - 1} ranks connected to rank 0 at "
+                    f"{self._world.master_addr}, port {store.port}, within {SILENCE_S:.0f} seconds: the output of the "
+                    "missing ranks shows why"
+                ) from None
+            self._add(connection, hello["rank"], hello["host"], self._tell_all)
 
     def _tell_all(self, lost: str) -> None:
         self._send_all({"lost": lost})
 
     # ---- every other rank ------------------------------------------------------------------
 
-    def _connect(self, address: tuple[str, int], token: str) -> None:
-        connection = socket.create_connection(address, timeout=SILENCE_S)
-        _send(connection, {"token": token, "rank": self._world.rank, "host": socket.gethostname()})
-        self._sockets.append(connection)
-        self._start(self._hear, connection.makefile("r", encoding="utf-8"), "rank 0", lambda lost: None)
+    def _connect(self, store: RemoteStore) -> None:
+        with naming("rank 0", "does not answer", "its output shows why"):
+            connection = store.connect("peers")
+        self._add(connection, 0, "", lambda lost: None)
 
     # ---- every rank ------------------------------------------------------------------------
 
+    def _add(self, connection: socket.socket, rank: int, host: str, tell: Callable[[str], None]) -> None:
+        connection.settimeout(SILENCE_S)
+        self._sockets.append(connection)
+        self._start(self._hear, connection.makefile("r", encoding="utf-8"), rank, host, tell)
+
     def _beat(self) -> None:
         while not self._closing.wait(HEARTBEAT_S):
-            self._send_all({})
+            self._send_all({} if self._world.is_first else {"doing": self._activity.now().to_json()})
+
+    def _leave_stacks(self, folder: Path) -> None:
+        # In a thread of its own: asking a device that hangs may hang too, and this rank is to hear and to beat on.
+        self._start(leave_stacks, folder, self._world.rank, self._activity)
 
     def _send_all(self, message: dict[str, Any]) -> None:
         with self._sending:  # lines of two threads must not mix
@@ -143,11 +182,16 @@ class Peers:
                 with contextlib.suppress(OSError):
                     _send(connection, message)
 
-    def _hear(self, stream: TextIO, who: str, tell: Callable[[str], None]) -> None:
+    def _hear(self, stream: TextIO, rank: int, host: str, tell: Callable[[str], None]) -> None:
+        who = f"rank {rank} on {host}" if host else f"rank {rank}"
         lost = f"{who} ended without an error message (killed, out of memory, or its node is gone)"
         try:
             for line in stream:
                 message = json.loads(line)
+                if "doing" in message:
+                    self.roster.hear(rank, host, Doing(**message["doing"]))
+                if "stacks" in message:
+                    self._leave_stacks(Path(message["stacks"]))
                 if "lost" in message:
                     lost = message["lost"]
                     break
@@ -158,7 +202,7 @@ class Peers:
                     break
         except TimeoutError:
             lost = f"{who} has been silent for {SILENCE_S:.0f} seconds (stopped, or its node hangs)"
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             pass  # the connection broke: `lost` says so already
         if not self._closing.is_set():
             self._end(lost, tell)
@@ -178,26 +222,47 @@ class Peers:
             print(f"pipeline: error: {lost}", file=sys.stderr, flush=True)
             os._exit(EXIT_FAILED)
 
-    def _start(self, target: Callable[..., None], *args: Any) -> None:
-        threading.Thread(target=target, args=args, name="peers", daemon=True).start()
+    def _start(self, target: Callable[..., None], *args: Any) -> threading.Thread:
+        thread = threading.Thread(target=target, args=args, name="peers", daemon=True)
+        thread.start()
+        return thread
 
 
-def _hello(connection: socket.socket, stream: TextIO, token: str) -> dict[str, Any] | None:
-    """Returns how a rank introduced itself; None for anything else, for example a port scanner."""
-    connection.settimeout(HELLO_S)
+@contextlib.contextmanager
+def watched(world: World, store: Store, activity: Activity) -> Iterator[Peers]:
+    """Watches the other ranks; the error of the rank that failed first becomes the error of all.
+
+    Args:
+        world: This process's place.
+        store: What all ranks share.
+        activity: What this rank is doing.
+    """
+    peers = Peers(world, store, activity)
     try:
-        hello = json.loads(stream.readline(_LONGEST_HELLO))
-    except (ValueError, OSError):
-        return None
-    connection.settimeout(SILENCE_S)
-    return hello if isinstance(hello, dict) and hello.get("token") == token else None
+        yield peers
+    except (StopRequested, NothingToDo):
+        peers.close()
+        raise
+    except BaseException as error:
+        lost = peers.cause_of(error)
+        if lost is not None:
+            peers.close()
+            raise PipelineError(lost) from error
+        peers.close(in_words(error) or type(error).__name__)
+        raise
+    peers.close()
+
+
+def _agent_store(host: str, port: int) -> Store:
+    # Only to see whether it is there: others can reach it too, and no value of ours is in it.
+    return TCPStore(host, port, is_master=False, wait_for_workers=False)
 
 
 def _without_agent(store: Store) -> str | None:
     try:
         store.check(["agent"])
     except RuntimeError:
-        return "torchrun was killed, and the store that the ranks share with it"
+        return "torchrun was killed"
     return None
 
 

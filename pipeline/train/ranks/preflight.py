@@ -12,8 +12,9 @@ import socket
 import statistics
 import threading
 import time
-from dataclasses import dataclass, field
-from typing import NoReturn
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,11 +25,12 @@ from pipeline.config.sections import Config
 from pipeline.errors import PipelineError, listing
 from pipeline.files import MAX_CLOCK_SKEW_S, clock_skew_s
 from pipeline.model.flops import num_parameters
-from pipeline.run.events import BadNode, append
+from pipeline.run.events import BadNode, Network, append
 from pipeline.run.folder import Run
 from pipeline.run.provenance import IMAGE_SHA256_VARIABLE
 from pipeline.run.world import World
 from pipeline.train.ranks import group
+from pipeline.train.ranks.network import Measured, judged, measure, noted_transport, transport_in
 
 # The ranks have only just met: one that takes longer than this hangs. NCCL connects all ranks within the limit, which
 # takes it longer the more there are.
@@ -57,9 +59,11 @@ class Findings:
     """SHA-256 of the image it runs in; empty outside an image."""
     dataset: str = ""
     """Digest of the data it opened."""
+    network: dict[str, Any] = field(default_factory=dict)
+    """What it measured of the network; empty for a single rank."""
 
 
-def preflight(config: Config, world: World, device: torch.device, run: Run, dataset: str) -> None:
+def preflight(config: Config, world: World, device: torch.device, run: Run, dataset: str) -> Network | None:
     """Checks device, network, disk, clocks and digests, together with all ranks.
 
     Args:
@@ -68,6 +72,9 @@ def preflight(config: Config, world: World, device: torch.device, run: Run, data
         device: Where it trains.
         run: The run; its folder exists.
         dataset: Digest of the manifest that this rank has read.
+
+    Returns:
+        The network between the ranks; None for a single rank.
 
     Raises:
         PipelineError: Something is wrong; the message is the same on all ranks and names node and rank. A faulty node
@@ -81,9 +88,12 @@ def preflight(config: Config, world: World, device: torch.device, run: Run, data
     missing = _meet(world)
     if missing:
         _refuse_ranks(missing, "did not get through its checks", world, run)
-    faults += _network_faults(world, device, run)
-    own = Findings(host, faults, problems, _skew_s(run), os.environ.get(IMAGE_SHA256_VARIABLE, ""), dataset)
-    _judge(group.gather(own, world), world, run)
+    network, wrong = _network(world, device, run)
+    image = os.environ.get(IMAGE_SHA256_VARIABLE, "")
+    own = Findings(host, faults + wrong, problems, _skew_s(run), image, dataset, network)
+    findings = [Findings(**found) for found in group.gather(asdict(own), world)]
+    _judge(findings, world, run)
+    return judged([Measured(**f.network) for f in findings], [f.host for f in findings]) if world.size > 1 else None
 
 
 def _device_faults(device: torch.device) -> list[str]:
@@ -134,12 +144,12 @@ def _meet(world: World) -> list[int]:
     """Waits until all ranks have passed their own checks; returns those that did not in time."""
     store = group.store()
     _arrive("ready", world)
-    store.add("preflight/ready", 1)
-    deadline = time.monotonic() + _limit_s(world)
-    while store.add("preflight/ready", 0) < world.size:
-        if time.monotonic() > deadline:
-            return _missing("ready", world)
-        time.sleep(_POLL_S)
+    if store.add("preflight/ready", 1) == world.size:
+        store.set("preflight/all", "")
+    try:
+        store.wait(["preflight/all"], timedelta(seconds=_limit_s(world)))
+    except RuntimeError:
+        return _missing("ready", world)
     return []
 
 
@@ -151,22 +161,26 @@ def _missing(where: str, world: World) -> list[int]:
     return [rank for rank in range(world.size) if not group.store().check([f"preflight/{rank}/{where}"])]
 
 
-def _network_faults(world: World, device: torch.device, run: Run) -> list[str]:
-    """Sums a megabyte over all ranks, with a time limit.
+def _network(world: World, device: torch.device, run: Run) -> tuple[dict[str, Any], list[str]]:
+    """Sums a megabyte over all ranks, with a time limit; returns what the network is like, and its faults.
 
     The sum runs in a thread, because NCCL connects inside the first call and has no time limit of its own there.
     """
     if world.size == 1:
-        return []
+        return {}, []
     failed: list[Exception] = []
     sums: list[Tensor] = []
+    measured: list[Measured] = []
 
     def add() -> None:
         try:
             ones = torch.ones(_ELEMENTS, device=device)
             _arrive("adding", world)
-            dist.all_reduce(ones)
-            sums.append(ones.cpu())
+            with noted_transport(device) as noted:
+                dist.all_reduce(ones)
+                added = ones.cpu()
+                measured.append(measure(device, transport_in(noted, device)))
+            sums.append(added)
         except RuntimeError as error:
             failed.append(error)
 
@@ -176,7 +190,8 @@ def _network_faults(world: World, device: torch.device, run: Run) -> list[str]:
     thread.join(_limit_s(world))
     if sums:
         wrong = int((sums[0] != world.size).sum())
-        return [f"a sum over all ranks is wrong in {wrong} of {_ELEMENTS} elements"] if wrong else []
+        faults = [f"a sum over all ranks is wrong in {wrong} of {_ELEMENTS} elements"] if wrong else []
+        return asdict(measured[0]), faults
     # A sum may also fail because another rank gave up just before: only a rank that never comes is to blame.
     while (late := _missing("adding", world)) and time.monotonic() < deadline:
         time.sleep(_POLL_S)

@@ -36,6 +36,11 @@ class StopRequest:
         """Whether to stop at the end of this step."""
         return self.reason is not None
 
+    def message(self, step: int) -> str:
+        """Returns what the person who stopped the run after this step is told."""
+        reason = self.reason or "another rank was asked"
+        return f"stopped on request ({reason}) after step {step}; everything is saved: the same command resumes the run"
+
     def request(self, reason: str) -> None:
         """Requests a stop; the first reason wins."""
         self.reason = self.reason or reason

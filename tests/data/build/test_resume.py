@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from pipeline.config.sections import Config
 from pipeline.data.build import build
 from pipeline.data.build.build import prepare
 from pipeline.data.build.resume import reconcile_plan
@@ -44,7 +45,22 @@ def test_a_changed_vocabulary_size_is_refused(tmp_path: Path) -> None:
         prepare(smaller)
 
 
-@pytest.mark.parametrize("name", ["whole/07.txt", "lines.jsonl", "packed.jsonl.gz", "rows.parquet"])
+def test_a_changed_condition_is_refused_and_another_way_to_write_it_is_not(tmp_path: Path) -> None:
+    sources = [one_source(write(tmp_path / f"{name}.jsonl", jsonl(TEXTS[:60])), name=name) for name in ("a", "b")]
+
+    def wanted(folder: str, **a: Any) -> Config:
+        return config(tmp_path / folder, [{**sources[0], **a}, sources[1]], slice_size_mb=0.003)
+
+    assert prepare(wanted("out", where="id>=10"), slice_spec=(1, 2)) is None
+    for change in ({"where": "id >= 11"}, {"where": None}, {"where": "id>=10", "field": "body"}):
+        with pytest.raises(DataError, match=rf"sources\.a\.{list(change)[-1]}: "):
+            prepare(wanted("out", **change))
+    again = prepare(wanted("out", where="(10 <= id)"))
+    assert again is not None and again == prepare(wanted("fresh", where="id >= 10.0"))
+    assert again.dropped == 10 and split_texts(tmp_path / "out") == TEXTS[10:60] + TEXTS[:60]
+
+
+@pytest.mark.parametrize("name", ["whole/07.txt", "lines.jsonl", "packed.jsonl.gz", "rows.parquet", "batches.arrow"])
 def test_a_changed_source_is_refused_and_a_touched_one_is_not(name: str, tmp_path: Path) -> None:
     made = config_of_every_kind(tmp_path, "out")
     prepare(made)
@@ -58,7 +74,7 @@ def test_a_changed_source_is_refused_and_a_touched_one_is_not(name: str, tmp_pat
     if name.endswith(".gz"):
         changed = _gzip_of_size(len(content), jsonl(TEXTS[150:230] * 3))
     elif name.endswith(".parquet"):
-        changed = _parquet_of_size(len(content), [t.replace("state", "State") for t in TEXTS[230:]])
+        changed = _parquet_of_size(len(content), [t.replace("state", "State") for t in TEXTS[230:270]])
     else:
         changed = content.replace(b"in", b"on")
     assert changed != content and len(changed) == len(content)

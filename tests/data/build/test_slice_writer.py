@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from pipeline.data.build.build import prepare
 from pipeline.errors import DataError
-from tests.data.helpers import config, documents, jsonl, one_source, write
+from tests.data.helpers import config, one_source, write
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -17,21 +16,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         prepare(config(tmp_path / "file" / "out", [one_source(path)]))
-
-
-def test_a_disk_that_is_full_is_named_and_nothing_half_written_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write(tmp_path / "a.jsonl", jsonl(documents(50)))
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pipeline.data.build.slice_writer.publish_dir", full)
-    with pytest.raises(DataError, match="No space left"):
-        prepare(config(tmp_path / "out", [one_source(path)]))
-    assert json.loads((tmp_path / "out" / "plan.json").read_text())["tasks"]
-    assert [p.name for p in (tmp_path / "out" / "slices").iterdir()] == []
 
 
 # Every word is unknown to this tokenizer, and unknown words are its end of text.

@@ -199,7 +199,7 @@ def test_the_command_prints_one_message_and_exits_with_1(
 @pytest.mark.parametrize(
     ("setting", "status", "words"),
     [
-        ("data.on_bad=ignore", 2, ["data.on_bad", "'error'", "'skip'"]),
+        ("data.on_bad=ignore", 2, ["data.on_bad", "error or skip"]),
         ("data.max_bad_fraction=1.5", 2, ["data.max_bad_fraction"]),
         ("data.slice_size_mb=0", 2, ["data.slice_size_mb"]),
         ("data.sources.0.paths=[nothing/*.txt]", 1, ["'nothing/*.txt'", "matches no file"]),

@@ -57,6 +57,15 @@ def test_files_are_read_in_sorted_order_and_listed_once(tmp_path: Path) -> None:
     assert built_texts(tmp_path, tmp_path / "in" / "c.txt", tmp_path / "in" / "*.txt") == ["a.txt", "b.txt", "c.txt"]
 
 
+@pytest.mark.parametrize(
+    "name", ["c4-train.00000-of-01024.json.gz", "00.jsonl.zst", "part.ndjson", "v1_5-0000.json.gz", "plain.json"]
+)
+def test_the_names_of_published_corpora_show_their_format(name: str, tmp_path: Path) -> None:
+    content = jsonl(["a", "b"])
+    packed = COMPRESS[name.rsplit(".", 1)[1]](content) if name.endswith(("gz", "zst")) else content
+    assert built_texts(tmp_path, write(tmp_path / "in" / name, packed)) == ["a", "b"]
+
+
 def test_the_format_of_the_config_wins_over_the_name(tmp_path: Path) -> None:
     path = write(tmp_path / "data.log.gz", COMPRESS["gz"](jsonl(["a", "b"])))
     assert built_texts(tmp_path, path, format="jsonl") == ["a", "b"]

@@ -17,18 +17,19 @@ from tests.launch.container.support import argv, bound, config, problems
 
 
 def test_only_paths_that_the_config_names_are_bound_besides_the_working_folder(work, tmp_path):
-    for name in ("scratch", "corpus", "vocabulary"):
+    for name in ("scratch", "corpus", "adopted", "vocabulary"):
         (tmp_path / name).mkdir()
     (tmp_path / "vocabulary" / "tokenizer.json").write_text("{}")
     loaded = config(
         f"runs_dir={tmp_path}/scratch/runs", f"data.path={tmp_path}/scratch/tokens",
-        f"data.sources.0.paths=[{tmp_path}/corpus/*.txt]",
+        f"data.sources.0.paths=[{tmp_path}/corpus/*.txt]", f"data.token_folder={tmp_path}/adopted",
         "tokenizer.kind=file", f"tokenizer.path={tmp_path}/vocabulary/tokenizer.json",
         f"tracking.uri=sqlite:///{tmp_path}/scratch/mlflow/mlflow.db",
         f"tracking.artifact_location={tmp_path}/scratch/artifacts",
     )  # fmt: skip
     assert problems(loaded) == []
     assert bound(argv(loaded)) == [
+        f"{tmp_path}/adopted:{tmp_path}/adopted:ro",
         f"{tmp_path}/corpus:{tmp_path}/corpus:ro",
         f"{tmp_path}/vocabulary:{tmp_path}/vocabulary:ro",
         str(work),
@@ -58,6 +59,25 @@ def test_a_finished_dataset_of_another_user_is_bound_read_only(work, tmp_path, m
         assert f"{shared}:{shared}:ro" in bound(argv(loaded))
     # A user's own dataset stays writable: preparing a slice again rewrites its manifest.
     assert str(shared) in bound(argv(loaded))
+
+
+def test_a_run_that_is_branched_from_is_bound_so_that_it_can_be_pinned(work, tmp_path, monkeypatch):
+    base, checkpoint = tmp_path / "base", tmp_path / "base" / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True)
+    assert str(base) in bound(argv(config(f"init.from={base}")))
+    (checkpoint / "manifest.json").write_text("{}")
+    assert str(checkpoint.parent) in bound(argv(config(f"init.from={checkpoint}")))
+    assert f"{base}:{base}:ro" in bound(argv(config(f"init.from=hf:{base}")))
+    access = os.access
+    monkeypatch.setattr("os.access", lambda path, mode: access(path, mode) and (Path(path) != base or mode != os.W_OK))
+    loaded = config(f"init.from={base}")
+    assert problems(loaded) == [] and f"{base}:{base}:ro" in bound(argv(loaded))
+
+
+def test_an_origin_that_is_gone_is_not_bound(work, tmp_path):
+    """A run that has saved needs it no more."""
+    loaded = config(f"init.from={tmp_path}/nowhere")
+    assert problems(loaded) == [] and not any("nowhere" in bind for bind in bound(argv(loaded)))
 
 
 def test_the_address_of_an_object_store_is_no_folder(work, tmp_path):
@@ -151,3 +171,13 @@ def test_temporary_folders_are_removed_unless_something_was_written_to_them(work
         (work / "tokens" / "kept").touch()
     assert not (work / "runs").exists()
     assert (work / "tokens" / "kept").exists()
+
+
+def test_the_data_of_tasks_and_a_folder_of_tasks_are_bound_and_named(work, tmp_path, monkeypatch):
+    for name in ("cache", "tasks"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    command = argv(config("evaluate.tasks=[mine]", f"evaluate.include_path={tmp_path}/tasks"))
+    assert {f"{tmp_path}/cache", f"{tmp_path}/tasks:{tmp_path}/tasks:ro"} <= set(bound(command))
+    assert f"HF_HOME={tmp_path}/cache" in command[command.index("--env") + 1].split(",")
+    assert "HF_HOME" not in " ".join(argv(config()))

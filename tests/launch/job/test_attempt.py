@@ -12,11 +12,11 @@ import pytest
 
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 from pipeline.launch.job import attempt, requeue
+from pipeline.launch.job.causes import slurm_log
 from pipeline.launch.job.spec import Attempt, Task
 from pipeline.launch.site import Site
-from pipeline.launch.slurm import job_records
-from pipeline.launch.slurm.job_records import AttemptBegan, AttemptEnded, RankFailed, RankStopped
-from pipeline.run import journal
+from pipeline.run import attempts, journal
+from pipeline.run.attempts import AttemptBegan, AttemptEnded, RankFailed, RankStopped
 from pipeline.run.events import BadNode, EventLog, Finished, GaveUp, NodeLost, StartBegan, append
 from pipeline.run.folder import Run, step_name
 from pipeline.run.world import DEADLINE_VARIABLE
@@ -33,14 +33,14 @@ def nodes(kind: str = "gpu:a100:8|ib", **states: str) -> str:
 def began(run: Run, number: int = 0, **requeue: int) -> Attempt:
     """An attempt on gpu1 and gpu2 that has begun."""
     site = Site.model_validate({**SITE, "requeue": requeue})
-    now = Attempt("train", Task(str(run.path), ()), site, "7", "7", number, "gpu[1-2]")
-    job_records.note(run, AttemptBegan(**now.about(), nodes=now.nodes))
+    now = Attempt("train", Task(str(run.path), ()), site, "7", "7", number, "gpu[1-2]", folder=run.launch)
+    attempts.note(run, AttemptBegan(**now.about(), nodes=now.nodes, log_bytes=journal.size(slurm_log(now))))
     return now
 
 
 def rank_ended(now: Attempt, status: int) -> Attempt:
     """The attempt, one of whose ranks has ended by itself."""
-    job_records.note(now.run, RankFailed(**now.about(), rank=1, host="gpu2", status=status))
+    attempts.note(now.run, RankFailed(**now.about(), rank=1, host="gpu2", status=status))
     return now
 
 
@@ -53,7 +53,7 @@ def ended_in_preflight(run: Run, **requeue: int) -> Attempt:
     """An attempt of which gpu2 is bad; all ranks have ended with status 1."""
     now = began(run, **requeue)
     append(run.events_file, BadNode(nodes=["gpu2"], problems=[FOUND]))
-    job_records.note(run, RankFailed(**now.about(), rank=0, host="gpu1", status=1))
+    attempts.note(run, RankFailed(**now.about(), rank=0, host="gpu1", status=1))
     return now
 
 
@@ -78,7 +78,7 @@ def test_the_retry_keeps_away_from_a_bad_node(run: Run, slurm: FakeSlurm):
 
 def test_the_reason_is_what_preflight_found_not_the_status_of_the_first_rank(run: Run):
     attempt.end(ended_in_preflight(run), 1)
-    (ended,) = job_records.notes(run, "train").of(AttemptEnded)
+    (ended,) = attempts.notes(run, "train").of(AttemptEnded)
     assert ended.reason == f"bad node gpu2: {FOUND}"
 
 
@@ -149,7 +149,7 @@ def test_bad_usage_is_not_tried_again(run: Run, slurm: FakeSlurm):
 def test_being_asked_to_stop_during_start_up_is_no_failure(run: Run, slurm: FakeSlurm):
     for number in range(5):
         now = began(run, number)
-        job_records.note(run, RankStopped(**now.about(), rank=1, host="gpu2", status=EXIT_STOPPED))
+        attempts.note(run, RankStopped(**now.about(), rank=1, host="gpu2", status=EXIT_STOPPED))
         attempt.end(now, 143)  # srun has killed rank 0, which could not listen yet
     assert slurm.calls("scontrol").count("requeue 7") == 5
 
@@ -161,7 +161,7 @@ def test_the_peers_of_a_rank_that_vanished_have_not_stopped_on_request(
     """A task that is killed as a whole leaves no record; srun reports it by its status and kills the other tasks."""
     for number in range(3):
         now = began(run, number)
-        job_records.note(run, RankStopped(**now.about(), rank=1, host="gpu2", status=EXIT_STOPPED))
+        attempts.note(run, RankStopped(**now.about(), rank=1, host="gpu2", status=EXIT_STOPPED))
         attempt.end(now, code)
     assert slurm.calls("scontrol").count("requeue 7") == requeues
 
@@ -198,7 +198,7 @@ def test_a_job_whose_run_another_start_has_taken_over_is_not_requeued(
     assert slurm.calls("scontrol").count("requeue 7") == requeues
     if not requeues:
         assert run.events_file.read_bytes() == before
-        assert "gpu9" in job_records.notes(run, "train").of(AttemptEnded)[-1].reason
+        assert "gpu9" in attempts.notes(run, "train").of(AttemptEnded)[-1].reason
 
 
 def test_a_full_disk_costs_neither_the_requeue_nor_the_beginning(

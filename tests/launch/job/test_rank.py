@@ -13,10 +13,11 @@ import pytest
 
 from pipeline.errors import EXIT_FAILED, EXIT_STOPPED
 from pipeline.files import write_json
-from pipeline.launch.slurm import job_records
-from pipeline.launch.slurm.job_records import RankEnded
+from pipeline.run import attempts
+from pipeline.run.attempts import RankEnded, RankFailed
 from pipeline.run.events import Cancelled, EventLog
 from pipeline.run.folder import Run
+from tests.launch.notify.support import webhook, write_settings
 from tests.launch.support import ROOT, SITE, FakeSlurm, events, make_run
 
 RANK = {
@@ -31,30 +32,34 @@ def run(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Ru
     return made
 
 
-def start(run: Run, script: str, wait_for: str = "ready") -> subprocess.Popen[bytes]:
+def start(
+    run: Run, script: str, wait_for: str = "ready", *, notify: Path | None = None, log: str = LOG, **variables: str
+) -> subprocess.Popen[bytes]:
     """The rank of a job, whose command is this script; returns when its log holds a word."""
     python = Path("python").absolute()
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
     site = {**SITE, "python": str(python)}
     task = {"run": str(run.path), "commands": [["train", str(run.config_file)]]}
-    write_json(run.launch / "train.json", {"stage": "train", "tasks": [task], "site": site})
+    write_json(
+        run.launch / "train.json", {"stage": "train", "tasks": [task], "site": site, "notify": str(notify or "")}
+    )
     rank = subprocess.Popen(
         [
             sys.executable,
             "-c",
             "from pipeline.launch.job.rank import run_rank; run_rank('runs/tiny/launch/train.json')",
         ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **RANK},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **RANK, **variables},
     )
-    while not (run.path / LOG).exists() or wait_for not in (run.path / LOG).read_text():
-        assert rank.poll() is None or wait_for != "ready"
+    while not (run.path / log).exists() or wait_for not in (run.path / log).read_text():
+        assert not rank.poll() or wait_for != "ready"
         time.sleep(0.02)
     return rank
 
 
 def notes(run: Run) -> list[tuple[str, int]]:
-    return [(n.kind, n.status) for n in job_records.notes(run, "train").of(RankEnded)]
+    return [(n.kind, n.status) for n in attempts.notes(run, "train").of(RankEnded)]
 
 
 def test_a_signal_is_passed_on_and_the_status_of_the_command_is_the_rank_s(run: Run):
@@ -107,6 +112,18 @@ def test_a_node_that_does_not_see_the_image_is_noted(run: Run):
     rank = start(run, "exit 0", wait_for="cannot be read")
     assert rank.wait(30) == EXIT_FAILED
     assert notes(run) == [("rank_failed", EXIT_FAILED)]
+    (failed,) = attempts.notes(run, "train").of(RankFailed)
+    assert "/nowhere/pipeline.sif cannot be read" in failed.said
+
+
+@pytest.mark.parametrize(("size", "name"), [("64", "rank_13"), ("65", "rank_8")])
+def test_of_many_ranks_those_of_a_node_share_a_log(run: Run, size: str, name: str):
+    log = f"logs/7/attempt_0_{name}.log"
+    where = {"SLURM_PROCID": "13", "SLURM_LOCALID": "5", "SLURM_STEP_NUM_TASKS": size}
+    where |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
+    assert start(run, "echo ready; exit 3", log=log, **where).wait(30) == 3
+    (failed,) = attempts.notes(run, "train").of(RankFailed)
+    assert (failed.rank, failed.said) == (13, "ready")
 
 
 @pytest.mark.parametrize(("ending", "status"), [("exit 3", 3), ("kill -KILL $$", 128 + signal.SIGKILL)])
@@ -125,3 +142,15 @@ def test_a_rank_that_is_killed_leaves_no_command_running(run: Run):
     while command.exists() and "State:\tZ" not in (command / "status").read_text():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("rank", "messages"), [("0", 1), ("1", 0)])
+def test_a_spike_is_told_beside_rank_0_only(run: Run, tmp_path: Path, rank: str, messages: int):
+    spike = """echo '{"time": 5.0, "event": "spike", "step": 12, "loss": "9.5"}' >> runs/tiny/events.jsonl"""
+    with webhook() as hook:
+        settings = write_settings(tmp_path / "home", webhook=hook.address)
+        variables = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": rank}
+        log = f"logs/7/attempt_0_rank_{rank}.log"
+        started = start(run, f"{spike}; echo ready", wait_for="ready", notify=settings, log=log, **variables)
+        assert started.wait(30) == 0
+    assert [("step 12" in text, "9.5" in text) for text in hook.texts] == [(True, True)] * messages

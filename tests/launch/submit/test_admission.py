@@ -85,7 +85,7 @@ def test_where_fuse_is_closed_the_cure_that_is_named_is_one(
 
 def test_a_path_that_no_job_would_see_is_refused_before_anything_is_queued(tmp_path: Path, slurm: FakeSlurm):
     write_files(tmp_path, site=_contained(tmp_path, slurm, HERE, "whole"))
-    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").unlink()
     (tmp_path / "text" / "a.txt").symlink_to("/etc/passwd")
     done = submit(tmp_path, slurm, "container.image=image.sif")
     message = (

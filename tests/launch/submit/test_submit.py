@@ -19,6 +19,30 @@ def test_a_dry_run_is_the_golden_file_and_writes_nothing(case):
     assert render(case) == (GOLDEN / f"{case}.txt").read_text(), "python -m tests.launch.submit.dry_runs"
 
 
+@pytest.mark.parametrize(("minutes", "written"), [(5, "0-00:05:00"), (1440, "1-00:00:00"), (3001, "2-02:01:00")])
+def test_a_time_limit_is_written_as_slurm_shows_it(tmp_path: Path, slurm: FakeSlurm, minutes: int, written: str):
+    write_files(tmp_path, site={**SITE, "train": {"nodes": 1, "time_limit_min": minutes}})
+    shown = submit(tmp_path, slurm, "--dry-run").out
+    assert f"#SBATCH --time={written}\n" in shown
+
+
+@pytest.mark.parametrize(("nodes", "shared"), [(8, False), (16, True)])
+def test_above_64_ranks_srun_writes_one_log_per_node(tmp_path: Path, slurm: FakeSlurm, nodes: int, shared: bool):
+    write_files(tmp_path, site={**SITE, "train": {"nodes": nodes, "tasks_per_node": 8}})
+    shown = submit(tmp_path, slurm, "--dry-run", "train.batch_size=256").out
+    train = shown.partition("### train")[2].partition("### evaluate")[0]
+    assert ("--output=" in train and "%j_%n_log.out" in train and "%j_%n_log.err" in train) == shared
+
+
+def test_a_script_says_what_it_is_and_how_to_resume(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    assert submit(tmp_path, slurm).status == 0
+    header = (tmp_path / "runs/tiny/launch/102_submission.sh").read_text().partition("\n#SBATCH")[0]
+    assert header.startswith(f"#!/bin/bash\n# train of the run {tmp_path}/runs/tiny, submitted to here")
+    for words in (f"{tmp_path}/runs/tiny/config.yaml", "commit", f"pipeline submit {tmp_path}/runs/tiny/config.yaml"):
+        assert words in header
+
+
 def test_the_scripts_that_are_submitted_are_those_of_the_dry_run(tmp_path: Path, slurm: FakeSlurm):
     write_files(tmp_path)
     shown = submit(tmp_path, slurm, "--dry-run").out
@@ -46,8 +70,7 @@ def test_the_stages_are_chained_and_remembered(tmp_path: Path, slurm: FakeSlurm)
 
 def test_stages_that_are_done_are_skipped(tmp_path: Path, slurm: FakeSlurm):
     write_files(tmp_path)
-    (tmp_path / "tokens").mkdir()
-    (tmp_path / "tokens/manifest.json").write_text("{}")
+    assert pipeline(tmp_path, "prepare", "config.yaml").status == 0
     done = submit(tmp_path, slurm)
     assert re.search(r"prepare +skipped: tokens/manifest\.json ", done.out)
     assert len(slurm.calls("sbatch")) == 2
@@ -123,7 +146,7 @@ def test_a_folder_that_slurm_would_fill_in_is_refused(tmp_path: Path, slurm: Fak
     assert done.status == 2
     assert f"runs_dir: {tmp_path}/{folder}/runs/tiny/launch has a % " in done.err
     assert slurm.calls("sbatch") == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "site.yaml", "slurm"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "site.yaml", "slurm", "text"]
 
 
 def test_jobs_that_cannot_be_cancelled_are_named_and_stay_recorded(tmp_path: Path, slurm: FakeSlurm):

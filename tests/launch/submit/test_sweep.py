@@ -26,6 +26,8 @@ def test_a_sweep_is_one_array_and_a_run_folder_for_every_value(tmp_path: Path, s
     names = sorted(p.name for p in (tmp_path / "runs").glob("*-seed-*"))
     assert names == [f"tiny-learning_rate-{rate}-seed-{seed}" for rate in ("1e_2", "3e_3") for seed in (1, 2)]
     [home] = homes(tmp_path)
+    for subcommand in ("status", "report", "cancel"):
+        assert f"pipeline {subcommand} runs/{home.name}\n" in f"{done.out}\n", "one command for all of them"
     assert "#SBATCH --array=0-3%4" in (home / "launch/102_submission.sh").read_text()
     assert "aftercorr:102" in (home / "launch/103_submission.sh").read_text()
     for index, name in enumerate(names):
@@ -34,6 +36,73 @@ def test_a_sweep_is_one_array_and_a_run_folder_for_every_value(tmp_path: Path, s
         config = (tmp_path / "runs" / name / "config.yaml").read_text()
         assert f"seed: {1 + index % 2}" in config
         assert f"learning_rate: {(0.01, 0.003)[index // 2]}" in config
+
+
+def test_a_sweep_trains_at_most_so_many_runs_at_a_time(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    done = submit(tmp_path, slurm, "--sweep", "train.seed=1,2,3,4", "--max-parallel", "2", "--dry-run")
+    assert "#SBATCH --array=0-3%2\n" in done.out and "#SBATCH --array=0-3%4\n" in done.out, "train, evaluate"
+    refused = submit(tmp_path, slurm, "--max-parallel", "2")
+    assert refused.status == 2 and "--sweep" in refused.err and not slurm.calls("sbatch")
+
+
+CSV = "optimizer.learning_rate, train.seed\n1e-2, 1\n3e-3,\n"
+YAML = "- {name: fast, optimizer.learning_rate: 1e-2, train.seed: 1}\n- {name: slow, optimizer.learning_rate: 3e-3}\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "labels"),
+    [
+        ("rows.csv", CSV, ("learning_rate-1e_2-seed-1", "learning_rate-3e_3")),
+        ("rows.yaml", YAML, ("fast", "slow")),
+    ],
+)
+def test_the_rows_of_a_file_are_runs(tmp_path: Path, slurm: FakeSlurm, file: str, text: str, labels: tuple[str, str]):
+    write_files(tmp_path)
+    (tmp_path / file).write_text(text)
+    done = submit(tmp_path, slurm, "--sweep", file, "--sweep", "train.zero_stage=0,1")
+    assert done.status == 0, done.err
+    names = [f"tiny-{label}-zero_stage-{stage}" for label in labels for stage in (0, 1)]
+    [home] = homes(tmp_path)
+    swept = json.loads((home / "sweep.json").read_text())["runs"]
+    assert [run["name"] for run in swept] == names
+    assert [float(run["values"]["optimizer.learning_rate"]) for run in swept] == [0.01, 0.01, 0.003, 0.003]
+    assert [run["values"].get("train.seed") for run in swept] == ["1", "1", None, None], "empty: the config's own"
+    configs = [(tmp_path / "runs" / name / "config.yaml").read_text() for name in names]
+    assert ["seed: 1\n" in config for config in configs] == [True, True, False, False]
+    for command in ("status", "cancel", "report"):
+        assert f"pipeline {command} runs/{home.name}\n" in done.out + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no rows"),
+        ("train.seed\n", "no rows"),
+        ("train.seed,train.seed\n1,2\n", "twice"),
+        ("train.seed\n1,2\n", "row 1 has 2 cells"),
+        ("--me\n1\n", "not a dotted key"),
+        ('train.seed\n"1\n', "unexpected end"),
+        ("name,train.seed\na,1\na,2\n", "both be called tiny-a"),
+    ],
+)
+def test_a_file_that_holds_no_rows_is_refused(tmp_path: Path, slurm: FakeSlurm, text: str, words: str):
+    write_files(tmp_path)
+    (tmp_path / "rows.csv").write_text(text)
+    done = submit(tmp_path, slurm, "--sweep", "rows.csv")
+    assert done.status == 2 and words in done.err and done.err.count("\n") == 1, done.err
+    (tmp_path / "rows.yaml").write_text("a: 1\n")
+    assert "is no list of mappings" in submit(tmp_path, slurm, "--sweep", "rows.yaml").err
+    assert "cannot be read" in submit(tmp_path, slurm, "--sweep", "none.csv").err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_wrong_in_any_row_is_said_at_once(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    done = submit(tmp_path, slurm, "--sweep", "train.batch_size=16,18", "--sweep", "model.num_heads=2,3")
+    assert done.status == 2
+    assert "(run tiny-batch_size-18-num_heads-2)" in done.err and "(run tiny-batch_size-16-num_heads-3)" in done.err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,26 @@ def test_a_prepare_array_that_was_left_behind_is_taken_out_by_any_run_of_the_swe
     assert cancelled(tmp_path, slurm, RUNS[0]) == "runs/tiny-seed-1: cancelled job 101\n"
 
 
+def test_a_sweeps_folder_stands_for_its_runs_and_a_bad_name_stops_nothing(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    assert submit(tmp_path, slurm, *SEEDS).status == 0
+    home = Run(next(tmp_path.glob("runs/tiny-sweep-*")))
+    queue = "".join(f"102_{i}|PENDING|None|||{home.name}-train\n" for i in range(2))
+    slurm.says("squeue", queue)
+    (tmp_path / "runs/file").touch()
+    names = sorted(f"runs/{path.name}" for path in (tmp_path / "runs").iterdir())
+    assert len(names) == 4  # the file, two runs, and the sweep
+    shown = pipeline(tmp_path, "status", *names, "--json", slurm=slurm)
+    assert [one["run"] for one in json.loads(shown.out)] == list(RUNS)
+    assert (shown.status, shown.err.count("\n")) == (2, 1) and "runs/file (here " in shown.err
+    done = pipeline(tmp_path, "cancel", f"runs/{home.name}", "runs/nothing", slurm=slurm)
+    assert done.out == "".join(f"{run}: cancelled job 102_{i}\n" for i, run in enumerate(RUNS))
+    assert done.status == 2 and "runs/nothing (here " in done.err
+    (tmp_path / RUNS[0] / "launch/jobs.json").write_text("[]")
+    done = pipeline(tmp_path, "cancel", f"runs/{home.name}", slurm=slurm)
+    assert done.status == 1 and done.out == f"{RUNS[1]}: cancelled job 102_1\n" and "jobs.json" in done.err
+
+
 @pytest.mark.parametrize("hostile", ["--me", "-u", "1 2", "12;ls", "", "12_x", 12, None, ["12"]])
 def test_an_id_that_is_no_job_reaches_no_command_of_slurm(tmp_path: Path, slurm: FakeSlurm, hostile: object):
     write_files(tmp_path)

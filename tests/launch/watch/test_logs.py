@@ -10,6 +10,9 @@ from pipeline.errors import UsageError
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import Job
 from pipeline.launch.watch import logs
+from pipeline.run import attempts
+from pipeline.run.attempts import AttemptBegan, AttemptEnded
+from pipeline.run.events import NodeLost, append
 from pipeline.run.folder import Run
 from tests.launch.support import make_run
 
@@ -43,6 +46,36 @@ def test_attempts_and_tasks_are_shown_in_order_with_slurms_words_after_each_job(
         "==> train, job 102, attempt 10, rank 0 <==\nattempt 10\n"
         "==> Slurm and the batch script, job 102 <==\nslurmstepd: error: *** CANCELLED\n"
     )
+
+
+def test_ranks_that_share_the_log_of_their_node_are_found_in_it(run: Run):
+    for first in (0, 8, 64):
+        rank_log(run, "102", f"attempt_0_rank_{first}.log", f"from {first} on\n")
+    for rank, shown in ((7, "from 0 on"), (8, "from 8 on"), (71, "from 64 on")):
+        assert f"{shown}\n" in "".join(logs.printed(run, rank))
+    with pytest.raises(UsageError, match="ranks with output: 0, 8, 64"):
+        list(logs.printed(run, 72))
+
+
+@pytest.mark.parametrize("read", [logs.printed, lambda run: logs.follow(run, 0, lambda: True)])
+def test_an_attempt_says_why_it_began(run: Run, read):
+    for number in range(4):
+        rank_log(run, "102", f"attempt_{number}_rank_0.log", f"attempt {number}\n")
+    about = {"stage": "train", "job": "102"}
+    attempts.note(run, AttemptBegan(**about, attempt=0, nodes="n[1-2]", time=10.0))
+    append(run.events_file, NodeLost(job="102", nodes=["n2"], time=20.0))
+    attempts.note(run, AttemptBegan(**about, attempt=1, nodes="n[1,3]", time=20.0))
+    attempts.note(run, AttemptEnded(**about, attempt=1, outcome="stopped", reason="asked to stop"))
+    attempts.note(run, AttemptBegan(**about, attempt=2, nodes="n[1,3]", time=30.0))
+    attempts.note(run, AttemptBegan(**about, attempt=3, nodes="n[1,3]", time=40.0))
+    titles = [line for line in "".join(read(run)).splitlines() if line.startswith("==>")]
+    assert titles == [
+        "==> train, job 102, attempt 0, rank 0 <==",
+        "==> train, job 102, attempt 1, rank 0; it began because n2 was lost <==",
+        "==> train, job 102, attempt 2, rank 0; it began because attempt 1 ended: asked to stop <==",
+        "==> train, job 102, attempt 3, rank 0; it began because attempt 2 left no record of its end, as when "
+        "Slurm requeues a job by itself <==",
+    ]
 
 
 @pytest.mark.parametrize("read", [logs.printed, lambda run: logs.follow(run, 0, lambda: True)])

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from pipeline.checkpoint.pins import pin
 from pipeline.launch.slurm import job_records
 from pipeline.launch.slurm.job_records import Job
-from pipeline.launch.watch.status import RunStatus, find_runs, statuses
-from pipeline.run import journal
-from pipeline.run.events import Finished, GaveUp, Requeued, Resumed, Submitted, append
+from pipeline.launch.watch.run_status import RunStatus
+from pipeline.launch.watch.status import statuses
+from pipeline.launch.watch.status_view import view
+from pipeline.run import attempts, journal
+from pipeline.run.attempts import AttemptBegan, AttemptEnded, Stage
+from pipeline.run.events import (
+    Finished,
+    GaveUp,
+    Requeued,
+    Resumed,
+    Submitted,
+    append,
+)
 from pipeline.run.folder import Run
-from tests.launch.support import ROOT, FakeSlurm, make_run, pipeline
+from pipeline.run.related import found_runs
+from tests.launch.support import ROOT, FakeSlurm, branched, make_run, pipeline
 
 WAITING = "102|PENDING|Dependency|||tiny-train\n103|PENDING|Dependency|||tiny-evaluate\n"
 GONE = "slurm_load_jobs error: Invalid job id specified\n"
@@ -32,7 +47,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def remember(run: Run, *, accounting: bool) -> None:
-    stages: tuple[job_records.Stage, ...] = ("prepare", "train", "evaluate")
+    stages: tuple[Stage, ...] = ("prepare", "train", "evaluate")
     jobs = [Job(str(101 + i), stage, 1, 5.0, "here", accounting) for i, stage in enumerate(stages)]
     job_records.forget_jobs(run, {job.id for job in jobs})
     job_records.add_jobs(run, jobs)
@@ -40,7 +55,7 @@ def remember(run: Run, *, accounting: bool) -> None:
 
 
 def status() -> RunStatus:
-    (found,) = statuses(find_runs(["runs/tiny"]))
+    (found,) = statuses(found_runs(["runs/tiny"])[0])
     return found
 
 
@@ -176,6 +191,46 @@ def test_a_running_training_ends_after_the_steps_that_are_left_at_the_pace_of_th
     assert (found.step, found.eta_s) == (90, pytest.approx(20))
 
 
+def test_it_shows_what_a_run_started_from_and_who_holds_its_checkpoints(
+    run: Run, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+):
+    (branched(run).checkpoints / "step_00000008").mkdir()
+    pin(run.checkpoints / "step_00000008", run.path.with_name("long"))
+    pin(run.checkpoints / "step_00000008", run.path.with_name("old"), days=0)
+    found = status()
+    assert ["step 4" in found.origin[0], "hf:/models/first" in found.origin[1]] == [True, True]
+    held, dead = found.pinned
+    assert "runs/long" in held and dead.endswith(".json")
+    Console(width=200).print(view([found]))
+    shown = capsys.readouterr().out
+    assert all(line in shown for line in (*found.origin, *found.pinned))
+
+
+def test_a_damaged_provenance_hides_no_other_run(run: Run, slurm: FakeSlurm):
+    other = Run(run.path.with_name("other"))
+    shutil.copytree(run.path, other.path)
+    run.provenance_file.write_text('{"starts": [{"init": 3}]}')
+    found = {Path(one.run).name: one for one in statuses(found_runs(["runs"])[0])}
+    assert found["tiny"].state == "unknown" and "provenance.json" in found["tiny"].reason
+    assert found["other"].state != "unknown"
+
+
+def test_a_run_that_has_ended_shows_what_its_jobs_cost_by_sacct(run: Run, tmp_path: Path, slurm: FakeSlurm):
+    attempts.note(run, AttemptBegan(time=1e9, stage="train", job="102", gpus=8, cpus=96))
+    attempts.note(run, AttemptEnded(time=1e9 + 3600, stage="train", job="102"))
+    slurm.says("squeue", "102|RUNNING|None|n1|30:00|tiny-train\n")
+    found = status()
+    assert found.usage is not None and (found.usage.gpu_hours, found.usage.node_kwh) == (8, None)
+    assert slurm.calls("sacct") == [call for call in slurm.calls("sacct") if "--duplicates" not in call]
+    slurm.says("squeue", err=GONE, status=1)
+    slurm.says("sacct", "".join(f"{101 + i}|COMPLETED|n1|tiny\n" for i in range(3)), call=2)
+    start = datetime.fromtimestamp(1e9 - 60).isoformat()
+    slurm.says("sacct", f"102|{start}|7200|cpu=96,gres/gpu=8|7200000|tiny-train\n")
+    done = pipeline(tmp_path, "status", "runs/tiny", slurm=slurm)
+    (line,) = [line for line in done.out.splitlines() if line.startswith("usage")]
+    assert "16.00 GPU-hours in 1 allocation;" in line and "2.000 kWh" in line
+
+
 @pytest.mark.slow
 def test_watching_shows_the_run_until_control_c(run: Run, tmp_path: Path, slurm: FakeSlurm):
     slurm.says("squeue", "101|PENDING|Resources|||tiny-prepare\n" + WAITING)
@@ -206,3 +261,18 @@ def test_a_job_of_another_name_under_an_old_id_is_somebody_elses(run: Run, slurm
     slurm.says("squeue", "102|RUNNING|None|n1|30:00|other-train\n")
     slurm.says("sacct", "102|RUNNING|n1|other-train\n")
     assert status().state == "finished"
+
+
+def test_a_run_shows_the_last_validation_and_the_tokens_of_each_source(run: Run, tmp_path: Path, slurm: FakeSlurm):
+    line = {"train/loss": 2.0, "train/tokens_seen": 3_000_000, "data/web/tokens_seen": 2_000_000}
+    with run.metrics_file.open("ab") as file:
+        for step in (1, 2, 3):
+            file.write(journal.encode({"step": step, "time": 1.0, **line, "data/code/tokens_seen": 1_000_000}))
+            if step < 3:
+                validation = {"val/loss": 3.0, "val/web/loss": 2.5 + step, "val/code/loss": 1.25}
+                file.write(journal.encode({"step": step, "time": 1.0, **validation}))
+    found = status()
+    assert found.validation == {"web": 4.5, "code": 1.25}
+    assert found.source_tokens == {"web": 2_000_000, "code": 1_000_000} and found.step == 3
+    shown = pipeline(tmp_path, "status", "runs/tiny").out
+    assert "web 4.5000, code 1.2500" in shown and "web 2.0M" in shown

@@ -7,6 +7,7 @@ import pytest
 from pipeline.errors import PipelineError
 from pipeline.tracking.upload.sync import sync
 from pipeline.tracking.upload.ui import local_server
+from tests.processes import free_port
 from tests.tracking.support import begin, feed, make_run, of_journal, of_mlflow, wait_for
 
 NAMES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
@@ -31,7 +32,8 @@ def server(tmp_path_factory):
         patch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", PASSWORD)
         patch.setenv("MLFLOW_FLASK_SERVER_SECRET_KEY", "of this test")
         options = ("--app-name", "basic-auth", "--artifacts-destination", str(folder / "artifacts"))
-        with local_server(f"sqlite:///{folder}/server.db", log=folder / "server.log", options=options) as started:
+        store, log = f"sqlite:///{folder}/server.db", folder / "server.log"
+        with local_server(store, free_port(), log, options) as started:
             yield started
 
 

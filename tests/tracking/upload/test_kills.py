@@ -26,7 +26,6 @@ from tests.tracking.support import (
     of_journal,
     of_mlflow,
     open_store,
-    unused_port,
     wait_for,
 )
 
@@ -131,7 +130,7 @@ def test_two_runs_that_make_and_fill_one_sqlite_file_at_once_lose_nothing(experi
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with local_server(f"sqlite:///{tmp_path_factory.mktemp('server')}/server.db") as started:
+    with local_server(f"sqlite:///{tmp_path_factory.mktemp('server')}/server.db", processes.free_port()) as started:
         yield started
 
 
@@ -188,7 +187,7 @@ def test_a_server_that_answers_after_seconds_gets_every_point(server, tmp_path):
 
 
 def test_without_any_server_training_ends_well_and_sync_fills_it_completely(experiment, tmp_path):
-    port = unused_port()
+    port = processes.free_port()
     url = f"http://127.0.0.1:{port}"
     run = run_of(experiment)
     secret = {"MLFLOW_TRACKING_USERNAME": "ada-lovelace", "MLFLOW_TRACKING_PASSWORD": "difference-engine"}
@@ -198,7 +197,7 @@ def test_without_any_server_training_ends_well_and_sync_fills_it_completely(expe
     assert told.count("Training continues") == 1 and f"pipeline sync {run.path}" in told
     with pytest.raises(PipelineError):
         sync(run)
-    with local_server(f"sqlite:///{tmp_path}/server.db", port=port):
+    with local_server(f"sqlite:///{tmp_path}/server.db", port):
         processes.run(["sync", str(run.path)], 1, tmp_path / "log")
         assert of_mlflow(run, run.config()) == of_journal(run)
         store, run_id = open_store(run, run.config())

@@ -11,6 +11,7 @@ from pipeline.run.events import EventLog
 from pipeline.run.folder import Run
 from pipeline.tracking import upload_state
 from pipeline.tracking.upload.sync import is_alive, sync
+from tests.processes import free_port
 from tests.tracking.support import (
     acknowledged,
     begin,
@@ -19,7 +20,6 @@ from tests.tracking.support import (
     of_journal,
     of_mlflow,
     open_store,
-    unused_port,
     wait_for,
 )
 
@@ -110,7 +110,7 @@ def test_a_run_whose_process_was_killed_is_killed_after_the_next_sync(folder):
 
 @pytest.mark.timing
 def test_an_unreachable_server_delays_nothing(tmp_path):
-    run, config = make_run(tmp_path, f"http://127.0.0.1:{unused_port()}")
+    run, config = make_run(tmp_path, f"http://127.0.0.1:{free_port()}")
     began = time.monotonic()
     tracker = begin(run, config)
     log_steps(tracker, 1, 30)
@@ -119,7 +119,7 @@ def test_an_unreachable_server_delays_nothing(tmp_path):
 
 
 def test_an_unreachable_server_causes_one_message_and_no_loss(tmp_path):
-    run, config = make_run(tmp_path, f"http://127.0.0.1:{unused_port()}")
+    run, config = make_run(tmp_path, f"http://127.0.0.1:{free_port()}")
     tracker = begin(run, config)
     log_steps(tracker, 1, 30)
     tracker.close("FINISHED")

@@ -1,18 +1,19 @@
 """What arrives in a sqlite store, read back through MLflow's own client."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from pipeline import tracking
-from pipeline.errors import UsageError
 from pipeline.files import write_json, write_text
-from pipeline.run import journal
+from pipeline.run import attempts, journal
+from pipeline.run.attempts import AttemptBegan
 from pipeline.run.events import Cancelled, Checkpointed, Finished, Started, Submitted, append
-from pipeline.tracking.upload.store import resolve_uri
 from pipeline.tracking.upload.sync import register_export, sync
+from tests.launch.support import BASE, branched
 from tests.tracking.support import (
     acknowledged,
     begin,
@@ -22,8 +23,13 @@ from tests.tracking.support import (
     of_mlflow,
     open_store,
     read_history,
+    task_evaluation,
     wait_for,
+    write_task_evaluation,
 )
+
+STARTED = {"git": {"commit": "0123abc", "dirty": True}, "packages": {"torch": "2.13.0"}, "command": ["pipeline"],
+           "image": None, "slurm_job_id": "7", "dataset": "d" * 64}  # fmt: skip
 
 
 def test_a_run_is_recorded_with_everything_that_belongs_to_it(folder):
@@ -34,10 +40,11 @@ def test_a_run_is_recorded_with_everything_that_belongs_to_it(folder):
         run,
         config,
         step=0,
-        provenance={"git": {"commit": "0123abc", "dirty": True}, "packages": {"torch": "2.13.0"}},
+        provenance=STARTED,
         dataset={"name": "tokens", "digest": "d" * 64, "tokens": 1000},
         tokenizer_file=tokenizer,
     )
+    attempts.note(run, AttemptBegan(time=time.time() - 3600, stage="train", job="7", gpus=8, cpus=64))
     tracker.event(Started(step=0))
     log_steps(tracker, 1, 30)
     checkpoint = run.checkpoints / "step_00000025"
@@ -55,8 +62,9 @@ def test_a_run_is_recorded_with_everything_that_belongs_to_it(folder):
     assert there.data.params["model.d_model"] == "16"
     assert there.data.params["optimizer.betas"] == "[0.9, 0.95]"
     tags = there.data.tags
-    assert tags["mlflow.source.git.commit"] == "0123abc" and tags["provenance.packages.torch"] == "2.13.0"
-    assert tags["provenance.git.dirty"] == "true"
+    assert tags["mlflow.source.git.commit"] == "0123abc" and tags["pipeline.dirty"] == "true"
+    assert tags["pipeline.slurm_job_id"] == "7" and tags["pipeline.dataset"] == "d" * 64
+    assert not [name for name in tags if "packages" in name or "command" in name], "the artifact has the rest"
     assert tags["pipeline.checkpoint"] == str(checkpoint) and len(tags["pipeline.checkpoint.digest"]) == 64
     (given,) = there.inputs.dataset_inputs
     assert given.dataset.name == "tokens" and given.dataset.digest == "d" * 36
@@ -69,9 +77,15 @@ def test_a_run_is_recorded_with_everything_that_belongs_to_it(folder):
     }  # fmt: skip
     assert "torch==" in (artifacts / "environment.txt").read_text()
     assert json.loads((artifacts / "checkpoints.json").read_text())[0]["step"] == 25
+    assert json.loads((artifacts / "provenance.json").read_text())["starts"] == [STARTED]
     goodput = {k: v for k, v in there.data.metrics.items() if k.startswith("wall/")}
     parts = [v for k, v in goodput.items() if k not in ("wall/goodput", "wall/total_s")]
     assert sum(parts) == pytest.approx(goodput["wall/total_s"])
+    cost = {k: v for k, v in there.data.metrics.items() if k.startswith("usage/")}
+    assert cost.keys() == {"usage/gpu_hours", "usage/cpu_core_hours"}, "no energy was measured"
+    assert 8 <= cost["usage/gpu_hours"] < 8.5
+    assert cost["usage/cpu_core_hours"] == pytest.approx(8 * cost["usage/gpu_hours"])
+    assert "GPU-hours in 1 allocation" in tags["pipeline.usage"] and "not measured" in tags["pipeline.usage"]
 
 
 def test_an_evaluation_becomes_metrics_of_its_checkpoint_once(folder):
@@ -82,13 +96,19 @@ def test_an_evaluation_becomes_metrics_of_its_checkpoint_once(folder):
     tracker.close("FINISHED")
     for _ in range(2):
         write_json(
-            run.evaluation_file, {"step": 10, "loss": 2.5, "perplexity": 12.2, "bits_per_byte": 1.1, "tokens": 99}
-        )
+            run.evaluation_file,
+            {"step": 10, "loss": 2.5, "perplexity": 12.2, "bits_per_byte": 1.1, "tokens": 99,
+             "sources": {"web": {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 50}}},
+        )  # fmt: skip
+        write_task_evaluation(run, task_evaluation("arc", 10, 0.5, limit=9))
         sync(run)
     store, run_id = open_store(run, config)
     there = read_history(store, run_id)
+    names = ("acc", "acc_stderr")
+    assert [[(p.step, p.value) for p in there[f"tasks/arc_limit9/{n}"]] for n in names] == [[(10, 0.5)], [(10, 0.05)]]
     assert [(p.step, p.value) for p in there["evaluation/loss"]] == [(10, 2.5)]
     assert [(p.step, p.value) for p in there["evaluation/bits_per_byte"]] == [(10, 1.1)]
+    assert [(p.step, p.value) for p in there["evaluation/web/loss"]] == [(10, 2.0)]
 
 
 def test_points_arrive_while_training_runs(folder):
@@ -174,6 +194,18 @@ def test_nan_and_infinity_do_not_stop_the_upload(folder):
     assert there["train/loss"][1][2] == 1.0
 
 
+def test_a_branch_is_a_run_of_its_own_below_its_parent(folder):
+    run, config = make_run(folder)
+    tracker = begin(branched(run), config)
+    log_steps(tracker, 5, 6)
+    tracker.close("FINISHED")
+    store, run_id = open_store(run, config)
+    tags = store.read_run(run_id).data.tags
+    assert (tags["pipeline.parent"], tags["pipeline.parent.step"]) == (BASE["from"], "4")
+    assert tags["pipeline.parent.digest"] == BASE["digest"]
+    assert tags["mlflow.parentRunId"] == "a1" != run_id
+
+
 def test_a_param_that_changed_between_two_starts_has_a_tag(folder):
     run, config = make_run(folder)
     begin(run, config).close("STOPPED")
@@ -243,40 +275,6 @@ def test_system_metrics_of_every_node_arrive_once(folder):
         "system/n1/gpu_0_power_usage_watts": [(0, 300.0)],
         "system/n2/gpu_0_power_usage_watts": [(0, 300.0), (1, 301.0)],
     }
-
-
-@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/x", "sqlite:///", "postgresql://u:p@h/db", "http://"])
-def test_addresses_that_name_no_store_are_refused(uri):
-    with pytest.raises(UsageError):
-        resolve_uri(uri)
-
-
-@pytest.mark.parametrize(
-    ("uri", "cure"),
-    [
-        ("https://ada:secretpw@host", "MLFLOW_TRACKING_PASSWORD"),
-        ("ada:secretpw@host:5000", "MLFLOW_TRACKING_PASSWORD"),
-        ("//secretpw@host", "MLFLOW_TRACKING_PASSWORD"),
-        ("https://ada:secretpw@[bad", "MLFLOW_TRACKING_PASSWORD"),
-        ("http://ada:secretpw", r"http\(s\)://HOST:PORT"),
-        ("https://[secretpw", r"http\(s\)://HOST:PORT"),
-        ("http://127.0.0.1:9/?token=secretpw", "MLFLOW_TRACKING_TOKEN"),
-        ("http://127.0.0.1:9/#secretpw", "MLFLOW_TRACKING_TOKEN"),
-        ("sqlite:///mlflow.db?key=secretpw", "sqlite:///FILE"),
-    ],
-)
-def test_a_password_in_the_address_is_refused_without_being_repeated(tmp_path, uri, cure):
-    run, _ = make_run(tmp_path, "none")
-    for try_it in (lambda: make_run(tmp_path, uri), lambda: sync(run, uri), lambda: resolve_uri(uri)):
-        with pytest.raises(UsageError, match=cure) as refused:
-            try_it()
-        assert "secretpw" not in str(refused.value)
-    assert not any(b"secretpw" in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
-
-
-@pytest.mark.parametrize("uri", ["http://[::1]:5000", "https://host/mlflow", "sqlite:////home/ada@host/c#/mlflow.db"])
-def test_addresses_without_a_secret_are_accepted(uri):
-    assert resolve_uri(uri) == uri
 
 
 def test_a_rank_that_samples_its_node_feeds_no_store(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import requests
 from pipeline.errors import PipelineError
 from pipeline.tracking.upload.sync import sync
 from pipeline.tracking.upload.ui import local_server
+from tests.processes import free_port
 from tests.tracking.support import begin, make_run
 
 pytestmark = pytest.mark.slow
@@ -29,14 +30,19 @@ def test_the_page_of_a_store_starts_on_loopback_and_leaves_no_process(folder, nu
     page = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hears_control_c)
     try:
         address = page.stdout.readline()
-        url, experiment = re.match(
-            r"MLflow: (http://127\.0\.0\.1:\d+)/#/experiments/(\d+)/runs/" + run_id, address
+        url, token, experiment = re.match(
+            r"MLflow: (http://127\.0\.0\.1:\d+)/\?token=([\w-]+)#/experiments/(\d+)/runs/" + run_id, address
         ).groups()
-        assert requests.get(f"{url}/health", timeout=30).status_code == 200
-        assert requests.get(f"{url}/api/2.0/mlflow/experiments/get?experiment_id={experiment}", timeout=30).ok
+        known = {"Authorization": f"Bearer {token}"}
+        assert requests.get(f"{url}/health", headers=known, timeout=30).status_code == 200
+        experiments = f"{url}/api/2.0/mlflow/experiments/get?experiment_id={experiment}"
+        assert requests.get(experiments, headers=known, timeout=30).ok
         children = psutil.Process(page.pid).children(recursive=True)
-        ports = [c.laddr for p in children for c in p.net_connections() if c.status == "LISTEN"]
-        assert ports and all(a.ip == "127.0.0.1" for a in ports)
+        listening = [
+            c.laddr for p in (psutil.Process(page.pid), *children) for c in p.net_connections() if c.status == "LISTEN"
+        ]
+        assert [f"http://{a.ip}:{a.port}" for a in listening] == [url], "only the gate listens"
+        assert not any(token in " ".join(p.cmdline()) for p in children)
     finally:
         page.send_signal(signal.Signals[number])
         page.wait(timeout=30)
@@ -50,6 +56,6 @@ def test_the_page_of_a_store_starts_on_loopback_and_leaves_no_process(folder, nu
 def test_a_server_that_does_not_start_says_why(folder):
     with (
         pytest.raises(PipelineError, match=r"status 2 before .*--no-such-option"),
-        local_server(f"sqlite:///{folder}/mlflow.db", options=("--no-such-option",)),
+        local_server(f"sqlite:///{folder}/mlflow.db", free_port(), options=("--no-such-option",)),
     ):
         pass

@@ -11,8 +11,10 @@ import torch
 from torch.nn import functional
 
 from pipeline.config.load import load_config
-from pipeline.config.sections import Config, OptimizerConfig
-from pipeline.data.dataset import BatchReader, open_dataset
+from pipeline.config.sections import Config
+from pipeline.config.train_sections import OptimizerConfig
+from pipeline.data.dataset import open_dataset
+from pipeline.data.order.batches import BatchReader
 from pipeline.model.transformer import TransformerLM
 from pipeline.train.engine.fresh import fill_fresh
 
@@ -51,6 +53,7 @@ def learning_rate(step: int, settings: OptimizerConfig) -> float:
     """Linear warm-up, then a cosine down to the minimum."""
     if step < settings.warmup_iters:
         return settings.learning_rate * step / settings.warmup_iters
+    assert settings.cosine_cycle_iters is not None
     done = min(1.0, (step - settings.warmup_iters) / (settings.cosine_cycle_iters - settings.warmup_iters))
     span = settings.learning_rate - settings.min_learning_rate
     return settings.min_learning_rate + span * (1 + math.cos(math.pi * done)) / 2

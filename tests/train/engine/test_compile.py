@@ -13,7 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from pipeline.config.load import load_config
-from pipeline.data.dataset import ValidationWindows, open_dataset
+from pipeline.data.dataset import open_dataset
+from pipeline.data.order.documents import document_starts
+from pipeline.data.order.validation import validation_windows
 from pipeline.model.chunked_loss import IGNORED
 from pipeline.train.evaluate import _padded
 from tests import processes
@@ -66,6 +68,18 @@ def test_all_blocks_share_one_graph_for_training_and_one_for_validation(
     assert graphs.frame_count == 2
 
 
+def test_other_documents_need_no_other_graph(tmp_path: Path, graphs: CompileCounterWithBackend) -> None:
+    settings = {"model.num_layers": 3, "model.document_mask": True}
+    engines = [new_engine(tmp_path, 2, **settings, **{"train.compile": compiles}) for compiles in (True, False)]
+    generator = torch.Generator().manual_seed(0)
+    for seed in (1, 2, 3):
+        ids = torch.randint(257, (4, 17), generator=generator)
+        starts = document_starts(ids[:, :-1] % 5, seed)  # another number of documents each time
+        compiled, eager = (engine.loss(ids[:, :-1], ids[:, 1:], starts).loss for engine in engines)
+        torch.testing.assert_close(compiled, eager)
+    assert graphs.frame_count == 1
+
+
 def train_and_count(arguments: list[str], report: str) -> None:
     """Runs the command and writes what the compiler did."""
     try:
@@ -102,7 +116,7 @@ def test_a_restart_compiles_nothing_and_stays_on_the_curve(lab: Lab, tmp_path: P
     for part in ("inductor", "aot_autograd"):
         assert not [kind for kind in second[part] if kind.endswith("_cache_miss")], part
     run = Path(load_config(config).runs_dir) / "compiled"
-    windows = ValidationWindows(open_dataset(load_config(config).data.path, "validation"), 16)
+    (windows,) = validation_windows(open_dataset(load_config(config).data.path, "validation"), 16)
     assert windows.count % 4, "the last chunk of a validation is smaller"
     assert any((run / "compiled").iterdir())
     assert [e["step"] for e in events(run, "resumed")] == [7]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -49,9 +50,9 @@ def test_clipping_and_the_step_read_nothing_from_the_device(pretended: None, mon
         device=torch.device("cuda", 0), _world=World(), _offloads=False, _optimizer=optimizer,
         _partitions=SimpleNamespace(replicated=True, gradients=lambda: [p.grad for p in weights]),
     )  # fmt: skip
-    monkeypatch.setattr(module, "PendingNumbers", lambda numbers: numbers)
+    monkeypatch.setattr(module, "PendingNumbers", lambda numbers, world_size: numbers)
     for _ in range(2):
-        numbers = Engine.reduce_and_clip(engine, 1.0, [torch.empty((), device="cuda")], stop=True)  # type: ignore[arg-type]
+        numbers = Engine._reduce_and_clip(engine, 1.0, [torch.empty((), device="cuda")], 1.0)  # type: ignore[arg-type]
         optimizer.step()
     assert numbers.is_cuda and numbers.shape == (3,)  # type: ignore[attr-defined]
     assert isinstance(optimizer.counts, torch.Tensor)
@@ -97,9 +98,8 @@ def test_deepspeed_is_given_the_number_of_the_device_and_not_of_the_rank(monkeyp
     """Where Slurm shows rank 5 its own GPU only, that is cuda:0; DeepSpeed would ask for cuda:5."""
     # DeepSpeed chooses its accelerator once per process, at its first import: later tests train on the CPU.
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    deepspeed_setup._import_without_mlflow()
     for name in ("LOCAL_RANK", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "5")
-    monkeypatch.setattr(deepspeed_setup, "_import_without_mlflow", lambda: SimpleNamespace(init_distributed=dict))
+    monkeypatch.setattr(deepspeed, "init_distributed", dict)
     deepspeed_setup.prepare(torch.device("cuda", 0))
     assert (os.environ["LOCAL_RANK"], os.environ["DS_ACCELERATOR"]) == ("0", "cuda")

@@ -93,3 +93,11 @@ def test_gradients_can_be_reduced_in_float32_and_weights_gathered_in_bf16(tmp_pa
     assert mixed.gathered == half.gathered
     assert mixed.reduced == {torch.float32: half.reduced[torch.bfloat16]}
     assert mixed.weights == half.weights
+
+
+def test_one_rank_copies_its_gradients_for_no_reduction(tmp_path: Path) -> None:
+    config = experiment(tmp_path, **{**SETTINGS, "train.batch_size": 4})
+    (alone,) = processes.on_ranks(second_step, 1, tmp_path / "log", config, 0, "fp32")
+    assert (alone.gathered, alone.reduced) == ({}, {})
+    first, second = processes.on_ranks(second_step, 2, tmp_path / "log", experiment(tmp_path, **SETTINGS), 0, "fp32")
+    assert first == second and first.reduced[torch.float32] * 4 == first.weights

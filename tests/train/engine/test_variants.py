@@ -118,7 +118,7 @@ def first_losses(world: World, config_file: str, stage: int) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_train_a_tied_model_as_one_does(tmp_path: Path, stage: int) -> None:
     config = experiment(tmp_path, **TIED)
     one = first_losses(World(), config, 0)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.errors import UsageError
-from pipeline.run.world import World
+from pipeline.errors import PipelineError, UsageError
+from pipeline.run.world import GPUS_VARIABLE, World
 from pipeline.train.ranks import device as device_module
 from pipeline.train.ranks.device import peak_flops_per_s, pick_device
 from tests.train.fakes import tiny_config
@@ -51,6 +51,22 @@ def test_cpu_keeps_off_the_gpu(gpus: list[torch.device], tmp_path: Path) -> None
 
 def test_auto_without_a_gpu_is_the_cpu(no_gpu: None, tmp_path: Path) -> None:
     assert pick_device(tiny_config(tmp_path, **{"train.device": "auto"}), World()) == torch.device("cpu")
+
+
+def test_auto_in_a_job_with_gpus_that_pytorch_cannot_use_is_an_error_with_the_driver_s_words(
+    no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update\nmore")
+
+    monkeypatch.setenv(GPUS_VARIABLE, "8")
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    config = tiny_config(tmp_path, **{"train.device": "auto"})
+    with pytest.raises(
+        PipelineError, match=r"8 GPUs per node, .*: The NVIDIA driver .* too old \(found version 11040\)"
+    ):
+        pick_device(config, World())
+    assert pick_device(tiny_config(tmp_path, **{"train.device": "cpu"}), World()) == torch.device("cpu")
 
 
 def test_cuda_without_a_gpu_is_a_usage_error(no_gpu: None, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from pipeline.config.sections import CheckpointConfig
+from pipeline.config.train_sections import CheckpointConfig
 from pipeline.run.world import World
 from pipeline.train.ranks import group
 from tests import processes
@@ -84,7 +84,7 @@ def test_alone_a_value_is_its_own_answer() -> None:
 
 def test_broadcasts_reach_every_rank_in_order(shared: HashStore) -> None:
     ranks = [World(rank=rank, size=3) for rank in range(3)]
-    first, second = ("value", None, Path("folder")), 2
+    first, second = ["value", None, {"a": 0.5}], 2
     assert (group.broadcast(first, ranks[0]), group.broadcast(second, ranks[0])) == (first, second)
     for late in ranks[1:]:
         assert group.broadcast("its own", late) == first

@@ -13,7 +13,8 @@ import numpy as np
 from pipeline.config.data_sections import SourceConfig
 from pipeline.data.read import bad_records
 from pipeline.data.read.chunks import ChunkBuilder, Place
-from pipeline.data.read.documents import Documents
+from pipeline.data.read.documents import Documents, Flags
+from pipeline.data.read.fields import Filter, WrongKindError, find_column, find_field, json_schema
 from pipeline.data.read.formats.records import RecordFormat
 
 # A byte of text takes up to six in JSON (`\u0000`), and a line may have other fields: `max_document_mb` limits the text
@@ -32,14 +33,18 @@ class JsonLines(RecordFormat):
     def __init__(self, source: SourceConfig) -> None:
         super().__init__(b"\n")
         self._field = source.field
+        self._filter = Filter(source)
 
     def _longest_record(self, limit: int) -> int:
         return _ESCAPE_BYTES * limit + _OTHER_FIELDS_BYTES
 
     def _add(self, block: bytes, builder: ChunkBuilder, place: Place) -> None:
-        documents = _parse_block(block, self._field)
-        if documents is not None:
-            builder.add(documents, lambda index, byte: place(_line_start(block, index)))
+        parsed = _parse_block(block, self._field, self._filter)
+        if parsed is not None:
+            documents, lines = parsed
+            builder.drop(len(lines) - len(documents))
+            kept = np.flatnonzero(lines)
+            builder.add(documents, lambda index, byte: place(_line_start(block, int(kept[index]))))
             return
         # A line is wrong or unusual.
         texts: list[bytes] = []
@@ -47,16 +52,49 @@ class JsonLines(RecordFormat):
         start = 0
         for line in block.split(b"\n"):
             if line.strip():
-                text = _parse_line(line, self._field, builder, functools.partial(_shifted, place, start))
+                text = self._parse_line(line, builder, functools.partial(_shifted, place, start))
                 if text is not None:
                     texts.append(text)
                     starts.append(start)
             start += len(line) + 1
         builder.add(Documents.of(texts), lambda index, byte: place(starts[index]))
 
+    def _parse_line(self, line: bytes, builder: ChunkBuilder, place: Place) -> bytes | None:
+        """Returns the text of one line; None if it is dropped, or if something is wrong with it, which is reported."""
+        try:
+            record = json.loads(line.decode(), parse_int=_integer)
+            if isinstance(record, dict) and not self._filter.keeps(record):
+                builder.drop(1)
+                return None
+        except UnicodeDecodeError as error:
+            builder.report(bad_records.INVALID_UTF8, place(error.start), error.reason)
+            return None
+        except json.JSONDecodeError as error:
+            builder.report(bad_records.INVALID_JSON, place(len(line.decode()[: error.pos].encode())), error.msg)
+            return None
+        except RecursionError:
+            builder.report(bad_records.INVALID_JSON, place(0), "nested too deeply")
+            return None
+        except WrongKindError as error:
+            builder.report(bad_records.NOT_COMPARABLE, place(0), str(error))
+            return None
+        problem = _field_problem(record, self._field)
+        if problem is not None:
+            builder.report(problem[0], place(0), problem[1])
+            return None
+        try:
+            return bytes(find_field(record, self._field).encode())
+        except UnicodeEncodeError:
+            builder.report(bad_records.INVALID_UTF8, place(0), f"{self._field!r} has half of a surrogate pair")
+            return None
 
-def _parse_block(block: bytes, field: str) -> Documents | None:
-    """Parses all lines at once with Arrow; None unless every line is an object with this field, a string."""
+
+def _parse_block(block: bytes, field: str, wanted: Filter) -> tuple[Documents, Flags] | None:
+    """Parses all lines at once with Arrow; None unless every line is an object whose fields are as they should be.
+
+    Returns:
+        The texts of the lines that are kept, and which lines those are.
+    """
     import pyarrow
     import pyarrow.json
 
@@ -65,21 +103,31 @@ def _parse_block(block: bytes, field: str) -> Documents | None:
         return None
     if not Documents(np.frombuffer(block, np.uint8), np.array([0, len(block)])).is_utf8():
         return None
+    schema = json_schema({**wanted.fields, field: "text"})
+    if schema is None or wanted.fields.get(field, "text") != "text":
+        return None
     try:
         table = pyarrow.json.read_json(
             io.BytesIO(block),
             read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(block) + 1),
-            parse_options=pyarrow.json.ParseOptions(
-                explicit_schema=pyarrow.schema([(field, pyarrow.string())]), unexpected_field_behavior="ignore"
-            ),
+            parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
         )
     except (pyarrow.ArrowInvalid, UnicodeDecodeError):
         return None
-    column = table.column(field)
     # More rows than lines: several objects in one.
-    if column.num_chunks != 1 or column.null_count or len(column) != lines:
+    if len(table) != lines or len(table.column(0).chunks) != 1:
         return None
-    return Documents.from_arrow(column.chunk(0))
+    column = functools.partial(_column, table)
+    texts = find_column(column, field)
+    kept = np.ones(lines, np.bool_)
+    if wanted:
+        kept = wanted.kept({name: find_column(column, name) for name in wanted.fields})
+        texts = texts if kept.all() else texts.filter(pyarrow.array(kept))
+    return None if texts.null_count else (Documents.from_arrow(texts), kept)
+
+
+def _column(table: Any, name: str) -> Any:
+    return table.column(name).chunk(0) if name in table.column_names else None
 
 
 def _count_object_lines(block: bytes) -> int | None:
@@ -104,39 +152,16 @@ def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) <= _EXACT_DIGITS else float(digits)
 
 
-def _parse_line(line: bytes, field: str, builder: ChunkBuilder, place: Place) -> bytes | None:
-    """Returns the text of one line, or reports what is wrong with it and returns None."""
-    try:
-        record = json.loads(line.decode(), parse_int=_integer)
-    except UnicodeDecodeError as error:
-        builder.report(bad_records.INVALID_UTF8, place(error.start), error.reason)
-        return None
-    except json.JSONDecodeError as error:
-        builder.report(bad_records.INVALID_JSON, place(len(line.decode()[: error.pos].encode())), error.msg)
-        return None
-    except RecursionError:
-        builder.report(bad_records.INVALID_JSON, place(0), "nested too deeply")
-        return None
-    problem = _field_problem(record, field)
-    if problem is not None:
-        builder.report(problem[0], place(0), problem[1])
-        return None
-    try:
-        return bytes(record[field].encode())
-    except UnicodeEncodeError:
-        builder.report(bad_records.INVALID_UTF8, place(0), f"{field!r} has half of a surrogate pair")
-        return None
-
-
 def _field_problem(record: Any, field: str) -> tuple[str, str] | None:
     """Returns the reason and the detail, or None if the field is a string."""
     if not isinstance(record, dict):
         return bad_records.MISSING_FIELD, f"the line is not a JSON object, so it has no {field!r}"
-    if field not in record:
+    value = find_field(record, field)
+    if value is None and field not in record:
         names = ", ".join(map(repr, list(record)[:8]))
         return bad_records.MISSING_FIELD, f"{field!r}; the record has {names or 'no field'}: set `field` of the source"
-    if not isinstance(record[field], str):
-        return bad_records.NOT_A_STRING, f"{field!r} is {json.dumps(record[field])[:40]}"
+    if not isinstance(value, str):
+        return bad_records.NOT_A_STRING, f"{field!r} is {json.dumps(value)[:40]}"
     return None
 
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from pipeline.config.data_sections import SourceConfig
 from pipeline.data.read.chunks import ChunkBuilder, ReadItems
+from pipeline.data.read.formats.arrow import Arrow
 from pipeline.data.read.formats.jsonl import JsonLines
 from pipeline.data.read.formats.parquet import Parquet
 from pipeline.data.read.formats.text import Text
@@ -27,4 +28,4 @@ class Format(Protocol):
         ...
 
 
-FORMATS: dict[str, type[Format]] = {"txt": Text, "jsonl": JsonLines, "parquet": Parquet}
+FORMATS: dict[str, type[Format]] = {"txt": Text, "jsonl": JsonLines, "parquet": Parquet, "arrow": Arrow}

@@ -26,7 +26,7 @@ def test_another_field_and_unusual_lines_of_json(tmp_path: Path) -> None:
 
 
 def test_lines_that_end_as_on_windows_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.read.formats.jsonl._parse_line", None)
+    monkeypatch.setattr("pipeline.data.read.formats.jsonl.JsonLines._parse_line", None)
     path = write(tmp_path / "all.jsonl", jsonl(FORMAT_TEXTS).replace(b"\n", b"\r\n"))
     assert built_texts(tmp_path, path) == FORMAT_TEXTS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pyarrow
@@ -13,6 +14,7 @@ from pipeline.data.layout import MANIFEST
 from pipeline.data.read.bad_records import BadRecordPolicy
 from pipeline.data.read.chunks import CHUNK_BYTES, Chunk, ChunkBuilder
 from pipeline.data.read.formats.parquet import Parquet
+from pipeline.data.read.formats.parquet_pages import page_sizes
 from pipeline.data.read.sources import SourceFile, find_files
 from pipeline.data.read.task import Part, TaskFile
 from pipeline.errors import DataError
@@ -79,6 +81,12 @@ def _write(path: Path, *columns: pyarrow.Array, names: list[str], **how: object)
     return path
 
 
+def test_a_group_of_nothing_but_nulls_is_skipped(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [*[None] * 20, "text"])
+    prepare(config(tmp_path / "out", [one_source(path)], on_bad="skip", max_bad_fraction=1 - 1e-9))
+    assert split_texts(tmp_path / "out") == ["text"]
+
+
 @pytest.mark.parametrize("kind", [pyarrow.string_view(), pyarrow.binary_view()])
 def test_nulls_of_a_view_are_skipped(kind: pyarrow.DataType, tmp_path: Path) -> None:
     texts = ["a", None, "b"]
@@ -139,6 +147,43 @@ def test_a_text_that_is_in_a_dictionary_once_takes_bounded_memory(tmp_path: Path
             texts += len(item.documents)
     assert texts + len(builder.take().documents) == 600
     assert most < 12 * CHUNK_BYTES
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_value_that_would_fill_the_memory_is_refused_before_it_is_unpacked(tmp_path: Path, dictionary: bool) -> None:
+    texts = pyarrow.array(["a", "y" * (300 << 20), "b"])
+    path = _write(tmp_path / "a.parquet", texts, names=["text"], compression="zstd", use_dictionary=dictionary)
+    del texts
+    assert path.stat().st_size < 1 << 20
+    source = config(tmp_path / "out", [one_source(path)]).data.sources[0]
+    (file,) = find_files(source)
+    builder = ChunkBuilder(BadRecordPolicy("error"), 1 << 20)
+    before, most = pyarrow.total_allocated_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=r"row 0 .*31\d,\d{3},\d{3} bytes"):
+        list(Parquet(source).read(_whole(file), builder))
+    assert pyarrow.total_allocated_bytes() - before < 1 << 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 100 << 10
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [True, False])
+@pytest.mark.parametrize("checksum", [True, False])
+def test_the_pages_of_a_column_are_found_whatever_writes_them(
+    tmp_path: Path, version: str, dictionary: bool, checksum: bool
+) -> None:
+    texts = pyarrow.array([f"{i:0100}" for i in range(20_000)])
+    numbers = pyarrow.array(range(20_000))
+    how = {"data_page_version": version, "use_dictionary": dictionary, "write_page_checksum": checksum}
+    path = _write(
+        tmp_path / "a.parquet", numbers, texts, names=["n", "text"], data_page_size=4096, write_batch_size=16, **how
+    )
+    table = pyarrow.parquet.ParquetFile(path)
+    for group in range(table.num_row_groups):
+        column = table.metadata.row_group(group).column(1)
+        sizes = list(page_sizes(pyarrow.OSFile(str(path)), column))
+        assert len(sizes) > 10
+        headers = column.total_uncompressed_size - sum(sizes)
+        assert 0 < headers < 400 * len(sizes), "the sizes of the footer count the headers too"
 
 
 @pytest.mark.parametrize("compression", [None, *COMPRESS])

@@ -1,0 +1,1 @@
+"""Step times that others published, beside those of `pipeline plan`."""
