@@ -12,6 +12,7 @@ import pytest
 
 from tests.launch.submit.dry_runs import CASES, GOLDEN, render
 from tests.launch.support import SITE, FakeSlurm, events, pipeline, submit, write_files
+from tests.yardstick import in_plain_starts
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -222,11 +223,10 @@ def test_without_slurm_a_dry_run_works_and_a_submission_says_what_to_do(tmp_path
 
 
 @pytest.mark.timing
-def test_submitting_takes_less_than_its_time(tmp_path: Path, slurm: FakeSlurm):
+def test_submitting_costs_little_more_than_a_plain_interpreter(tmp_path: Path, slurm: FakeSlurm):
     write_files(tmp_path)
-    # CPU seconds, and the least of them: how long other programs keep the processor is not the question.
-    assert min(submit(tmp_path, slurm, "--dry-run").cpu_s for _ in range(3)) < 1.0
-    assert submit(tmp_path, slurm).cpu_s < 3.0
+    assert in_plain_starts(lambda: submit(tmp_path, slurm, "--dry-run").cpu_s) < 10
+    assert in_plain_starts(lambda: submit(tmp_path, slurm).cpu_s, rounds=1) < 24
 
 
 def test_submitting_imports_no_torch(tmp_path: Path, slurm: FakeSlurm):
