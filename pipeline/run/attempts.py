@@ -18,7 +18,7 @@ E = TypeVar("E", bound=Event)
 
 
 class AttemptEvent(Event):
-    """Something that happened to an attempt, which is one allocation of a job."""
+    """Something that happened to an attempt: one start of the tasks of a job."""
 
     stage: str = ""
     job: str = ""
@@ -34,6 +34,8 @@ class AttemptBegan(AttemptEvent, kind="began"):
     """GPUs that the job requested, on all nodes together."""
     cpus: int | None = None
     """CPU cores that it requested, on all nodes together; None in records of earlier versions."""
+    allocation: int | None = None
+    """How often the job had been through the queue before; attempts of the same number shared an allocation."""
     beside: bool = False
     """Whether its job works beside the chain of the run."""
     log_bytes: int = 0

@@ -15,6 +15,9 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # Unix seconds at which the job ends; the launcher sets it, and training stops in time.
 DEADLINE_VARIABLE = "PIPELINE_DEADLINE"
 
+# Number of this attempt of the job; the launcher sets it, because Slurm counts only those that went through the queue.
+ATTEMPT_VARIABLE = "PIPELINE_ATTEMPT"
+
 # GPUs that the job has on each node, if it requested any; the launcher sets it, and training refuses to do without.
 GPUS_VARIABLE = "PIPELINE_GPUS_PER_NODE"
 
@@ -115,6 +118,12 @@ def world_from_srun(environ: Mapping[str, str]) -> World:
     port = _port(environ) if "MASTER_PORT" in environ else 0
     address = environ.get("MASTER_ADDR") or first_host(nodes)
     return World(rank, local_rank, size, address, port, f"{job}.{step}.{attempt}")
+
+
+def attempt_number(environ: Mapping[str, str]) -> int:
+    """Returns how often the tasks of this job have started before; 0 outside a job."""
+    name = ATTEMPT_VARIABLE if ATTEMPT_VARIABLE in environ else "SLURM_RESTART_COUNT"
+    return _number({name: "0", **environ}, name)
 
 
 def first_host(nodes: str) -> str:

@@ -3,7 +3,7 @@
 Every second belongs to exactly one part:
 
 queue       waiting for the scheduler, from `submitted`, `requeued` or the end of a prepare stage to the next process
-startup     preparing data in a job of its own, and from the start of a process to its first step
+startup     preparing data in a job of its own, and from the start of a process, or from `restarted`, to its first step
 training    steps done for the first time, including validation
 checkpoint  the loop waited for a checkpoint (`stall_s` of `checkpointed` and of the last event)
 repeated    steps repeated after a kill or a rollback, until `caught_up`
@@ -33,8 +33,9 @@ from pipeline.run.events import (
     PrepareBegan,
     PrepareEnded,
     Ready,
+    Repeated,
     Repeating,
-    Requeued,
+    Restarted,
     StartBegan,
     Submitted,
 )  # fmt: skip
@@ -46,7 +47,7 @@ _TAIL_BYTES = 1 << 16
 _RECENT_LINES = 20
 _FEW_STEPS = 3
 # A launcher or the prepare stage writes these: they do not show that a training process is alive.
-OUTSIDE = (Submitted, Requeued, NodeLost, Cancelled, GaveUp, PrepareBegan, PrepareEnded)
+OUTSIDE = (Submitted, Repeated, NodeLost, Cancelled, GaveUp, PrepareBegan, PrepareEnded)
 
 Part = Literal["queue", "startup", "training", "checkpoint", "repeated", "idle"]
 
@@ -144,7 +145,7 @@ def split(
     for start in starts:
         since = at if earlier is None else earlier.began
         before = [w for w in waits if since <= w.at <= start.began]
-        if start.requeued and not any(w.part == "queue" for w in before):
+        if start.requeued and not any(w.part in ("queue", "startup") for w in before):
             before.append(_Wait(at, "queue"))  # Slurm requeued the job by itself
         _account_of_wait(before, at, start.began, totals)
         at = _account(start, max(start.began, at), totals)
@@ -179,7 +180,9 @@ def _waits(events: EventLog) -> Iterator[_Wait]:
             queued = False
         elif isinstance(event, Finished) or finished:
             finished = True  # a later evaluation does not count as training time
-        elif isinstance(event, Submitted | Requeued):
+        elif isinstance(event, Restarted):
+            yield _Wait(event.time, "startup")
+        elif isinstance(event, Submitted | Repeated):
             queued = True
             yield _Wait(event.time, "startup" if preparing else "queue")
         elif isinstance(event, Cancelled | GaveUp):
@@ -250,7 +253,7 @@ def _note(start: _Start, event: Event) -> None:
     """Records in `start` what an event says about the time of the process."""
     at = event.time
     if isinstance(event, OUTSIDE):
-        start.gone = at if isinstance(event, Requeued | NodeLost) else start.gone
+        start.gone = at if isinstance(event, Repeated | NodeLost) else start.gone
         return
     start.last_sign = at
     repeating = bool(start.repeated) and start.repeated[-1][1] is None

@@ -19,6 +19,7 @@ from pipeline.config.sections import Config
 from pipeline.errors import PipelineError
 from pipeline.run.events import Accounted, CaughtUp, Event, EventLog, Repeating, StartBegan, append
 from pipeline.run.folder import Run
+from pipeline.run.world import attempt_number
 from pipeline.tracking import upload_state
 from pipeline.tracking.helper import Helper
 from pipeline.tracking.history import History
@@ -114,7 +115,7 @@ class RunTracker(Tracker):
             last_seen=self._history.last_time,
             host=socket.gethostname(),
             job=os.environ.get("SLURM_JOB_ID"),
-            restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            restart=attempt_number(os.environ),
             requeued=bool(earlier) and os.environ.get("SLURM_RESTART_COUNT", "0") != "0",
         )
         append(self._run.events_file, start)

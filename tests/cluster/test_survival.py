@@ -18,7 +18,16 @@ from pipeline.tracking.upload.sync import sync
 from tests import experiment
 from tests.cluster import training
 from tests.cluster.support import Cluster, Figures
-from tests.cluster.training import MIDDLE, STEPS, Training, assert_same_beginning, assert_same_training, now, start
+from tests.cluster.training import (
+    CHECKPOINT_INTERVAL,
+    MIDDLE,
+    STEPS,
+    Training,
+    assert_same_beginning,
+    assert_same_training,
+    now,
+    start,
+)
 
 # The first test waits for the whole chain, the last for a run that reaches its time limit several times.
 pytestmark = pytest.mark.timeout(1200)
@@ -113,15 +122,27 @@ def test_scontrol_requeue_loses_no_step(
     figures.add("scontrol requeue, a signal at once -> first new step", run.new_step_after(failed_at) - failed_at)
 
 
-def test_a_killed_rank_ends_the_attempt_and_the_job_restarts_without_the_drained_node(
+def test_a_killed_rank_starts_again_on_its_node_and_elsewhere_once_that_is_drained(
     cluster: Cluster, reference: Training, submit: Callable[..., Training], figures: Figures
 ) -> None:
     run = submit("rank-killed")
-    _, second = cluster.nodes_of(run.job("train"))
-    (rank,) = training.processes_of(cluster, second, "pipeline train")
+    job = run.job("train")
+    nodes = cluster.nodes_of(job)
+    second = nodes[1]
+
+    def kill() -> float:
+        (rank,) = training.processes_of(cluster, second, "pipeline train")
+        os.kill(rank, signal.SIGKILL)
+        return now()
+
+    first_at = kill()
+    run.wait_for(lambda: len(run.events("resumed")) == 1, 120, "no second attempt")
+    run.wait_for_step(MIDDLE + CHECKPOINT_INTERVAL)
+    assert (cluster.show(job)["Restarts"], cluster.nodes_of(job)) == ("0", nodes), run.words()
+    figures.add("SIGKILL of a rank -> first new step", run.new_step_after(first_at) - first_at)
+
     cluster.run("scontrol", "update", f"NodeName={second}", "State=DRAIN", "Reason=health check")
-    failed_at = now()
-    os.kill(rank, signal.SIGKILL)
+    failed_at = kill()
     try:
         ended = run.wait_for_end("train")
     finally:
@@ -129,9 +150,12 @@ def test_a_killed_rank_ends_the_attempt_and_the_job_restarts_without_the_drained
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), run.words()
     excluded = cluster.run("scontrol", "show", "hostnames", ended["ExcNodeList"]).split()
     assert sorted(excluded) == sorted([second, *cluster.nodes[3:]])
-    assert f"rank 1 on {second}" in run.events("requeued")[0]["reason"]
+    for kind in ("restarted", "requeued"):
+        (event,) = run.events(kind)
+        assert f"rank 1 on {second}" in event["reason"]
     assert_same_training(run.run, reference.run)
-    figures.add("SIGKILL of a rank -> first new step", run.new_step_after(failed_at) - failed_at)
+    waited = run.new_step_after(failed_at) - failed_at
+    figures.add("SIGKILL of a rank on a node that is drained -> first new step", waited)
 
 
 @pytest.mark.parametrize("which", ["first", "second"])

@@ -67,6 +67,18 @@ def test_a_requeue_by_the_scheduler_is_queue_time():
     ) == {"queue": 70, "startup": 7, "training": 123}
 
 
+def test_starting_again_on_the_same_nodes_is_startup():
+    assert parts(
+        event(0, "submitted"),
+        attempt(60, 70),
+        event(75, "started"),
+        event(103, "restarted"),
+        attempt(108, 110, step=5, reached=5, last_seen=100.0, requeued=True, restart=2),
+        event(120, "resumed"),
+        event(220, "finished"),
+    ) == {"queue": 60, "startup": 15 + 5 + 12, "training": 25 + 100, "idle": 3}
+
+
 def test_a_run_is_idle_until_it_is_submitted_again():
     assert parts(
         attempt(0, 1),

@@ -50,6 +50,16 @@ def test_failed_attempts_are_charged_too_and_the_queue_is_not(run: Run):
     assert found.summary() == "48.00 GPU-hours in 3 allocations; energy not measured"
 
 
+def test_attempts_on_the_same_nodes_are_one_allocation(run: Run):
+    for number, allocation in ((0, 0), (1, 0), (2, 1)):
+        note = AttemptBegan(
+            time=T0 + number * HOUR, stage="train", job="7", attempt=number, gpus=16, cpus=32, allocation=allocation
+        )
+        attempts.note(run, note)
+        ended(run, (number + 1) * HOUR, number)
+    assert (cost(run).allocations, cost(run).gpu_hours) == (2, 48.0)
+
+
 def test_a_killed_attempt_counts_to_its_last_sign_of_life(run: Run):
     began(run, 0)
     append(run.events_file, StartBegan(time=T0 + 60, number=1))

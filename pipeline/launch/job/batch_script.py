@@ -189,9 +189,11 @@ def _teardown(job: JobSpec) -> list[str]:
     return [
         "rc=$?",
         "trap '' TERM",
-        "# Decides whether the job is requeued; if it is, this does not return.",
-        f"{_launcher(job.site)} end {_quoted(job.file)} $rc",
-        "exit $?",
+        "# Requeues the job, and then does not return, or prints what starts the tasks once more, or neither.",
+        f"again=$({_launcher(job.site)} end {_quoted(job.file)} $rc)",
+        "rc=$?",
+        'eval "$again"',
+        "exit $rc",
     ]
 
 

@@ -1,24 +1,30 @@
-"""Why the tasks of an attempt ended, from what Slurm and the tasks themselves left in their logs."""
+"""How an attempt ended and why, from what training recorded and what Slurm and the tasks left in their logs."""
 
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from pipeline.errors import PipelineError
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, PipelineError
 from pipeline.files import naming, open_regular
 from pipeline.launch.job.spec import Attempt
 from pipeline.launch.site import TrainResources
 from pipeline.launch.slurm import client as slurm
 from pipeline.run import attempts, journal
-from pipeline.run.attempts import AttemptBegan, RankFailed
-from pipeline.run.events import BadNode
+from pipeline.run.attempts import AttemptBegan, AttemptEvent, RankFailed, RankStopped
+from pipeline.run.events import BadNode, EventLog, Failed, Finished, Preempted
 from pipeline.text_format import printable
 
 # More ranks write one log per node.
 MOST_LOGS = 64
 _LAST_SIGNAL = 128 + 64
+_KILLED = frozenset({128 + signal.SIGKILL})
+# srun returns these after killing ranks that had no signal handler yet.
+_ENDED_BY_SIGNAL = frozenset({128 + signal.SIGTERM, 128 + signal.SIGUSR2})
 _TAIL = 16 << 10
 _LONGEST = 300  # characters of a line
 # slurmstepd of the node, in two versions' words, and srun for every node.
@@ -30,6 +36,48 @@ _AFTERMATH = re.compile(
 # The last line of a traceback, our own messages, Apptainer's.
 _ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b|FATAL|pipeline: error")
 _FAILED_TASK = re.compile(r"task (\d+): Exited with exit code")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an attempt ended."""
+
+    outcome: Literal["done", "stopped", "failed"]
+    """`stopped` means on request, with everything saved."""
+    reason: str
+    """In words; empty for `done`."""
+    status: int
+    """Exit status of the job if it is not requeued."""
+    most_failures: int | None = None
+    """Failures without progress after which it is given up; None for as many as the site allows."""
+
+
+def judge(attempt: Attempt, code: int) -> Verdict:
+    """Returns how this attempt ended.
+
+    srun's status alone does not tell: when the first rank ends, it kills the other ranks and returns the highest
+    status. What training recorded comes first, then the ranks that ended without having been asked to.
+    """
+    events = own_events(attempt) if attempt.stage == "train" else EventLog()
+    if code == EXIT_OK or events.of(Finished):
+        return Verdict("done", "", EXIT_OK)
+    preempted = events.last(Preempted)
+    if preempted is not None:
+        return Verdict("stopped", preempted.reason or "asked to stop", EXIT_STOPPED)
+    culprits = own_notes(attempt).of(RankFailed)
+    if ran_out_of_memory(attempt, asks=code in _KILLED or any(note.status in _KILLED for note in culprits)):
+        return Verdict("failed", memory_in_words(attempt, culprits), EXIT_FAILED, most_failures=2)
+    failed = events.last(Failed)
+    said = failed.error if failed is not None else bad_nodes_in_words(events.last(BadNode))
+    if culprits:
+        return Verdict("failed", said or rank_in_words(culprits[0]), culprits[0].status)
+    if said:
+        return Verdict("failed", said, EXIT_FAILED)
+    stopped = bool(own_notes(attempt).of(RankStopped))
+    if code == EXIT_STOPPED or (stopped and code in _ENDED_BY_SIGNAL):
+        return Verdict("stopped", "asked to stop", EXIT_STOPPED)
+    said = said_by_slurm(attempt) or f"see {slurm_log(attempt)}"
+    return Verdict("failed", f"srun ended with status {code}: {said}", code)
 
 
 def slurm_log(attempt: Attempt) -> Path:
@@ -93,6 +141,23 @@ def memory_in_words(attempt: Attempt, culprits: Sequence[RankFailed]) -> str:
     who = f"rank {culprits[0].rank} on {culprits[0].host}" if culprits else "a process"
     limit = f"which is {has:g} GiB per node" if has else "which is not set, so the partition's default holds"
     return f"out of memory: the kernel killed {who}; raise {attempt.stage}.mem_gb of the site, {limit}"
+
+
+def notes_of_job(attempt: Attempt) -> EventLog:
+    """Returns what happened to all attempts of this job."""
+    notes = attempts.notes(attempt.run, attempt.stage)
+    return EventLog(note for note in notes.of(AttemptEvent) if note.job == attempt.job)
+
+
+def own_notes(attempt: Attempt) -> EventLog:
+    """Returns what happened to this attempt."""
+    return EventLog(note for note in notes_of_job(attempt).of(AttemptEvent) if note.attempt == attempt.number)
+
+
+def own_events(attempt: Attempt) -> EventLog:
+    """Returns what training recorded since this attempt began."""
+    began = max((note.time for note in own_notes(attempt).of(AttemptBegan)), default=0.0)
+    return EventLog.load(attempt.run.events_file).since(began)
 
 
 def _lines_of_slurm(attempt: Attempt) -> list[str]:

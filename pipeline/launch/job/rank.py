@@ -34,7 +34,7 @@ from pipeline.run import attempts, journal
 from pipeline.run.attempts import RankFailed, RankStopped
 from pipeline.run.events import Cancelled, EventLog, append
 from pipeline.run.folder import Run
-from pipeline.run.world import DEADLINE_VARIABLE, GPUS_VARIABLE, World, world_from_srun
+from pipeline.run.world import ATTEMPT_VARIABLE, DEADLINE_VARIABLE, GPUS_VARIABLE, World, world_from_srun
 
 _POLL_S = 0.1
 # A signal that arrives while Python starts is lost or fatal; a repeated one is neither.
@@ -74,7 +74,7 @@ def run_rank(spec_file: str) -> None:
 
 def _environment(attempt: Attempt, world: World) -> dict[str, str]:
     """Returns the variables that the launcher gives a rank, inside the image and outside, besides those of the site."""
-    variables = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    variables = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", ATTEMPT_VARIABLE: str(attempt.number)}
     world.export(variables)
     if "OMP_NUM_THREADS" not in attempt.site.environment:
         # Otherwise every process would start one thread per core of the node, not per core of its own share.

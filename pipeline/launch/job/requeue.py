@@ -1,17 +1,31 @@
-"""Requeueing a job from its own batch script, without the nodes that are known to be bad."""
+"""Repeating a job from its own batch script: on its nodes, or through the queue without those known to be bad."""
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 import sys
 import time
 
 from pipeline.launch.job.spec import Attempt
 from pipeline.launch.slurm import client as slurm
+from pipeline.run.world import DEADLINE_VARIABLE
 
 # Slurm kills the batch script after requeueing the job; a script that ends earlier looks like the end of the job.
 _KILLED_WITHIN_S = 120.0
 _REQUEUE_TRIES, _REQUEUE_WAIT_S = 30, 5.0
+# With less of a long time limit left, the queue is worth its wait: it gives the job the whole limit again.
+_WORTH_A_START_S = 600.0
+
+
+def holds_its_nodes(attempt: Attempt) -> bool:
+    """Returns whether the job still has this allocation, for long enough that starting again in it is worth while."""
+    left = float(os.environ.get(DEADLINE_VARIABLE, math.inf)) - time.time()
+    if left < min(_WORTH_A_START_S, attempt.resources.time_limit_min * 60 / 2):
+        return False
+    job = slurm.show(attempt.raw_job) or {}
+    return job.get("JobState") == "RUNNING" and job.get("Restarts", "0") == str(attempt.allocation)
 
 
 def requeue(attempt: Attempt, nodes: list[str], exclude: list[str]) -> bool:

@@ -19,6 +19,7 @@ from pipeline.launch.site import Resources, Site, TrainResources
 from pipeline.run.attempts import Stage
 from pipeline.run.folder import Run
 from pipeline.run.private import write_private
+from pipeline.run.world import attempt_number
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Attempt:
     raw_job: str
     """The id that `scontrol` accepts."""
     number: int
-    """Restarts before this attempt."""
+    """Starts of the tasks before this attempt."""
     nodes: str
     """Slurm's short form of the node list."""
     notify: Path | None = None
@@ -101,6 +102,8 @@ class Attempt:
     """Whether the job works beside the chain: what happens to it is no event of the run."""
     folder: Path = Path()
     """Where submitit keeps the files of the job, Slurm's logs among them."""
+    allocation: int = 0
+    """How often Slurm requeued the job before it got these nodes."""
 
     @property
     def run(self) -> Run:
@@ -148,9 +151,10 @@ def _attempt(spec_file: Path, environ: Mapping[str, str]) -> Attempt:
         site=Site.model_validate(content["site"]),
         job=raw if index is None else f"{environ['SLURM_ARRAY_JOB_ID']}_{index}",
         raw_job=raw,
-        number=int(environ.get("SLURM_RESTART_COUNT", 0)),
+        number=attempt_number(environ),
         nodes=environ.get("SLURM_JOB_NODELIST", ""),
         notify=Path(content["notify"]) if content.get("notify") else None,
         beside=bool(content.get("beside")),
         folder=spec_file.parent,
+        allocation=int(environ.get("SLURM_RESTART_COUNT", 0)),
     )

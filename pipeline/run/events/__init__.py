@@ -11,7 +11,9 @@ from pipeline.run.events.launching import (
     NodeLost,
     PrepareBegan,
     PrepareEnded,
+    Repeated,
     Requeued,
+    Restarted,
     Submitted,
 )
 from pipeline.run.events.log import EventLog
@@ -67,8 +69,10 @@ __all__ = [
     "ProfileBegan",
     "Profiled",
     "Ready",
+    "Repeated",
     "Repeating",
     "Requeued",
+    "Restarted",
     "Resumed",
     "RolledBack",
     "Spike",

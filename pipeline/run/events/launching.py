@@ -14,11 +14,19 @@ class Submitted(Event, kind="submitted"):
     site: str = ""
 
 
-class Requeued(Event, kind="requeued"):
-    """The job is back in the queue."""
+class Repeated(Event):
+    """The tasks of the job start again after an attempt that did not finish."""
 
     job: str = ""
     reason: str = ""
+
+
+class Requeued(Repeated, kind="requeued"):
+    """The job is back in the queue."""
+
+
+class Restarted(Repeated, kind="restarted"):
+    """The job keeps its nodes, and its tasks start again on them at once."""
 
 
 class NodeLost(Event, kind="node_lost"):

@@ -7,7 +7,7 @@ from typing import Self
 
 from pipeline.run import journal
 from pipeline.run.events.event import E, Event, parse
-from pipeline.run.events.launching import Cancelled, GaveUp, Requeued, Submitted
+from pipeline.run.events.launching import Cancelled, GaveUp, Repeated, Submitted
 from pipeline.run.events.training import Failed, Finished, Preempted
 
 
@@ -37,8 +37,8 @@ class EventLog(tuple[Event, ...]):
         return type(self)(self[last:])
 
     def ends(self) -> list[Event]:
-        """Returns what ended a start or a job since the submission; a requeue revokes the ends before it."""
-        return list(self.since_submission().of(GaveUp, Cancelled, Failed, Preempted, Requeued, Finished))
+        """Returns what ended a start or a job since the submission; a repetition revokes the ends before it."""
+        return list(self.since_submission().of(GaveUp, Cancelled, Failed, Preempted, Repeated, Finished))
 
     def end(self) -> Event | None:
         """Returns the end that counts: a cancelled training still saves, and afterwards records that it was stopped."""

@@ -13,7 +13,7 @@ from pipeline.config.sections import Config
 from pipeline.data.layout import MANIFEST
 from pipeline.files import is_regular, read_json, sha256_file, write_text
 from pipeline.run.evaluations import evaluation_files, evaluations, suffix
-from pipeline.run.events import Cancelled, Checkpointed, EventLog, GaveUp, Requeued, StartBegan, Submitted
+from pipeline.run.events import Cancelled, Checkpointed, EventLog, GaveUp, Repeated, StartBegan, Submitted
 from pipeline.run.folder import CHECKPOINT_MANIFEST, Run, step_name
 from pipeline.tracking.upload.store import RunStatus
 from pipeline.tracking.upload_state import State
@@ -139,7 +139,7 @@ def status(run: Run, s: State) -> RunStatus:
     """Returns the status for MLflow: a run that a scheduler will restart is RUNNING, unless given up."""
     if s.status != "STOPPED":
         return s.status
-    match EventLog.load(run.events_file).last(StartBegan, Submitted, Requeued, Cancelled, GaveUp):
+    match EventLog.load(run.events_file).last(StartBegan, Submitted, Repeated, Cancelled, GaveUp):
         case Cancelled():
             return "KILLED"
         case GaveUp():

@@ -210,7 +210,7 @@ def test_a_full_disk_costs_neither_the_requeue_nor_the_beginning(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(journal, "append", full)
-    assert attempt.begin(now) == ""
+    assert attempt.begin(now) == "export PIPELINE_ATTEMPT=1\n"
     attempt.end(now, EXIT_STOPPED)
     assert slurm.calls("scontrol").count("requeue 7") == 1
     assert "No space left" in capsys.readouterr().err
