@@ -1,8 +1,8 @@
 """Runs once per attempt in the batch script: records what ended the attempt before, and decides what follows this one.
 
     python -m pipeline.launch.job.attempt begin SPEC     prints shell lines for the tasks; status 1: do not start
-    python -m pipeline.launch.job.attempt end SPEC RC    requeues or not, or prints what starts the tasks once more;
-                                                         its status is the job's
+    python -m pipeline.launch.job.attempt end SPEC RC    requeues or not, or begins the next attempt in this allocation
+                                                         as above; if it prints nothing, its status is the job's
 
 It runs on the first node, outside the image, where Slurm's commands are available.
 """
@@ -33,8 +33,6 @@ from pipeline.text_format import echo
 
 # The signal comes at most a quarter of a short time limit before its end.
 _LIMIT_IS_NEAR = 0.25
-# The batch script once more, from its first line, in the process that Slurm knows.
-_ONCE_MORE = 'trap - TERM\nexec bash "$0"\n'
 
 
 def begin(attempt: Attempt) -> str | None:
@@ -219,17 +217,17 @@ def main(arguments: list[str]) -> int:
     """Runs `begin` or `end` for the batch script."""
     try:
         attempt = this_attempt(arguments[1])
-        if arguments[0] == "begin":
-            lines = begin(attempt)
-            status = EXIT_FAILED if lines is None else EXIT_OK
-        else:
-            ended = end(attempt, int(arguments[2]))
-            lines, status = (_ONCE_MORE, EXIT_OK) if ended is None else ("", ended)
+        status = end(attempt, int(arguments[2])) if arguments[0] == "end" else None
+        if status is not None:
+            return status
+        lines = begin(attempt)
     except PipelineError as error:
         echo(f"pipeline: error: {error}", sys.stderr)
         return EXIT_FAILED
-    print(lines or "", end="")
-    return status
+    if lines is None:
+        return EXIT_FAILED
+    print(lines, end="")
+    return EXIT_OK
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ _REASONS = {
     "begun=": "Records the attempt; prints what the tasks need to know, such as when the time limit is.",
     "srun ": "One task per process. USR2 would kill a Python without a handler for it. A dead rank ends the others.",
     "rc=$?": "Without the status in `rc` the next stage would start after a failure.",
+    "while :": "After a failure the tasks may start once more in this allocation.",
     "trap '' TERM": "Slurm sends TERM once the job is requeued; bad nodes must still be excluded from the waiting job.",
 }
 # How much lower the priority of a job beside the chain is.
@@ -182,6 +183,7 @@ def _setup(job: JobSpec) -> list[str]:
         f"export PYTHONPATH={_quoted(job.code)}${{PYTHONPATH:+:$PYTHONPATH}}",
         begin,
         'eval "$begun"',
+        "while :; do",
     ]
 
 
@@ -189,11 +191,13 @@ def _teardown(job: JobSpec) -> list[str]:
     return [
         "rc=$?",
         "trap '' TERM",
-        "# Requeues the job, and then does not return, or prints what starts the tasks once more, or neither.",
-        f"again=$({_launcher(job.site)} end {_quoted(job.file)} $rc)",
+        "# Requeues the job, and then does not return, or prints what the tasks need to know if they start once more.",
+        f"begun=$({_launcher(job.site)} end {_quoted(job.file)} $rc)",
         "rc=$?",
-        'eval "$again"',
-        "exit $rc",
+        '[ -n "$begun" ] || exit $rc',
+        'eval "$begun"',
+        "trap - TERM",
+        "done",
     ]
 
 
