@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset
 from benchmarks.harness import save
 from pipeline.data.dataset import TokenStream, open_dataset
 from pipeline.data.order.validation import ValidationWindows, validation_windows
-from tests.experiment import validations
+from tests.experiment import demo_text, validations
 
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY, BATCH, CONTEXT, RATE = 400, 100, 16, 128, 3e-3
@@ -113,11 +113,7 @@ def measure() -> dict[str, Any]:
 
 
 def _sources() -> list[str]:
-    texts = ROOT / "data/demo/text"
-    return [
-        f'data.sources.0.paths=["{texts}/train/*.txt"]',
-        f'data.sources.1.paths=["{texts}/validation/*.txt"]',
-    ]
+    return demo_text(ROOT / "data/demo/text")
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from benchmarks.train_peer import PEERS
 from pipeline.config.load import load_config
 from pipeline.data.dataset import open_dataset
 from pipeline.data.order.batches import BatchReader
-from tests.experiment import curve, lines
+from tests.experiment import curve, demo_text, lines
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = ROOT / "build" / "peers"
@@ -97,12 +97,7 @@ def write_recipe(folder: Path, size: str) -> Path:
 
 
 def _data(dataset: Path) -> list[str]:
-    texts = ROOT / "data/demo/text"
-    return [
-        f"data.path={dataset}",
-        f'data.sources.0.paths=["{texts}/train/*.txt"]',
-        f'data.sources.1.paths=["{texts}/validation/*.txt"]',
-    ]
+    return [f"data.path={dataset}", *demo_text(ROOT / "data/demo/text")]
 
 
 def _training(size: str) -> list[str]:

@@ -67,6 +67,13 @@ def write_experiment(folder: Path, runs_dir: Path, name: str, **changes: Any) ->
     return path
 
 
+def demo_text(folder: Path) -> list[str]:
+    """Returns overrides that make the demo read its text from this folder, the training part as one source."""
+    parts = {"speeches": "train", "last-speeches": "validation"}
+    sources = [{"name": name, "paths": [f"{folder}/{split}/*.txt"], "split": split} for name, split in parts.items()]
+    return [f"data.sources={json.dumps(sources)}", "data.mixing=proportional"]
+
+
 def in_precision(precision: str, world: int, stage: int) -> dict[str, Any]:
     """Returns the settings of a precision at this layout; at stage 1, bf16 does not go with accumulation."""
     alone = {"train.micro_batch_size": BATCH_SIZE // world} if (precision, stage) == ("bf16", 1) else {}

@@ -130,6 +130,7 @@ def _config(model: dict[str, str], row: dict[str, str], ranks: int) -> Config:
     overrides = {f"model.{key}": model[key] for key in sizes} | {
         "model.tie_embeddings": "true" if model["tied"] == "yes" else "false",
         "model.context_length": row["context"],
+        "model.qk_norm": "false",
         "train.batch_size": str(ranks * int(row["micro_batch"]) * int(row["micro_batches"])),
         "train.micro_batch_size": row["micro_batch"],
         "train.precision": "bf16",

@@ -21,10 +21,10 @@ from pipeline.launch.container.binds import create_folders
 from pipeline.launch.container.command import container_argv, container_environment
 from pipeline.launch.site import SiteContainer
 from pipeline.run.folder import Run
+from tests.experiment import demo_text
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "build" / "images"
-SPLITS = ("train", "validation")
 _INPUTS = ("Apptainer.def", "containers/cpu.args", f"containers/{platform.machine()}/image.lock", *PROJECT_PARTS)
 
 
@@ -78,10 +78,9 @@ class Jobs:
 
     def settings(self, name: str) -> list[str]:
         """Returns overrides of the demo: the same model and data, but few steps, each of them logged."""
-        sources = [f"data.sources.{i}.paths=['{self.text}/{split}/*.txt']" for i, split in enumerate(SPLITS)]
         return [
-            f"name={name}", f"container.image={self.image}", *sources, "train.device=cpu", "train.max_iters=8",
-            "train.log_interval=1", "train.val_interval=1000", "train.num_val_batches=1",
+            f"name={name}", f"container.image={self.image}", *demo_text(self.text), "train.device=cpu",
+            "train.max_iters=8", "train.log_interval=1", "train.val_interval=1000", "train.num_val_batches=1",
             "train.checkpoint_interval=1000",
         ]  # fmt: skip
 

@@ -23,7 +23,8 @@ def llama(name: str, **train: object) -> Config:
     overrides = {
         "model.vocab_size": 32000, "model.context_length": 2048, "model.d_model": d_model, "model.num_heads": heads,
         "model.num_layers": layers, "model.d_ff": d_ff, "train.batch_size": 2048, "train.micro_batch_size": 1,
-        "train.precision": "bf16", **{f"train.{key}": value for key, value in train.items()},
+        "model.qk_norm": "false", "train.precision": "bf16",
+        **{f"train.{key}": value for key, value in train.items()},
     }  # fmt: skip
     return load_config("configs/demo.yaml", [f"{key}={value}" for key, value in overrides.items()])
 
