@@ -104,8 +104,8 @@ def folder(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Path]:
     shutil.copytree(ROOT / "slurm", folder / "slurm")
     demo = smaller(yaml.safe_load((ROOT / "configs/demo.yaml").read_text()))
     (folder / "configs/demo.yaml").write_text(yaml.safe_dump(demo))
-    for name in ("train/1800", "train/2000", "validation/2020"):
-        (folder / f"data/demo/text/{name}.txt").write_text("\n".join(documents(400)))
+    for name in ("train/1800", "train/1900", "train/1990", "train/2000", "validation/2020"):
+        (folder / f"data/demo/text/{name}.txt").write_text("\n".join(documents(200)))
     fineweb(folder / "data/fineweb-edu/sample/100BT")
     for name, end in (("SmolLM2-135M", "<|endoftext|>"), ("Llama-3.2-1B", "<|end_of_text|>")):
         (folder / "tokenizers" / name).mkdir(parents=True)

@@ -22,7 +22,7 @@ def test_an_override_fills_a_section_that_the_file_leaves_out():
 
 def test_a_whole_entry_of_a_list_can_be_overridden():
     config = load_config(DEMO, ["data.sources.1={name: other, paths: [a.txt]}"])
-    assert [source.name for source in config.data.sources] == ["speeches", "other"]
+    assert [source.name for source in config.data.sources] == ["speeches", "other", "older-speeches"]
 
 
 def test_floats_without_a_dot_are_numbers():
@@ -32,8 +32,8 @@ def test_floats_without_a_dot_are_numbers():
 
 def test_bad_overrides_are_reported_with_the_rest():
     overrides = (
-        "train.max_iters", "train.seed.x=3", "optimizer.lr=1", "train.val_interval=[", "data.sources.2=x",
-        "data.sources.2.weight=1", "data.sources.first.weight=1",
+        "train.max_iters", "train.seed.x=3", "optimizer.lr=1", "train.val_interval=[", "data.sources.3=x",
+        "data.sources.3.weight=1", "data.sources.first.weight=1",
     )  # fmt: skip
     found = problems(overrides=overrides, name=3)
     assert set(found) == {override.partition("=")[0] for override in overrides} | {"name"}
@@ -41,8 +41,8 @@ def test_bad_overrides_are_reported_with_the_rest():
     assert "not a section" in found["train.seed.x"]
     assert "unknown key" in found["optimizer.lr"]
     assert "YAML" in found["train.val_interval"]
-    assert "0 to 1" in found["data.sources.2"]
-    assert "not a section" in found["data.sources.2.weight"]
+    assert "0 to 2" in found["data.sources.3"]
+    assert "not a section" in found["data.sources.3.weight"]
 
 
 @pytest.mark.parametrize(
