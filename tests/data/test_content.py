@@ -22,6 +22,7 @@ from pipeline.data.manifest import DatasetManifest
 from pipeline.data.verify import verify_dataset
 from pipeline.errors import DataError
 from tests.data.helpers import a_shard
+from tests.yardstick import in_plain_starts
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -140,7 +141,7 @@ def test_a_malformed_record_of_a_slice_is_one_error_that_names_it(case: str, mad
 
 
 @pytest.mark.slow
-def test_a_dataset_of_a_hundred_thousand_shards_is_inspected_in_seconds(copy: Path, tmp_path: Path) -> None:
+def test_a_hundred_thousand_shards_are_inspected_in_seconds(copy: Path, tmp_path: Path) -> None:
     shard = a_shard(copy)
     count, files = 100_000, 50_000  # a file has at most 65,000 names
     folder = copy / "slices" / "many"
@@ -158,7 +159,11 @@ def test_a_dataset_of_a_hundred_thousand_shards_is_inspected_in_seconds(copy: Pa
         tree["vocab_size"] = 200_000
 
     tamper(copy, multiply)
-    began = time.process_time()
-    assert len(draw_documents(copy, "train", 3, 0)) == 3
-    write_page(copy, tmp_path / "page.html")
-    assert time.process_time() - began < 30
+
+    def inspect() -> float:
+        began = time.process_time()
+        assert len(draw_documents(copy, "train", 3, 0)) == 3
+        write_page(copy, tmp_path / "page.html")
+        return time.process_time() - began
+
+    assert in_plain_starts(inspect, rounds=1) < 400  # some 200: 20 to 40 s
