@@ -81,9 +81,10 @@ def usage(run: Run, events: EventLog, now: float | None = None, charged: Iterabl
     if not spans and metered is None:
         return None
     joules = [row.energy_j for row in rows.values() if row.energy_j is not None]
-    shared = {(a.job, a.allocation) for a in own if a.allocation is not None}
+    # Records of earlier versions do not number allocations: each of their attempts had one of its own.
+    held = {(a.job, a.time if a.allocation is None else a.allocation) for a in own}
     return Usage(
-        allocations=len(spans) - sum(a.allocation is not None for a in own) + len(shared),
+        allocations=len(rows) + len(held),
         gpu_hours=sum(span.seconds * span.gpus for span in spans) / 3600,
         cpu_core_hours=sum(span.seconds * span.cpus for span in spans) / 3600,
         gpu_kwh=None if metered is None else metered[0] / _J_PER_KWH,
