@@ -35,6 +35,7 @@ from tests.experiment import curve, demo_text, lines
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = ROOT / "build" / "peers"
 OURS = "pipeline train"
+LITGPT = "litgpt==0.5.13"
 CONTEXT = {"small": 128, "large": 256}
 BATCH = {"small": 16, "large": 8}
 SHAPES = {
@@ -64,7 +65,8 @@ def install_peers() -> Path:
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
         same = [f"{name}=={version(name)}" for name in ("torch", "transformers", "accelerate", "numpy", "safetensors")]
         same[0] = same[0].partition("+")[0]
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *same, "litgpt==0.5.9"], check=True)
+        for words in ([*same, "lightning", "jsonargparse"], ["--no-deps", LITGPT]):  # whose limits on versions clash
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *words], check=True)
         (ENVIRONMENT / "done").touch()
     return python
 

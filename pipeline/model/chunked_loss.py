@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,9 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.model.on_cpu import bfloat16_factors
+
 LOSS_CHUNK_TOKENS = 2048
 """Tokens whose logits exist at a time; chosen by benchmarks/cross_entropy.py."""
 
+# Of float32: what two cores of a server have in their second-level caches. Fewer rows cost more calls than they save.
+_CACHED_ELEMENTS, _FEWEST_ROWS = 1 << 19, 16
 
 IGNORED = -1
 """A target that counts neither in the mean nor in the gradients; any negative number does the same."""
@@ -72,6 +78,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         device, count = x.device.type, len(targets)
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        products: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if x.is_cpu and low == torch.bfloat16:  # its products of float32 round the factors themselves, and no result
+            low, products = torch.float32, bfloat16_factors()
         wide = torch.promote_types(low, torch.float32)
         wants_x, wants_weight = (wants_gradients and needed for needed in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if wants_x else None
@@ -80,11 +89,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_sums = torch.empty_like(losses)
         # One buffer for all chunks: on a CPU, fresh memory of this size costs as much as a pass over it.
         buffer = torch.empty(0 if compiled else min(chunk_tokens, count), len(weight), dtype=wide, device=x.device)
-        look_at = _compiled() if compiled else _look_at_in_place
+        look_at = _compiled() if compiled else _look_in_cache if x.is_cpu else _look_at_in_place
         counted = targets >= 0
         shares = counted / counted.sum().clamp(min=1).to(wide)
         targets = targets.clamp(min=0)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False), products:
             matrix = weight.to(low)
             for start in range(0, count, chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
@@ -98,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_x is not None:
                     _write_product(grad_x[rows], rounded, matrix)
                 if grad_weight is not None:
-                    _add_product(grad_weight, rounded if rounded.is_cuda else errors, chunk)
+                    _add_product(grad_weight, rounded, chunk)
                 del logits, errors, rounded  # they would live beside the next chunk's
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -116,6 +125,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad).to(ctx.weight_dtype)
         return grad_x, grad_weight, None, None, None, None, None
+
+
+def _look_in_cache(
+    logits: Tensor, targets: Tensor, share: Tensor | None, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Does what `_look_at_in_place` does, a few rows at a time, so that its passes find them in a CPU's cache."""
+    rows = max(_FEWEST_ROWS, _CACHED_ELEMENTS // logits.shape[-1])
+    shares = itertools.repeat(None) if share is None else share.split(rows)
+    pieces = zip(logits.split(rows), targets.split(rows), shares, strict=False)
+    losses, log_sums, _ = zip(*(_look_at_in_place(*piece, z_loss) for piece in pieces), strict=True)
+    return torch.cat(losses), torch.cat(log_sums), None if share is None else logits
 
 
 def _look_at_in_place(
@@ -173,7 +193,7 @@ def _write_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _add_product(total: Tensor, errors: Tensor, chunk: Tensor) -> None:
     """Adds `errors^T @ chunk` to `total` without rounding it first, as a bfloat16 product would."""
-    if errors.dtype == total.dtype or total.is_cpu:
-        total.addmm_(errors.T.to(total.dtype), chunk.to(total.dtype))
+    if chunk.dtype == total.dtype:
+        total.addmm_(errors.T, chunk)
     else:  # only CUDA has a product of bfloat16 that keeps its float32 sums
         total += torch.mm(errors.T, chunk, out_dtype=total.dtype)

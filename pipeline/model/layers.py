@@ -15,6 +15,7 @@ from pipeline.model.attention import RotaryEmbedding, grouped_query_attention
 from pipeline.model.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from pipeline.model.chunked_loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
 from pipeline.model.documents import Layout, document_attention
+from pipeline.model.on_cpu import rms_norm
 
 NORM_EPS = 1e-5
 
@@ -125,7 +126,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalizes `(..., d_model)`; the result has the input's dtype."""
+        """Normalizes `(..., d_model)`; the result has the input's dtype, or on a CPU under autocast that dtype."""
+        if x.is_cpu and not torch.compiler.is_compiling():
+            low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+            return rms_norm(x, self.weight, self.eps, low)
         if x.dtype == self.weight.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.float()

@@ -47,13 +47,13 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
 
     Per token, a block keeps the inputs of its two norms, the inputs of its linear maps, q, k and v, the attention's
     result twice, and four tensors of the feed-forward's width; and the inputs of the norms of queries and keys. With
-    bf16 weights all of them are bf16. Under autocast the residual stream and the norms stay float32, and each linear
-    map has a bf16 copy of its input and of its weight.
+    bf16 weights all of them are bf16. Under autocast the residual stream stays float32, and on a GPU the norms; each
+    linear map has a bf16 copy of its weight, and of its input if that is not bf16.
 
     Args:
         config: The experiment.
         stage: ZeRO stage, which decides between bf16 weights and autocast.
-        on_cpu: A CPU has no fused norm, which keeps its input only, and adds a product through copies.
+        on_cpu: A CPU's norms return bf16 under autocast; its head and loss multiply float32 whose bits are bf16's.
     """
     model, train = config.model, config.train
     bf16 = train.precision == "bf16"
@@ -63,11 +63,11 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
     d, f, layers, heads, vocab = model.d_model, model.d_ff, model.num_layers, model.num_heads, model.vocab_size
     projected = model.d_q + 2 * model.d_kv
     tokens = train.micro_batch_size * model.context_length
-    norm = ((8 if on_cpu else stream) * d + 4) * tokens
-    inputs = (10 if autocast else 2 * width) * d
+    norm = (stream * d + 4) * tokens
+    inputs = (10 if autocast and not on_cpu else 2 * width) * d
     attention = width * (projected + 2 * model.d_q) + 4 * heads
     if model.qk_norm:
-        attention += (8 if on_cpu else width) * (model.d_q + model.d_kv) + 4 * (heads + model.kv_heads)
+        attention += width * (model.d_q + model.d_kv) + 4 * (heads + model.kv_heads)
     block = 2 * norm + (inputs + attention + 4 * width * f) * tokens
     weight_copies = 2 * elements(block_matrices(model)) if autocast else 0
     results = width * (projected + model.d_q + 2 * d + 2 * f) + 4 * heads
@@ -81,12 +81,14 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
     kept = layers * per_block + norm + ids
     rows_at_once = min(train.loss_chunk_tokens, tokens)
     gradient = 4 * vocab * d
-    # Float32 logits, over which their gradient is written; in bf16 also the product that they come from.
-    logits = (6 if bf16 else 4) * vocab * rows_at_once
-    # A GPU adds the head's gradient of a chunk as a float32 product; a CPU adds in place, from float32 inputs.
-    product = (4 * d * rows_at_once if on_cpu else gradient) if bf16 else 0
-    rows = 2 * stream * d * tokens  # the normed input and its gradient
-    copy = 2 * vocab * d if autocast else 0
+    # Float32 logits, over which their gradient is written; on a GPU in bf16 also the product that they come from.
+    logits = (6 if bf16 and not on_cpu else 4) * vocab * rows_at_once
+    copy = product = 0  # of the head's weight in the dtype of the products; what is added to its gradient
+    if bf16 and on_cpu:
+        copy, product = 0 if autocast else gradient, 8 * d * rows_at_once
+    elif bf16:
+        copy, product = 2 * vocab * d if autocast else 0, gradient
+    rows = 2 * (width if on_cpu else stream) * d * tokens  # the normed input and its gradient
     head = gradient + (2 * vocab * d if bf16 and not autocast else 0)
     loss = max(rows + gradient + copy + logits + product, rows / 2 + head)
     recomputing = 0.0
@@ -100,7 +102,7 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
     if train.activation_checkpointing != "none":
         # The block without what is kept of it, its copies, and the gradients that pass back through it; the last norm
         # is done with.
-        same = 0 if on_cpu and stream == 2 else stream * d  # the norm's input
+        same = stream * d  # the norm's input
         if train.activation_checkpointing == "selective":
             same += width * (model.d_q + model.d_kv + 2 * f) + 4 * heads
         passing = 2 * stream * d + width * f

@@ -1,0 +1,109 @@
+"""Parts of the model for CPUs, where PyTorch's own pass over memory more often than they need to.
+
+Measured by benchmarks/cpu_parts.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+SHORT = 256
+"""Keys up to which the scores of all queries at a time are faster than PyTorch's kernel block by block."""
+
+
+@contextlib.contextmanager
+def bfloat16_factors() -> Iterator[None]:
+    """Lets products of float32 matrices round the factors, but not the result, to bfloat16, where the CPU has that."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Returns x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in float32, in a dtype.
+
+    Backward keeps x and one number for each row.
+    """
+    normed: Tensor = _RMSNorm.apply(x, gain, eps, dtype)
+    return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = _wide(x)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, gain, scale)
+        return (wide * scale).mul_(gain).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, scale = ctx.saved_tensors
+        grad, normed = _wide(grad), _wide(x) * scale
+        products = grad * normed
+        grad_gain = products.flatten(0, -2).sum(0).to(gain.dtype)
+        along = (products @ _wide(gain)).div_(x.shape[-1]).unsqueeze(-1)
+        grad_x = torch.mul(grad, gain, out=products).addcmul_(normed, along, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), grad_gain, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def short_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Returns causal attention of bfloat16, whose backward computes the scores of all queries at a time.
+
+    PyTorch's backward takes some 12 ms for whatever is short, because it prepares each small product by itself. The
+    scores are as exact as there: their factors are bfloat16, and they are float32.
+
+    Args:
+        q: `(batch, heads, tokens, d_k)`.
+        k: `(batch, kv_heads, tokens, d_k)`; `heads` is a multiple of `kv_heads`.
+        v: `(batch, kv_heads, tokens, d_v)`.
+    """
+    heads: Tensor = _ShortCausalAttention.apply(q, k, v)
+    return heads
+
+
+class _ShortCausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        shapes = q.shape, k.shape, v.shape
+        tokens, group = q.shape[-2], q.shape[1] // k.shape[1]
+        # Queries that share keys are rows of one matrix, so that products over the rows add up the group's gradients.
+        q, grad = (part.reshape(-1, group * tokens, part.shape[-1]) for part in (q, grad))
+        k, v = (part.reshape(-1, tokens, part.shape[-1]) for part in (k, v))
+        factor = q.shape[-1] ** -0.5
+        future = torch.full((tokens, tokens), float("-inf")).triu_(1).repeat(group, 1)
+        # torch.compile cannot follow the context, and multiplies in float32.
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else bfloat16_factors():
+            scores = torch.baddbmm(future, q.float(), k.float().transpose(1, 2), alpha=factor)
+        weights = scores.softmax(-1).to(q.dtype)
+        del scores
+        grad_v = weights.transpose(1, 2) @ grad
+        grad_weights = grad @ v.transpose(1, 2)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_q, grad_k = grad_scores @ k, grad_scores.transpose(1, 2) @ q
+        grads = (grad_q.mul_(factor), grad_k.mul_(factor), grad_v)
+        return tuple(g.view(shape) for g, shape in zip(grads, shapes, strict=True))
