@@ -10,6 +10,8 @@ import numpy as np
 _EXPONENTS = np.linspace(0.02, 2.0, 397)
 LEAST_POINTS = 4
 """The law has three parameters."""
+_LEVEL = 1e-9
+"""Losses nearer to each other than this part of them are level: a fit would be one of rounding."""
 _NEAR = 0.02
 """Largest residual, as a share of the range of the losses: points on a line of another shape are no power law."""
 
@@ -38,6 +40,8 @@ def fit(tokens: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
     if len(set(tokens)) < LEAST_POINTS or min(tokens) <= 0:
         return None
     x, y = np.asarray(tokens, dtype=float), np.asarray(losses, dtype=float)
+    if np.ptp(y) <= _LEVEL * np.abs(y).max():
+        return None
     best: PowerLaw | None = None
     for exponent in _EXPONENTS:
         terms = np.stack([np.ones_like(x), (x / x[0]) ** -exponent], axis=1)

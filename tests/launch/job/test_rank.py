@@ -52,8 +52,10 @@ def start(
         ],
         env={**os.environ, "PYTHONPATH": str(ROOT), **RANK, **variables},
     )
+    ended = False
     while not (run.path / log).exists() or wait_for not in (run.path / log).read_text():
-        assert not rank.poll() or wait_for != "ready"
+        assert not ended, "it ended without the word"
+        ended = rank.poll() is not None
         time.sleep(0.02)
     return rank
 
@@ -109,7 +111,11 @@ def test_a_node_that_does_not_see_the_image_is_noted(run: Run):
     config = run.config_file.read_text()
     run.config_file.write_text(config.replace("image: null", "image: /nowhere/pipeline.sif"))
     assert run.config_file.read_text() != config
-    rank = start(run, "exit 0", wait_for="cannot be read")
+    apptainer = Path("apptainer").absolute()  # whether there is a real one does not matter
+    apptainer.write_text("#!/bin/sh\nexit 0\n")
+    apptainer.chmod(0o755)
+    path = f"{apptainer.parent}{os.pathsep}{os.environ['PATH']}"
+    rank = start(run, "exit 0", wait_for="cannot be read", PATH=path)
     assert rank.wait(30) == EXIT_FAILED
     assert notes(run) == [("rank_failed", EXIT_FAILED)]
     (failed,) = attempts.notes(run, "train").of(RankFailed)
