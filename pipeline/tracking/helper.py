@@ -7,6 +7,7 @@ ends however the training ends: its standard input closes.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ _log = logging.getLogger("pipeline.tracking")
 _CLOSE = b"close\n"
 # The scheduler signals every process of a job; the helper learns of the end from its standard input.
 _NOT_FOR_HELPERS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+_NICE = 10
 EVERYTHING_SENT = 0
 POINTS_LEFT = 3
 
@@ -51,6 +53,7 @@ class Helper:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 start_new_session=True,  # Ctrl-C is meant for the training
             )
+            _step_back(self._process.pid)
         except OSError as error:
             _log.warning("cannot start the helper process for MLflow (%s); run `pipeline sync` later", error)
         finally:
@@ -72,3 +75,16 @@ class Helper:
             self._process.kill()
             self._process.wait()
             return False
+
+
+def _step_back(process: int) -> None:
+    """Gives the training priority on the processor; now, because the helper imports for longer than a first step takes.
+
+    The helper may have died.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        behind = min(os.getpriority(os.PRIO_PROCESS, 0) + _NICE, 19)
+        os.setpriority(os.PRIO_PROCESS, process, behind)
+    # Where the kernel shares time between sessions, niceness counts only within one, and the helper has its own.
+    with contextlib.suppress(FileNotFoundError, PermissionError):  # other kernels; a container's read-only /proc
+        Path(f"/proc/{process}/autogroup").write_text(str(_NICE))

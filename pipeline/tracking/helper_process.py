@@ -19,13 +19,11 @@ from pipeline.tracking.upload.uploader import Uploader
 
 _log = logging.getLogger("pipeline.tracking")
 
-_NICE = 10
 _LAST_ROUND_S = 20.0  # for the remaining points of a killed training
 
 
 def main(folder: str, uri: str, attempt: int) -> int:
     """Samples this node and feeds the store at `uri`, if any, until this start ends; returns the exit status."""
-    _step_back()
     handler = logging.StreamHandler()
     handler.setFormatter(PlainFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -56,14 +54,6 @@ def main(folder: str, uri: str, attempt: int) -> int:
         return POINTS_LEFT
     sent = Uploader(run, config, uri, closing).work()
     return EVERYTHING_SENT if sent else POINTS_LEFT
-
-
-def _step_back() -> None:
-    """Gives the training priority on the processor."""
-    os.nice(_NICE)
-    # Where the kernel shares time between sessions, niceness counts only within one, and this process has its own.
-    with contextlib.suppress(FileNotFoundError, PermissionError):  # other kernels; a container's read-only /proc
-        Path("/proc/self/autogroup").write_text(str(_NICE))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import re
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -186,5 +187,13 @@ def dataset(config: Config, given: Mapping[str, Any]) -> tuple[str, str, str, st
 
 def write_environment(run: Run) -> None:
     """Lists the installed packages, but no environment variables, which may hold secrets."""
-    lines = sorted({f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions() if d.metadata["Name"]})
+    heads = (d.read_text("METADATA") or d.read_text("PKG-INFO") or "" for d in metadata.distributions())
+    lines = sorted(filter(None, set(map(_pinned, heads))))
     write_text(run.environment_file, "\n".join(lines) + "\n")
+
+
+def _pinned(about: str) -> str | None:
+    """Returns `name==version` by a package's metadata, of which `importlib.metadata` would parse the README too."""
+    head = about.partition("\n\n")[0]
+    found = dict(re.findall(r"^(Name|Version): *(\S+)", head, re.MULTILINE))
+    return f"{found['Name']}=={found['Version']}" if len(found) == 2 else None
