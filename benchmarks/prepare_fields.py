@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _commands(folder: Path, text: Path) -> dict[str, list[str]]:
-    tokenizer = _tokenizer(folder, text)
+    tokenizer = train_tokenizer(folder, text)
     flat, nested = folder / "flat.jsonl", folder / "nested.jsonl"
     with flat.open("w") as one, nested.open("w") as other:
         for number, document in enumerate(text.read_text().split(corpus.SEPARATOR)):
@@ -70,7 +70,7 @@ def _commands(folder: Path, text: Path) -> dict[str, list[str]]:
     return commands
 
 
-def _tokenizer(folder: Path, text: Path) -> Path:
+def train_tokenizer(folder: Path, text: Path) -> Path:
     """Trains a tokenizer on a sample of the text, as `prepare` does."""
     config = experiment(folder, "first", [text], folder / "none.json")
     tree = yaml.safe_load(config.read_text())
