@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -33,7 +34,15 @@ def interleaved(peers: Mapping[str, Callable[[], Any]], rounds: int, warm_up: in
 def machine(gpu: str = "no GPU") -> str:
     """Describes the machine, so that a reader can judge a figure."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"one virtual machine, {os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, {gpu}"
+    return f"one virtual machine, {os.cpu_count()} cores ({_processor()}), {memory:.0f} GiB, {gpu}"
+
+
+def _processor() -> str:
+    """Names the processor, and what it has for products of matrices."""
+    about = dict(re.findall(r"^(model name|flags)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+    flags = about.get("flags", "").split()
+    known = [name for name, flag in (("AVX-512", "avx512f"), ("AMX", "amx_bf16")) if flag in flags]
+    return ", ".join([platform.machine(), *filter(None, [about.get("model name")]), *known])
 
 
 @functools.cache

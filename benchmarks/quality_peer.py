@@ -71,6 +71,7 @@ def train(asked: dict[str, Any], folder: Path, rows: Windows) -> Any:
         vocab_size=asked["vocab"], hidden_size=asked["width"], intermediate_size=asked["inner"],
         num_hidden_layers=asked["layers"], num_attention_heads=asked["heads"], num_key_value_heads=asked["heads"],
         head_dim=asked["width"] // asked["heads"], max_position_embeddings=asked["context"], tie_word_embeddings=False,
+        initializer_range=asked["std"],
     )  # fmt: skip
     settings = transformers.TrainingArguments(
         str(folder / "trainer"), max_steps=asked["steps"], per_device_train_batch_size=asked["rows"],

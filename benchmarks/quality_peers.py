@@ -29,9 +29,8 @@ from tests.experiment import lines
 
 TARGET = 1.861
 """Bits per byte on the validation texts: what the demo reached before its recipe was tuned."""
-GOOD_ENOUGH = 1.80
+GOOD_ENOUGH = 1.82
 """On the training texts held back, which are easier: the demo's recipe reaches 1.59 there, and 1.74 on the others."""
-STEPS, RATES = (300, 450), (6e-3, 1e-2)
 HELD_BACK = 12
 RECENT, SHARE = "1950", 0.85
 """Texts from this year on are this share of the training tokens, as in the demo."""
@@ -52,6 +51,8 @@ class Try(NamedTuple):
 
     steps: int
     rate: float
+    std: float | None = None
+    """Of all fresh weights of the peer, whose default is 0.02; ours have no such setting."""
 
 
 class Outcome(NamedTuple):
@@ -102,6 +103,11 @@ def train_peer(folder: Path, task: Texts, chosen: Try) -> float:
     return found
 
 
+TRIES = {
+    OURS: [Try(300, 6e-3), Try(300, 1e-2), Try(450, 1e-2)],
+    PEER: [Try(450, 1e-2, 0.1), Try(600, 1e-2, 0.05), Try(600, 1e-2, 0.1)],
+}
+"""As many for each. Before them, the peer at 300 steps came to 1.97 with its own std at either rate, to 1.91 with 0.1."""
 CONTESTANTS: dict[str, Callable[[Path, Texts, Try], float]] = {OURS: train_ours, PEER: train_peer}
 
 
@@ -121,11 +127,12 @@ def fastest_first(tries: dict[Try, Outcome]) -> list[Try]:
     return sorted(good, key=lambda chosen: tries[chosen].seconds)
 
 
-def first_to_reach(who: str, candidates: Sequence[Try]) -> Try:
-    """Returns the first settings whose training on all texts reaches the target."""
+def first_to_reach(who: str, candidates: Sequence[Try]) -> tuple[Try, Outcome]:
+    """Returns the first settings whose training on all texts reaches the target, and what it came to."""
     for chosen in candidates:
-        if timed(who, texts(judged_on_training=False), chosen).bits_per_byte <= TARGET:
-            return chosen
+        outcome = timed(who, texts(judged_on_training=False), chosen)
+        if outcome.bits_per_byte <= TARGET:
+            return chosen, outcome
     raise SystemExit(f"{who}: none of {len(candidates)} tries reaches {TARGET} bits per byte")
 
 
@@ -138,13 +145,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds: int = parser.parse_args().rounds
     install_peers()
-    grid = [Try(*each) for each in itertools.product(STEPS, RATES)]
-    tries: dict[str, dict[Try, Outcome]] = {who: {} for who in CONTESTANTS}
-    for chosen, who in itertools.product(grid, CONTESTANTS):
-        tries[who][chosen] = timed(who, texts(judged_on_training=True), chosen)
-    best = {who: first_to_reach(who, fastest_first(found)) for who, found in tries.items()}
-    runs: dict[str, list[Outcome]] = {who: [] for who in best}
-    for _, who in itertools.product(range(rounds), best):
+    tries: dict[str, dict[Try, Outcome]] = {who: {} for who in TRIES}
+    for ours, theirs in zip(*TRIES.values(), strict=True):
+        for who, chosen in ((OURS, ours), (PEER, theirs)):
+            tries[who][chosen] = timed(who, texts(judged_on_training=True), chosen)
+    reached = {who: first_to_reach(who, fastest_first(found)) for who, found in tries.items()}
+    best = {who: chosen for who, (chosen, _) in reached.items()}
+    runs = {who: [outcome] for who, (_, outcome) in reached.items()}
+    for _, who in itertools.product(range(rounds - 1), best):
         runs[who].append(timed(who, texts(judged_on_training=False), best[who]))
     seconds = {who: statistics.median(run.seconds for run in found) for who, found in runs.items()}
     figures = {
