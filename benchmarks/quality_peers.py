@@ -107,7 +107,7 @@ TRIES = {
     OURS: [Try(300, 6e-3), Try(300, 1e-2), Try(450, 1e-2)],
     PEER: [Try(450, 1e-2, 0.1), Try(600, 1e-2, 0.05), Try(600, 1e-2, 0.1)],
 }
-"""As many for each. Before, at 300 steps, the peer came to 1.97 with its own std at either rate, and to 1.91 with 0.1."""
+"""As many for each. Before, at 300 steps, the peer came to 1.97 with its own std, and to 1.91 with 0.1."""
 CONTESTANTS: dict[str, Callable[[Path, Texts, Try], float]] = {OURS: train_ours, PEER: train_peer}
 
 
