@@ -107,8 +107,8 @@ TRIES = {
 }
 """Before them the peer came to 1.97 with its own std at either rate, and to 1.91 with 0.1."""
 FIRST_STEPS = {OURS: 500, PEER: 700}
-"""Where training on all texts begins: 450 steps of ours ended at 1.874. On the training texts held back they had ended at
-1.707, where 600 of the peer's ended at 1.733."""
+"""Where training on all texts begins: 450 steps of ours ended at 1.874 there. On the training texts held back they had
+ended at 1.707, and 600 of the peer's at 1.733."""
 CONTESTANTS: dict[str, Callable[[Path, Texts, Try], float]] = {OURS: train_ours, PEER: train_peer}
 
 
