@@ -1,10 +1,12 @@
-"""Child processes that end when their parent does."""
+"""Child processes that end when their parent does; imports without garbage collection."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 _PR_SET_PDEATHSIG = 1
 _PRCTL = ctypes.CDLL(None).prctl  # looked up here: little is safe between fork and exec
@@ -17,3 +19,15 @@ def end_with_parent(number: signal.Signals) -> Callable[[], None]:
         _PRCTL(_PR_SET_PDEATHSIG, number)
 
     return ask_the_kernel
+
+
+@contextlib.contextmanager
+def large_imports() -> Iterator[None]:
+    """Around imports that make objects by the hundred thousand, which all stay: looking for garbage takes a tenth."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

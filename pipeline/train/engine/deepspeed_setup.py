@@ -16,6 +16,7 @@ import torch
 from pipeline.errors import UsageError
 from pipeline.model.transformer import TransformerLM
 from pipeline.optim.adamw import AdamW
+from pipeline.processes import large_imports
 
 # Those that training uses at any ZeRO stage, by the names of DeepSpeed's TorchBackend.
 _COLLECTIVES = (
@@ -32,7 +33,7 @@ def prepare(device: torch.device) -> None:
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     # DeepSpeed calls functions that PyTorch is about to rename; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
-    with _without("mlflow"):  # which its autotuner would import: two seconds of CPU time on every rank
+    with large_imports(), _without("mlflow"):  # which its autotuner would import: two seconds of CPU time on every rank
         import deepspeed.ops
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
