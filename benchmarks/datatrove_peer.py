@@ -21,6 +21,7 @@ def main(folder: str, tokenizer: str, tasks: str) -> None:
             ),
         ],
         tasks=int(tasks), workers=int(tasks), logging_dir=str(out / "logs"),
+        start_method="fork",  # children of a server would not count as this process's
     ).run()  # fmt: skip
 
 
