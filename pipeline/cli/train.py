@@ -9,7 +9,6 @@ import typer
 
 from pipeline.cli.arguments import LARGEST_SEED, AllowImageChange, ConfigFile, Overrides, RunFolder, numbers_from
 from pipeline.errors import UsageError
-from pipeline.processes import large_imports
 from pipeline.text_format import echo
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ def train(
         from pipeline.commands.other_start import refuse_other_start
 
         refuse_other_start(config)
+    from pipeline.processes import large_imports
+
     with large_imports():
         from pipeline.train.loop import train as train_run  # takes seconds; a mistake in the config is reported before
 
