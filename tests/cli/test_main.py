@@ -78,7 +78,7 @@ def test_every_error_has_its_exit_status_and_is_one_message_on_stderr(error, sta
 
 
 def test_nothing_that_is_started_reports_usage_to_mlflow_unless_the_user_asks_for_it(monkeypatch):
-    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY")
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     assert command("--help") == 0
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
