@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import save
 from benchmarks.train_peers import ROOT, has_bfloat16, install_peers, pipeline
+from pipeline.config.load import load_config
 from tests.experiment import lines
 
 TARGET = 1.861
@@ -32,7 +33,7 @@ TRIED_STEPS, LONGER = 300, 50
 HELD_BACK = 12
 RECENT, SHARE = "1950", 0.85
 """Texts from this year on are this share of the training tokens, as in the demo."""
-SHAPE = {"vocab": 4096, "context": 128, "width": 128, "layers": 4, "heads": 4, "inner": 344, "rows": 16, "warmup": 100}
+DEMO = ROOT / "configs/demo.yaml"
 OURS, PEER = "pipeline", "tokenizers + Trainer"
 
 
@@ -70,6 +71,17 @@ def texts(judged_on_training: bool) -> Texts:
     return Texts(recent, [str(path) for path in train if path.name < RECENT], [str(path) for path in held_back])
 
 
+def shape() -> dict[str, int]:
+    """Returns the demo's model, batch and warm-up, for the peer."""
+    demo = load_config(DEMO, ())
+    model = demo.model
+    return {
+        "vocab": model.vocab_size, "context": model.context_length, "width": model.d_model, "layers": model.num_layers,
+        "heads": model.num_heads, "inner": model.d_ff, "rows": demo.train.batch_size,
+        "warmup": demo.optimizer.warmup_iters,
+    }  # fmt: skip
+
+
 def train_ours(folder: Path, task: Texts, chosen: Try) -> float:
     """Prepares and trains by two commands; returns the bits per byte of the last validation."""
     parts = (("recent", task.recent, "train", SHARE), ("older", task.older, "train", 1 - SHARE))
@@ -79,21 +91,21 @@ def train_ours(folder: Path, task: Texts, chosen: Try) -> float:
     sources.append({"name": "held-back", "paths": task.held_back, "split": "validation"})
     settings = {
         "name": "ours", "runs_dir": folder / "runs", "data.path": folder / "tokens", "tracking.uri": "none",
-        "data.sources": json.dumps(sources), "train.precision": _precision(), "train.micro_batch_size": SHAPE["rows"],
+        "data.sources": json.dumps(sources), "train.precision": _precision(), "train.micro_batch_size": shape()["rows"],
         "train.max_iters": chosen.steps, "optimizer.cosine_cycle_iters": chosen.steps,
         "optimizer.learning_rate": chosen.rate, "optimizer.min_learning_rate": chosen.rate / 100,
         "train.val_interval": chosen.steps, "train.checkpoint_interval": chosen.steps, "train.num_val_batches": 1000,
     }  # fmt: skip
     overrides = [f"{key}={value}" for key, value in settings.items()]
     for command in ("prepare", "train"):
-        pipeline(folder, command, ROOT / "configs/demo.yaml", *overrides)
+        pipeline(folder, command, DEMO, *overrides)
     found: float = lines(folder / "runs/ours/metrics.jsonl")[-1]["val/bits_per_byte"]
     return found
 
 
 def train_peer(folder: Path, task: Texts, chosen: Try) -> float:
     """Does the same in the peers' environment, in one process."""
-    asked = {**task._asdict(), **chosen._asdict(), **SHAPE, "share": SHARE, "precision": _precision()}
+    asked = {**task._asdict(), **chosen._asdict(), **shape(), "share": SHARE, "precision": _precision()}
     (folder / "asked.json").write_text(json.dumps(asked))
     worker = [install_peers(), ROOT / "benchmarks/quality_peer.py", folder]
     subprocess.run([*map(str, worker)], check=True, stdout=subprocess.DEVNULL, cwd=folder)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pipeline.model.on_cpu import SHORT, short_causal_attention
+from pipeline.model.on_cpu import SHORT_CONTEXT, short_causal_attention
 
 
 class RotaryEmbedding(nn.Module):
@@ -147,7 +147,13 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, ma
         is_causal: Query i sees keys 0..i; excludes a mask.
         mask: `(..., 1, queries, keys)` bool, True = attend; or None.
     """
-    if is_causal and q.is_cpu and q.dtype == torch.bfloat16 and k.shape[-2] <= SHORT and torch.is_grad_enabled():
+    if (
+        is_causal
+        and q.is_cpu
+        and q.dtype == torch.bfloat16
+        and k.shape[-2] <= SHORT_CONTEXT
+        and torch.is_grad_enabled()
+    ):
         return short_causal_attention(q, k, v)
     group = q.shape[-3] // k.shape[-3]
     if group == 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-SHORT = 256
+SHORT_CONTEXT = 256
 """Keys up to which the scores of all queries at a time are faster than PyTorch's kernel block by block."""
 
 

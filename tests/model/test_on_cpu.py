@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pipeline.model import chunked_loss
 from pipeline.model.attention import grouped_query_attention
 from pipeline.model.chunked_loss import linear_cross_entropy
-from pipeline.model.on_cpu import SHORT, bfloat16_factors, rms_norm
+from pipeline.model.on_cpu import SHORT_CONTEXT, bfloat16_factors, rms_norm
 
 EPS = 1e-5
 
@@ -70,7 +70,7 @@ def heads(tokens: int, count: int, kv_count: int) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(("count", "kv_count"), [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize("tokens", [2, 33, SHORT])
+@pytest.mark.parametrize("tokens", [2, 33, SHORT_CONTEXT])
 def test_short_attention_is_as_close_to_float64_as_pytorchs(tokens, count, kv_count):
     def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -87,7 +87,7 @@ def test_only_short_attention_of_bfloat16_that_is_trained_takes_our_backward():
     assert grouped_query_attention(q, k, v, True).grad_fn.name() == ours
     assert grouped_query_attention(q, k, v, False).grad_fn.name() != ours
     assert grouped_query_attention(q.float(), k.float(), v.float(), True).grad_fn.name() != ours
-    assert grouped_query_attention(*heads(SHORT + 1, 2, 2), True).grad_fn.name() != ours
+    assert grouped_query_attention(*heads(SHORT_CONTEXT + 1, 2, 2), True).grad_fn.name() != ours
     with torch.no_grad():
         assert grouped_query_attention(q, k, v, True).grad_fn is None
 

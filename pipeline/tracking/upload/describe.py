@@ -194,6 +194,6 @@ def write_environment(run: Run) -> None:
 
 def _pinned(about: str) -> str | None:
     """Returns `name==version` by a package's metadata, of which `importlib.metadata` would parse the README too."""
-    head = about.partition("\n\n")[0]
+    head = re.split(r"\r?\n\r?\n", about, maxsplit=1)[0]
     found = dict(re.findall(r"^(Name|Version): *(\S+)", head, re.MULTILINE))
     return f"{found['Name']}=={found['Version']}" if len(found) == 2 else None
