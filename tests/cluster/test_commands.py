@@ -117,6 +117,7 @@ def test_a_rank_that_is_stopped_on_the_other_node_is_named_and_the_run_continues
     assert f"rank 1 on {second}" in shown
     training.wait_for(lambda: len(list(Path(hang["path"]).glob("rank_*.txt"))) == 2, 20, "a rank left no stack")
     training.wait_for_step(hang["step"] + 10)
+    training.wait_for(lambda: bool(training.events("hang_ended")), 20, "the end of the hang is not reported")
     assert training.events("hang_ended")[-1]["seconds"] > 25
     (network,) = training.events("network")
     assert (network["transport"], network["ranks"], network["nodes"]) == ("gloo over TCP", 2, 2)

@@ -122,7 +122,7 @@ def test_the_stack_of_the_rank_that_did_not_come_shows_what_it_waits_for(lab: La
     config = lab.config("slow_disk")
     run = config.parent / "runs" / "slow_disk"
     # Long enough after the wait for the next look, which comes each second.
-    arguments = ["train", str(config), "train.zero_stage=2", "train.max_iters=200"]
+    arguments = ["train", str(config), "train.zero_stage=2", "train.max_iters=400"]
     ranks = processes.fork(train_with_slow_disk, (arguments,), 2, tmp_path / "log")
     finished = ranks.wait(90)
     ranks.end()
