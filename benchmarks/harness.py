@@ -18,6 +18,9 @@ from pipeline.run.provenance import collect_provenance
 
 RESULTS = Path(__file__).parent / "results"
 
+# What is measured keeps its bytecode, as an installed program does; without it each process compiles the package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 def interleaved(peers: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, float]:
     """Returns the median seconds of each peer; each round calls every peer once, so that drift affects all alike."""

@@ -14,6 +14,7 @@ import threading
 import time
 from typing import Any
 
+from pipeline.processes import large_imports
 from pipeline.run import journal
 from pipeline.run.folder import Run
 from pipeline.tracking.energy import EnergyMeter
@@ -66,11 +67,12 @@ class NodeSampler:
 def open_monitors() -> list[Any]:
     """Returns MLflow's monitors for this machine: CPU and memory, disk, network, and any GPUs."""
     quiet_environment()
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-    from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
+    with large_imports():
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+        from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
 
     monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
     for kind in (GPUMonitor, ROCMMonitor):
