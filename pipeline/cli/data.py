@@ -30,13 +30,10 @@ def prepare(
     from pipeline.data.build.memory import devote_process
 
     devote_process()
-    from pipeline.processes import large_imports
-
-    with large_imports():
-        from pipeline.commands.prepare import prepare_events
-        from pipeline.config.load import load_config
-        from pipeline.data.build.display import parse_slice, prepare_here
-        from pipeline.run.folder import run_for
+    from pipeline.commands.prepare import prepare_events
+    from pipeline.config.load import load_config
+    from pipeline.data.build.display import parse_slice, prepare_here
+    from pipeline.run.folder import run_for
 
     config = load_config(config_file, overrides or ())
     with prepare_events(run_for(config).events_file, part):

@@ -111,7 +111,7 @@ def test_a_second_ctrl_c_exits_at_once(lab: Lab, tmp_path: Path) -> None:
     time.sleep(0.7)
     assert not ranks.poll()
     ranks.kill(signal.SIGINT)
-    assert ranks.within(ranks.poll, 10) and ranks.codes == {0: 130}, ranks.words()
+    assert ranks.within(ranks.poll, 3) and ranks.codes == {0: 130}, ranks.words()
 
 
 def train_with_slow_steps(config: str) -> None:

@@ -14,7 +14,6 @@ from pipeline.data.read.documents import Documents, Offsets
 from pipeline.data.tokenize import limits, tokenizer_json
 from pipeline.errors import DataError
 from pipeline.files import naming, parse_json, read_bounded, sha256_bytes
-from pipeline.processes import large_imports
 from pipeline.text_format import printable
 
 if TYPE_CHECKING:
@@ -170,8 +169,7 @@ def _load_gigatoken(content: str) -> Any:
 
 def _as_awkward(documents: Documents) -> Any:
     """Wraps the documents for gigatoken, without a copy."""
-    with large_imports():
-        import awkward
+    import awkward
 
     text = awkward.contents.NumpyArray(documents.data, parameters={"__array__": "byte"})
     layout = awkward.contents.ListOffsetArray(

@@ -64,7 +64,7 @@ def test_a_slowed_rank_is_named_and_a_stopped_one_leaves_the_stacks_of_those_tha
         assert wait_until(lambda: last_step(run) >= 3 or ranks.poll(), 60) and not ranks.codes, ranks.words()
 
         stop_now_and_then(ranks, 1, 6.0)
-        assert wait_until(lambda: (slowest := status(run).slowest) is not None and slowest.rank == 1, 20)
+        assert wait_until(lambda: (slowest := status(run).slowest) is not None and slowest.rank == 1, 5)
         assert not events(run, "hang"), "it is slow, and does not hang"
 
         ranks.kill(signal.SIGSTOP, [1])
@@ -75,14 +75,14 @@ def test_a_slowed_rank_is_named_and_a_stopped_one_leaves_the_stacks_of_those_tha
         assert found.state == "running" and "rank 1" in str(found.hang)
         folder = Path(hang["path"])
         stacks, collectives = folder / "rank_0.txt", folder / "rank_0_collectives.json"
-        assert wait_until(collectives.exists, 20)
+        assert wait_until(collectives.exists, 5)
         assert "run_loop" in stacks.read_text() and not (folder / "rank_1.txt").exists()
         assert json.loads(collectives.read_text())["entries"]
 
         ranks.kill(signal.SIGCONT, [1])
         assert wait_until(lambda: bool(events(run, "hang_ended")), 10), ranks.words()
         assert wait_until(lambda: status(run).hang is None and last_step(run) > hang["step"] + 1, 10)
-        assert wait_until((folder / "rank_1.txt").exists, 20), "it leaves its own as soon as it can"
+        assert wait_until((folder / "rank_1.txt").exists, 5), "it leaves its own as soon as it can"
 
         ranks.kill(signal.SIGSTOP, [1])
         assert ranks.within(lambda: ranks.poll() or 0 in ranks.codes, 40), ranks.words()

@@ -114,7 +114,7 @@ def test_a_main_thread_that_hangs_is_ended_with_its_records_written(pair: Pair, 
     reasons: list[str] = []
     pair.first.at_exit = reasons.append
     pair.second.close("out of memory")
-    assert wait_until(lambda: bool(pair.exits), 20)
+    assert wait_until(lambda: bool(pair.exits), 5)
     assert pair.exits == [EXIT_FAILED]
     assert reasons == [pair.first.lost]
     assert capsys.readouterr().err == f"pipeline: error: {pair.first.lost}\n"
@@ -122,7 +122,7 @@ def test_a_main_thread_that_hangs_is_ended_with_its_records_written(pair: Pair, 
 
 def test_a_main_thread_that_fails_by_itself_is_left_alone(pair: Pair) -> None:
     pair.second.close("out of memory")
-    assert wait_until(lambda: pair.first.lost is not None, 20)
+    assert wait_until(lambda: pair.first.lost is not None, 5)
     pair.first.close()
     time.sleep(0.3)
     assert pair.exits == []
@@ -147,7 +147,7 @@ def test_without_the_store_of_torchrun_a_rank_is_lost(monkeypatch: pytest.Monkey
     alone = Peers(World(), HashStore(), idle())
     store: Any = SimpleNamespace(check=check)
     alone.watch(lambda: peers._without_agent(store), peers.AGENT_S)
-    assert wait_until(lambda: alone.lost is not None, 20)
+    assert wait_until(lambda: alone.lost is not None, 5)
     assert "torchrun" in str(alone.lost)
     alone.close()
 
