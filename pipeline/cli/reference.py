@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from pipeline.config.descriptions import descriptions
 from pipeline.config.load import CONFIG
 from pipeline.config.section_base import Section, section_of
 from pipeline.config.sections import Config
@@ -80,8 +81,9 @@ def _sections(model: type[Section], path: str) -> Iterator[tuple[str, type[Secti
 
 
 def _section_text(path: str, model: type[Section]) -> str:
+    meaning = descriptions(model)
     rows = [
-        f"| `{name}` | {_type_text(info.annotation)} | {_default_text(info)} | {_limits(info)}{info.description} |\n"
+        f"| `{name}` | {_type_text(info.annotation)} | {_default_text(info)} | {_limits(info)}{meaning[name]} |\n"
         for name, info in model.model_fields.items()
         if section_of(info) is None
     ]

@@ -46,7 +46,7 @@ def rule(method: _Rule) -> _Rule:
 class Section(BaseModel):
     """A part of a config or a site file; it is frozen and rejects unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     @rule
     def _names_and_paths_hold_no_control_characters(self) -> Iterator[Problem]:

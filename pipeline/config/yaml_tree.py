@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from pipeline.config.descriptions import descriptions, schema_with_descriptions
 from pipeline.config.messages.foreign_keys import answer
 from pipeline.config.messages.values import Refused, refused
 from pipeline.config.messages.yaml_syntax import syntax_problem
@@ -96,7 +97,7 @@ class Vocabulary(Generic[S]):
 
     def json_schema(self) -> dict[str, Any]:
         """Returns the JSON schema with which editors complete and check the YAML."""
-        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **self.model.model_json_schema()}
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema_with_descriptions(self.model)}
 
     def _parse_yaml(self, text: str, source: str) -> dict[str, Any]:
         try:
@@ -122,13 +123,18 @@ class Vocabulary(Generic[S]):
         if wrong.kind == "extra_forbidden":
             yield from self._unknown_key(path, wrong.given)
         elif wrong.kind == "missing":
-            about = dict(known_fields(self.model)).get(_without_indices(path))
-            told = f": {about.description.rstrip('.')}" if about and about.description else ""
-            yield Problem(path, f"is missing and has no default{told}")
+            meaning = self._meaning(_without_indices(path))
+            yield Problem(path, f"is missing and has no default{f': {meaning}' if meaning else ''}")
         elif wrong.given is None:
             yield Problem(path, f"has no value, allowed: {wrong.allowed}")
         else:
             yield wrong_value(path, wrong.given, wrong.allowed)
+
+    def _meaning(self, path: str) -> str:
+        above, _, name = path.rpartition(".")
+        info = dict(known_fields(self.model)).get(above)
+        section = section_of(info) if info else self.model
+        return descriptions(section).get(name, "").rstrip(".") if section else ""
 
     def _unknown_key(self, path: str, given: Any) -> Iterator[Problem]:
         told = answer(path, self.foreign)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import yaml
 
 from pipeline.config.data_sections import SourceConfig
+from pipeline.config.descriptions import descriptions
 from pipeline.config.load import parse_config
 from pipeline.config.section_base import section_of
 from pipeline.config.sections import Config, tracking_uri_problem
@@ -48,8 +51,17 @@ def test_the_only_source_of_a_list_is_reported_without_calling_the_list_too_shor
 
 @pytest.mark.parametrize("section", [SourceConfig, *map(section_of, Config.model_fields.values())])
 def test_every_field_is_described_where_it_is_defined(section):
+    told = descriptions(section or Config)
     for name, info in (section or Config).model_fields.items():
-        assert info.description or section_of(info), name
+        assert told.get(name) or section_of(info), name
+
+
+def test_without_the_source_a_message_only_lacks_the_description(monkeypatch):
+    def no_source(_: type) -> str:
+        raise OSError("source code not available")
+
+    monkeypatch.setattr(inspect, "getsource", no_source)
+    assert problems(**{"train.batch_size": None}) == {"train.batch_size": "is missing and has no default"}
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,9 @@ class Tokenizer:
         self._decoder: tokenizers.Tokenizer | None = None
         self.notice: str | None = None
         self._fast: Any = None
+        ordinary = tokenizer_json.ordinary_text_only(tree)
+        self._added = ordinary.pop("added_tokens")
+        self._rest = json.dumps(ordinary)
         if tokenizer_json.is_bytes(tree):
             self.encoder = "bytes"
             return
@@ -67,9 +70,8 @@ class Tokenizer:
             raise DataError(f"{place}: the tokenizer is refused: {refused}; use another tokenizer.json")
         if not (tried or limits.is_plain(tree)):
             limits.try_out(content, place)
-        self._ordinary = json.dumps(tokenizer_json.without_special_tokens(tokenizer_json.ordinary_text_only(tree)))
         try:
-            self._fast = _load_gigatoken(self._ordinary)
+            self._fast = self._load_gigatoken()
             self.encoder = "gigatoken"
         except (RuntimeError, ValueError) as error:
             reason = str(error).split("\n", 1)[0]
@@ -124,7 +126,7 @@ class Tokenizer:
     def clear_caches(self) -> None:
         """Empties the caches of the encoder; other threads may continue to encode meanwhile."""
         if self.encoder == "gigatoken":
-            self._fast = _load_gigatoken(self._ordinary)
+            self._fast = self._load_gigatoken()
 
     def reference_encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids by Hugging Face's `tokenizers`, against which the fast encoder is checked."""
@@ -139,10 +141,19 @@ class Tokenizer:
         with limits.named(self._place):
             return self._decoder.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def _load_gigatoken(self) -> Any:
+        from gigatoken.gigatoken_rs import load_hf_json
+
+        # Without its special tokens: gigatoken takes all other ids from the file.
+        return load_hf_json(self._ordinary([token for token in self._added if not token.get("special")]))
+
+    def _ordinary(self, added: list[dict[str, Any]]) -> str:
+        """Returns the tokenizer.json for ordinary text with these added tokens."""
+        return f'{self._rest[:-1]}, "added_tokens": {json.dumps(added)}}}'
+
     def _load_reference(self) -> tokenizers.Tokenizer:
         if self._reference is None:
-            ordinary = tokenizer_json.ordinary_text_only(json.loads(self.content))
-            reference = self._load_tokenizers(json.dumps(ordinary))
+            reference = self._load_tokenizers(self._ordinary(self._added))
             reference.encode_special_tokens = True
             self._reference = reference
         return self._reference
@@ -159,12 +170,6 @@ class Tokenizer:
         loaded.no_truncation()
         loaded.no_padding()
         return loaded
-
-
-def _load_gigatoken(content: str) -> Any:
-    from gigatoken.gigatoken_rs import load_hf_json
-
-    return load_hf_json(content)
 
 
 def _as_awkward(documents: Documents) -> Any:
