@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import save
-from benchmarks.train_peers import ROOT, pipeline
+from benchmarks.peer_environment import ROOT
+from benchmarks.train_peers import pipeline
 from tests.experiment import lines
 
 STEPS = ["train.max_iters=1", "train.log_interval=1", "train.num_val_batches=1", "optimizer.cosine_cycle_iters=null"]

@@ -2,7 +2,7 @@
 
 The same documents as text, JSON lines, compressed by gzip and zstd, and Parquet. datatrove reads the plain JSON lines,
 one task per core, with the same tokenizer, and writes tokens and an index without shuffling; it must write the same
-number of tokens. It lives in the environment of train_peers.
+number of tokens. It lives in an environment of its own, build/datatrove, which the first run makes.
 
 python -m benchmarks.prepare_formats [--text FILE] [--megabytes 200] [--rounds 3]
 """
@@ -14,8 +14,8 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ import zstandard
 
 from benchmarks import corpus
 from benchmarks.harness import save
+from benchmarks.peer_environment import ROOT, peer_environment
 from benchmarks.prepare import experiment, prepare
 from benchmarks.prepare_fields import train_tokenizer
 from benchmarks.processes import Usage, measure, medians
-from benchmarks.train_peers import ROOT, install_peers
 
 DATATROVE = "datatrove[io,processing]==0.9.0"
 PEER = "jsonl, datatrove"
@@ -73,8 +73,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
-    python = install_peers()
-    subprocess.run([python, "-m", "pip", "install", "--quiet", DATATROVE], check=True)
+    python = peer_environment("datatrove", [DATATROVE, f"tokenizers=={version('tokenizers')}"])
     text = asked.text or corpus.build(Path(tempfile.gettempdir()) / "bench-corpus")
     with text.open() as source:
         documents = source.read(asked.megabytes * 10**6).split(corpus.SEPARATOR)[:-1]

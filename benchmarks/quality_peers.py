@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness import save
-from benchmarks.train_peers import ROOT, has_bfloat16, install_peers, pipeline
+from benchmarks.peer_environment import ROOT
+from benchmarks.train_peers import has_bfloat16, install_peers, pipeline
 from pipeline.config.load import load_config
 from tests.experiment import lines
 

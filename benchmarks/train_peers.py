@@ -26,14 +26,13 @@ import numpy as np
 import torch
 
 from benchmarks.harness import save
+from benchmarks.peer_environment import ROOT, peer_environment
 from benchmarks.train_peer import PEERS
 from pipeline.config.load import load_config
 from pipeline.data.dataset import open_dataset
 from pipeline.data.order.batches import BatchReader
 from tests.experiment import curve, demo_text, lines
 
-ROOT = Path(__file__).parent.parent
-ENVIRONMENT = ROOT / "build" / "peers"
 OURS = "pipeline train"
 LITGPT = "litgpt==0.5.13"
 CONTEXT = {"small": 128, "large": 256}
@@ -60,15 +59,10 @@ def has_bfloat16() -> bool:
 
 def install_peers() -> Path:
     """Returns the Python of the peers' environment, which it makes on the first call."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "done").exists():
-        subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
-        same = [f"{name}=={version(name)}" for name in ("torch", "transformers", "accelerate", "numpy", "safetensors")]
-        same[0] = same[0].partition("+")[0]
-        for words in ([*same, "lightning", "jsonargparse"], ["--no-deps", LITGPT]):  # whose limits on versions clash
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *words], check=True)
-        (ENVIRONMENT / "done").touch()
-    return python
+    same = [f"{name}=={version(name)}" for name in ("torch", "transformers", "accelerate", "numpy", "safetensors")]
+    same[0] = same[0].partition("+")[0]
+    # Two calls of pip: litgpt's limits on versions clash with the others.
+    return peer_environment("peers", [*same, "lightning", "jsonargparse"], ["--no-deps", LITGPT])
 
 
 def write_recipe(folder: Path, size: str) -> Path:
