@@ -11,9 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pipeline.config.descriptions import descriptions
 from pipeline.config.load import CONFIG
-from pipeline.config.section_base import Section, section_of
+from pipeline.config.section_base import Section, descriptions, section_of
 from pipeline.config.sections import Config
 from pipeline.config.yaml_tree import Vocabulary
 from pipeline.launch.site import SITE, Site

@@ -18,11 +18,19 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from pipeline.config.descriptions import descriptions, schema_with_descriptions
 from pipeline.config.messages.foreign_keys import answer
 from pipeline.config.messages.values import Refused, refused
 from pipeline.config.messages.yaml_syntax import syntax_problem
-from pipeline.config.section_base import S, Section, broken_rules, cut, section_of, usable_part, wrong_value
+from pipeline.config.section_base import (
+    S,
+    Section,
+    broken_rules,
+    cut,
+    descriptions,
+    section_of,
+    usable_part,
+    wrong_value,
+)
 from pipeline.config.yaml_loader import MOST_BYTES, read_yaml, write_yaml
 from pipeline.errors import ConfigError, Problem, UsageError
 from pipeline.files import naming, read_bounded
@@ -97,7 +105,14 @@ class Vocabulary(Generic[S]):
 
     def json_schema(self) -> dict[str, Any]:
         """Returns the JSON schema with which editors complete and check the YAML."""
-        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema_with_descriptions(self.model)}
+        schema = self.model.model_json_schema()
+        inner = {found for _, info in known_fields(self.model) if (found := section_of(info)) is not None}
+        sections: list[type[Section]] = [self.model, *inner]
+        for section in sections:
+            properties = (schema if section is self.model else schema["$defs"][section.__name__])["properties"]
+            for name, text in descriptions(section).items():
+                properties[name] = dict(sorted({**properties[name], "description": text}.items()))
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
     def _parse_yaml(self, text: str, source: str) -> dict[str, Any]:
         try:

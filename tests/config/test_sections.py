@@ -8,9 +8,8 @@ import pytest
 import yaml
 
 from pipeline.config.data_sections import SourceConfig
-from pipeline.config.descriptions import descriptions
 from pipeline.config.load import parse_config
-from pipeline.config.section_base import section_of
+from pipeline.config.section_base import descriptions, section_of
 from pipeline.config.sections import Config, tracking_uri_problem
 from tests.config.support import problems, tree
 
