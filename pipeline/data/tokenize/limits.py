@@ -27,6 +27,8 @@ from pipeline.text_format import printable
 
 # The largest published ones have 35 MB.
 LARGEST = 256 << 20
+# The libraries allocate a table as long as the largest id, whether or not there are tokens in between.
+_LARGEST_VOCABULARY = 1 << 24
 # Unicode's own normalizations make at most 18 characters of one.
 _MOST_GROWTH = 32.0
 _MOST_REPLACED = 100
@@ -39,6 +41,9 @@ _TRIED = 64
 
 def problem(tree: dict[str, Any]) -> str | None:
     """Returns why a parsed tokenizer.json could take too much memory; None if nothing in it says so."""
+    size = tokenizer_json.vocabulary_size(tree)
+    if size > _LARGEST_VOCABULARY:
+        return f"its ids of tokens reach {size - 1}, allowed: {_LARGEST_VOCABULARY - 1}"
     growth = 1.0
     for part in _parts(tree.get("normalizer")):
         if part.get("type") == "Replace":

@@ -59,15 +59,15 @@ class Tokenizer:
         self._decoder: tokenizers.Tokenizer | None = None
         self.notice: str | None = None
         self._fast: Any = None
+        refused = limits.problem(tree)
+        if refused is not None:
+            raise DataError(f"{place}: the tokenizer is refused: {refused}; use another tokenizer.json")
         ordinary = tokenizer_json.ordinary_text_only(tree)
         self._added = ordinary.pop("added_tokens")
         self._rest = json.dumps(ordinary)
         if tokenizer_json.is_bytes(tree):
             self.encoder = "bytes"
             return
-        refused = limits.problem(tree)
-        if refused is not None:
-            raise DataError(f"{place}: the tokenizer is refused: {refused}; use another tokenizer.json")
         if not (tried or limits.is_plain(tree)):
             limits.try_out(content, place)
         try:

@@ -115,6 +115,8 @@ def problem(tree: Any) -> str | None:
         return "`model.vocab` has neither ids of tokens nor tokens with scores"
     if not (merges is None or _are_merges(merges)):
         return "`model.merges` is not a list of pairs"
+    if not isinstance(model.get("unk_token"), str | None):
+        return "`model.unk_token` is not a token"
     if not (added is None or (isinstance(added, list) and all(_is_added(token) for token in added))):
         return "`added_tokens` is not a list of tokens with `id` and `content`"
     return None

@@ -43,6 +43,8 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "table longer than the file": {"normalizer": charsmap(2**31, b"", b"")},
     "damaged table": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA////"}},
     "table of long texts": {"normalizer": charsmap(4, b"\0" * 4, b"x" * 10**5)},
+    "huge id": {"model": {**BYTES["model"], "vocab": {**BYTES["model"]["vocab"], "z": 2**31}}},
+    "huge id of an added token": {"added_tokens": [{**BYTES["added_tokens"][0], "id": 2**31}]},
     "exponential expression": {"pre_tokenizer": split("(a+)+$")},
     "exponential alternatives": {"pre_tokenizer": split("(x|xx)+y")},
 }

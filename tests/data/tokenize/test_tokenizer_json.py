@@ -25,6 +25,7 @@ from tests.data.helpers import END, save_tokenizer
         ('{"model": {"vocab": {"a": "b"}}}', None, "not a tokenizer.json"),
         ('{"model": {"vocab": [["a"]]}}', None, "not a tokenizer.json"),
         ('{"model": {"vocab": {"a": 0}, "merges": [5]}}', None, "not a tokenizer.json"),
+        ('{"model": {"vocab": {"a": 0}, "unk_token": ["a"]}}', None, "not a tokenizer.json"),
         ('{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}', None, "not a tokenizer.json"),
         ('{"model": {"vocab": {"a": 0}}, "added_tokens": {"id": 1}}', None, "not a tokenizer.json"),
         (compose_bytes([]), None, "no special token"),
