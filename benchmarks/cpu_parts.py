@@ -1,7 +1,7 @@
 """Measures the parts that the model computes in its own way on a CPU beside PyTorch's, forward and backward.
 
-RMSNorm; attention in bfloat16 at short contexts; output layer and loss in bfloat16. Also how much slower bfloat16 gets
-when all threads allocate from one heap.
+RMSNorm; linear maps and the loss in float32, which differ where MKL is slow; attention in bfloat16 at short contexts;
+output layer and loss in bfloat16. Also how much slower bfloat16 gets when all threads allocate from one heap.
 
 python -m benchmarks.cpu_parts
 """
@@ -21,10 +21,11 @@ from benchmarks.harness import interleaved, save
 from pipeline.allocator import keep_freed_memory, share_one_heap
 from pipeline.model.attention import grouped_query_attention
 from pipeline.model.chunked_loss import linear_cross_entropy
-from pipeline.model.on_cpu import rms_norm
+from pipeline.model.on_cpu import linear, rms_norm
 
 ROUNDS = 15
 NORMS = {"2048 rows of 288": (2048, 288), "2048 rows of 1024": (2048, 1024)}
+MAPS = {"2,048 tokens from 288 to 768": (2048, 288, 768), "2,048 tokens from 768 to 288": (2048, 768, 288)}
 HEADS = {"16 x 4 heads of 32, 128 tokens": (16, 4, 128, 32), "8 x 6 heads of 48, 256 tokens": (8, 6, 256, 48)}
 HEAD = (2048, 288, 8192)  # tokens, width, vocabulary
 
@@ -38,6 +39,11 @@ def norms(rows: int, width: int, dtype: torch.dtype) -> dict[str, float]:
         },
         [x, gain],
     )
+
+
+def maps(rows: int, d_in: int, d_out: int) -> dict[str, float]:
+    x, weight = torch.randn(rows, d_in).requires_grad_(), torch.randn(d_out, d_in).requires_grad_()
+    return _milliseconds({"ours": lambda: linear(x, weight, None), "PyTorch": lambda: F.linear(x, weight)}, [x, weight])
 
 
 def attention(batch: int, heads: int, tokens: int, size: int) -> dict[str, float]:
@@ -90,6 +96,7 @@ def main() -> None:
         print(attention(8, 6, 256, 48)["PyTorch"])
         return
     figures: dict[str, Any] = {"one heap, PyTorch's attention": one_heap()}
+    figures |= {f"linear map, float32, {what}": maps(*shape) for what, shape in MAPS.items()}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         figures |= {f"norm, {name}, {what}": norms(*shape, dtype) for what, shape in NORMS.items()}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.model.on_cpu import bfloat16_factors
+from pipeline.model import on_cpu
+from pipeline.model.on_cpu import bfloat16_factors, onednn_linear
 
 LOSS_CHUNK_TOKENS = 2048
 """Tokens whose logits exist at a time; chosen by benchmarks/cross_entropy.py."""
@@ -79,6 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         device, count = x.device.type, len(targets)
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         products: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        onednn = x.is_cpu and low == torch.float32 and on_cpu.MULTIPLY_BY_ONEDNN
         if x.is_cpu and low == torch.bfloat16:  # its products of float32 round the factors themselves, and no result
             low, products = torch.float32, bfloat16_factors()
         wide = torch.promote_types(low, torch.float32)
@@ -88,7 +90,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(count, dtype=wide, device=x.device)
         log_sums = torch.empty_like(losses)
         # One buffer for all chunks: on a CPU, fresh memory of this size costs as much as a pass over it.
-        buffer = torch.empty(0 if compiled else min(chunk_tokens, count), len(weight), dtype=wide, device=x.device)
+        fresh = compiled or onednn  # neither writes where it is told
+        buffer = torch.empty(0 if fresh else min(chunk_tokens, count), len(weight), dtype=wide, device=x.device)
         look_at = _compiled() if compiled else _look_in_cache if x.is_cpu else _look_at_in_place
         counted = targets >= 0
         shares = counted / counted.sum().clamp(min=1).to(wide)
@@ -98,16 +101,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, count, chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 chunk = x[rows].to(low)
-                logits = chunk @ matrix.T if compiled else _write_product(buffer[: len(chunk)], chunk, matrix.T)
+                logits = _product(chunk, matrix.T, None if fresh else buffer[: len(chunk)], onednn)
                 share = shares[rows].unsqueeze(-1) if wants_x or wants_weight else None
                 losses[rows], log_sums[rows], errors = look_at(logits, targets[rows], share, z_loss)
                 if errors is None:
                     continue
                 rounded = errors.to(low)
                 if grad_x is not None:
-                    _write_product(grad_x[rows], rounded, matrix)
+                    _product(rounded, matrix, grad_x[rows], onednn)
                 if grad_weight is not None:
-                    _add_product(grad_weight, rounded, chunk)
+                    _add_product(grad_weight, rounded, chunk, onednn)
                 del logits, errors, rounded  # they would live beside the next chunk's
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -186,14 +189,19 @@ def _compiled() -> Callable[[Tensor, Tensor, Tensor | None, float], tuple[Tensor
     return torch.compile(_look_at, dynamic=False)
 
 
-def _write_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Writes `a @ b`, rounded to their dtype, into `out`; returns it."""
-    return torch.mm(a, b, out=out) if out.dtype == a.dtype else out.copy_(a @ b)
+def _product(a: Tensor, b: Tensor, out: Tensor | None, onednn: bool) -> Tensor:
+    """Returns `a @ b`, rounded to their dtype, in `out` if there is one."""
+    if out is not None and out.dtype == a.dtype and not onednn:
+        return torch.mm(a, b, out=out)
+    made = onednn_linear(a, b.T, None) if onednn else a @ b
+    return made if out is None else out.copy_(made)
 
 
-def _add_product(total: Tensor, errors: Tensor, chunk: Tensor) -> None:
+def _add_product(total: Tensor, errors: Tensor, chunk: Tensor, onednn: bool) -> None:
     """Adds `errors^T @ chunk` to `total` without rounding it first, as a bfloat16 product would."""
-    if chunk.dtype == total.dtype:
+    if onednn:
+        total += onednn_linear(chunk.T, errors.T, None).T
+    elif chunk.dtype == total.dtype:
         total.addmm_(errors.T, chunk)
     else:  # only CUDA has a product of bfloat16 that keeps its float32 sums
         total += torch.mm(errors.T, chunk, out_dtype=total.dtype)

@@ -15,7 +15,7 @@ from pipeline.model.attention import RotaryEmbedding, grouped_query_attention
 from pipeline.model.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from pipeline.model.chunked_loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
 from pipeline.model.documents import Layout, document_attention
-from pipeline.model.on_cpu import rms_norm
+from pipeline.model.on_cpu import linear, rms_norm
 
 NORM_EPS = 1e-5
 
@@ -43,7 +43,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps the last dimension of `x`."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias) if x.is_cpu else F.linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):

@@ -30,6 +30,7 @@ _KEPT = [
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_fused_attention_overrideable.default,
     torch.ops.higher_order.flex_attention,
+    torch.ops.pipeline.onednn_linear.default,
 ]
 """The operations whose results selective checkpointing keeps: they are most of a block's time."""
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from pipeline.config.model_section import ModelConfig
 from pipeline.model.flops import flops_per_token, num_parameters
 from pipeline.model.transformer import TransformerLM
 from tests.model.test_transformer import SHAPE, VARIANTS
+
+
+@register_flop_formula(torch.ops.pipeline.onednn_linear)
+def onednn_linear_flops(x, weight, bias, out_shape=None):
+    return 2 * math.prod(x) * weight[0]
 
 
 @pytest.mark.parametrize("variant", [{}, *VARIANTS.values()], ids=["plain", *VARIANTS])

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.model import chunked_loss
+from pipeline.model import chunked_loss, on_cpu
 from pipeline.model.attention import grouped_query_attention
 from pipeline.model.chunked_loss import linear_cross_entropy
-from pipeline.model.on_cpu import SHORT_CONTEXT, bfloat16_factors, rms_norm
+from pipeline.model.on_cpu import SHORT_CONTEXT, bfloat16_factors, linear, onednn_linear, rms_norm
 
 EPS = 1e-5
 
@@ -60,6 +60,32 @@ def test_the_norm_is_computed_in_float32_and_rounded_once(of_x, of_gain, out, bo
         lambda x, gain: x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * gain,
     )
     assert max(found) < bound
+
+
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (50, 96), (3, 7, 96)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_linear_map_by_onednn_is_as_close_to_float64_as_pytorchs(shape, biased, monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    made = [torch.randn(size, generator=generator) for size in (shape, (40, 96), (40,))][: 2 + biased]
+    inputs = tuple(t.requires_grad_() for t in made)
+    theirs = errors(F.linear, inputs, F.linear)
+    called = []
+    monkeypatch.setattr(on_cpu, "onednn_linear", lambda *parts: called.append(1) or onednn_linear(*parts))
+    for onednn in (True, False):
+        monkeypatch.setattr(on_cpu, "MULTIPLY_BY_ONEDNN", onednn)
+        ours = errors(lambda x, weight, bias=None: linear(x, weight, bias), inputs, F.linear)
+        assert all(a <= 1.5 * b + 1e-7 for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+        assert called, "the first time by oneDNN"
+
+
+def test_onednn_multiplies_float32_only(monkeypatch):
+    monkeypatch.setattr(on_cpu, "MULTIPLY_BY_ONEDNN", True)
+    monkeypatch.setattr(on_cpu, "onednn_linear", None)
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    assert linear(x.double(), weight.double(), None).dtype == torch.float64
+    assert linear(x.bfloat16(), weight.bfloat16(), None).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, None).dtype == torch.bfloat16
 
 
 def heads(tokens: int, count: int, kv_count: int) -> tuple[Tensor, ...]:
