@@ -193,14 +193,14 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None, onednn: bool) -> Tensor:
     """Returns `a @ b`, rounded to their dtype, in `out` if there is one."""
     if out is not None and out.dtype == a.dtype and not onednn:
         return torch.mm(a, b, out=out)
-    made = onednn_linear(a, b.T, None) if onednn else a @ b
+    made = onednn_linear(a, b.T) if onednn else a @ b
     return made if out is None else out.copy_(made)
 
 
 def _add_product(total: Tensor, errors: Tensor, chunk: Tensor, onednn: bool) -> None:
     """Adds `errors^T @ chunk` to `total` without rounding it first, as a bfloat16 product would."""
     if onednn:
-        total += onednn_linear(chunk.T, errors.T, None).T
+        total += onednn_linear(chunk.T, errors.T).T
     elif chunk.dtype == total.dtype:
         total.addmm_(errors.T, chunk)
     else:  # only CUDA has a product of bfloat16 that keeps its float32 sums

@@ -47,35 +47,50 @@ processors that are not Intel's."""
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns x @ weight^T + bias, as `F.linear` does: `(..., d_in)` to `(..., d_out)`."""
     exact = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return onednn_linear(x, weight, bias) if exact and MULTIPLY_BY_ONEDNN else F.linear(x, weight, bias)
+    if not (exact and MULTIPLY_BY_ONEDNN):
+        return F.linear(x, weight, bias)
+    mapped: Tensor = _Linear.apply(x, weight, bias)
+    return mapped
 
 
-@torch.library.custom_op("pipeline::onednn_linear", mutates_args=(), device_types="cpu")
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns x @ weight^T + bias of float32, multiplied by oneDNN; the weight may be a transposed view."""
+    mapped: Tensor = torch.ops.pipeline.onednn_linear(x, weight, bias)
+    return mapped
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     mapped: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return mapped
 
 
-@onednn_linear.register_fake
 def _shape_of_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-def _keep_factors(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
+# An operation of our own, because torch.compile takes PyTorch's for one whose weights never change. Not by `custom_op`,
+# whose first call imports torch.compile: almost a second.
+_LIBRARY = torch.library.Library("pipeline", "DEF")
+_LIBRARY.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.impl("onednn_linear", _onednn_linear, "CPU")
+_LIBRARY.impl("onednn_linear", _shape_of_linear, "Meta")
 
 
-def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    for_x, for_weight, for_bias = ctx.needs_input_grad
-    inputs, rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, len(weight))
-    # oneDNN copies its first factor to transpose it: the input, which is mostly smaller than the gradient.
-    grad_weight = onednn_linear(inputs.T, rows.T, None).T if for_weight else None
-    return onednn_linear(grad, weight.T, None) if for_x else None, grad_weight, rows.sum(0) if for_bias else None
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn_linear(x, weight, bias)
 
-
-onednn_linear.register_autograd(_linear_gradients, setup_context=_keep_factors)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        inputs, rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, len(weight))
+        # oneDNN copies its first factor to transpose it: the input, which is mostly smaller than the gradient.
+        grad_weight = onednn_linear(inputs.T, rows.T).T if for_weight else None
+        return onednn_linear(grad, weight.T) if for_x else None, grad_weight, rows.sum(0) if for_bias else None
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
