@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from pipeline.errors import PipelineError
 from pipeline.launch.job.spec import Attempt
 from pipeline.launch.slurm import job_records
+from pipeline.launch.slurm.job_records import Job
 from pipeline.run import attempts
 from pipeline.run.attempts import Charged
 from pipeline.text_format import echo
+
+# The evaluation may start 50 ms after the training, and accounting hears of a job's start and end some seconds later.
+_QUESTIONS, _PAUSE_S = 6, 1.0
 
 
 def record_charges(attempt: Attempt) -> None:
@@ -18,8 +23,21 @@ def record_charges(attempt: Attempt) -> None:
     try:
         before = [job for job in job_records.jobs(run) if job.stage != "evaluate"]
         known = [row.fields() for row in attempts.every(run).of(Charged)]
-        for row in job_records.charges(before):
+        for row in _charges(before):
             if row.fields() not in known:
                 attempts.note(run, row)
     except (OSError, PipelineError) as error:
         echo(f"pipeline: what the jobs of the run cost is not recorded: {error}", sys.stderr)
+
+
+def _charges(jobs: list[Job]) -> list[Charged]:
+    """Returns the allocations of these jobs, as soon as accounting has one of each, or what it has after a while."""
+    found: list[Charged] = []
+    for question in range(_QUESTIONS):
+        if question:
+            time.sleep(_PAUSE_S)
+        found = job_records.charges(jobs)
+        asked = [job for job in jobs if job.accounting and not job.shared]
+        if all(any(job.holds(row.job) for row in found) for job in asked):
+            break
+    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch.job import attempt
+from pipeline.launch.job import attempt, charges
 from pipeline.launch.job.spec import Attempt, Task
 from pipeline.launch.site import Site
 from pipeline.launch.slurm import client, job_records
@@ -54,6 +54,7 @@ def test_the_evaluation_records_what_the_jobs_before_it_cost(
     tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ):
     now = evaluation(tmp_path, monkeypatch)
+    monkeypatch.setattr(charges, "_PAUSE_S", 0)  # nothing will be known of job 5
     row = f"{START}|61|cpu=96,gres/gpu=8|500"
     slurm.says("sacct", f"6|{row}|tiny-train\n5|{row}|of-another-cluster\n")
     assert attempt.begin(now) is not None and attempt.begin(now) is not None
@@ -61,6 +62,19 @@ def test_the_evaluation_records_what_the_jobs_before_it_cost(
     (row,) = attempts.every(now.run).of(Charged)
     assert (row.job, row.seconds, row.gpus, row.energy_j) == ("6", 61, 8, 500)
     assert attempts.every(now.run).of(AttemptBegan)[0].cpus == 1
+
+
+def test_the_evaluation_waits_until_accounting_has_heard_of_the_jobs_before_it(
+    tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+):
+    now = evaluation(tmp_path, monkeypatch)
+    row = f"{START}|61|cpu=96|0"
+    slurm.says("sacct", f"5|{row}|tiny-prepare\n")
+    late = f"5|{row}|tiny-prepare\n6|{row}|tiny-train\n"
+    monkeypatch.setattr(charges.time, "sleep", lambda seconds: slurm.says("sacct", late))
+    assert attempt.begin(now) is not None
+    assert [row.job for row in attempts.every(now.run).of(Charged)] == ["5", "6"]
+    assert len(slurm.calls("sacct")) == 2
 
 
 def test_accounting_that_does_not_answer_does_not_keep_the_evaluation_from_starting(
