@@ -81,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         products: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         onednn = x.is_cpu and low == torch.float32 and on_cpu.MULTIPLY_BY_ONEDNN
-        if x.is_cpu and low == torch.bfloat16:  # its products of float32 round the factors themselves, and no result
+        if x.is_cpu and low == torch.bfloat16:  # with AMX, products of float32 round the factors, and no result
             low, products = torch.float32, bfloat16_factors()
         wide = torch.promote_types(low, torch.float32)
         wants_x, wants_weight = (wants_gradients and needed for needed in ctx.needs_input_grad[:2])

@@ -1,4 +1,4 @@
-"""Parts of the model for CPUs, where PyTorch's own pass over memory more often than they need to.
+"""Parts of the model for CPUs, where PyTorch's own pass over memory too often, or multiply slower than the CPU can.
 
 Measured by benchmarks/cpu_parts.py.
 """

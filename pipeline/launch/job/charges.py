@@ -32,12 +32,12 @@ def record_charges(attempt: Attempt) -> None:
 
 def _charges(jobs: list[Job]) -> list[Charged]:
     """Returns the allocations of these jobs, as soon as accounting has one of each, or what it has after a while."""
+    asked = [job for job in jobs if job.accounting and not job.shared]
     found: list[Charged] = []
     for question in range(_QUESTIONS):
         if question:
             time.sleep(_PAUSE_S)
-        found = job_records.charges(jobs)
-        asked = [job for job in jobs if job.accounting and not job.shared]
+        found = job_records.charges(asked)
         if all(any(job.holds(row.job) for row in found) for job in asked):
             break
     return found
