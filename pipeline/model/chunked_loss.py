@@ -79,10 +79,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         device, count = x.device.type, len(targets)
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        low_grad = low
         products: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         onednn = x.is_cpu and low == torch.float32 and on_cpu.MULTIPLY_BY_ONEDNN
         if x.is_cpu and low == torch.bfloat16:  # with AMX, products of float32 round the factors, and no result
             low, products = torch.float32, bfloat16_factors()
+            low_grad = torch.bfloat16 if on_cpu.ROUND_PRODUCTS else torch.float32
         wide = torch.promote_types(low, torch.float32)
         wants_x, wants_weight = (wants_gradients and needed for needed in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if wants_x else None
@@ -97,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shares = counted / counted.sum().clamp(min=1).to(wide)
         targets = targets.clamp(min=0)
         with torch.autocast(device, enabled=False), products:
-            matrix = weight.to(low)
+            matrix, matrix_of_grad = weight.to(low), weight.to(low_grad)
             for start in range(0, count, chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 chunk = x[rows].to(low)
@@ -106,11 +108,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 losses[rows], log_sums[rows], errors = look_at(logits, targets[rows], share, z_loss)
                 if errors is None:
                     continue
-                rounded = errors.to(low)
+                rounded = errors.to(low_grad)
                 if grad_x is not None:
-                    _product(rounded, matrix, grad_x[rows], onednn)
+                    _product(rounded, matrix_of_grad, grad_x[rows], onednn)
                 if grad_weight is not None:
-                    _add_product(grad_weight, rounded, chunk, onednn)
+                    _add_product(grad_weight, rounded, x[rows].to(low_grad), onednn)
                 del logits, errors, rounded  # they would live beside the next chunk's
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -198,10 +200,14 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None, onednn: bool) -> Tensor:
 
 
 def _add_product(total: Tensor, errors: Tensor, chunk: Tensor, onednn: bool) -> None:
-    """Adds `errors^T @ chunk` to `total` without rounding it first, as a bfloat16 product would."""
+    """Adds `errors^T @ chunk` to `total`, where it can without rounding it first, as a bfloat16 product does."""
     if onednn:
         total += onednn_linear(chunk.T, errors.T).T
     elif chunk.dtype == total.dtype:
         total.addmm_(errors.T, chunk)
+    elif chunk.is_cpu:  # a block at a time: the sum copies each product to float32
+        rows = max(_FEWEST_ROWS, _CACHED_ELEMENTS // chunk.shape[-1])
+        for part, columns in zip(total.split(rows), errors.split(rows, dim=1), strict=True):
+            part += columns.T @ chunk
     else:  # only CUDA has a product of bfloat16 that keeps its float32 sums
         total += torch.mm(errors.T, chunk, out_dtype=total.dtype)

@@ -43,6 +43,9 @@ MULTIPLY_BY_ONEDNN = _mkl_is_slow()
 """Whether oneDNN multiplies float32 matrices. PyTorch lets MKL do it, which reaches half of the speed of AVX-512 on
 processors that are not Intel's."""
 
+ROUND_PRODUCTS = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+"""Whether products of bfloat16 matrices, whose results are rounded, are faster than of float32 with rounded factors."""
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns x @ weight^T + bias, as `F.linear` does: `(..., d_in)` to `(..., d_out)`."""
@@ -128,10 +131,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def short_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Returns causal attention of bfloat16, whose backward computes the scores of all queries at a time.
+    """Returns causal attention of bfloat16 that computes the scores of all queries at a time, and keeps the weights.
 
-    PyTorch's backward takes some 12 ms for whatever is short, because it prepares each small product by itself. The
-    scores are as exact as there: their factors are bfloat16, and they are float32.
+    PyTorch's kernel computes the scores once forward and once backward, block by block, and each small product costs a
+    preparation of its own. The scores are as exact as there: their factors are bfloat16, and they are float32.
 
     Args:
         q: `(batch, heads, tokens, d_k)`.
@@ -145,28 +148,28 @@ def short_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class _ShortCausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = ctx.saved_tensors
-        shapes = q.shape, k.shape, v.shape
+        ctx.shapes = q.shape, k.shape, v.shape
         tokens, group = q.shape[-2], q.shape[1] // k.shape[1]
         # Queries that share keys are rows of one matrix, so that products over the rows add up the group's gradients.
-        q, grad = (part.reshape(-1, group * tokens, part.shape[-1]) for part in (q, grad))
+        rows = q.reshape(-1, group * tokens, q.shape[-1])
         k, v = (part.reshape(-1, tokens, part.shape[-1]) for part in (k, v))
-        factor = q.shape[-1] ** -0.5
         future = torch.full((tokens, tokens), float("-inf")).triu_(1).repeat(group, 1)
         # torch.compile cannot follow the context, and multiplies in float32.
         with contextlib.nullcontext() if torch.compiler.is_compiling() else bfloat16_factors():
-            scores = torch.baddbmm(future, q.float(), k.float().transpose(1, 2), alpha=factor)
+            scores = torch.baddbmm(future, rows.float(), k.float().transpose(1, 2), alpha=q.shape[-1] ** -0.5)
         weights = scores.softmax(-1).to(q.dtype)
-        del scores
+        ctx.save_for_backward(rows, k, v, weights)
+        return (weights @ v).view(*q.shape[:-1], v.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        grad = grad.reshape(*q.shape[:-1], v.shape[-1])
+        factor = q.shape[-1] ** -0.5
         grad_v = weights.transpose(1, 2) @ grad
         grad_weights = grad @ v.transpose(1, 2)
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         grad_q, grad_k = grad_scores @ k, grad_scores.transpose(1, 2) @ q
         grads = (grad_q.mul_(factor), grad_k.mul_(factor), grad_v)
-        return tuple(g.view(shape) for g, shape in zip(grads, shapes, strict=True))
+        return tuple(g.view(shape) for g, shape in zip(grads, ctx.shapes, strict=True))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pipeline.config.sections import Config
 from pipeline.model.flops import block_matrices, elements
 
+# Of model/on_cpu.py and model/chunked_loss.py, which import torch.
+_SHORT_CONTEXT, _CACHED = 256, 1 << 19
 _RNG_STATE = 5056  # bytes; PyTorch keeps one per checkpointed block
 
 
@@ -53,7 +55,8 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
     Args:
         config: The experiment.
         stage: ZeRO stage, which decides between bf16 weights and autocast.
-        on_cpu: A CPU's norms return bf16 under autocast; its head and loss multiply float32 whose bits are bf16's.
+        on_cpu: A CPU's norms return bf16 under autocast, its head's logits are products of float32, and attention to
+            few tokens keeps its weights. With AMX, the loss takes less than is counted.
     """
     model, train = config.model, config.train
     bf16 = train.precision == "bf16"
@@ -66,6 +69,8 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
     norm = (stream * d + 4) * tokens
     inputs = (10 if autocast and not on_cpu else 2 * width) * d
     attention = width * (projected + 2 * model.d_q) + 4 * heads
+    if bf16 and on_cpu and model.context_length <= _SHORT_CONTEXT and not model.document_mask:
+        attention = width * (projected + model.d_q + heads * model.context_length)
     if model.qk_norm:
         attention += width * (model.d_q + model.d_kv) + 4 * (heads + model.kv_heads)
     block = 2 * norm + (inputs + attention + 4 * width * f) * tokens
@@ -81,11 +86,11 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
     kept = layers * per_block + norm + ids
     rows_at_once = min(train.loss_chunk_tokens, tokens)
     gradient = 4 * vocab * d
-    # Float32 logits, over which their gradient is written; on a GPU in bf16 also the product that they come from.
-    logits = (6 if bf16 and not on_cpu else 4) * vocab * rows_at_once
+    # Float32 logits, over which their gradient is written; in bf16 also that gradient, on a GPU before it the product.
+    logits = (6 if bf16 else 4) * vocab * rows_at_once
     copy = product = 0  # of the head's weight in the dtype of the products; what is added to its gradient
     if bf16 and on_cpu:
-        copy, product = 0 if autocast else gradient, 8 * d * rows_at_once
+        copy, product = 2 * vocab * d if autocast else gradient, 6 * min(vocab * d, _CACHED) + 4 * d * rows_at_once
     elif bf16:
         copy, product = 2 * vocab * d if autocast else 0, gradient
     rows = 2 * (width if on_cpu else stream) * d * tokens  # the normed input and its gradient

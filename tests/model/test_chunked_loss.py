@@ -48,10 +48,16 @@ def test_loss_and_gradients_are_exact_with_any_chunk(chunk, z_loss):
     assert not parts.cross_entropy.requires_grad
 
 
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.fixture(params=[False, True])
+def other_processor(request, monkeypatch) -> None:
+    """Both ways to multiply, whatever this processor would take."""
+    for name in ("MULTIPLY_BY_ONEDNN", "ROUND_PRODUCTS"):
+        monkeypatch.setattr(on_cpu, name, request.param)
+
+
+@pytest.mark.usefixtures("other_processor")
 @pytest.mark.parametrize(("dtype", "floor"), [(torch.float32, 1e-7), (torch.bfloat16, 1e-5)])
-def test_loss_and_gradients_are_as_close_to_float64_as_those_of_the_whole_logits(dtype, floor, onednn, monkeypatch):
-    monkeypatch.setattr(on_cpu, "MULTIPLY_BY_ONEDNN", onednn)
+def test_loss_and_gradients_are_as_close_to_float64_as_those_of_the_whole_logits(dtype, floor):
     x, weight, targets = inputs(dtype, scale=0.3)
     expected = exact(x, weight, targets)
     whole = cross_entropy(x @ weight.T, targets)
@@ -63,10 +69,12 @@ def test_loss_and_gradients_are_as_close_to_float64_as_those_of_the_whole_logits
         assert error(a, c) <= 1.3 * error(b, c) + floor
 
 
-def test_the_weights_gradient_is_summed_in_float32_over_the_chunks():
+@pytest.mark.usefixtures("other_processor")
+def test_the_weights_gradient_is_summed_in_float32_over_the_chunks(monkeypatch):
     """In bfloat16, the sum would lose what is added to it after a few hundred chunks."""
     x, weight, targets = inputs(torch.bfloat16, scale=0.3)
     x, targets = x.detach().repeat(30, 1).requires_grad_(), targets.repeat(30)
+    monkeypatch.setattr(chunked_loss, "_CACHED_ELEMENTS", 50 * WIDTH)  # the last block of rows is a short one
     loss = linear_cross_entropy(x, weight, targets, chunk_tokens=2).loss
     (found,) = torch.autograd.grad(loss, weight)
     assert error(found, exact(x, weight, targets)[2]) < 3e-3
@@ -104,6 +112,7 @@ def bfloat16_factors_are_rounded() -> bool:
         return bool((factor @ factor == 64).all())
 
 
+@pytest.mark.usefixtures("other_processor")
 def test_under_autocast_float32_weights_get_float32_gradients_of_bfloat16_products():
     x, weight, targets = inputs(scale=0.3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -118,6 +127,31 @@ def test_under_autocast_float32_weights_get_float32_gradients_of_bfloat16_produc
         torch.testing.assert_close(parts.loss, linear_cross_entropy(x, weight, targets, 10).loss)
     for a, b in zip(found, torch.autograd.grad(same.loss, (low, matrix)), strict=True):
         assert error(a, b.double()) < 4e-3
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtypes of the results of all products of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.dtypes.append(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rounds", [False, True])
+def test_on_a_cpu_the_logits_are_never_rounded_and_gradients_only_where_that_is_faster(rounds, dtype, monkeypatch):
+    monkeypatch.setattr(on_cpu, "ROUND_PRODUCTS", rounds)
+    x, weight, targets = inputs(dtype)
+    with Products() as products, torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(x, weight, targets)
+    of_gradients = torch.bfloat16 if rounds else torch.float32
+    assert products.dtypes == [torch.float32, of_gradients, of_gradients]
 
 
 def test_logits_far_apart_do_not_overflow():

@@ -104,10 +104,9 @@ def test_short_attention_is_as_close_to_float64_as_pytorchs(tokens, count, kv_co
     ours = errors(lambda q, k, v: grouped_query_attention(q, k, v, True), heads(tokens, count, kv_count), exact)
     theirs = errors(exact, heads(tokens, count, kv_count), exact)
     assert all(a <= 1.6 * b + 1e-3 for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
-    assert ours[0] == theirs[0], "forward is PyTorch's"
 
 
-def test_only_short_attention_of_bfloat16_that_is_trained_takes_our_backward():
+def test_only_short_attention_of_bfloat16_that_is_trained_is_ours():
     ours = "_ShortCausalAttentionBackward"
     q, k, v = heads(16, 2, 2)
     assert grouped_query_attention(q, k, v, True).grad_fn.name() == ours

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config.load import load_config
+from pipeline.model import on_cpu
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
 
@@ -60,6 +61,7 @@ def live_bytes() -> int:
 def measure(world: World, config_file: str, overrides: list[str]) -> dict[str, int]:
     """Peak bytes of a step on this rank, and the bytes of each kind of collective in it."""
     config, device = load_config(config_file, overrides, world_size=world.size), torch.device("cpu")
+    on_cpu.ROUND_PRODUCTS = True  # as the plan counts it, on any processor
     gc.collect()
     gc.freeze()  # what exists already is not walked each time
     model, train = config.model, config.train

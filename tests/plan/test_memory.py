@@ -8,6 +8,9 @@ import pytest
 
 from pipeline.config.load import load_config
 from pipeline.config.sections import Config
+from pipeline.model import chunked_loss
+from pipeline.model.on_cpu import SHORT_CONTEXT
+from pipeline.plan import activations as activations_module
 from pipeline.plan.activations import activations
 from pipeline.plan.memory import BytesPerParameter, _starting, checkpoint_bytes, model_state, process_memory
 from pipeline.plan.step_time import step_volumes
@@ -53,7 +56,7 @@ def test_memory_of_the_zero_paper():
         ("reduction", ["train.zero_stage=0"]),
         ("reduction", ["train.zero_stage=1"]),
         ("reduction", ["train.zero_stage=1", FULL_BUCKET]),
-        ("optimizer step", ["train.zero_stage=1", BF16]),
+        ("optimizer step", ["train.zero_stage=1", BF16, HEAD]),
         ("first gradients", ["train.zero_stage=2", SEVERAL]),
         ("first gradients", ["train.zero_stage=2", BF16]),
         ("loss", ["train.zero_stage=2", BF16, SEVERAL, WHOLE]),
@@ -74,7 +77,7 @@ def test_memory_of_the_zero_paper():
         ("last gradients", ["train.zero_stage=2", TIED, SEVERAL, RECOMPUTED]),
         ("reduction", ["train.zero_stage=2", TIED, BF16, HEAD, FULL_BUCKET]),
         ("loss", ["train.zero_stage=2", TIED, BF16, SEVERAL]),
-        ("last gradients", ["train.zero_stage=2", TIED, BF16, RECOMPUTED]),
+        ("last gradients", ["train.zero_stage=2", TIED, BF16, RECOMPUTED, "model.num_layers=6"]),
         ("gathering", ["train.zero_stage=3", GATHERED, TIED, SEVERAL]),
         ("loss", ["train.zero_stage=3", GATHERED, TIED, BF16, SEVERAL]),
         ("loss", ["train.zero_stage=3", GATHERED, TIED, BF16, RECOMPUTED]),
@@ -113,6 +116,11 @@ def test_logits_take_no_more_than_a_chunk_of_tokens():
         for size in (1, 16)
     )
     assert many.loss - few.loss == pytest.approx(15 * 2 * 2 * 4096 * 2048), "the normed input and its gradient"
+
+
+def test_the_plan_knows_the_constants_of_the_model():
+    assert activations_module._SHORT_CONTEXT == SHORT_CONTEXT
+    assert activations_module._CACHED == chunked_loss._CACHED_ELEMENTS
 
 
 def test_recomputing_more_keeps_less():
