@@ -18,8 +18,8 @@ from pipeline.model.on_cpu import bfloat16_factors, onednn_linear
 LOSS_CHUNK_TOKENS = 2048
 """Tokens whose logits exist at a time; chosen by benchmarks/cross_entropy.py."""
 
-# Of float32: what two cores of a server have in their second-level caches. Fewer rows cost more calls than they save.
-_CACHED_ELEMENTS, _FEWEST_ROWS = 1 << 19, 16
+_FEWEST_ROWS = 16
+"""Of a piece that fits into a cache; fewer cost more calls than they save."""
 
 IGNORED = -1
 """A target that counts neither in the mean nor in the gradients; any negative number does the same."""
@@ -136,7 +136,7 @@ def _look_in_cache(
     logits: Tensor, targets: Tensor, share: Tensor | None, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Does what `_look_at_in_place` does, a few rows at a time, so that its passes find them in a CPU's cache."""
-    rows = max(_FEWEST_ROWS, _CACHED_ELEMENTS // logits.shape[-1])
+    rows = max(_FEWEST_ROWS, on_cpu.CACHED_ELEMENTS // logits.shape[-1])
     shares = itertools.repeat(None) if share is None else share.split(rows)
     pieces = zip(logits.split(rows), targets.split(rows), shares, strict=False)
     losses, log_sums, _ = zip(*(_look_at_in_place(*piece, z_loss) for piece in pieces), strict=True)
@@ -206,7 +206,7 @@ def _add_product(total: Tensor, errors: Tensor, chunk: Tensor, onednn: bool) -> 
     elif chunk.dtype == total.dtype:
         total.addmm_(errors.T, chunk)
     elif chunk.is_cpu:  # a block at a time: the sum copies each product to float32
-        rows = max(_FEWEST_ROWS, _CACHED_ELEMENTS // chunk.shape[-1])
+        rows = max(_FEWEST_ROWS, on_cpu.CACHED_ELEMENTS // chunk.shape[-1])
         for part, columns in zip(total.split(rows), errors.split(rows, dim=1), strict=True):
             part += columns.T @ chunk
     else:  # only CUDA has a product of bfloat16 that keeps its float32 sums

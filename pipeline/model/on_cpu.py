@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-SHORT_CONTEXT = 256
-"""Keys up to which the scores of all queries at a time are faster than PyTorch's kernel block by block."""
+SHORT_CONTEXT = 512
+"""Keys up to which the weights of attention are kept, which is faster than PyTorch's kernel block by block."""
+
+CACHED_ELEMENTS = 1 << 19
+"""Of float32: what two cores of a server have in their second-level caches."""
 
 
 @contextlib.contextmanager
@@ -154,10 +157,13 @@ class _ShortCausalAttention(torch.autograd.Function):
         rows = q.reshape(-1, group * tokens, q.shape[-1])
         k, v = (part.reshape(-1, tokens, part.shape[-1]) for part in (k, v))
         future = torch.full((tokens, tokens), float("-inf")).triu_(1).repeat(group, 1)
-        # torch.compile cannot follow the context, and multiplies in float32.
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else bfloat16_factors():
-            scores = torch.baddbmm(future, rows.float(), k.float().transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-        weights = scores.softmax(-1).to(q.dtype)
+        weights = rows.new_empty(len(rows), group * tokens, tokens)
+        compiling = torch.compiler.is_compiling()  # which fuses the passes, and multiplies in float32
+        at_once = len(rows) if compiling else max(1, CACHED_ELEMENTS // weights[0].numel())
+        with contextlib.nullcontext() if compiling else bfloat16_factors():
+            for part, a, b in zip(weights.split(at_once), rows.split(at_once), k.split(at_once), strict=True):
+                scores = torch.baddbmm(future, a.float(), b.float().transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+                part.copy_(scores.softmax(-1))
         ctx.save_for_backward(rows, k, v, weights)
         return (weights @ v).view(*q.shape[:-1], v.shape[-1])
 
@@ -170,6 +176,7 @@ class _ShortCausalAttention(torch.autograd.Function):
         grad_v = weights.transpose(1, 2) @ grad
         grad_weights = grad @ v.transpose(1, 2)
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        del grad_weights
         grad_q, grad_k = grad_scores @ k, grad_scores.transpose(1, 2) @ q
         grads = (grad_q.mul_(factor), grad_k.mul_(factor), grad_v)
         return tuple(g.view(shape) for g, shape in zip(grads, ctx.shapes, strict=True))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pipeline.config.sections import Config
 from pipeline.model.flops import block_matrices, elements
 
-# Of model/on_cpu.py and model/chunked_loss.py, which import torch.
-_SHORT_CONTEXT, _CACHED = 256, 1 << 19
+# Of model/on_cpu.py, which imports torch.
+_SHORT_CONTEXT, _CACHED = 512, 1 << 19
 _RNG_STATE = 5056  # bytes; PyTorch keeps one per checkpointed block
 
 
@@ -69,8 +69,10 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
     norm = (stream * d + 4) * tokens
     inputs = (10 if autocast and not on_cpu else 2 * width) * d
     attention = width * (projected + 2 * model.d_q) + 4 * heads
+    scores = 0  # and weights of attention that exist as such
     if bf16 and on_cpu and model.context_length <= _SHORT_CONTEXT and not model.document_mask:
-        attention = width * (projected + model.d_q + heads * model.context_length)
+        scores = width * heads * model.context_length
+        attention = width * (projected + model.d_q) + scores
     if model.qk_norm:
         attention += width * (model.d_q + model.d_kv) + 4 * (heads + model.kv_heads)
     block = 2 * norm + (inputs + attention + 4 * width * f) * tokens
@@ -110,6 +112,7 @@ def activations(config: Config, stage: int, on_cpu: bool = False) -> Activations
         same = stream * d  # the norm's input
         if train.activation_checkpointing == "selective":
             same += width * (model.d_q + model.d_kv + 2 * f) + 4 * heads
-        passing = 2 * stream * d + width * f
+        # In the feed-forward, or in attention, when the feed-forward's are gone.
+        passing = 2 * stream * d + max(width * f, 2 * (scores + width * model.d_q) - width * (d + 4 * f))
         recomputing = kept - norm + block + weight_copies + (passing - same) * tokens
     return Activations(block, kept, before_last_block, loss, head, recomputing)

@@ -143,7 +143,7 @@ def test_the_loss_is_the_same_however_many_rows_a_cache_takes(dtype, z_loss, mon
     targets = torch.randint(-1, 211, (70,), generator=generator)
 
     def found(rows: int) -> list[Tensor]:
-        monkeypatch.setattr(chunked_loss, "_CACHED_ELEMENTS", rows * 211)
+        monkeypatch.setattr(on_cpu, "CACHED_ELEMENTS", rows * 211)
         monkeypatch.setattr(chunked_loss, "_FEWEST_ROWS", 1)
         parts = linear_cross_entropy(x, weight, targets, 50, z_loss)
         return [parts.loss, parts.cross_entropy, *torch.autograd.grad(parts.loss, (x, weight))]
