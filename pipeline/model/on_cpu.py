@@ -74,12 +74,31 @@ def _shape_of_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-# An operation of our own, because torch.compile takes PyTorch's for one whose weights never change. Not by `custom_op`,
-# whose first call imports torch.compile: almost a second.
+def _causal_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Returns the attention weights of `(n, group * tokens, d_k)` queries and `(n, tokens, d_k)` keys of bfloat16."""
+    tokens, factor = k.shape[1], q.shape[-1] ** -0.5
+    future = torch.full((tokens, tokens), float("-inf")).triu_(1).repeat(q.shape[1] // tokens, 1)
+    weights = _shape_of_causal_weights(q, k)
+    at_once = max(1, CACHED_ELEMENTS // future.numel())
+    with torch.autocast("cpu", enabled=False), bfloat16_factors():  # autocast would round the scores
+        for part, a, b in zip(weights.split(at_once), q.split(at_once), k.split(at_once), strict=True):
+            part.copy_(torch.baddbmm(future, a.float(), b.float().transpose(1, 2), alpha=factor).softmax(-1))
+    return weights
+
+
+def _shape_of_causal_weights(q: Tensor, k: Tensor) -> Tensor:
+    return q.new_empty(*q.shape[:2], k.shape[1])
+
+
+# Operations of our own, because torch.compile takes PyTorch's for one whose weights never change, and does not follow
+# the setting of the factors. Not by `custom_op`, whose first call imports torch.compile: almost a second.
 _LIBRARY = torch.library.Library("pipeline", "DEF")
 _LIBRARY.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _LIBRARY.impl("onednn_linear", _onednn_linear, "CPU")
 _LIBRARY.impl("onednn_linear", _shape_of_linear, "Meta")
+_LIBRARY.define("causal_weights(Tensor q, Tensor k) -> Tensor")
+_LIBRARY.impl("causal_weights", _causal_weights, "CPU")
+_LIBRARY.impl("causal_weights", _shape_of_causal_weights, "Meta")
 
 
 class _Linear(torch.autograd.Function):
@@ -156,14 +175,7 @@ class _ShortCausalAttention(torch.autograd.Function):
         # Queries that share keys are rows of one matrix, so that products over the rows add up the group's gradients.
         rows = q.reshape(-1, group * tokens, q.shape[-1])
         k, v = (part.reshape(-1, tokens, part.shape[-1]) for part in (k, v))
-        future = torch.full((tokens, tokens), float("-inf")).triu_(1).repeat(group, 1)
-        weights = rows.new_empty(len(rows), group * tokens, tokens)
-        compiling = torch.compiler.is_compiling()  # which fuses the passes, and multiplies in float32
-        at_once = len(rows) if compiling else max(1, CACHED_ELEMENTS // weights[0].numel())
-        with contextlib.nullcontext() if compiling else bfloat16_factors():
-            for part, a, b in zip(weights.split(at_once), rows.split(at_once), k.split(at_once), strict=True):
-                scores = torch.baddbmm(future, a.float(), b.float().transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-                part.copy_(scores.softmax(-1))
+        weights = torch.ops.pipeline.causal_weights(rows, k)
         ctx.save_for_backward(rows, k, v, weights)
         return (weights @ v).view(*q.shape[:-1], v.shape[-1])
 

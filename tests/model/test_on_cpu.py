@@ -106,6 +106,17 @@ def test_short_attention_is_as_close_to_float64_as_pytorchs(tokens, count, kv_co
     assert all(a <= 1.6 * b + 1e-3 for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
+def test_autocast_rounds_no_scores():
+    inputs = heads(33, 4, 2)
+    expected = grouped_query_attention(*inputs, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = grouped_query_attention(*inputs, True)
+    assert torch.equal(found, expected)
+    upstream = torch.ones_like(found)
+    gradients = (torch.autograd.grad(heads, inputs, upstream) for heads in (found, expected))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_only_short_attention_of_bfloat16_that_is_trained_is_ours():
     ours = "_ShortCausalAttentionBackward"
     q, k, v = heads(16, 2, 2)
