@@ -34,19 +34,25 @@ def bfloat16_factors() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _mkl_is_slow() -> bool:
+def _about_processor() -> str:
     with contextlib.suppress(OSError):
-        others = "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
-        available = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-        return others and available and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return False
+        return Path("/proc/cpuinfo").read_text()
+    return ""
 
 
-MULTIPLY_BY_ONEDNN = _mkl_is_slow()
+def _mkl_is_slow(processor: str) -> bool:
+    others = bool(processor) and "GenuineIntel" not in processor
+    available = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return others and available and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+_PROCESSOR = _about_processor()
+
+MULTIPLY_BY_ONEDNN = _mkl_is_slow(_PROCESSOR)
 """Whether oneDNN multiplies float32 matrices. PyTorch lets MKL do it, which reaches half of the speed of AVX-512 on
 processors that are not Intel's."""
 
-ROUND_PRODUCTS = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+ROUND_PRODUCTS = "avx512_bf16" in _PROCESSOR and "amx_bf16" not in _PROCESSOR
 """Whether products of bfloat16 matrices, whose results are rounded, are faster than of float32 with rounded factors."""
 
 
