@@ -79,12 +79,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         device, count = x.device.type, len(targets)
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        low_grad = low
         products: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        rounded_products = False  # of the gradients, while the logits are exact
         onednn = x.is_cpu and low == torch.float32 and on_cpu.MULTIPLY_BY_ONEDNN
         if x.is_cpu and low == torch.bfloat16:  # with AMX, products of float32 round the factors, and no result
             low, products = torch.float32, bfloat16_factors()
-            low_grad = torch.bfloat16 if on_cpu.ROUND_PRODUCTS else torch.float32
+            rounded_products = on_cpu.ROUND_PRODUCTS and wants_gradients
+        low_grad = torch.bfloat16 if rounded_products else low
         wide = torch.promote_types(low, torch.float32)
         wants_x, wants_weight = (wants_gradients and needed for needed in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if wants_x else None
@@ -99,7 +100,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shares = counted / counted.sum().clamp(min=1).to(wide)
         targets = targets.clamp(min=0)
         with torch.autocast(device, enabled=False), products:
-            matrix, matrix_of_grad = weight.to(low), weight.to(low_grad)
+            matrix = weight.to(low)
+            matrix_of_grad = weight.to(low_grad) if rounded_products else matrix
             for start in range(0, count, chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 chunk = x[rows].to(low)
@@ -112,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_x is not None:
                     _product(rounded, matrix_of_grad, grad_x[rows], onednn)
                 if grad_weight is not None:
-                    _add_product(grad_weight, rounded, x[rows].to(low_grad), onednn)
+                    _add_product(grad_weight, rounded, x[rows].to(low_grad) if rounded_products else chunk, onednn)
                 del logits, errors, rounded  # they would live beside the next chunk's
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype

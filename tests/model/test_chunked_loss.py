@@ -130,16 +130,19 @@ def test_under_autocast_float32_weights_get_float32_gradients_of_bfloat16_produc
 
 
 class Products(TorchDispatchMode):
-    """Notes the dtypes of the results of all products of matrices."""
+    """Notes the dtypes of the results of all products of matrices, and the shapes of what is cast."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: list[torch.dtype] = []
+        self.casts: list[torch.Size] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             self.dtypes.append(result.dtype)
+        if func.overloadpacket is torch.ops.aten._to_copy:
+            self.casts.append(result.shape)
         return result
 
 
@@ -152,6 +155,9 @@ def test_on_a_cpu_the_logits_are_never_rounded_and_gradients_only_where_that_is_
         linear_cross_entropy(x, weight, targets)
     of_gradients = torch.bfloat16 if rounds else torch.float32
     assert products.dtypes == [torch.float32, of_gradients, of_gradients]
+    # Of the weight and of the tokens, a cast for the logits or one for the gradients, never the same twice.
+    expected = (dtype != torch.float32) + (rounds and dtype != torch.bfloat16)
+    assert [products.casts.count(t.shape) for t in (x, weight)] == [expected, expected]
 
 
 def test_logits_far_apart_do_not_overflow():

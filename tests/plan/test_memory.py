@@ -9,8 +9,7 @@ import pytest
 from pipeline.config.load import load_config
 from pipeline.config.sections import Config
 from pipeline.model.on_cpu import CACHED_ELEMENTS, SHORT_CONTEXT
-from pipeline.plan import activations as activations_module
-from pipeline.plan.activations import activations
+from pipeline.plan.activations import _CACHED, _SHORT_CONTEXT, activations
 from pipeline.plan.memory import BytesPerParameter, _starting, checkpoint_bytes, model_state, process_memory
 from pipeline.plan.step_time import step_volumes
 from tests import experiment, processes
@@ -118,8 +117,7 @@ def test_logits_take_no_more_than_a_chunk_of_tokens():
 
 
 def test_the_plan_knows_the_constants_of_the_model():
-    assert activations_module._SHORT_CONTEXT == SHORT_CONTEXT
-    assert activations_module._CACHED == CACHED_ELEMENTS
+    assert (_SHORT_CONTEXT, _CACHED) == (SHORT_CONTEXT, CACHED_ELEMENTS)
 
 
 def test_recomputing_more_keeps_less():
