@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from pipeline.devcluster import services
 from pipeline.devcluster.files import CGROUPS, free_letter, has_cgroup_v1, write_clients, write_files
-from pipeline.devcluster.hosts import kill_host, pid_of, run_on, start_host
+from pipeline.devcluster.hosts import kill_host, pid_of, run_on, start_host, wait_for
 from pipeline.devcluster.settings import LOGIN, Settings, exists, load, refuse_private
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import naming
@@ -123,6 +124,8 @@ def start_node(settings: Settings, node: str) -> None:
         raise UsageError(f"{node} is already up")
     old = services.registrations(settings)
     start_host(settings, node)
+    # Slurm tells two starts of a node apart by their seconds only.
+    wait_for(lambda: time.strftime("%Y-%m-%dT%H:%M:%S") != old.get(node), 2, "next second")
     services.start_slurmd(settings, node)
     services.wait_for_nodes(settings, [node], old)
 

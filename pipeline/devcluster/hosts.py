@@ -145,8 +145,11 @@ def tail(log: Path) -> str:
 
 def _wire(settings: Settings, host: str, pid: int) -> None:
     address = f"address add {settings.address(host)}/24 dev"
+    # The other hosts remember a card's address; with a random new one they would wait 10 s and more for their old one.
+    card = f"address {settings.hardware_address(host)}"
     if host == LOGIN:
-        _ip(pid, ["link set lo up", "link add br0 type bridge", f"{address} br0", "link set br0 up"])
+        # A bridge without an address of its own takes one from its cables, and another when that cable is gone.
+        _ip(pid, ["link set lo up", f"link add br0 {card} type bridge", f"{address} br0", "link set br0 up"])
         return
     login = pid_of(settings, LOGIN)
     if login is None:
@@ -155,7 +158,7 @@ def _wire(settings: Settings, host: str, pid: int) -> None:
     with contextlib.suppress(PipelineError):
         _ip(login, [f"link delete {host}"])
     _ip(login, [f"link add {host} type veth peer name eth0 netns {pid}", f"link set {host} master br0 up"])
-    _ip(pid, ["link set lo up", f"{address} eth0", "link set eth0 up"])
+    _ip(pid, ["link set lo up", f"link set eth0 {card}", f"{address} eth0", "link set eth0 up"])
 
 
 def _ip(pid: int, lines: list[str]) -> None:

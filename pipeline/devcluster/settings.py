@@ -77,6 +77,10 @@ class Settings:
         """Returns the IPv4 address of a host, which is valid inside the cluster only."""
         return f"10.66.0.{1 + self.hosts.index(host)}"
 
+    def hardware_address(self, host: str) -> str:
+        """Returns the MAC address of a host's network card, which it keeps through a power failure."""
+        return "02:00:" + ":".join(f"{int(part):02x}" for part in self.address(host).split("."))
+
     def node(self, name: str) -> str:
         """Returns the name of the node that `2` or `n2` stands for.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.devcluster.hosts import run_on
 from tests.cluster.support import ENDED, ROOT, Cluster, open_cluster, pipeline, wait_until
 
 PYTHON = sys.executable
@@ -70,6 +71,25 @@ def test_a_job_whose_node_loses_power_restarts_on_another_node(cluster: Cluster)
     finally:
         cluster.start_node(lost)
     assert cluster.run("srun", f"--nodelist={lost}", "hostname") == f"{lost}\n"
+
+
+def test_the_other_hosts_reach_a_node_at_once_after_its_power_failure(cluster: Cluster) -> None:
+    settings = cluster.settings
+    first, second = cluster.nodes[:2]
+    connect = f"import socket; socket.create_connection(('{settings.address(second)}', 6818), 2)"
+
+    def reach_it() -> None:
+        for host in ("login", first):
+            answer = run_on(settings, host, [sys.executable, "-I", "-c", connect])
+            assert answer.returncode == 0, (host, answer.stderr)
+        # A host whose own address changes is as hard to reach.
+        assert "02:00:0a:42:00:01" in run_on(settings, "login", ["ip", "-brief", "link", "show", "br0"]).stdout
+
+    reach_it()
+    for _ in range(2):
+        cluster.kill_node(second)
+        cluster.start_node(second)
+        reach_it()
 
 
 def test_a_preempted_job_receives_its_signal_before_it_ends(cluster: Cluster) -> None:

@@ -19,6 +19,7 @@ def test_every_host_has_its_own_name_and_address(tmp_path: Path):
     settings = cluster(tmp_path)
     assert settings.hosts == ["login", "n1", "n2", "n3"]
     assert [settings.address(host) for host in settings.hosts] == [f"10.66.0.{i}" for i in (1, 2, 3, 4)]
+    assert [settings.hardware_address(host)[-5:] for host in settings.hosts] == ["00:01", "00:02", "00:03", "00:04"]
 
 
 def test_a_node_is_named_by_its_number_or_its_name(tmp_path: Path):
