@@ -7,6 +7,7 @@ Runs the cluster's survival tests, which inject the faults and take the times, a
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ _NOTES = (
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
         tests = [sys.executable, "-m", "pytest", "tests/cluster/test_survival.py", "--timeout=1800"]
