@@ -3,11 +3,11 @@
     python -m benchmarks.prepare [--text FILE] [--rounds 3]
 
 End to end: `pipeline prepare` (read, encode, index, hash, check, split, write) as a whole process, against processes
-that read the same file with Hugging Face `tokenizers` (`encode_batch_fast`) or `tiktoken` and write a memmap, without
-index, digests, checks or split (prepare_peers.py). All use the same vocabulary and must write the same number of
-tokens. The runs are interleaved, with one of `pipeline prepare` before each run of a peer. Wall and CPU seconds are
-medians, start-up of the interpreter included. Without `--text`, the text is built from Debian packages. rustbpe is
-compared if it is installed (`pip install rustbpe==0.1.0`).
+that read the same file with Hugging Face `tokenizers` (`encode_batch_fast`), tiktoken, or gigatoken by itself, and
+write the tokens, without index, digests, checks or split (prepare_peers.py). All use the same vocabulary and must write the
+same number of tokens. The runs are interleaved, with one of `pipeline prepare` before each run of a peer. Wall and CPU
+seconds are medians, start-up of the interpreter included. Without `--text`, the text is built from Debian packages.
+rustbpe is compared if it is installed (`pip install rustbpe==0.1.0`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from benchmarks.processes import Usage, measure, medians
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 PEERS = [sys.executable, "-m", "benchmarks.prepare_peers"]
+PEER_ENCODERS = ("tiktoken", "tokenizers", "gigatoken")
 TRAINING_MB = 60
 
 
@@ -100,7 +101,7 @@ def compare_training(text: Path, tokenizer: Path) -> dict[str, Any]:
 def compare_end_to_end(folder: Path, text: Path, tokenizer: Path, rounds: int) -> dict[str, Any]:
     """Compares whole processes from text to tokens; our dataset stays in `folder/own`."""
     own, megabytes = prepare(experiment(folder, "own", [text], tokenizer)), text.stat().st_size / 1e6
-    peers = {n: [*PEERS, "encode", n, str(text), str(tokenizer), str(folder / n)] for n in ("tiktoken", "tokenizers")}
+    peers = {n: [*PEERS, "encode", n, str(text), str(tokenizer), str(folder / n)] for n in PEER_ENCODERS}
     runs: dict[str, list[Usage]] = defaultdict(list)
     for _ in range(rounds):
         for name, command in peers.items():

@@ -1,6 +1,6 @@
 """The peers of benchmarks/prepare.py: what a user of other tools runs instead of `pipeline prepare`, one process each.
 
-`encode tokenizers|tiktoken TEXT TOKENIZER OUT` or `train pipeline|tokenizers|rustbpe TEXT MEGABYTES OUT`.
+`encode tokenizers|tiktoken|gigatoken TEXT TOKENIZER OUT` or `train pipeline|tokenizers|rustbpe TEXT MEGABYTES OUT`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ def encode(name: str, text: str, tokenizer: str, out: str) -> None:
     """Reads, encodes in batches on all cores and writes a memmap, without index, digests, checks or split."""
     import numpy as np
 
+    if name == "gigatoken":
+        _encode_by_gigatoken(text, tokenizer, out)
+        return
     documents = Path(text).read_bytes().decode().split(SEPARATOR)[:-1]
     end = json.loads(Path(tokenizer).read_text())["added_tokens"][0]["id"]
     encode_batch = {"tokenizers": _by_tokenizers, "tiktoken": _by_tiktoken}[name](tokenizer)
@@ -34,6 +37,23 @@ def encode(name: str, text: str, tokenizer: str, out: str) -> None:
     tokens = np.memmap(out, np.uint16, "w+", shape=(sum(map(len, pieces)),))
     np.concatenate(pieces, out=tokens)
     tokens.flush()
+
+
+def _encode_by_gigatoken(text: str, tokenizer: str, out: str) -> None:
+    """The encoder of `pipeline prepare` by itself: it reads the file too, and holds all of its ids."""
+    import numpy as np
+    from gigatoken.gigatoken_rs import TextFileSource, load_hf_json
+
+    content = Path(tokenizer).read_text()
+    encoded = load_hf_json(content).encode_files(TextFileSource([text], SEPARATOR)).layout
+    ids, ends = np.asarray(encoded.content.data), np.asarray(encoded.offsets.data)[1:]
+    tokens = np.empty(len(ids) + len(ends), np.uint16)
+    begin = 0
+    for number, end in enumerate(ends.tolist()):
+        tokens[begin + number : end + number] = ids[begin:end]
+        begin = end
+    tokens[ends + np.arange(len(ends))] = json.loads(content)["added_tokens"][0]["id"]
+    tokens.tofile(out)  # cheaper than a memmap
 
 
 def _by_tokenizers(tokenizer: str) -> Callable[[list[str]], list[list[int]]]:
