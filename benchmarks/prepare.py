@@ -4,10 +4,10 @@
 
 End to end: `pipeline prepare` (read, encode, index, hash, check, split, write) as a whole process, against processes
 that read the same file with Hugging Face `tokenizers` (`encode_batch_fast`), tiktoken, or gigatoken by itself, and
-write the tokens, without index, digests, checks or split (prepare_peers.py). All use the same vocabulary and must write the
-same number of tokens. The runs are interleaved, with one of `pipeline prepare` before each run of a peer. Wall and CPU
-seconds are medians, start-up of the interpreter included. Without `--text`, the text is built from Debian packages.
-rustbpe is compared if it is installed (`pip install rustbpe==0.1.0`).
+write the tokens, without index, digests, checks or split (prepare_peers.py). All use the same vocabulary and must
+write the same number of tokens. The runs are interleaved, with one of `pipeline prepare` before each run of a peer.
+Wall and CPU seconds are medians, start-up of the interpreter included. Without `--text`, the text is built from Debian
+packages. rustbpe is compared if it is installed (`pip install rustbpe==0.1.0`).
 """
 
 from __future__ import annotations
