@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.harness import interleaved, save
+from benchmarks.harness import interleaved, refuse_arguments, save
 from pipeline.model.transformer import TransformerLM
 from pipeline.optim.adamw import AdamW, adamw_formula
 
@@ -73,6 +73,7 @@ def measure(layout: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    refuse_arguments(__doc__)
     figures = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)

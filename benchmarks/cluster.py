@@ -7,7 +7,6 @@ Runs the cluster's survival tests, which inject the faults and take the times, a
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,16 +14,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import save
+from benchmarks.harness import refuse_arguments, save
 
 _NOTES = (
     "Two processes on two nodes of a devcluster of five, all on this machine: start-up, mostly imports, shares its "
-    "cores with a second run and the tests. A lost node includes the seconds until Slurm notices, 10 to 20 here."
+    "cores with a second run and the tests. A lost node includes the seconds until Slurm notices, up to 31 here."
 )
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    refuse_arguments(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
         tests = [sys.executable, "-m", "pytest", "tests/cluster/test_survival.py", "--timeout=1800"]

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import interleaved, save
+from benchmarks.harness import interleaved, refuse_arguments, save
 from pipeline.config.load import load_config
 from pipeline.image.build import apptainer_version
 from pipeline.launch.container.binds import create_folders
@@ -38,6 +38,7 @@ ROUNDS = 9
 
 
 def main() -> None:
+    refuse_arguments(__doc__)
     missing = [str(image) for image in IMAGES.values() if not image.exists()]
     if missing:
         sys.exit(f"{', '.join(missing)}: not built; run `pipeline image build`, once without and once with --sandbox")

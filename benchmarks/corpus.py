@@ -8,6 +8,7 @@ Translations are skipped. A dictionary, which is one file, is cut into documents
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import html
 import re
@@ -91,4 +92,6 @@ def _entries(dictionary: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(build(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    print(build(parser.parse_args().folder))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import interleaved, save
+from benchmarks.harness import interleaved, refuse_arguments, save
 from pipeline.model.chunked_loss import LOSS_CHUNK_TOKENS, linear_cross_entropy
 from pipeline.model.loss import cross_entropy
 
@@ -82,6 +82,7 @@ def distances(loss: Loss, dtype: torch.dtype) -> list[float]:
 
 
 def main() -> None:
+    refuse_arguments(__doc__)
     own = chunked(LOSS_CHUNK_TOKENS)
     figures: dict[str, Any] = {"chunk_tokens": LOSS_CHUNK_TOKENS, "milliseconds": {}, "peak_mib": {}, "distance": {}}
     pair = {"chunks": own, "whole": whole}

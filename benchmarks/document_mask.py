@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import pipeline.model.documents as documents_of
-from benchmarks.harness import save
+from benchmarks.harness import refuse_arguments, save
 from pipeline.config.load import load_config
 from pipeline.run.world import World
 from pipeline.train.engine.engine import Engine
@@ -77,6 +77,7 @@ def milliseconds(rows: int, mean: int, shape: dict[str, Any]) -> dict[str, float
 
 
 def main() -> None:
+    refuse_arguments(__doc__)
     torch.set_num_threads(1)
     with process_group(World(), torch.device("cpu")):
         figures = {name: milliseconds(rows, mean, shape) for name, (rows, mean, shape) in CASES.items()}

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import interleaved, save
+from benchmarks.harness import interleaved, refuse_arguments, save
 from pipeline.evaluate.harness import start_harness
 
 ROUNDS = 3
@@ -79,6 +79,7 @@ def rows(kind: str, words: list[str], rng: random.Random) -> list[dict[str, Any]
 
 
 def main() -> None:
+    refuse_arguments(__doc__)
     torch.set_num_threads(1)
     start_harness(fetching=False)
     from lm_eval import evaluator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import os
@@ -64,6 +65,11 @@ def about(name: str, where: str) -> dict[str, Any]:
         "machine": where,
         "packages": provenance["packages"],
     }
+
+
+def refuse_arguments(doc: str | None) -> None:
+    """Answers `--help`, and anything else by the usage, for a benchmark that would otherwise run for minutes."""
+    argparse.ArgumentParser(description=(doc or "").partition("\n")[0]).parse_args()
 
 
 def save(name: str, figures: Any, notes: str = "") -> Path:

@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from benchmarks.harness import save
+from benchmarks.harness import refuse_arguments, save
 from pipeline.data.dataset import TokenStream, open_dataset
 from pipeline.data.order.validation import ValidationWindows, validation_windows
 from tests.experiment import demo_text, validations
@@ -117,6 +117,7 @@ def _sources() -> list[str]:
 
 
 def main() -> None:
+    refuse_arguments(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         figures = measure()

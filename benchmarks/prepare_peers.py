@@ -18,17 +18,23 @@ END_OF_TEXT = "<|endoftext|>"
 _BATCH_CHARACTERS = 8 << 20
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
+Encode = Callable[[list[str]], list[list[int]]]
+
 
 def encode(name: str, text: str, tokenizer: str, out: str) -> None:
-    """Reads, encodes in batches on all cores and writes a memmap, without index, digests, checks or split."""
+    """Reads, encodes on all cores and writes the tokens, without index, digests, checks or split."""
+    if name == "gigatoken":
+        _encode_file(text, tokenizer, out)
+    else:
+        by = {"tokenizers": _by_tokenizers, "tiktoken": _by_tiktoken}[name]
+        _encode_in_batches(by(tokenizer), text, tokenizer, out)
+
+
+def _encode_in_batches(encode_batch: Encode, text: str, tokenizer: str, out: str) -> None:
     import numpy as np
 
-    if name == "gigatoken":
-        _encode_by_gigatoken(text, tokenizer, out)
-        return
     documents = Path(text).read_bytes().decode().split(SEPARATOR)[:-1]
-    end = json.loads(Path(tokenizer).read_text())["added_tokens"][0]["id"]
-    encode_batch = {"tokenizers": _by_tokenizers, "tiktoken": _by_tiktoken}[name](tokenizer)
+    end = _end_of_text_id(tokenizer)
     pieces = []
     for batch in _batches(documents):
         for ids in encode_batch(batch):
@@ -39,31 +45,34 @@ def encode(name: str, text: str, tokenizer: str, out: str) -> None:
     tokens.flush()
 
 
-def _encode_by_gigatoken(text: str, tokenizer: str, out: str) -> None:
+def _encode_file(text: str, tokenizer: str, out: str) -> None:
     """The encoder of `pipeline prepare` by itself: it reads the file too, and holds all of its ids."""
     import numpy as np
     from gigatoken.gigatoken_rs import TextFileSource, load_hf_json
 
-    content = Path(tokenizer).read_text()
-    encoded = load_hf_json(content).encode_files(TextFileSource([text], SEPARATOR)).layout
+    encoded = load_hf_json(Path(tokenizer).read_text()).encode_files(TextFileSource([text], SEPARATOR)).layout
     ids, ends = np.asarray(encoded.content.data), np.asarray(encoded.offsets.data)[1:]
     tokens = np.empty(len(ids) + len(ends), np.uint16)
     begin = 0
     for number, end in enumerate(ends.tolist()):
         tokens[begin + number : end + number] = ids[begin:end]
         begin = end
-    tokens[ends + np.arange(len(ends))] = json.loads(content)["added_tokens"][0]["id"]
+    tokens[ends + np.arange(len(ends))] = _end_of_text_id(tokenizer)
     tokens.tofile(out)  # cheaper than a memmap
 
 
-def _by_tokenizers(tokenizer: str) -> Callable[[list[str]], list[list[int]]]:
+def _end_of_text_id(tokenizer: str) -> int:
+    return int(json.loads(Path(tokenizer).read_text())["added_tokens"][0]["id"])
+
+
+def _by_tokenizers(tokenizer: str) -> Encode:
     import tokenizers
 
     fast = tokenizers.Tokenizer.from_file(tokenizer)
     return lambda batch: [e.ids for e in fast.encode_batch_fast(batch)]
 
 
-def _by_tiktoken(tokenizer: str) -> Callable[[list[str]], list[list[int]]]:
+def _by_tiktoken(tokenizer: str) -> Encode:
     import tiktoken
 
     ranks = _ranks(tokenizer)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import save
+from benchmarks.harness import refuse_arguments, save
 from tests import experiment, processes
 from tests.train.loading import MB, fresh_start
 
@@ -44,6 +44,7 @@ def measure(folder: Path, layers: int, ranks: int, precision: str) -> dict[str, 
 
 
 def main() -> None:
+    refuse_arguments(__doc__)
     figures: dict[str, Any] = {"before": BEFORE}
     with tempfile.TemporaryDirectory() as folder:
         for case, (layers, ranks) in CASES.items():

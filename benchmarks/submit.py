@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import save
+from benchmarks.harness import refuse_arguments, save
 from pipeline.devcluster import cluster as devcluster
 from pipeline.devcluster.hosts import environment
 
@@ -29,6 +29,7 @@ _NOTES = (
 
 
 def main() -> None:
+    refuse_arguments(__doc__)
     (_ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=_ROOT / "build", prefix="submit-") as name:
         folder = Path(name)

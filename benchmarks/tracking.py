@@ -15,6 +15,7 @@ The figure is the Hodges-Lehmann mean of the ratios of neighbouring steps (the m
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
@@ -249,7 +250,12 @@ def main() -> None:
     if len(sys.argv) == 5 and sys.argv[1] == "child":
         child(Path(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
         return
-    passes: dict[str, list[Any]] = {condition: [] for condition in sys.argv[1:] or SECONDS}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("conditions", nargs="*", metavar="CONDITION", help=f"{', '.join(SECONDS)}; by default all")
+    conditions = parser.parse_args().conditions or list(SECONDS)
+    if unknown := set(conditions) - set(SECONDS):
+        parser.error(f"no such condition: {', '.join(sorted(unknown))}")
+    passes: dict[str, list[Any]] = {condition: [] for condition in conditions}
     for _ in range(PASSES):
         for condition, found in passes.items():
             found.append(measure(condition))
