@@ -9,6 +9,7 @@ python -m benchmarks.cpu_parts
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,13 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import interleaved, save
-from pipeline.allocator import keep_freed_memory, share_one_heap
+from pipeline.allocator import keep_freed_memory
 from pipeline.model.attention import grouped_query_attention
 from pipeline.model.chunked_loss import linear_cross_entropy
 from pipeline.model.on_cpu import linear, rms_norm
 
 ROUNDS = 15
-HEAPS = ("a heap for each thread", "one heap")
+HEAPS = {"a heap for each thread": {}, "one heap": {"MALLOC_ARENA_MAX": "1"}}
 NORMS = {"2048 rows of 288": (2048, 288), "2048 rows of 1024": (2048, 1024)}
 MAPS = {"2,048 tokens from 288 to 768": (2048, 288, 768), "2,048 tokens from 768 to 288": (2048, 768, 288)}
 HEADS = {"16 x 4 heads of 32, 128 tokens": (16, 4, 128, 32), "8 x 6 heads of 48, 256 tokens": (8, 6, 256, 48)}
@@ -83,21 +84,19 @@ def _milliseconds(peers: dict[str, Callable[[], Tensor]], inputs: list[Tensor]) 
 
 def one_heap() -> dict[str, Any]:
     """Measures PyTorch's attention with and without a heap for each thread, each in a process of its own."""
-    found = {}
-    for name in HEAPS:
-        command = [sys.executable, "-m", "benchmarks.cpu_parts", name]
-        found[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return found
+    command = [sys.executable, "-m", "benchmarks.cpu_parts", "--heaps"]
+    return {
+        name: float(subprocess.run(command, env=os.environ | limit, check=True, capture_output=True, text=True).stdout)
+        for name, limit in HEAPS.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("heap", nargs="?", choices=HEAPS, help="measure PyTorch's attention with it, and nothing else")
-    heap = parser.parse_args().heap
+    parser.add_argument("--heaps", action="store_true", help="measure PyTorch's attention, and nothing else")
+    only_attention = parser.parse_args().heaps
     keep_freed_memory(largest=(1 << 31) - 1, most=-1)  # as training does
-    if heap is not None:
-        if heap == HEAPS[1]:
-            share_one_heap()
+    if only_attention:
         print(attention(8, 6, 256, 48)["PyTorch"])
         return
     figures: dict[str, Any] = {"one heap, PyTorch's attention": one_heap()}

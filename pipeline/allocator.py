@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 # glibc's <malloc.h>
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 # Before version 2.35 glibc refuses more.
 _OLD_MMAP_THRESHOLD = 32 << 20
@@ -27,16 +27,6 @@ def keep_freed_memory(largest: int, most: int) -> None:
         mallopt(_M_MMAP_THRESHOLD, min(largest, _OLD_MMAP_THRESHOLD))
     mallopt(_M_TOP_PAD, 64 << 20)
     mallopt(_M_TRIM_THRESHOLD, most)
-
-
-def share_one_heap() -> None:
-    """Lets all threads allocate from the main heap, the only one that can grow beyond 64 MiB; they wait for each other.
-
-    Products of bfloat16 on a CPU allocate in each thread: with one heap they take three times as long.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
 
 
 def return_freed_memory() -> None:

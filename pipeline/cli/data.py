@@ -33,10 +33,9 @@ def prepare(
     from pipeline.commands.prepare import prepare_events
     from pipeline.config.load import load_config
     from pipeline.data.build.display import parse_slice, prepare_here
-    from pipeline.run.folder import run_for
 
     config = load_config(config_file, overrides or ())
-    with prepare_events(run_for(config).events_file, part):
+    with prepare_events(config, part):
         prepare_here(config, parse_slice(part))
 
 

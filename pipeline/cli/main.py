@@ -86,6 +86,8 @@ def main() -> None:
     """Runs the command line; a user's mistake becomes one message on stderr and the documented exit status."""
     # MLflow reports usage by default; nothing that this project starts does so unless the user asks for it.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # No package may change how a config is checked; to look for such plugins takes a twentieth of a short command.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(PlainFormatter())
     for stream in (sys.stdout, sys.stderr):

@@ -15,6 +15,7 @@ from pipeline.errors import DataError, StopRequested, UsageError
 from pipeline.launch.slurm.client import SlurmError, call
 from tests.data.conftest import made as made
 from tests.data.helpers import command
+from tests.experiment import write_experiment
 from tests.launch.conftest import slurm as slurm
 from tests.launch.support import FakeSlurm
 from tests.yardstick import cpu_s, in_plain_starts
@@ -98,6 +99,38 @@ def test_a_config_is_read_without_importing_torch():
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_build_imports_only_what_it_needs(tmp_path):
+    config = write_experiment(tmp_path, tmp_path / "runs", "tiny")
+    probe = (
+        "import sys\nfrom pipeline.cli.main import main\n"
+        f"sys.argv = ['pipeline', 'prepare', {str(config)!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'mlflow', 'numpy.random', 'pipeline.run') if m in sys.modules])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_package_takes_part_in_checking_a_config(tmp_path):
+    # What a package names under this group sees each model that pydantic makes.
+    info = tmp_path / "meddler-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: meddler\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[pydantic]\nmeddler = meddler:Plugin\n")
+    (tmp_path / "meddler.py").write_text(
+        "class Plugin:\n    def new_schema_validator(*_):\n        print('meddling')\n        return None, None, None\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+
+    def printed(**variables: str) -> str:
+        argv = [sys.executable, "-m", "pipeline", "schema"]
+        return subprocess.run(argv, check=True, capture_output=True, text=True, env=environment | variables).stdout
+
+    assert "meddling" not in printed()
+    assert "meddling" in printed(PYDANTIC_DISABLE_PLUGINS="")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.allocator import keep_freed_memory, return_freed_memory, share_one_heap
+from pipeline.allocator import keep_freed_memory, return_freed_memory
 
 if TYPE_CHECKING:
     from pipeline.data.tokenize.tokenizer import Tokenizer
@@ -76,5 +76,4 @@ def devote_process() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     atexit.register(gc.freeze)
-    share_one_heap()
     keep_freed_memory(32 << 20, 1 << 30)

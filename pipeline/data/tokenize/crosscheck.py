@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class CrossCheck:
 
     def __init__(self, tokenizer: Tokenizer, seed: int, place: str) -> None:
         self._tokenizer = tokenizer
-        self._random = np.random.default_rng(seed)
+        self._random = random.Random(seed)  # importing numpy's takes as long as a check
         self._place = place
         self._sample: list[tuple[float, int, _Excerpt]] = []
         self._count = 0
@@ -53,7 +54,7 @@ class CrossCheck:
         """
         if self._tokenizer.encoder == "tokenizers" or not len(documents):
             return
-        keys = self._random.random(len(documents))
+        keys = np.array([self._random.random() for _ in range(len(documents))])
         for index in np.argsort(keys)[:_DOCUMENTS].tolist():
             key = -float(keys[index])
             if len(self._sample) == _DOCUMENTS and key <= self._sample[0][0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,7 @@ class Tokenizer:
         self.end_of_text = found
         self.end_of_text_id = self.special_tokens[found]
         self._reference: tokenizers.Tokenizer | None = None
+        self._reference_lock = threading.Lock()
         self._decoder: tokenizers.Tokenizer | None = None
         self.notice: str | None = None
         self._fast: Any = None
@@ -118,7 +120,7 @@ class Tokenizer:
                 encoded = self._fast.encode_batch(_as_awkward(documents), parallel=parallel).layout
             offsets = np.asarray(encoded.offsets.data, np.int64)
             return np.asarray(encoded.content.data)[: offsets[-1]], offsets
-        lists = self.reference_encode([d.decode() for d in documents])
+        lists = self.reference_encode([d.decode() for d in documents], parallel)
         offsets = np.zeros(len(lists) + 1, np.int64)
         np.cumsum([len(ids) for ids in lists], out=offsets[1:])
         return np.fromiter((i for ids in lists for i in ids), np.uint32, int(offsets[-1])), offsets
@@ -128,11 +130,18 @@ class Tokenizer:
         if self.encoder == "gigatoken":
             self._fast = self._load_gigatoken()
 
-    def reference_encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the ids by Hugging Face's `tokenizers`, against which the fast encoder is checked."""
+    def reference_encode(self, texts: Sequence[str], parallel: bool = False) -> list[list[int]]:
+        """Returns the ids by Hugging Face's `tokenizers`, against which the fast encoder is checked.
+
+        Args:
+            texts: The texts.
+            parallel: As in `encode_batch`.
+        """
         reference = self._load_reference()
+        # tokenizers shares several texts among threads, one on each core, which the other workers of a build need.
+        calls = [list(texts)] if parallel else [[text] for text in texts]
         with limits.named(self._place):
-            return [e.ids for e in reference.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return [e.ids for call in calls for e in reference.encode_batch_fast(call, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """Returns the text of ids, with special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
@@ -152,10 +161,11 @@ class Tokenizer:
         return f'{self._rest[:-1]}, "added_tokens": {json.dumps(added)}}}'
 
     def _load_reference(self) -> tokenizers.Tokenizer:
-        if self._reference is None:
-            reference = self._load_tokenizers(self._ordinary(self._added))
-            reference.encode_special_tokens = True
-            self._reference = reference
+        with self._reference_lock:  # the workers of a build first need it at about the same time
+            if self._reference is None:
+                reference = self._load_tokenizers(self._ordinary(self._added))
+                reference.encode_special_tokens = True
+                self._reference = reference
         return self._reference
 
     def _load_tokenizers(self, content: str) -> tokenizers.Tokenizer:

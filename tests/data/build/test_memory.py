@@ -20,7 +20,7 @@ from pipeline.data.build.memory import WordCaches
 from pipeline.data.read.documents import Documents
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.data.tokenize.train import train_bpe
-from tests.data.helpers import COMPRESS, config, dataset_digest, documents, jsonl, write
+from tests.data.helpers import COMPRESS, END, config, dataset_digest, documents, jsonl, write
 
 TEXTS = documents(400, seed=8)
 
@@ -105,6 +105,35 @@ def test_memory_is_given_back_where_words_are_forgotten() -> None:
 def test_devoting_a_process_to_a_build_imports_no_numpy() -> None:
     code = "import sys, pipeline.data.build.memory as m; m.devote_process(); sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+_IN_THREADS = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from pipeline.data.build.memory import devote_process
+devote_process()
+from pipeline.data.tokenize.tokenizer import Tokenizer
+
+tokenizer = Tokenizer(Path(sys.argv[1]).read_bytes(), "here")
+texts = ["one way or another, of the people, by the people, for the people " * 20] * 2000
+tokenizer.reference_encode(texts[:10])
+for threads in (1, 2):
+    began = time.process_time()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(tokenizer.reference_encode, [texts] * threads))
+    print((time.process_time() - began) / threads)
+"""
+
+
+@pytest.mark.timing
+def test_workers_that_encode_by_tokenizers_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    vocabulary = write(tmp_path / "tokenizer.json", train_bpe(b"of the people", b"\xff", 260, [END], "gpt2").encode())
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_THREADS, str(vocabulary)], check=True, capture_output=True, text=True
+    )
+    alone, beside_another = map(float, done.stdout.split())
+    assert beside_another < 1.7 * alone, "with one heap for all threads each waits for the others' allocations"
 
 
 @pytest.mark.slow

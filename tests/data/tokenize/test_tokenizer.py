@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,24 @@ def test_an_unsupported_tokenizer_falls_back_to_tokenizers_with_a_notice(tmp_pat
     reference.encode_special_tokens = True
     assert Tokenizer.load(path).encode("ﬁne ½") == reference.encode("ﬁne ½").ids
     assert split_texts(tmp_path / "out")[0] == "fine 1⁄2"
+
+
+def test_workers_that_need_the_reference_at_once_load_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Tokenizer(trained().encode(), "here")
+    load = Tokenizer._load_tokenizers
+    loaded: list[str] = []
+
+    def slowly(self: Tokenizer, content: str) -> tokenizers.Tokenizer:
+        loaded.append(content)
+        time.sleep(0.2)
+        return load(self, content)
+
+    monkeypatch.setattr(Tokenizer, "_load_tokenizers", slowly)
+    texts = TOKENIZER_TEXTS[:5]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda parallel: made.reference_encode(texts, parallel), [False, True] * 2))
+    assert len(loaded) == 1
+    assert all(ids == [made.encode(text) for text in texts] for ids in found)
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
