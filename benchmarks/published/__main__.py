@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import RESULTS, about, machine
+from benchmarks.harness import RESULTS, about, machine, refuse_arguments
 from benchmarks.published.calibrate import calibrate
 from benchmarks.published.chart import draw
 from benchmarks.published.runs import FOLDER, Run, published_runs, sources
@@ -22,6 +22,7 @@ CHART = FOLDER.parents[1] / "docs" / "img" / "published.svg"
 
 
 def main() -> None:
+    refuse_arguments(__doc__)
     runs, known = list(published_runs()), sources()
     console = Console()
     console.print(_by_source(runs))

@@ -151,12 +151,10 @@ class SliceWriter:
         ids, offsets = self._tokenizer.encode_batch(documents, parallel)
         self._refuse_forged_end(documents, ids, offsets)
         self._check.offer(documents, ids, offsets)
-        tokens = _with_ends(ids, offsets, self._tokenizer.end_of_text_id, self._dtype)
-        lengths = np.diff(offsets) + 1
         validation = self._for_validation(documents)
-        text_bytes = documents.lengths
         for split, chosen in zip(SPLITS, (~validation, validation), strict=True):
-            self._shards[split].add(_only(tokens, lengths, chosen), lengths[chosen], int(text_bytes[chosen].sum()))
+            tokens, lengths = _tokens_of(ids, offsets, chosen, self._tokenizer.end_of_text_id, self._dtype)
+            self._shards[split].add(tokens, lengths, int(documents.lengths[chosen].sum()))
 
     def _refuse_forged_end(self, documents: Documents, ids: Ids, offsets: Offsets) -> None:
         forged = np.flatnonzero(ids == self._tokenizer.end_of_text_id)
@@ -204,28 +202,30 @@ class SliceWriter:
                 raise
 
 
-def _with_ends(ids: Ids, offsets: Offsets, end: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Returns the ids in their stored type, with the end-of-text token after each document."""
-    documents = len(offsets) - 1
-    tokens = np.empty(len(ids) + documents, dtype)
-    if len(ids) > 64 * documents:
-        for i, (a, b) in enumerate(zip(offsets.tolist(), offsets[1:].tolist(), strict=False)):
-            tokens[a + i : b + i] = ids[a:b]
-            tokens[b + i] = end
-        return tokens
-    ends = offsets[1:] + np.arange(documents)
-    ordinary = np.ones(len(tokens), np.bool_)
-    ordinary[ends] = False
-    tokens[ordinary] = ids
+def _tokens_of(
+    ids: Ids, offsets: Offsets, chosen: Flags, end: int, dtype: np.dtype[Any]
+) -> tuple[npt.NDArray[Any], Offsets]:
+    """Returns the chosen documents' ids in their stored type, the end-of-text token after each, and their lengths."""
+    starts = offsets[:-1][chosen]
+    lengths = offsets[1:][chosen] - starts
+    ends = np.cumsum(lengths + 1) - 1
+    tokens = np.empty(int(lengths.sum()) + len(lengths), dtype)
+    if len(tokens) > 64 * len(lengths):
+        for start, length, stop in zip(starts.tolist(), lengths.tolist(), ends.tolist(), strict=True):
+            tokens[stop - length : stop] = ids[start : start + length]
+    else:
+        ordinary = np.ones(len(tokens), np.bool_)
+        ordinary[ends] = False
+        tokens[ordinary] = _only(ids, np.diff(offsets), chosen)
     tokens[ends] = end
-    return tokens
+    return tokens, lengths + 1
 
 
-def _only(tokens: npt.NDArray[Any], lengths: Offsets, chosen: Flags) -> npt.NDArray[Any]:
-    """Returns the tokens of the chosen documents, copied run by run: a mask of every token costs ten times as much."""
+def _only(ids: Ids, lengths: Offsets, chosen: Flags) -> Ids:
+    """Returns the ids of the chosen documents, copied run by run: a mask of every token costs ten times as much."""
     if chosen.all():
-        return tokens
+        return ids
     bounds = np.concatenate(([0], np.cumsum(lengths)))
     edges = bounds[np.flatnonzero(np.diff(chosen, prepend=False, append=False))].tolist()
-    runs = [tokens[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-    return np.concatenate(runs) if runs else tokens[:0]
+    runs = [ids[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    return np.concatenate(runs) if runs else ids[:0]

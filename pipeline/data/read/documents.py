@@ -107,6 +107,7 @@ class Documents:
         """Returns a number in [0, 1) for each document that depends only on its bytes."""
         view = self.data.data
         bounds = self.offsets.tolist()
-        digests = b"".join(hashlib.sha256(view[a:b]).digest()[:8] for a, b in itertools.pairwise(bounds))
+        digests = b"".join([hashlib.sha256(view[a:b]).digest() for a, b in itertools.pairwise(bounds)])
+        beginnings = np.frombuffer(digests, "<u8")[:: hashlib.sha256().digest_size // 8]
         # 53 bits are what a float64 holds exactly, so that the comparison with a fraction is exact too.
-        return np.asarray((np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53, np.float64)
+        return np.asarray((beginnings >> np.uint64(11)) * 2.0**-53, np.float64)
