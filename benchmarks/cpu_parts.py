@@ -84,7 +84,7 @@ def _milliseconds(peers: dict[str, Callable[[], Tensor]], inputs: list[Tensor]) 
 
 def one_heap() -> dict[str, Any]:
     """Measures PyTorch's attention with and without a heap for each thread, each in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cpu_parts", "--heaps"]
+    command = [sys.executable, "-m", "benchmarks.cpu_parts", "--attention"]
     return {
         name: float(subprocess.run(command, env=os.environ | limit, check=True, capture_output=True, text=True).stdout)
         for name, limit in HEAPS.items()
@@ -93,8 +93,8 @@ def one_heap() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--heaps", action="store_true", help="measure PyTorch's attention, and nothing else")
-    only_attention = parser.parse_args().heaps
+    parser.add_argument("--attention", action="store_true", help="measure PyTorch's attention, and nothing else")
+    only_attention = parser.parse_args().attention
     keep_freed_memory(largest=(1 << 31) - 1, most=-1)  # as training does
     if only_attention:
         print(attention(8, 6, 256, 48)["PyTorch"])

@@ -152,9 +152,10 @@ class SliceWriter:
         self._refuse_forged_end(documents, ids, offsets)
         self._check.offer(documents, ids, offsets)
         validation = self._for_validation(documents)
+        text_bytes = documents.lengths
         for split, chosen in zip(SPLITS, (~validation, validation), strict=True):
             tokens, lengths = _tokens_of(ids, offsets, chosen, self._tokenizer.end_of_text_id, self._dtype)
-            self._shards[split].add(tokens, lengths, int(documents.lengths[chosen].sum()))
+            self._shards[split].add(tokens, lengths, int(text_bytes[chosen].sum()))
 
     def _refuse_forged_end(self, documents: Documents, ids: Ids, offsets: Offsets) -> None:
         forged = np.flatnonzero(ids == self._tokenizer.end_of_text_id)
@@ -210,7 +211,7 @@ def _tokens_of(
     lengths = offsets[1:][chosen] - starts
     ends = np.cumsum(lengths + 1) - 1
     tokens = np.empty(int(lengths.sum()) + len(lengths), dtype)
-    if len(tokens) > 64 * len(lengths):
+    if len(tokens) > 64 * len(lengths):  # long documents: a copy of each costs less than a mask of every token
         for start, length, stop in zip(starts.tolist(), lengths.tolist(), ends.tolist(), strict=True):
             tokens[stop - length : stop] = ids[start : start + length]
     else:

@@ -41,7 +41,7 @@ class CrossCheck:
 
     def __init__(self, tokenizer: Tokenizer, seed: int, place: str) -> None:
         self._tokenizer = tokenizer
-        self._random = random.Random(seed)  # importing numpy's takes as long as a check
+        self._random = random.Random(seed)  # importing numpy's takes longer than a check
         self._place = place
         self._sample: list[tuple[float, int, _Excerpt]] = []
         self._count = 0
