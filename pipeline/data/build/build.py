@@ -141,9 +141,14 @@ class _Build:
             return
         self._total = sum(self._bytes[t.number] for t in missing)
         self._report(BuildProgress("slices", 0, self._total))
-        # Each worker has a second thread that prefetches; more encoders would only fill more word caches.
-        with ThreadPoolExecutor(min(self._cores, len(missing)), thread_name_prefix="prepare") as pool:
-            futures = [pool.submit(self._do, task, len(missing) < self._cores) for task in missing]
+        # Each worker has a second thread that prefetches; more encoders would only fill more word caches. Both last
+        # for the whole build, because each new thread may begin a heap of its own, and heaps keep what was freed.
+        workers = min(self._cores, len(missing))
+        with (
+            ThreadPoolExecutor(workers, thread_name_prefix="read") as readers,
+            ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool,
+        ):
+            futures = [pool.submit(self._do, task, len(missing) < self._cores, readers) for task in missing]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
@@ -154,7 +159,7 @@ class _Build:
                 if not future.cancelled():
                     future.result()
 
-    def _do(self, task: Task, parallel: bool) -> None:
+    def _do(self, task: Task, parallel: bool, readers: ThreadPoolExecutor) -> None:
         """Does one task: publishes a slice at its end; for a stream, also after each piece."""
         done = self._records(task)
         if finished(done):
@@ -163,7 +168,7 @@ class _Build:
         files = self._plan.files[task.source]
         events = read_task(task, self._config.data.sources[task.source], files, self._config.data, resume_at)
         part, more = len(done), True
-        with prefetch(events) as waiting:
+        with prefetch(events, readers) as waiting:
             while more and not self._stop.is_set():
                 with self._writer(task, part) as writer:
                     more = self._fill(task, writer, waiting, parallel)

@@ -6,14 +6,15 @@ import contextlib
 import queue
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Executor, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[Iterator[T]]:
-    """Yields an iterator over the same items that a thread fetches up to `depth` ahead; exceptions keep their place."""
+def prefetch(items: Iterator[T], readers: Executor, depth: int = 2) -> Iterator[Iterator[T]]:
+    """Yields an iterator over the same items, fetched up to `depth` ahead by `readers`; exceptions keep their place."""
     fetched: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -42,10 +43,9 @@ def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[Iterator[T]]:
                 raise value
             yield value
 
-    thread = threading.Thread(target=fetch, name="prefetch", daemon=True)
-    thread.start()
+    fetching = readers.submit(fetch)
     try:
         yield consume()
     finally:
         stopped.set()
-        thread.join()
+        wait([fetching])

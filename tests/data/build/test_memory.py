@@ -90,16 +90,18 @@ def test_memory_is_given_back_where_words_are_forgotten() -> None:
 
     def encode_new_words() -> int:
         for _ in range(3):
-            made.encode_batch(Documents.of([b" ".join(rng.randbytes(6).hex().encode() for _ in range(150_000))]))
+            made.encode_batch(Documents.of([b" ".join(rng.randbytes(6).hex().encode() for _ in range(250_000))]))
         return memory.resident_bytes()
 
-    sizes = []
+    grown, left = [], []
     for _ in range(4):
-        sizes.append(encode_new_words())
+        grown.append(encode_new_words())
         made.clear_caches()
         memory.return_freed_memory()
-    assert sizes[0] - memory.resident_bytes() > 40 << 20
-    assert max(sizes) - sizes[0] < 20 << 20
+        left.append(memory.resident_bytes())
+    # Not the first: a fresh process grows less, by what its heap already holds.
+    assert min(before - after for before, after in zip(grown[1:], left[1:], strict=True)) > 40 << 20
+    assert max(left) - left[0] < 20 << 20
 
 
 def test_devoting_a_process_to_a_build_imports_no_numpy() -> None:
