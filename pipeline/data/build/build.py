@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,14 @@ from pipeline.config.sections import Config
 from pipeline.data.build.assemble import make_manifest
 from pipeline.data.build.make_tokenizer import dtype_of_ids, open_tokenizer, too_small
 from pipeline.data.build.memory import WordCaches
-from pipeline.data.build.resume import PlanGuard, reconcile_plan, record_plan, refuse_changed_content, touched_files
+from pipeline.data.build.resume import (
+    PlanGuard,
+    reconcile_plan,
+    record_plan,
+    refuse_changed_content,
+    refuse_older_version,
+    touched_files,
+)
 from pipeline.data.build.slice_store import Record, any_published, finished, read_records, remove_leftovers
 from pipeline.data.build.slice_writer import SliceWriter
 from pipeline.data.build.tasks import Plan, make_plan, share, task_bytes
@@ -89,7 +96,9 @@ def _prepare(
     config: Config, folder: Path, slice_spec: tuple[int, int] | None, report: OnProgress
 ) -> DatasetManifest | None:
     plan = make_plan(config)
-    touched = touched_files(reconcile_plan(folder, plan, any_published(folder)), plan)
+    recorded = reconcile_plan(folder, plan, any_published(folder))
+    touched = touched_files(recorded, plan)
+    plan = replace(plan, version=recorded.version)
     guard = PlanGuard(folder, plan)
     tokenizer = _open_tokenizer(config, plan, folder, report)
     build = _Build(config, plan, folder, tokenizer, report, guard)
@@ -139,6 +148,7 @@ class _Build:
         missing = [t for t in tasks if not finished(self._records(t))]
         if not missing:
             return
+        refuse_older_version(self._folder, self._plan)
         self._total = sum(self._bytes[t.number] for t in missing)
         self._report(BuildProgress("slices", 0, self._total))
         # Each worker has a second thread that prefetches; more encoders would only fill more word caches. Both last

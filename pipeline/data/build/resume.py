@@ -20,6 +20,8 @@ from pipeline.errors import DataError, PipelineError, listing
 from pipeline.files import read_json, write_text
 
 _MOST_LISTED = 20
+# A dataset of version 1 that is finished stays usable.
+_READ_VERSIONS = (1, PLAN_VERSION)
 
 
 def reconcile_plan(folder: Path, plan: Plan, begun: bool) -> Plan:
@@ -47,7 +49,7 @@ def reconcile_plan(folder: Path, plan: Plan, begun: bool) -> Plan:
 
 def record_plan(folder: Path, plan: Plan) -> None:
     """Writes the plan into the dataset folder."""
-    tree = {"plan_version": PLAN_VERSION, "settings": plan.settings, "files": plan.files, "tasks": plan.tasks}
+    tree = {"plan_version": plan.version, "settings": plan.settings, "files": plan.files, "tasks": plan.tasks}
     # Without line breaks or a copy as dictionaries: there may be hundreds of thousands of files.
     write_text(folder / PLAN, json.dumps(tree, default=_fields, ensure_ascii=False, separators=(",", ":")) + "\n")
 
@@ -102,6 +104,16 @@ def refuse_changed_content(
                 )
 
 
+def refuse_older_version(folder: Path, plan: Plan) -> None:
+    """Refuses to write slices into a dataset that an older version began, whose documents went to other splits."""
+    if plan.version != PLAN_VERSION:
+        raise DataError(
+            f"{folder}: was begun by an older version of this program (plan_version {plan.version}, now "
+            f"{PLAN_VERSION}), which chose other documents for validation; finish it with that version, "
+            "or remove the folder to start over"
+        )
+
+
 def _reread(config: Config, plan: Plan, task: Task) -> list[FileSpan]:
     # Bad records do not matter here: the digests are of the bytes.
     data = config.data.model_copy(update={"on_bad": "skip"})
@@ -112,7 +124,7 @@ def _reread(config: Config, plan: Plan, task: Task) -> list[FileSpan]:
 def _load(file: Path) -> Plan:
     tree = read_json(file)
     version = tree.get("plan_version") if isinstance(tree, dict) else None
-    if version != PLAN_VERSION:
+    if version not in _READ_VERSIONS:
         raise DataError(
             f"{file}: plan_version is {version}, this program writes {PLAN_VERSION}; "
             f"remove {file.parent} and prepare the dataset again"
@@ -123,6 +135,7 @@ def _load(file: Path) -> Plan:
             tree["settings"],
             tuple(tuple(SourceFile(**{**f, "stamp": tuple(f["stamp"])}) for f in files) for files in tree["files"]),
             tuple(Task(**{**t, "files": tuple(t["files"])}) for t in tree["tasks"]),
+            version,
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(

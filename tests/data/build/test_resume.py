@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from pipeline.data.build import build
 from pipeline.data.build.build import prepare
 from pipeline.data.build.resume import reconcile_plan
 from pipeline.data.build.tasks import make_plan
-from pipeline.data.layout import PLAN
+from pipeline.data.layout import PLAN, published_slices
 from pipeline.errors import DataError
 from tests.data.every_kind import TEXTS, config_of_every_kind, paths_of_every_kind
 from tests.data.helpers import config, dataset_digest, documents, jsonl, one_source, split_texts, write
@@ -171,6 +173,40 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monke
     monkeypatch.setattr(build, "stamp_of", lambda _: (0, 0, 0))
     with pytest.raises(DataError, match="while it was read"):
         prepare(made)
+
+
+def _make_older(plan: Path) -> str:
+    """Makes a plan look as an older version of this program wrote it."""
+    older = plan.read_text().replace('"plan_version":2', '"plan_version":1')
+    write(plan, older.encode())
+    return older
+
+
+def test_a_finished_dataset_of_an_older_version_stays_as_it_is(tmp_path: Path) -> None:
+    made = config_of_every_kind(tmp_path, "out")
+    manifest = prepare(made)
+    plan = tmp_path / "out" / PLAN
+    older = _make_older(plan)
+    assert prepare(made) == manifest
+    assert plan.read_text() == older
+    text = next(file for file in sorted((tmp_path / "in").rglob("*")) if file.is_file())
+    os.utime(text, (1, 1))
+    assert prepare(made) == manifest
+    assert plan.read_text() != older
+    assert '"plan_version":1' in plan.read_text()
+    shutil.rmtree(next(published_slices(tmp_path / "out")))
+    with pytest.raises(DataError, match=f"^{tmp_path / 'out'}: was begun by an older version .*; finish it with that"):
+        prepare(made)
+
+
+def test_a_dataset_that_an_older_version_began_is_not_continued(tmp_path: Path) -> None:
+    made = config_of_every_kind(tmp_path, "out")
+    assert prepare(made, slice_spec=(1, 2)) is None
+    _make_older(tmp_path / "out" / PLAN)
+    slices = sorted(published_slices(tmp_path / "out"))
+    with pytest.raises(DataError, match="or remove the folder to start over"):
+        prepare(made)
+    assert sorted(published_slices(tmp_path / "out")) == slices
 
 
 @pytest.mark.parametrize("content", ["[]", '{"plan_version": 1}', '{"plan_version": 1, "settings": 5}'])
