@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.devcluster import services
-from pipeline.devcluster.files import CGROUPS, free_letter, has_cgroup_v1, write_clients, write_files
-from pipeline.devcluster.hosts import kill_host, pid_of, run_on, start_host, wait_for
-from pipeline.devcluster.settings import LOGIN, Settings, exists, load, refuse_private
+from pipeline.devcluster.files import free_letter, has_cgroup_v1, keep_letter, write_clients, write_files
+from pipeline.devcluster.hosts import kill_host, pid_of, remove_cgroups, run_on, start_host, wait_for
+from pipeline.devcluster.settings import CGROUPS, LOGIN, Settings, exists, load, refuse_private
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import naming
 
@@ -68,6 +68,7 @@ def up(state: Path, node_count: int) -> Settings:
         settings = Settings(state, node_count, free_letter(), has_cgroup_v1())
         settings.save()
         try:
+            keep_letter(settings)
             _start(settings)
         except BaseException:
             down(state)
@@ -84,6 +85,7 @@ def down(state: Path) -> None:
     settings = load(state)
     for host in reversed(settings.hosts):
         kill_host(settings, host)
+    remove_cgroups(settings.no_node)
     shutil.rmtree(state)
 
 
@@ -139,7 +141,7 @@ def restart_controller(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Keeps other clusters of this machine from starting: a letter counts as free until the first slurmd uses it."""
+    """Keeps other clusters of this machine from starting, so that no two find the same letter free."""
     folder = os.open(CGROUPS, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)

@@ -8,7 +8,15 @@ from pathlib import Path
 from string import Template
 
 from pipeline.devcluster.hosts import NAMESPACES
-from pipeline.devcluster.settings import CLIENTS, CPUS_PER_NODE, GPUS_PER_NODE, LOGIN, MEMORY_MB_PER_NODE, Settings
+from pipeline.devcluster.settings import (
+    CGROUPS,
+    CLIENTS,
+    CPUS_PER_NODE,
+    GPUS_PER_NODE,
+    LOGIN,
+    MEMORY_MB_PER_NODE,
+    Settings,
+)
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes, write_text
 
@@ -20,7 +28,6 @@ _BY_TREE = "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nJobAcctGath
 # Each cluster of a machine takes its own letter: nodes with the same name would share the control groups of jobs.
 _LETTERS = "nmpqrstuvw"
 _CONTROLLERS = ("freezer", "memory", "devices", "cpuset", "cpuacct")
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 def has_cgroup_v1() -> bool:
@@ -32,11 +39,17 @@ def has_cgroup_v1() -> bool:
 def free_letter() -> str:
     """Returns the first letter for the names of nodes that no other cluster on this machine uses."""
     for letter in _LETTERS:
-        if not any((CGROUPS / name / f"slurm_{letter}1").exists() for name in _CONTROLLERS):
+        if not any(group for name in _CONTROLLERS for group in (CGROUPS / name).glob(f"slurm_{letter}[0-9]*")):
             return letter
     raise PipelineError(
         f"{CGROUPS}: the groups slurm_{_LETTERS[0]}1 to slurm_{_LETTERS[-1]}1 are all in use; take a cluster down"
     )
+
+
+def keep_letter(settings: Settings) -> None:
+    """Makes a control group by which the cluster's letter counts as in use while nodes of it are without power."""
+    if settings.cgroups:
+        (CGROUPS / "freezer" / f"slurm_{settings.no_node}").mkdir(exist_ok=True)
 
 
 def write_files(settings: Settings) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.devcluster.settings import LOGIN, PRIVATE, Settings
+from pipeline.devcluster.settings import CGROUPS, LOGIN, PRIVATE, Settings
 from pipeline.errors import PipelineError
 from pipeline.files import write_text
 
@@ -57,7 +57,7 @@ def kill_host(settings: Settings, host: str) -> None:
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: pid_of(settings, host) is None, _END_S, f"end of host {host}")
     _pid_file(settings, host).unlink(missing_ok=True)
-    _remove_cgroups(host)
+    remove_cgroups(host)
 
 
 def pid_of(settings: Settings, host: str) -> int | None:
@@ -171,9 +171,9 @@ def _ip(pid: int, lines: list[str]) -> None:
         raise PipelineError(f"ip: {done.stderr.strip()}")
 
 
-def _remove_cgroups(host: str) -> None:
+def remove_cgroups(host: str) -> None:
     """Removes the control groups that slurmd left: a machine without power has none."""
-    for root in Path("/sys/fs/cgroup").glob(f"*/slurm_{host}"):
+    for root in CGROUPS.glob(f"*/slurm_{host}"):
         for folder, _, _ in os.walk(root, topdown=False):
             wait_for(lambda f=folder: _rmdir(f), _END_S, f"end of the processes in {folder}")  # type: ignore[misc]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import read_json, write_json
 
+CGROUPS = Path("/sys/fs/cgroup")
 LOGIN = "login"
 CLIENTS = (
     "sbatch", "srun", "salloc", "scancel", "squeue", "sinfo", "scontrol", "sacct", "sacctmgr", "sstat", "sprio",
@@ -42,6 +43,11 @@ class Settings:
     def nodes(self) -> list[str]:
         """Names of the compute nodes."""
         return [f"{self.letter}{i}" for i in range(1, self.node_count + 1)]
+
+    @property
+    def no_node(self) -> str:
+        """A name that is like a node's and none of them; see `files.keep_letter`."""
+        return f"{self.letter}0"
 
     @property
     def hosts(self) -> list[str]:

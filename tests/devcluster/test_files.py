@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.devcluster import files
+from pipeline.devcluster import files, hosts
 from pipeline.devcluster.cluster import INSTALL_SCRIPT
 from pipeline.devcluster.settings import CLIENTS, Settings
 from pipeline.errors import PipelineError
@@ -23,11 +23,22 @@ def test_a_second_cluster_takes_the_next_letter(tmp_path: Path, monkeypatch: pyt
     taken = []
     for letter in "nmpqrstuvw":
         assert files.free_letter() == letter
-        group = tmp_path / ("memory", "freezer")[len(taken) % 2] / f"slurm_{letter}1"
+        group = tmp_path / ("memory", "freezer")[len(taken) % 2] / f"slurm_{letter}{len(taken) % 3 + 1}"
         group.mkdir(parents=True)
         taken.append(group)
     with pytest.raises(PipelineError, match=r"slurm_n1 .*slurm_w1"):
         files.free_letter()
+
+
+def test_a_letter_is_in_use_while_no_node_has_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for module in ("files", "hosts"):
+        monkeypatch.setattr(f"pipeline.devcluster.{module}.CGROUPS", tmp_path)
+    (tmp_path / "freezer").mkdir()
+    made = Settings(tmp_path / "state", 2, files.free_letter(), True)
+    files.keep_letter(made)
+    assert files.free_letter() != made.letter
+    hosts.remove_cgroups(made.no_node)
+    assert files.free_letter() == made.letter
 
 
 def test_slurm_is_configured_for_every_node(settings: Settings, monkeypatch: pytest.MonkeyPatch):
