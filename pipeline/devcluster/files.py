@@ -42,14 +42,14 @@ def free_letter() -> str:
         if not any(group for name in _CONTROLLERS for group in (CGROUPS / name).glob(f"slurm_{letter}[0-9]*")):
             return letter
     raise PipelineError(
-        f"{CGROUPS}: the groups slurm_{_LETTERS[0]}1 to slurm_{_LETTERS[-1]}1 are all in use; take a cluster down"
+        f"{CGROUPS}: all groups from slurm_{_LETTERS[0]}* to slurm_{_LETTERS[-1]}* are in use; take a cluster down"
     )
 
 
 def keep_letter(settings: Settings) -> None:
     """Makes a control group by which the cluster's letter counts as in use while nodes of it are without power."""
     if settings.cgroups:
-        (CGROUPS / "freezer" / f"slurm_{settings.no_node}").mkdir(exist_ok=True)
+        (CGROUPS / "freezer" / f"slurm_{settings.no_node}").mkdir()
 
 
 def write_files(settings: Settings) -> None:

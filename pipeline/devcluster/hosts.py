@@ -172,7 +172,7 @@ def _ip(pid: int, lines: list[str]) -> None:
 
 
 def remove_cgroups(host: str) -> None:
-    """Removes the control groups that slurmd left: a machine without power has none."""
+    """Removes the control groups of a name, which slurmd left: a machine without power has none."""
     for root in CGROUPS.glob(f"*/slurm_{host}"):
         for folder, _, _ in os.walk(root, topdown=False):
             wait_for(lambda f=folder: _rmdir(f), _END_S, f"end of the processes in {folder}")  # type: ignore[misc]

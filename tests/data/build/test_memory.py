@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -14,10 +17,12 @@ import pytest
 
 from benchmarks.processes import measure
 from pipeline.config.load import dump_config
-from pipeline.data.build import memory
+from pipeline.data.build import build, memory
 from pipeline.data.build.build import prepare
 from pipeline.data.build.memory import WordCaches
+from pipeline.data.read.chunks import ReadItems
 from pipeline.data.read.documents import Documents
+from pipeline.data.read.task_reader import read_task
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.data.tokenize.train import train_bpe
 from tests.data.helpers import COMPRESS, END, config, dataset_digest, documents, jsonl, write
@@ -90,7 +95,7 @@ def test_memory_is_given_back_where_words_are_forgotten() -> None:
 
     def encode_new_words() -> int:
         for _ in range(3):
-            made.encode_batch(Documents.of([b" ".join(rng.randbytes(6).hex().encode() for _ in range(250_000))]))
+            made.encode_batch(Documents.of([b" ".join(rng.randbytes(6).hex().encode() for _ in range(150_000))]))
         return memory.resident_bytes()
 
     grown, left = [], []
@@ -101,7 +106,22 @@ def test_memory_is_given_back_where_words_are_forgotten() -> None:
         left.append(memory.resident_bytes())
     # Not the first: a fresh process grows less, by what its heap already holds.
     assert min(before - after for before, after in zip(grown[1:], left[1:], strict=True)) > 40 << 20
+    assert max(grown) - grown[1] < 20 << 20
     assert max(left) - left[0] < 20 << 20
+
+
+def test_the_same_threads_read_all_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers: list[threading.Thread] = []  # the objects, since the system gives a number again
+
+    def read(*arguments: Any) -> ReadItems:
+        readers.append(threading.current_thread())
+        yield from read_task(*arguments)
+
+    monkeypatch.setattr(build, "read_task", read)
+    text = write(tmp_path / "a.jsonl", jsonl(TEXTS))
+    prepare(config(tmp_path / "out", [{"name": "s", "paths": [str(text)]}], slice_size_mb=0.002))
+    assert len(readers) > 10
+    assert len(set(readers)) <= len(os.sched_getaffinity(0))
 
 
 def test_devoting_a_process_to_a_build_imports_no_numpy() -> None:
