@@ -20,7 +20,7 @@ from pipeline.checkpoint.read import newest_checkpoint, verify
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import PipelineError, UsageError, in_words
 from pipeline.evaluate.language_model import CheckpointLM
-from pipeline.evaluate.tasks import Asked, TaskSet, load_task_sets, seed_draws, task_hash
+from pipeline.evaluate.tasks import Asked, TaskSet, build_requests, definition, load_task_sets, seed_draws, task_hash
 from pipeline.files import naming, write_json
 from pipeline.run.evaluations import TaskEvaluation, TaskMetric, TaskScores, evaluation_file, read_evaluation
 from pipeline.run.folder import Run, step_name
@@ -54,8 +54,8 @@ def evaluate_tasks(
 ) -> Iterator[Outcome]:
     """Evaluates tasks on checkpoints of a run and yields the results, those that were there included.
 
-    An evaluation is repeated only if the checkpoint, a task's documents, prompts or version, the number of examples or
-    the limit differ. Another process that evaluates the same checkpoint is waited for.
+    An evaluation is repeated only if the checkpoint, a task's documents, prompts, definition or version, the number of
+    examples or the limit differ. Another process that evaluates the same checkpoint is waited for.
 
     Args:
         run: The run.
@@ -71,7 +71,7 @@ def evaluate_tasks(
     Raises:
         UsageError: No checkpoint has this step, or a task is unknown or refused.
         CheckpointError: A checkpoint is damaged.
-        DataError: A task's data is missing.
+        DataError: A task's data is missing, or its prompts cannot be made.
     """
     world = world_from_environment()
     sets = load_task_sets(asked)
@@ -127,10 +127,15 @@ class _Evaluation:
         self._harness, self._show, self._advance = harness, show, advance
         self._config = run.config()
         self._tokenizer = Tokenizer.load(run.tokenizer_file, self._config.tokenizer.end_of_text, run.path)
+        self._definitions = {one.name: definition(one) for one in sets}
         self._hashes: dict[str, str] = {}
-        if world.is_first:
-            seed_draws(sets)
-            self._hashes = {n: task_hash(task, asked.limit) for s in sets for n, task in s.tasks.items()}
+        on_first(self._take_hashes, world, _PATIENCE)
+
+    def _take_hashes(self) -> None:
+        seed_draws(self._sets)
+        for name, task in ((name, task) for one in self._sets for name, task in one.tasks.items()):
+            build_requests(name, task, self._asked.limit)
+            self._hashes[name] = task_hash(task, self._asked.limit)
 
     def of_checkpoint(self, checkpoint: Path) -> Iterator[Outcome]:
         """Evaluates what was not, and yields all results."""
@@ -173,7 +178,8 @@ class _Evaluation:
             old = {
                 name: (s.get("hash"), s.get("version"), s.get("num_fewshot")) for name, s in results["tasks"].items()
             }
-            if results["checkpoint"] == digest and old == same:
+            defined = results.get("definition") == self._definitions[one.name]
+            if results["checkpoint"] == digest and defined and old == same:
                 found[one.name] = results
         return found
 
@@ -204,7 +210,7 @@ class _Evaluation:
             results = TaskEvaluation(
                 name=one.name, step=step_of(checkpoint) or 0, checkpoint=digest, time=round(time.time(), 3),
                 seconds=round(time.time() - began, 3), harness=self._harness, limit=self._asked.limit,
-                num_fewshot=self._asked.num_fewshot,
+                num_fewshot=self._asked.num_fewshot, definition=self._definitions[one.name],
                 tasks={name: self._scores(raw, name, task) for name, task in one.tasks.items()},
                 groups={name: self._scores(raw, name, None) for name in one.groups if name in raw.get("groups", {})},
             )  # fmt: skip

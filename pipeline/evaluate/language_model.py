@@ -75,18 +75,24 @@ class CheckpointLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Returns the scores of `(names, context, continuation)`; what is too long loses its beginning."""
+        """Returns the scores of `(texts, context, continuation)`; what is too long loses its beginning."""
         longest = self._model.context_length
         pieces: list[Request] = []
         owners: list[int] = []
-        for owner, (_, context, continuation) in enumerate(requests):
+        for owner, (texts, context, continuation) in enumerate(requests):
             behind = len(continuation)
+            if not behind:
+                raise UsageError(
+                    f"a task asks for the likelihood of {texts[1][:60]!r} behind {texts[0][-60:]!r}, which adds no token: "
+                    "correct its choices, or set target_delimiter to a space"
+                )
             if behind > longest:
                 raise UsageError(
                     f"a task asks for the likelihood of {behind} tokens at once, and the model's context holds "
                     f"{longest}; leave that task out"
                 )
-            whole = [*context, *continuation][-(longest + 1) :]
+            # The harness counts the white space at the end of a context as part of what follows; nothing may be left.
+            whole = [*(context or [self.eot_token_id]), *continuation][-(longest + 1) :]
             for before, after in self._pieces(tuple(whole[:-behind]), tuple(whole[-behind:])):
                 pieces.append(Request(len(pieces), before, after))
                 owners.append(owner)

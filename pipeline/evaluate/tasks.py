@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from lm_eval.utils import handle_non_serializable, hash_string
 
 from pipeline.errors import DataError, PipelineError, UsageError, listing
 from pipeline.evaluate.include import check_include_path
+from pipeline.files import sha256_bytes
 from pipeline.run.evaluations import data_cache
 from pipeline.text_format import printable
 
@@ -102,11 +105,28 @@ def seed_draws(sets: Sequence[TaskSet]) -> None:
             task.set_fewshot_seed(seed=_SEED)
 
 
-def task_hash(task: Task, limit: int | None) -> str:
-    """Returns the digest of a task's documents, prompts and targets, as the harness records it in its own results."""
-    import json
+def build_requests(name: str, task: Task, limit: int | None) -> None:
+    """Makes a task's prompts and draws its examples.
 
-    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    Raises:
+        DataError: A template fails on a document, or there are fewer examples than asked for.
+    """
+    try:
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
+    except PipelineError:
+        raise
+    except Exception as error:  # the harness, its tasks and their templates raise anything
+        raise DataError(
+            f"task {name}: its prompts cannot be made, {task.get_config('num_fewshot')}-shot "
+            f"({type(error).__name__}: {_shortened(error)}); correct the task, or ask for fewer examples"
+        ) from error
+
+
+def task_hash(task: Task, limit: int | None) -> str:
+    """Returns the digest of a task's documents, prompts and targets, as the harness records it in its own results.
+
+    Its requests are built.
+    """
     first: dict[Any, Any] = {}
     for instance in task.instances:
         if instance.doc_id not in first or instance.idx < first[instance.doc_id].idx:
@@ -116,6 +136,14 @@ def task_hash(task: Task, limit: int | None) -> str:
         text = json.dumps(first[number].doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
         parts += [text, str(first[number].arguments[0]), str(task.doc_to_target(doc))]
     return hash_string("".join(map(hash_string, parts)) * len(task._filters))
+
+
+def definition(chosen: TaskSet) -> str:
+    """Returns the digest of what tasks and groups say: choices, metrics, settings of generation, filters, weights."""
+    tasks = {name: task.dump_config() for name, task in chosen.tasks.items()}
+    groups = {name: (group.child_names, group.aggregate_metric_list) for name, group in chosen.groups.items()}
+    # A function whose source cannot be found is shown with its address.
+    return sha256_bytes(re.sub(r" at 0x[0-9a-f]+", "", repr((tasks, groups))).encode())
 
 
 def _manager(asked: Asked) -> TaskManager:

@@ -56,6 +56,8 @@ class TaskEvaluation(TypedDict):
     """Documents of each task; None for all."""
     num_fewshot: _Count | None
     """As asked for; None leaves it to the task."""
+    definition: NotRequired[str]
+    """Digest of what the tasks and groups say: choices, metrics, settings of generation, filters, weights."""
     tasks: dict[str, TaskScores]
     groups: dict[str, TaskScores]
 

@@ -24,6 +24,8 @@ def test_tasks_are_loaded_and_what_is_missing_is_named_with_its_cure(tmp_path: P
     assert found.status == "ok" and found.found == f"1 task, their data is in {tmp_path}/cache"
     found = check_tasks(section(folder, "mine", "far"))
     assert found.status == "failed" and "far: " in found.found and "--fetch --tasks mine,far" in found.cure
+    found = check_tasks(section(folder, "mine") | {"num_fewshot": 3})
+    assert found.status == "failed" and "task mine: its prompts cannot be made, 3-shot" in found.found
     (folder / "mine.yaml").write_text("task: mine\nprocess_docs: !function utils.code\n")
     found = check_tasks(section(folder, "mine"))
     assert found.status == "failed" and "!function" in found.found

@@ -11,11 +11,18 @@ import pytest
 
 from pipeline.checkpoint.pins import pins
 from pipeline.evaluate.language_model import CheckpointLM
+from pipeline.evaluate.tasks import TaskSet, definition
 from pipeline.run.evaluations import evaluation_files, evaluations
 from pipeline.run.folder import Run
 from tests import processes
 from tests.data.helpers import command
 from tests.evaluate.conftest import CHOICE, Save, write_task
+
+GROUP = """
+group: both
+task: [choice, generation]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+"""
 
 
 def evaluate(run: Run, folder: Path, *arguments: str, tasks: str = "choice") -> int:
@@ -75,11 +82,37 @@ def test_an_evaluation_is_repeated_only_if_something_differs(
     calls.clear()
     assert evaluate(run, folder) == 0
     assert sum(calls) == 2  # the documents are others
+    for part, other in (("{{choices}}", "{{choices[::-1]}}"), ("acc_norm", "acc_bytes")):
+        yaml.write_text(yaml.read_text().replace(part, other))
+        calls.clear()
+        assert evaluate(run, folder) == 0
+        assert sum(calls) == 2, other
+    assert evaluations(run)[0]["tasks"]["choice"]["metrics"].keys() == {"acc", "acc_bytes"}
     shutil.rmtree(run.checkpoints / "step_00000001")
     save(1)
     calls.clear()
     assert evaluate(run, folder) == 0
     assert sum(calls) == 0  # the same weights are the same checkpoint
+
+
+def test_settings_of_generation_and_groups_are_part_of_a_definition(tasks: Path, tmp_path: Path):
+    from lm_eval.tasks import TaskManager
+
+    folder = tmp_path / "tasks"
+    shutil.copytree(tasks, folder)
+    generation, group = folder / "generation.yaml", folder / "both.yaml"
+    group.write_text(GROUP)
+
+    def defined(name: str) -> str:
+        loaded = TaskManager(include_path=str(folder), include_defaults=False).load([name])
+        return definition(TaskSet(name, loaded["tasks"], loaded.get("groups", {})))
+
+    before = {name: defined(name) for name in ("generation", "both")}
+    assert before == {name: defined(name) for name in before}
+    group.write_text(GROUP.replace("weight_by_size: true", "weight_by_size: false"))
+    assert defined("generation") == before["generation"] and defined("both") != before["both"]
+    generation.write_text(generation.read_text().replace("max_gen_toks: 12", "max_gen_toks: 13"))
+    assert defined("generation") != before["generation"]
 
 
 def test_every_checkpoint_is_evaluated_and_a_step_can_be_named(run: Run, save: Save, tasks: Path, calls: list[int]):

@@ -47,6 +47,8 @@ def test_a_text_begins_behind_the_end_of_a_document_as_in_training(tokenizer: To
     lm = CheckpointLM(model, tokenizer)
     assert lm.loglikelihood_rolling([request(text)]) == [pytest.approx(expected, abs=1e-3)]
     assert lm.loglikelihood([request("", text)])[0][0] == pytest.approx(expected, abs=1e-3)
+    # White space before a text is part of it, as for the harness's own models; nothing else is left of this context.
+    assert lm.loglikelihood([request(" ", text)]) == lm.loglikelihood([request("", f" {text}")])
 
 
 def test_the_text_of_a_special_token_is_text(tokenizer: Tokenizer):

@@ -162,6 +162,27 @@ def test_a_mistake_is_one_message(
     assert named in said(capsys)
 
 
+@pytest.mark.parametrize(
+    ("rest", "arguments", "named"),
+    [
+        (CHOICE, ["--num-fewshot", "3"], "task bad: its prompts cannot be made, 3-shot (ValueError"),
+        (CHOICE.replace("{{question}}", "{{more.a.b}}"), [], "task bad: its prompts cannot be made, 0-shot (Undefined"),
+        (CHOICE, [], "the likelihood of '' behind 'war', which adds no"),
+    ],
+)
+def test_prompts_that_cannot_be_made_are_one_message(
+    run: Run, save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str], rest: str, arguments: list[str], named: str
+):
+    folder = tmp_path / "tasks"
+    first = {"question": "war", "choices": ["a", "b"], "answer": 1}
+    write_task(folder, "bad", rest, [first | {"more": {"a": {"b": "peace"}}}, first | {"more": {}, "choices": ["a", ""]}])
+    (folder / "bad.yaml").write_text((folder / "bad.yaml").read_text() + 'target_delimiter: ""\n')
+    save(1)
+    assert command("evaluate", str(run.path), "--tasks", "bad", "--include-path", str(folder), *arguments) in (1, 2)
+    assert named in said(capsys)
+    assert not run.evaluations.exists() or not list(run.evaluations.glob("*/*.json"))
+
+
 def test_without_the_harness_the_extra_is_named(
     run: Run, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
