@@ -41,6 +41,8 @@ _HARMLESS = frozenset({
     "chunk_size_feed_forward", "unsloth_fixed", "auto_map", "problem_type", "_attn_implementation_autoset",
 })  # fmt: skip
 """Fields that are read below, or that change no number."""
+_WINDOW = 4096  # what transformers takes for a sliding_window that is missing
+_LARGEST = 1 << 31  # far beyond any size of a model, and still harmless to calculate with
 _ROPE = frozenset({"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
                    "original_max_position_embeddings"})  # fmt: skip
 
@@ -95,17 +97,21 @@ def _problems(tree: dict[str, Any], found: Architecture) -> Iterator[str]:
     for field in (*_SIZES, *found.required):
         if tree.get(field) is None:
             yield f"{field}: is missing"
+    for field in _FIELDS:
+        if isinstance(size := tree.get(field), int) and size > _LARGEST:
+            yield f"{field}: is larger than {_LARGEST:,}"
     for field, value in tree.items():
         if field in _NEUTRAL:
             if value not in _NEUTRAL[field]:
                 yield f"{field}: {value!r}; only {_NEUTRAL[field][0]!r} can be read"
         elif field not in _HARMLESS and field not in _FIELDS and value not in (None, False):
             yield f"{field}: {value!r}; remove the field from a copy of the folder if it changes no number"
-    window = tree.get("sliding_window")
+    window = tree.get("sliding_window", _WINDOW)
     uses_window = window is not None and (found.model_type == "mistral" or tree.get("use_sliding_window"))
     context = tree.get("max_position_embeddings")
     if uses_window and not (isinstance(window, int) and isinstance(context, int) and window >= context):
-        yield f"sliding_window: {window!r}; attention here has no window"
+        given = repr(window) if "sliding_window" in tree else f"is missing, which means {window}"
+        yield f"sliding_window: {given}; attention here has no window"
     layers = tree.get("layer_types") or []
     if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         yield "layer_types: only full_attention can be read"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.config.model_section import ModelConfig
@@ -116,7 +117,7 @@ class OpenWeights:
             names = tree.get("weight_map") if isinstance(tree, dict) else None
             if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
                 raise UsageError(f"{self.folder / INDEX}: has no weight_map; fetch the file again")
-            outside = [n for n in names.values() if Path(n).name != n or not n.endswith(".safetensors")]
+            outside = [n for n in names.values() if not _is_weight_file(n)]
             if outside:
                 raise UsageError(
                     f"{self.folder / INDEX}: names {outside[0]!r}, which is no safetensors file in its folder"
@@ -142,16 +143,23 @@ class OpenWeights:
 
     def _slice(self, name: str) -> Any:
         file = self._stored[name].file
-        if file not in self._open_files:
-            self._open_files[file] = safe_open(file, framework="pt")
-        return self._open_files[file].get_slice(name)
+        try:
+            if file not in self._open_files:
+                self._open_files[file] = safe_open(file, framework="pt")
+            return self._open_files[file].get_slice(name)
+        except SafetensorError as error:  # it checks more than our reading of the header
+            raise UsageError(f"{file}: cannot be read ({error}); fetch the file again") from error
 
     def _parts(self, name: str) -> Iterator[Tensor]:
         """Yields a stored tensor in groups of rows."""
         shape = self._stored[name].shape
-        rows = max(1, _AT_ONCE // (shape[1] if len(shape) == 2 else 1))
+        rows = max(1, _AT_ONCE // max(1, math.prod(shape[1:])))
         source = self._slice(name)
         yield from (source[first : first + rows] for first in range(0, shape[0] if shape else 0, rows))
+
+
+def _is_weight_file(name: str) -> bool:
+    return name.endswith(".safetensors") and Path(name).name == name and name.isprintable()
 
 
 def _refuse_other_model(folder: Path, found: ModelConfig, model: ModelConfig) -> None:

@@ -43,7 +43,8 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
         content = file.read(length)
     try:
         header = parse_json(content)
-        header.pop("__metadata__", None)
+        if not all(isinstance(text, str) for text in (header.pop("__metadata__", None) or {}).values()):
+            raise ValueError("__metadata__ holds more than text")
         found = {name: _stored(path, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: the header is damaged ({error}); fetch the file again") from error

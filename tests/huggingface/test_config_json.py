@@ -74,7 +74,12 @@ def test_what_old_folders_leave_out_has_the_values_of_transformers() -> None:
         ({"sliding_window": 16, "use_sliding_window": True}, "sliding_window"),
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 16,
           "use_sliding_window": None}, "sliding_window"),
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "max_position_embeddings": 8192},
+         "sliding_window: is missing, which means 4096"),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "max_position_embeddings": 8192,
+          "use_sliding_window": True}, "sliding_window"),
         ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": 10**400}, "hidden_size"),
         ({"num_hidden_layers": "two"}, "num_layers"),
         ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": None}, "head_dim"),
     ],
@@ -90,7 +95,9 @@ def test_a_window_that_is_not_used_or_not_shorter_than_the_context_is_allowed() 
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
     window = {"sliding_window": SHAPE["context_length"], "use_sliding_window": None}
     assert model_section(tree(**mistral, **window), "config.json").d_model == 48
-    assert model_section(tree(**mistral, sliding_window=None), "config.json").d_model == 48
+    long = {**mistral, "max_position_embeddings": 8192}
+    assert model_section(tree(**long, sliding_window=None), "config.json").d_model == 48
+    assert model_section(tree(**mistral), "config.json").d_model == 48
 
 
 @pytest.mark.parametrize("content", [[], "text", None, 3, {}])

@@ -65,8 +65,10 @@ def test_a_shorter_or_longer_context_is_allowed_and_another_model_is_not(tmp_pat
 
 def test_tables_that_follow_from_the_config_are_ignored(tmp_path: Path) -> None:
     written(tmp_path, MODEL)
-    change(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}))
-    assert opened(tmp_path)
+    for shape in ((6,), (4, 0), (0, 4), ()):
+        table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(shape)}
+        change(tmp_path, lambda t, table=table: t.update(table))
+        assert opened(tmp_path)
 
 
 def test_a_stored_head_of_a_tied_model_must_be_the_embedding(tmp_path: Path) -> None:
@@ -213,6 +215,24 @@ def overlapping(folder: Path) -> str:
     return WEIGHTS
 
 
+def metadata_of_numbers(folder: Path) -> str:
+    return with_header(folder, lambda header: {**header, "__metadata__": {"step": 1}})
+
+
+def unreadable_to_the_library(folder: Path) -> str:
+    """A header that the library refuses and that this project's own reading does not."""
+    with_header(folder, lambda header: {**header, "__metadata__": []})
+    return f"{WEIGHTS}: cannot be read"
+
+
+def with_header(folder: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> str:
+    content = (folder / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    encoded = json.dumps(edit(json.loads(content[8:end]))).encode()
+    (folder / WEIGHTS).write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[end:])
+    return WEIGHTS
+
+
 def index(folder: Path, content: object) -> str:
     (folder / INDEX).write_text(json.dumps(content))
     (folder / WEIGHTS).rename(folder / "other.safetensors")
@@ -225,6 +245,10 @@ def index_outside(folder: Path) -> str:
 
 def index_absolute(folder: Path) -> str:
     return index(folder, {"weight_map": {"lm_head.weight": str(folder / "other.safetensors")}})
+
+
+def index_of_a_name_with_a_null(folder: Path) -> str:
+    return index(folder, {"weight_map": {"lm_head.weight": "other\0.safetensors"}})
 
 
 def index_of_two_copies(folder: Path) -> str:
@@ -275,7 +299,7 @@ def nested_config(folder: Path) -> str:
 BAD_FOLDERS = (
     no_config, broken_config, no_tokenizer, no_weights, only_pickle, unknown_architecture, missing_tensor, extra_tensor,
     wrong_shape, wrong_dtype, not_a_number, infinite, truncated, longer, empty, absurd_header, header_is_no_object,
-    overlapping, index_outside, index_absolute, index_without_map, index_of_a_missing_file,
+    overlapping, metadata_of_numbers, unreadable_to_the_library, index_of_a_name_with_a_null, index_outside, index_absolute, index_without_map, index_of_a_missing_file,
     index_of_two_copies, linked_config, linked_tokenizer, linked_weights, weights_that_never_come, nested_config,
 )  # fmt: skip
 
