@@ -13,7 +13,7 @@ from pipeline.launch.job.spec import JobSpec
 from pipeline.launch.slurm import client as slurm
 from pipeline.launch.submit.admission import refuse_active, refuse_changed_images
 from pipeline.launch.submit.chain import Chain, plan_chain
-from pipeline.launch.submit.sbatch_errors import at_fault
+from pipeline.launch.submit.sbatch_errors import at_fault, may_pass
 
 
 def check_submission(
@@ -54,11 +54,11 @@ def _judged(job: JobSpec, site_file: str) -> Check:
         slurm.call("sbatch", "--test-only", given=executor(job, None).text(len(job.tasks)))
     except slurm.SlurmError as error:
         words = str(error).removeprefix("sbatch: ").replace("allocation failure: ", "")
-        fault = at_fault(words, job.stage, site_file)
-        # Slurm says the same of nodes that no job will ever get and of nodes that are down or reserved at the moment.
-        if fault is None or fault.may_pass:
+        if may_pass(words):
             return Check(name, "warning", f"sbatch says now: {words}", "see `sinfo -R`; a job may wait until it passes")
-        return Check(name, "failed", f"{fault.where}: Slurm refuses it ({words})", fault.cure)
+        fault = at_fault(words, job.stage, site_file)
+        where, cure = (fault.where, fault.cure) if fault else (site_file, "correct extra_sbatch, or the field it means")
+        return Check(name, "failed", f"{where}: Slurm refuses it ({words})", cure)
     return Check(name, "ok", "sbatch would accept it (--test-only)")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ PRIVATE = ("/tmp", "/dev/shm")
 _FILE = "cluster.json"
 # The path of a socket must fit in 107 bytes, and munge adds `.lock` to its own.
 _LONGEST_STATE = 80
+_UNFIT = re.compile(r"""[\s,#%'"\\:$]""")
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,15 @@ def state_folder(path: str | Path) -> Path:
     """Returns the absolute path of the state folder.
 
     Raises:
-        UsageError: The path is too long for the sockets in the folder.
+        UsageError: The path is too long for the sockets in the folder, or the services could not be given it.
     """
     state = Path(path).absolute()
+    unfit = _UNFIT.search(str(state))
+    if unfit is not None:
+        raise UsageError(
+            f"{state}: has {unfit[0]!r} in its name, which MariaDB's or Slurm's files do not take; "
+            "choose another --state"
+        )
     if len(str(state)) > _LONGEST_STATE:
         raise UsageError(
             f"{state}: longer than the {_LONGEST_STATE} characters that sockets allow; choose another --state"

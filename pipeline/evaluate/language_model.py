@@ -83,8 +83,8 @@ class CheckpointLM(TemplateLM):
             behind = len(continuation)
             if not behind:
                 raise UsageError(
-                    f"a task asks for the likelihood of {texts[1][:60]!r} behind {texts[0][-60:]!r}, which adds no token: "
-                    "correct its choices, or set target_delimiter to a space"
+                    f"a task asks for the likelihood of {texts[1][:60]!r} behind {texts[0][-60:]!r}, which adds no "
+                    "token: correct its choices, or set target_delimiter to a space"
                 )
             if behind > longest:
                 raise UsageError(

@@ -104,7 +104,7 @@ class Site(Section):
     prepare: PrepareResources = PrepareResources()
     train: TrainResources
     evaluate: Resources = Resources()
-    signal_before_end_s: Annotated[int, Field(ge=10)] | None = None
+    signal_before_end_s: Annotated[int, Field(ge=10, le=65535)] | None = None
     """Seconds before the time limit at which Slurm sends the stop signal; without it, derived from measured times."""
     environment: dict[str, str] = Field(default={})
     """Environment variables of every job; they may be secrets, unlike what `setup` holds."""

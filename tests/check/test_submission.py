@@ -48,6 +48,11 @@ def test_sbatch_judges_every_job_and_none_is_submitted(folder: Path, slurm: Fake
          "partitions here"),
         (NODES, "warning", "Requested node configuration is not available", "sinfo -R"),
         ("allocation failure: Required node not available (down, drained or reserved)", "warning", "down", "sinfo -R"),
+        ("allocation failure: Invalid license specification", "failed", "site.yaml: Slurm refuses it (Invalid license",
+         "extra_sbatch"),
+        ("allocation failure: Requested reservation is invalid", "failed", "reservation is invalid", "extra_sbatch"),
+        ("allocation failure: Unable to contact slurm controller (connect failure)", "warning", "contact", "sinfo -R"),
+        ("QOSMaxSubmitJobPerUserLimit", "warning", "QOSMaxSubmitJobPerUserLimit", "sinfo -R"),
     ],
 )  # fmt: skip
 def test_what_sbatch_refuses_is_a_failed_check_unless_it_may_pass(

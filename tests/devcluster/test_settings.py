@@ -44,6 +44,13 @@ def test_a_state_folder_whose_path_is_too_long_for_sockets_is_refused():
         state_folder(longest + "x")
 
 
+@pytest.mark.parametrize("name", ["a b", "a,b", "a#b", "a%n", "a'b", 'a"b', "a:b", "a\\b", "a$b"])
+def test_a_state_folder_that_mariadb_or_slurm_would_misread_is_refused(name: str):
+    with pytest.raises(UsageError, match="choose another --state"):
+        state_folder(f"/{name}/devcluster")
+    assert state_folder("/dü.x-y_z/devcluster")
+
+
 def test_what_the_nodes_would_not_see_is_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

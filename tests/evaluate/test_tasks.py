@@ -171,11 +171,19 @@ def test_a_mistake_is_one_message(
     ],
 )
 def test_prompts_that_cannot_be_made_are_one_message(
-    run: Run, save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str], rest: str, arguments: list[str], named: str
+    run: Run,
+    save: Save,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rest: str,
+    arguments: list[str],
+    named: str,
 ):
     folder = tmp_path / "tasks"
     first = {"question": "war", "choices": ["a", "b"], "answer": 1}
-    write_task(folder, "bad", rest, [first | {"more": {"a": {"b": "peace"}}}, first | {"more": {}, "choices": ["a", ""]}])
+    write_task(
+        folder, "bad", rest, [first | {"more": {"a": {"b": "peace"}}}, first | {"more": {}, "choices": ["a", ""]}]
+    )
     (folder / "bad.yaml").write_text((folder / "bad.yaml").read_text() + 'target_delimiter: ""\n')
     save(1)
     assert command("evaluate", str(run.path), "--tasks", "bad", "--include-path", str(folder), *arguments) in (1, 2)

@@ -299,7 +299,8 @@ def nested_config(folder: Path) -> str:
 BAD_FOLDERS = (
     no_config, broken_config, no_tokenizer, no_weights, only_pickle, unknown_architecture, missing_tensor, extra_tensor,
     wrong_shape, wrong_dtype, not_a_number, infinite, truncated, longer, empty, absurd_header, header_is_no_object,
-    overlapping, metadata_of_numbers, unreadable_to_the_library, index_of_a_name_with_a_null, index_outside, index_absolute, index_without_map, index_of_a_missing_file,
+    overlapping, metadata_of_numbers, unreadable_to_the_library, index_outside,
+    index_of_a_name_with_a_null, index_absolute, index_without_map, index_of_a_missing_file,
     index_of_two_copies, linked_config, linked_tokenizer, linked_weights, weights_that_never_come, nested_config,
 )  # fmt: skip
 

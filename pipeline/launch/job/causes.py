@@ -104,7 +104,8 @@ def said_by_slurm(attempt: Attempt) -> str:
         if found is not None and found[1] != "0":  # each task has a log of its own for its node's messages
             lines = lines + _tail(attempt.folder / f"{attempt.job}_{_log_number(attempt, int(found[1]))}_log.err")
             break
-    return next((_short(line) for line in lines if not _AFTERMATH.search(line)), "")
+    lines = [line for line in lines if not _AFTERMATH.search(line)]
+    return _short(next((line for line in lines if _ERROR.match(line.strip())), (lines or [""])[0]))
 
 
 def _log_number(attempt: Attempt, task: int) -> int:

@@ -35,6 +35,7 @@ from pipeline.run.attempts import RankFailed, RankStopped
 from pipeline.run.events import Cancelled, EventLog, append
 from pipeline.run.folder import Run
 from pipeline.run.world import ATTEMPT_VARIABLE, DEADLINE_VARIABLE, GPUS_VARIABLE, World, world_from_srun
+from pipeline.text_format import echo
 
 _POLL_S = 0.1
 # A signal that arrives while Python starts is lost or fatal; a repeated one is neither.
@@ -65,7 +66,12 @@ def run_rank(spec_file: str) -> None:
     world = world_from_srun(os.environ)
     environment = _environment(attempt, world)
     for command in attempt.task.commands:
-        code = _run(attempt, world, command, environment, signals)
+        try:
+            code = _run(attempt, world, command, environment, signals)
+        except PipelineError as error:  # before there is a log: the config cannot be read, for example
+            _note_failure(attempt, world, error.exit_code, str(error))
+            echo(f"pipeline: error: {error}", sys.stderr)
+            code = error.exit_code
         if code == 0 and signals.received and command is not attempt.task.commands[-1]:
             code = EXIT_STOPPED
         if code != 0:

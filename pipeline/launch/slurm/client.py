@@ -15,10 +15,14 @@ from pipeline.files import naming
 from pipeline.launch.slurm.inputs import without_inputs
 from pipeline.run.attempts import Charged
 
-ACTIVE = frozenset(
-    ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
-     "SPECIAL_EXIT", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
+# A state that is in neither of these sets, such as RESV_DEL_HOLD, or one of a newer Slurm, is that of a waiting job.
+_ENDED = frozenset(
+    ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
+     "REVOKED", "LAUNCH_FAILED", "RECONFIG_FAIL")
 )  # fmt: skip
+_ON_NODES = frozenset(
+    ("CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
+)
 _TIMEOUT_S = 60.0
 # What follows a dash would be an option: `scancel --me` cancels every job of the user.
 JOB_ID = r"^[0-9]+(_[0-9]+)?$"
@@ -52,7 +56,12 @@ class JobInfo:
     @property
     def active(self) -> bool:
         """Whether it is in the queue, waiting or running."""
-        return self.state in ACTIVE
+        return self.state not in _ENDED
+
+    @property
+    def on_nodes(self) -> bool:
+        """Whether it has begun and not ended."""
+        return self.state in _ON_NODES
 
 
 def installed() -> bool:
@@ -101,7 +110,7 @@ def queued(ids: Iterable[str]) -> dict[str, JobInfo]:
         if "Invalid job id" in str(error):  # none of them is left
             return {}
         raise
-    rows = [line.split("|", 5) for line in text.splitlines()]
+    rows = _rows(text, 6)
     found = [JobInfo(i, state, _plain(r), n, left=left, name=name) for i, state, r, n, left, name in rows]
     return {info.id: info for info in found}
 
@@ -208,7 +217,13 @@ def _nodes(*which: str) -> list[tuple[str, str, str]]:
         text = call("sinfo", "--noheader", "--Node", *which, "--format", "%N|%T|%G|%f")
     except SlurmError:
         return []
-    return [(name, state, kind) for name, state, kind in (line.split("|", 2) for line in text.splitlines())]
+    return [(name, state, kind) for name, state, kind in _rows(text, 3)]
+
+
+def _rows(text: str, columns: int) -> list[list[str]]:
+    """Returns the cells of lines; other lines are words of a site around Slurm's command."""
+    rows = [line.split("|", columns - 1) for line in text.splitlines()]
+    return [row for row in rows if len(row) == columns]
 
 
 def _is_lost(state: str) -> bool:
@@ -244,12 +259,13 @@ def _from_sacct(ids: Sequence[str]) -> dict[str, JobInfo]:
     fields = "JobID,State,NodeList,JobName"
     text = call("sacct", "--noheader", "--parsable2", "--allocations", "--jobs", jobs, "--format", fields)
     found = {}
-    for line in text.splitlines():
-        job, state, nodes, name = line.split("|", 3)
+    for job, state, nodes, name in _rows(text, 4):
         waiting = re.fullmatch(r"(\d+)_\[([\d,%-]+)\]", job)  # tasks that never ran are one line
         for task in _ids_of(waiting[1], waiting[2]) if waiting else [job]:
             # "CANCELLED by 0"
-            found[task] = JobInfo(task, state.split()[0], nodes="" if nodes == "None assigned" else nodes, name=name)
+            found[task] = JobInfo(
+                task, state.partition(" ")[0], nodes="" if nodes == "None assigned" else nodes, name=name
+            )
     return found
 
 
@@ -276,7 +292,7 @@ def charges(ids: Iterable[str]) -> list[tuple[str, Charged]]:
         "sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", "--jobs", ",".join(wanted), "--format",
         fields,
     )  # fmt: skip
-    return [found for line in text.splitlines() if (found := _charged(line.split("|", 5))) is not None]
+    return [found for row in _rows(text, 6) if (found := _charged(row)) is not None]
 
 
 def _charged(cells: Sequence[str]) -> tuple[str, Charged] | None:

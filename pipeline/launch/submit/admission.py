@@ -16,12 +16,19 @@ from pipeline.run.folder import Run, run_for
 from pipeline.run.provenance import refuse_other_image
 from pipeline.text_format import hidden_character
 
+_UNFIT = {
+    # submitit expands it too, in its own way, and only when the job is in the queue.
+    "%": "which Slurm reads as a variable (%j, the job's id)",
+    "\\": "after which Slurm expands no variable (%j, the job's id)",
+    ":": "at which Python divides the path of the submitted code",
+}
+
 
 def refuse_unfit_folder(home: Run) -> None:
-    """Refuses a folder for the files of the jobs whose name Slurm or a shell would not take as a name.
+    """Refuses a folder for the files of the jobs whose name Slurm, a shell or Python would not take as a name.
 
     Raises:
-        UsageError: Its name contains a % or a control character.
+        UsageError: Its name contains a control character, a percent sign, a colon or a backslash.
     """
     folder = home.launch.absolute()
     for path in (str(folder), sys.executable):
@@ -32,12 +39,12 @@ def refuse_unfit_folder(home: Run) -> None:
                 f"{path!r}: has the control character {hidden} in its name, which a batch script must not hold; "
                 "rename the folder"
             )
-    if "%" in str(folder):
-        # Slurm and submitit both expand it, each in its own way, and submitit only when the job is in the queue.
-        raise UsageError(
-            f"runs_dir: {folder} has a % in its name, which Slurm reads as a variable (%j, the job's id); "
-            "choose another runs_dir, or rename the folder"
-        )
+    for character, why in _UNFIT.items():
+        if character in str(folder):
+            raise UsageError(
+                f"runs_dir: {folder} has a {character} in its name, {why}; "
+                "choose another runs_dir, or rename the folder"
+            )
 
 
 def refuse_active(runs: list[Run], home: Run) -> None:

@@ -26,8 +26,6 @@ class Fault:
     where: str
     """File and field."""
     cure: str
-    may_pass: bool
-    """Whether Slurm says the same while nodes are down."""
 
 
 # QOSMaxWallDurationPerJobLimit, AssocMaxNodePerJobLimit, QOSMinGRES ...: a single job exceeds them, and waiting does
@@ -62,6 +60,8 @@ _RULES = (
     _Rule("dependency", "the chain", "a job it waits for is gone; submit again"),
 )
 _TOO_MANY = r"submit\w*limit|max(imum)? (number of )?jobs"
+_NO_ANSWER = "unable to contact|connection refused|connect failure|timed out"
+_PASSES = f"{_TOO_MANY}|{_NO_ANSWER}|busy|down|drain|reserved|not available|temporarily"
 # Slurm adds this to the message of every limit; the rules would match its words.
 _POLICY = re.compile(r"job violates accounting/qos policy.*", re.IGNORECASE)
 
@@ -70,7 +70,7 @@ def refused(words: str, stage: Stage, site_file: str) -> PipelineError:
     """Returns the error for what sbatch wrote on stderr: exit status 2 where the request must change, else 1."""
     said = "; ".join(re.sub(r"^sbatch: (error: )?", "", line) for line in words.splitlines() if line.strip())
     said = said.replace("Batch job submission failed: ", "")
-    if re.search("unable to contact|connection refused|connect failure|timed out", words, re.IGNORECASE):
+    if re.search(_NO_ANSWER, words, re.IGNORECASE):
         return PipelineError(
             f"Slurm's controller does not answer ({said}); nothing was submitted. "
             "Check with `scontrol ping` and submit again when it answers"
@@ -94,13 +94,28 @@ def refused(words: str, stage: Stage, site_file: str) -> PipelineError:
 
 def at_fault(words: str, stage: Stage, site_file: str) -> Fault | None:
     """Returns the field of the site file that sbatch's words refer to; None if they refer to none."""
+    rule = _rule(words)
+    if rule is None:
+        return None
+    field = rule.field.format(stage=stage, array="prepare.slices" if stage == "prepare" else "--sweep")
+    where = field if field.startswith("--") else f"{site_file}: {field}"
+    return Fault(where, rule.cure.replace("{partitions}", _partitions()))
+
+
+def may_pass(words: str) -> bool:
+    """Whether sbatch would accept the job at another time: Slurm is busy, or the nodes are down, reserved or taken.
+
+    It says the same of nodes that no job will ever get.
+    """
+    rule, special = _rule(words), _POLICY.sub("", words)
+    if rule is not None:
+        return rule is _NODES
+    return special != words or re.search(_PASSES, special, re.IGNORECASE) is not None
+
+
+def _rule(words: str) -> _Rule | None:
     special = _POLICY.sub("", words)
-    for rule in _RULES:
-        if re.search(rule.words, special, re.IGNORECASE):
-            field = rule.field.format(stage=stage, array="prepare.slices" if stage == "prepare" else "--sweep")
-            where = field if field.startswith("--") else f"{site_file}: {field}"
-            return Fault(where, rule.cure.replace("{partitions}", _partitions()), rule is _NODES)
-    return None
+    return next((rule for rule in _RULES if re.search(rule.words, special, re.IGNORECASE)), None)
 
 
 def _partitions() -> str:

@@ -11,7 +11,7 @@ from pipeline.config.load import load_config
 from pipeline.config.sections import Config
 from pipeline.errors import ConfigError, Problem, UsageError
 from pipeline.files import sha256_bytes
-from pipeline.launch.submit.sweep_values import choices
+from pipeline.launch.submit.sweep_values import Choice, choices
 from pipeline.run.folder import Run, run_for
 
 _MOST_PROBLEMS = 50
@@ -43,7 +43,9 @@ def experiments(config_file: str, overrides: Sequence[str], sweeps: Sequence[str
         return Experiments([base], [{}], run_for(base))
     configs, found = [], []
     problems: dict[Problem, None] = {}
-    for combination in itertools.product(*map(choices, sweeps)):
+    given = list(map(choices, sweeps))
+    _refuse_keys(given)
+    for combination in itertools.product(*given):
         name = "-".join([base.name, *(choice.label for choice in combination if choice.label)])
         values = {key: value for choice in combination for key, value in choice.values.items()}
         chosen = [f"{key}={value}" for key, value in values.items()]
@@ -57,6 +59,15 @@ def experiments(config_file: str, overrides: Sequence[str], sweeps: Sequence[str
     _refuse_same_names(configs, sweeps)
     _refuse_other_data(configs, list(dict.fromkeys(key for values in found for key in values)))
     return Experiments(configs, found, _home(base, configs))
+
+
+def _refuse_keys(given: list[list[Choice]]) -> None:
+    keys = [key for swept in given for key in {key: None for choice in swept for key in choice.values}]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise UsageError(f"--sweep: {twice} is given twice; name all of its values at once: {twice}=VALUE,VALUE,...")
+    if "runs_dir" in keys:
+        raise UsageError("--sweep: the runs of a sweep are in one folder; set runs_dir without --sweep")
 
 
 def _home(base: Config, configs: list[Config]) -> Run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pipeline.tracking.goodput import Goodput
@@ -24,7 +24,7 @@ class Slowest:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """The state of a run and its latest figures."""
+    """The state of a run and its latest figures; where its folder cannot be read, nothing but the reason."""
 
     run: str
     """Its folder."""
@@ -32,46 +32,46 @@ class RunStatus:
     """`stopped` resumes when it is submitted or started again; `unknown`: neither Slurm nor the run folder tells."""
     reason: str
     """Why it waits, failed or stopped; may be empty."""
-    stage: str
+    stage: str = ""
     """What runs, waits or failed; empty where there is no job."""
-    job: str | None
+    job: str | None = None
     """Its Slurm job; None for a run that is trained on this machine."""
-    nodes: str
+    nodes: str = ""
     """Where it runs, or ran last."""
-    step: int
+    step: int = 0
     """Finished steps, as far as they were logged."""
-    max_iters: int
-    loss: float | None
+    max_iters: int = 0
+    loss: float | None = None
     """Training loss at `step`."""
-    validation: dict[str, float]
+    validation: dict[str, float] = field(default_factory=dict)
     """Validation loss of each source at the last validation; empty before the first."""
-    source_tokens: dict[str, int]
+    source_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens of each source that it has trained on."""
-    tokens_per_s: float | None
+    tokens_per_s: float | None = None
     """Throughput at `step`."""
-    eta_s: float | None
+    eta_s: float | None = None
     """Seconds until the last step; None unless it is training."""
-    restarts: int
+    restarts: int = 0
     """How often training was started again."""
-    goodput: float | None
+    goodput: float | None = None
     """Fraction of the wall time since submission in which training made progress."""
-    wall: Goodput | None
+    wall: Goodput | None = None
     """Where the wall time went: seconds in the queue, in start-up, in training and so on."""
-    usage: Usage | None
+    usage: Usage | None = None
     """What its allocations cost; None where nothing is known."""
-    hang: str | None
+    hang: str | None = None
     """Which rank the other ranks wait for, while none moves or if the run ended so; None otherwise."""
-    slowest: Slowest | None
+    slowest: Slowest | None = None
     """The rank that the other ranks wait for longest, by the last line; None on a single rank."""
-    checkpoint: int | None
+    checkpoint: int | None = None
     """Step of the newest checkpoint; None before the first."""
-    parent: str | None
+    parent: str | None = None
     """The folder of the run that it branches from; None if it does not."""
-    origin: list[str]
+    origin: list[str] = field(default_factory=list)
     """What it started from, and what that started from; empty where its weights were drawn."""
-    pinned: list[str]
+    pinned: list[str] = field(default_factory=list)
     """Its checkpoints that other runs or jobs hold, and pins that no longer count."""
-    updated: float | None
+    updated: float | None = None
     """When something was last logged, in Unix seconds."""
 
     def to_json(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.layout import published, step_of
@@ -58,18 +59,29 @@ class _Known:
 
 def statuses(runs: Sequence[Run]) -> list[RunStatus]:
     """Returns the status of each run; Slurm is asked once for all of them."""
-    chains = {run.path: job_records.last_chain(run) for run in runs}
+    chains: dict[Path, list[Job]] = {}
+    for run in runs:
+        with contextlib.suppress(PipelineError):  # raised again, and reported, for this run alone
+            chains[run.path] = job_records.last_chain(run)
     infos = _ask_slurm([job for chain in chains.values() for job in chain])
     found = []
     for run in runs:
-        events = EventLog.load(run.events_file)
-        known = _known(run, events, chains[run.path], infos)
         try:
-            charged = _charges(run, known.state) if len(runs) == 1 else []
-            found.append(_status(run, events, known, run.config(), ancestry(run.origin()), charged))
+            chain = chains.get(run.path) or job_records.last_chain(run)
+            found.append(_of_run(run, chain, infos, alone=len(runs) == 1))
         except PipelineError as error:  # a damaged run folder must not hide the other runs
-            found.append(_status(run, events, replace(known, state="unknown", reason=str(error)), None, []))
+            found.append(RunStatus(str(run.path), "unknown", str(error)))
     return found
+
+
+def _of_run(run: Run, chain: Sequence[Job], infos: dict[str, JobInfo] | None, *, alone: bool) -> RunStatus:
+    events = EventLog.load(run.events_file)
+    known = _known(run, events, chain, infos)
+    try:
+        charged = _charges(run, known.state) if alone else []
+        return _status(run, events, known, run.config(), ancestry(run.origin()), charged)
+    except PipelineError as error:  # the rest may still be there
+        return _status(run, events, replace(known, state="unknown", reason=str(error)), None, [])
 
 
 def _ask_slurm(jobs: Sequence[Job]) -> dict[str, JobInfo] | None:
@@ -114,7 +126,7 @@ def _known(run: Run, events: EventLog, chain: Sequence[Job], infos: dict[str, Jo
     of_job = {job.id: [info for info in infos.values() if _belongs(info, job)] for job in chain}
     active = [(job, info) for job in chain for info in of_job[job.id] if info.active]
     for job, info in active:
-        if info.state not in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+        if info.on_nodes:
             why = why_silent(run, events, info) if job.stage == "train" else ""
             return _Known("running", why, job.stage, info.id, info.nodes)
     if active:

@@ -76,6 +76,14 @@ def test_a_python_that_is_not_on_a_node_is_named_from_the_log_of_that_node(run: 
     assert reason(run) == "srun ended with status 2: execve(): /opt/python: No such file or directory"
 
 
+def test_an_error_is_told_before_the_traceback_that_leads_to_it(run: Run):
+    now = began(run)
+    lines = ["Traceback (most recent call last):", '  File "x"', "OSError: [Errno 28] No space left on device"]
+    slurm_log(now).write_text("\n".join([*lines, AFTERMATH]))
+    attempt.end(now, 1)
+    assert reason(run) == "srun ended with status 1: OSError: [Errno 28] No space left on device"
+
+
 def test_without_any_words_the_log_is_named(run: Run):
     now = began(run)
     attempt.end(now, 2)

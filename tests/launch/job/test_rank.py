@@ -23,6 +23,8 @@ from tests.launch.support import ROOT, SITE, FakeSlurm, events, make_run
 RANK = {
     "SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0",
 }  # fmt: skip
+SETTINGS = {"PYTHONPATH": str(ROOT), **RANK}
+START = "from pipeline.launch.job.rank import run_rank; run_rank('runs/tiny/launch/train.json')"
 LOG = "logs/7/attempt_0_rank_0.log"
 
 
@@ -45,12 +47,8 @@ def start(
         run.launch / "train.json", {"stage": "train", "tasks": [task], "site": site, "notify": str(notify or "")}
     )
     rank = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "from pipeline.launch.job.rank import run_rank; run_rank('runs/tiny/launch/train.json')",
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **RANK, **variables},
+        [sys.executable, "-c", START],
+        env={**os.environ, **SETTINGS, **variables},
     )
     ended = False
     while not (run.path / log).exists() or wait_for not in (run.path / log).read_text():
@@ -105,6 +103,20 @@ def test_the_signal_does_not_wait_for_accounting(run: Run, slurm: FakeSlurm):
     assert rank.wait(30) == EXIT_STOPPED
     assert float((run.path / LOG).read_text().split()[-1]) - asked < 3
     assert events(run.path)[-1]["event"] == "cancelled"
+
+
+def test_a_config_that_cannot_be_read_is_noted_as_the_cause(run: Run):
+    run.config_file.write_text("name: [")
+    write_json(
+        run.launch / "train.json",
+        {"stage": "train", "tasks": [{"run": str(run.path), "commands": [["train"]]}], "site": SITE, "notify": ""},
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", START], env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "config.yaml" in done.stderr and "Traceback" not in done.stderr
+    (failed,) = attempts.notes(run, "train").of(RankFailed)
+    assert failed.status == 2 and "config.yaml" in failed.said
 
 
 def test_a_node_that_does_not_see_the_image_is_noted(run: Run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +31,11 @@ def test_a_time_limit_is_written_as_slurm_shows_it(tmp_path: Path, slurm: FakeSl
 @pytest.mark.parametrize(("nodes", "shared"), [(8, False), (16, True)])
 def test_above_64_ranks_srun_writes_one_log_per_node(tmp_path: Path, slurm: FakeSlurm, nodes: int, shared: bool):
     write_files(tmp_path, site={**SITE, "train": {"nodes": nodes, "tasks_per_node": 8}})
-    shown = submit(tmp_path, slurm, "--dry-run", "train.batch_size=256").out
+    shown = submit(tmp_path, slurm, "--dry-run", "train.batch_size=256", "runs_dir=my runs").out
     train = shown.partition("### train")[2].partition("### evaluate")[0]
-    assert ("--output=" in train and "%j_%n_log.out" in train and "%j_%n_log.err" in train) == shared
+    srun = shlex.split(next(line for line in train.splitlines() if line.startswith("srun ")))
+    logs = [f"--{kind}={tmp_path}/my runs/tiny/launch/%j_%n_log.{kind[:3]}" for kind in ("output", "error")]
+    assert ([part for part in srun if "%n_log" in part] == [logs[0], logs[1]]) == shared
 
 
 def test_a_script_says_what_it_is_and_how_to_resume(tmp_path: Path, slurm: FakeSlurm):
@@ -140,12 +143,15 @@ def test_a_working_folder_with_a_control_character_in_its_name_is_refused(tmp_pa
     assert not slurm.calls("sbatch") and not (folder / "runs").exists()
 
 
-@pytest.mark.parametrize("folder", ["p%A_%a", "p%j"])
-def test_a_folder_that_slurm_would_fill_in_is_refused(tmp_path: Path, slurm: FakeSlurm, folder: str):
+@pytest.mark.parametrize("folder", ["p%A_%a", "p%j", "12:00", "a\\b"])
+def test_a_folder_that_slurm_or_python_would_take_for_something_else_is_refused(
+    tmp_path: Path, slurm: FakeSlurm, folder: str
+):
     write_files(tmp_path)
     done = submit(tmp_path, slurm, f"runs_dir={folder}/runs")
     assert done.status == 2
-    assert f"runs_dir: {tmp_path}/{folder}/runs/tiny/launch has a % " in done.err
+    unfit = next(character for character in folder if character in "%:\\")
+    assert f"runs_dir: {tmp_path}/{folder}/runs/tiny/launch has a {unfit} " in done.err
     assert slurm.calls("sbatch") == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "site.yaml", "slurm", "text"]
 

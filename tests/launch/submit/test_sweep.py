@@ -111,6 +111,7 @@ def test_what_is_wrong_in_any_row_is_said_at_once(tmp_path: Path, slurm: FakeSlu
         ("optimizer.learning_rate", "dotted.key=value,value"),
         ("optimizer.learning_rate=1,,2", "dotted.key=value,value"),
         ("train.seed=1,1", "names a value twice"),
+        ("runs_dir=a,b", "set runs_dir without --sweep"),
         ("train.sed=1,2", "did you mean `seed`"),
         ("model.vocab_size=257,300", "shares one dataset"),
         ("sample.prompt=a b,a-b", "both be called tiny-prompt-a_b"),
@@ -121,6 +122,15 @@ def test_a_sweep_that_makes_no_sense_is_refused(tmp_path: Path, slurm: FakeSlurm
     done = submit(tmp_path, slurm, "--sweep", sweep)
     assert done.status == 2
     assert words in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_key_that_is_swept_twice_is_refused(tmp_path: Path, slurm: FakeSlurm):
+    write_files(tmp_path)
+    (tmp_path / "rows.csv").write_text("train.seed,optimizer.learning_rate\n3,1e-3\n")
+    for second in ("train.seed=3", "rows.csv"):
+        done = submit(tmp_path, slurm, "--sweep", "train.seed=1,2", "--sweep", second)
+        assert done.status == 2 and "train.seed is given twice" in done.err
     assert not (tmp_path / "runs").exists()
 
 

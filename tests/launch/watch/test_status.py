@@ -76,6 +76,15 @@ def test_a_requeued_training_says_after_what(run: Run, slurm: FakeSlurm):
     assert status().reason == f"requeued after: {killed}"
 
 
+@pytest.mark.parametrize("state", ["RESV_DEL_HOLD", "REQUEUE_FED", "OF_A_NEWER_SLURM"])
+def test_a_job_in_any_other_state_waits_and_is_in_the_queue(run: Run, tmp_path: Path, slurm: FakeSlurm, state: str):
+    slurm.says("squeue", f"Welcome to the cluster\n102|{state}|Reservation rv3 was deleted|||tiny-train\n")
+    found = status()
+    assert (found.state, found.stage, found.reason) == ("queued", "train", "Reservation rv3 was deleted")
+    assert pipeline(tmp_path, "cancel", "runs/tiny", slurm=slurm).status == 0
+    assert slurm.calls("scancel") == ["102"]
+
+
 @pytest.mark.parametrize("accounting", [True, False])
 @pytest.mark.parametrize(
     ("states", "expected"),
@@ -204,6 +213,21 @@ def test_it_shows_what_a_run_started_from_and_who_holds_its_checkpoints(
     Console(width=200).print(view([found]))
     shown = capsys.readouterr().out
     assert all(line in shown for line in (*found.origin, *found.pinned))
+
+
+@pytest.mark.parametrize("name", ["launch/jobs.json", "events.jsonl", "launch/attempts.jsonl", "config.yaml"])
+def test_a_damaged_file_hides_no_other_run(run: Run, slurm: FakeSlurm, name: str):
+    other = Run(run.path.with_name("other"))
+    shutil.copytree(run.path, other.path)
+    file = run.path / name
+    file.unlink(missing_ok=True)
+    if name.endswith("jsonl"):
+        file.mkdir()
+    else:
+        file.write_text("{}")
+    found = {Path(one.run).name: one for one in statuses(found_runs(["runs"])[0])}
+    assert found["tiny"].state == "unknown" and file.name in found["tiny"].reason
+    assert found["other"].state != "unknown"
 
 
 def test_a_damaged_provenance_hides_no_other_run(run: Run, slurm: FakeSlurm):
