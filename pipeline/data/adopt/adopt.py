@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.adopt.find import SourceFiles
+import numpy as np
+
+from pipeline.data.adopt.find import NEED_DTYPE, SourceFiles
 from pipeline.data.adopt.pieces import Piece, divide
 from pipeline.data.adopt.scan import Scanned, scan
 from pipeline.data.adopt.token_file import TokenFile
@@ -62,6 +64,7 @@ def adopt(
     """
     files = [file for found in sources.values() for file in (*found.train, *found.validation)]
     dtype = _common_dtype(files)
+    _refuse_type_without_end(files, format_name, tokenizer)
     base = Path(os.path.commonpath([file.path.parent for file in files]))
     with staged_dir(output) as folder:
         write_bytes(folder / TOKENIZER, tokenizer.content)
@@ -103,6 +106,17 @@ def _common_dtype(files: Sequence[TokenFile]) -> str:
                 "a dataset has one type: adopt them into two datasets"
             )
     return f"uint{8 * first.dtype.itemsize}"
+
+
+def _refuse_type_without_end(files: Sequence[TokenFile], format_name: str, tokenizer: Tokenizer) -> None:
+    """Refuses a file that only its end-of-text tokens would divide, and whose type cannot hold one."""
+    file = next((f for f in files if f.ends is None and tokenizer.end_of_text_id > np.iinfo(f.dtype).max), None)
+    if file is not None:
+        given = "--dtype, --tokenizer" if format_name in NEED_DTYPE else "--tokenizer"
+        raise DataError(
+            f"{file.name}: {file.dtype.name} cannot hold the end-of-text token, which has the id "
+            f"{tokenizer.end_of_text_id:,} and ends each document; give the {given} or --end-of-text of these files"
+        )
 
 
 def _pieces_of(

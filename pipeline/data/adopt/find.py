@@ -18,6 +18,9 @@ from pipeline.errors import DataError, UsageError
 
 FormatName = Literal["megatron", "raw", "npy", "olmo"]
 
+NEED_DTYPE = ("raw", "olmo")
+"""The formats that do not say the type of a token."""
+
 _SUFFIXES = {"megatron": ".bin", "raw": ".bin", "npy": ".npy", "olmo": ".npy"}
 _DEFAULT_SOURCE = "tokens"
 
@@ -45,7 +48,7 @@ def find_sources(
         UsageError: A path matches nothing, or `dtype` is missing or not wanted.
         DataError: A file is damaged, or occurs twice.
     """
-    needs_dtype = format_name in ("raw", "olmo")
+    needs_dtype = format_name in NEED_DTYPE
     if needs_dtype != (dtype is not None):
         reason = "must be given, the files do not say it" if needs_dtype else "is given, but the files say it"
         raise UsageError(f"--dtype: {reason} (format {format_name})")

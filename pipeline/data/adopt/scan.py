@@ -17,7 +17,7 @@ from pipeline.errors import DataError
 from pipeline.files import open_regular
 
 _READ_BYTES = 8 << 20
-# Fewer tokens may all be even by chance.
+# Fewer tokens may look like those of a wider type by chance.
 _ENOUGH_FOR_A_PATTERN = 256
 
 
@@ -57,7 +57,7 @@ def scan(piece: Piece, tokenizer: Tokenizer, widths: npt.NDArray[Any], on_read: 
     ends = mapped(piece.index.path, "<u8")[1:] if indexed else np.zeros(0, "<u8")
     digest = hashlib.sha256()
     largest = text_bytes = ended = all_ends = 0
-    pattern = False
+    wide, narrow = _wider_type(file.dtype, tokenizer.vocab_size), False
     place = piece.start
     with open_regular(file.path) as source:
         source.seek(file.offset + place * file.dtype.itemsize)
@@ -78,17 +78,30 @@ def scan(piece: Piece, tokenizer: Tokenizer, widths: npt.NDArray[Any], on_read: 
                 piece.index.add(at + (place - piece.start + 1))
                 ended += len(at)
             text_bytes += int(widths[ids].sum(dtype=np.int64))
-            pattern = pattern or bool(ids[1 - place % 2 :: 2].any())
+            narrow = narrow or wide is None or bool((_read_as(wide, ids, place) >= tokenizer.vocab_size).any())
             place += len(ids)
             on_read(len(content))
-    if not pattern and piece.stop - piece.start >= _ENOUGH_FOR_A_PATTERN:
+    if not narrow and piece.stop - piece.start >= _ENOUGH_FOR_A_PATTERN:
         raise DataError(
-            f"{file.name}: every second token is 0; the tokens are probably of a wider type than {file.dtype.name}: "
-            "give another --dtype"
+            f"{file.name}: read as {wide}, it holds ids of the tokenizer too; the tokens are probably of a wider type "
+            f"than {file.dtype.name}: correct --dtype, or the header of the file that says it"
         )
     if not indexed:
         index_sha256 = piece.index.finish(piece.stop - piece.start)
     return Scanned(digest.hexdigest(), index_sha256, largest, text_bytes, ended, all_ends - ended)
+
+
+def _wider_type(dtype: np.dtype[Any], vocab_size: int) -> np.dtype[Any] | None:
+    """Returns the narrowest type that is wider and holds every id of the tokenizer; None if there is none."""
+    types = (np.dtype(f"<u{size}") for size in (2, 4, 8))
+    return next((t for t in types if t.itemsize > dtype.itemsize and vocab_size - 1 <= np.iinfo(t).max), None)
+
+
+def _read_as(wide: np.dtype[Any], ids: npt.NDArray[Any], place: int) -> npt.NDArray[Any]:
+    """Returns the whole numbers of a wider type among tokens, of which the first is token `place` of its file."""
+    count = wide.itemsize // ids.itemsize
+    whole = ids[-place % count :]
+    return whole[: len(whole) // count * count].view(wide)
 
 
 def _largest(ids: npt.NDArray[Any], name: str, place: int, tokenizer: Tokenizer) -> int:

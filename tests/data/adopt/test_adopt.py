@@ -168,7 +168,7 @@ def test_files_for_validation_and_several_sources(tmp_path: Path) -> None:
         ("raw", [[1, 2, 300, END]], {}, r"a\.bin: token 2 .*300.*257"),
         ("megatron", [[1, -2, END]], {}, r"a\.bin: token 1 .*-2"),
         ("raw", DOCUMENTS, {"dtype": "uint32"}, r"a\.bin: token 0 .*dtype"),
-        ("raw", DOCUMENTS, {"dtype": "uint8"}, r"a\.bin: no document"),
+        ("raw", DOCUMENTS, {"dtype": "uint8"}, r"a\.bin: uint8 cannot hold .* 256 .*--dtype, "),
         ("raw", [[1, 2, 3] * 50], {}, r"a\.bin: no document"),
     ],
 )
@@ -180,10 +180,44 @@ def test_tokens_of_another_tokenizer_or_type_are_refused_and_nothing_is_publishe
     assert {p.name for p in tmp_path.iterdir()} == {"in", "tokenizer.json"}
 
 
-def test_a_wider_type_than_the_given_one_is_noticed(tmp_path: Path) -> None:
+def _large_tokenizer(monkeypatch: pytest.MonkeyPatch, end: int, size: int = 128_001) -> None:
+    """Makes the tokenizer one of more tokens than uint16 has numbers."""
+    load = Tokenizer.load
+
+    def larger(*given: Any) -> Tokenizer:
+        found = load(*given)
+        found.vocab_size, found.end_of_text_id = size, end
+        return found
+
+    monkeypatch.setattr(Tokenizer, "load", larger)
+
+
+@pytest.mark.parametrize("end", [1, 128_000])
+@pytest.mark.parametrize(("dtype", "wide"), [("uint8", "uint32"), ("uint16", "uint32"), ("uint32", "uint64")])
+def test_a_wider_type_than_the_given_one_is_noticed(
+    end: int, dtype: str, wide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    _large_tokenizer(monkeypatch, end)
+    found = [[*(n * 997 % 128_000 for n in range(d, d + 40)), end] for d in range(60)]
+    path = write_raw(tmp_path / "in" / "a.bin", [[7], *found], wide)
+    words = "cannot hold .* 128,000" if end > np.iinfo(dtype).max else f"read as {wide}, "
+    with pytest.raises(DataError, match=rf"a\.bin: .*{words}.*--dtype"):
+        adopted(tmp_path, "raw", 0, paths=(str(path),), dtype=dtype)
+    assert adopted(tmp_path, "raw", 0, paths=(str(path),), dtype=wide).documents == 60
+
+
+def test_a_wider_type_is_noticed_with_a_small_vocabulary_too(tmp_path: Path) -> None:
     write_raw(tmp_path / "in" / "a.bin", dtype="uint32")
-    with pytest.raises(DataError, match=r"a\.bin: every second token is 0"):
+    with pytest.raises(DataError, match=r"a\.bin: read as uint32, "):
         adopted(tmp_path, "raw", paths=(str(tmp_path / "in" / "a.bin"),))
+
+
+def test_ids_below_65536_of_a_larger_vocabulary_are_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _large_tokenizer(monkeypatch, 1)
+    found = [[*(n * 997 % 65_000 + 2 for n in range(d, d + 40)), 1] for d in range(60)]
+    assert adopted(tmp_path, "raw", 0, found=found).documents == 60
+    shutil.rmtree(tmp_path / "out")
+    assert adopted(tmp_path, "olmo", 0, found=[document[:-1] for document in found]).documents == 60
 
 
 @pytest.mark.parametrize(
