@@ -136,7 +136,7 @@ class _Build:
         records = {task.number: self._records(task) for task in self._plan.tasks}
         if touched:
             refuse_changed_content(self._config, self._plan, touched, records)
-        skipped = next((r for found in records.values() for r in found if r["bad"]), None)
+        skipped = next((r for found in records.values() for r in found if any(r["bad"].values())), None)
         if skipped is not None and self._config.data.on_bad == "error":
             raise DataError(
                 f"{self._folder}: slice {skipped['slice']} was made with data.on_bad=skip and skipped records "

@@ -34,11 +34,13 @@ class BadRecordPolicy:
             file: The file of the record.
             place: Describes where in the file, for example `line 3, byte 120`; called only for an error message.
             detail: More about what is wrong.
-            records: How many records.
+            records: How many records; none is nothing to report.
 
         Raises:
             DataError: The policy is `error`.
         """
+        if not records:
+            return
         if self._policy == "error":
             because = f" ({detail})" if detail else ""
             raise DataError(

@@ -10,8 +10,9 @@ import pytest
 from pipeline.config.load import dump_config
 from pipeline.data.build.build import prepare
 from pipeline.data.manifest import DatasetManifest
-from pipeline.data.read.bad_records import check_lost_fraction
+from pipeline.data.read.bad_records import BadRecordPolicy, check_lost_fraction
 from pipeline.errors import DataError
+from pipeline.files import read_json, write_json
 from tests.data.helpers import (
     command,
     config,
@@ -248,6 +249,19 @@ def test_a_dataset_with_skipped_records_is_refused_under_error(tmp_path: Path) -
     prepare(config(tmp_path / "out", [one_source(path)], on_bad="skip", max_bad_fraction=0.3))
     with pytest.raises(DataError, match=r"data\.on_bad=skip"):
         prepare(config(tmp_path / "out", [one_source(path)]))
+
+
+def test_nothing_that_could_not_be_read_is_no_reason(tmp_path: Path) -> None:
+    for policy in ("error", "skip"):
+        found = BadRecordPolicy(policy)
+        found.report("unreadable Arrow", "a.arrow", lambda: "row 0", records=0)
+        assert not found.take()
+    # Datasets of older versions may say that of an empty file.
+    made = config(tmp_path / "out", [one_source(write(tmp_path / "a.jsonl", jsonl(GOOD)))])
+    prepare(made)
+    (file,) = (tmp_path / "out" / "slices").glob("*/slice.json")
+    write_json(file, {**read_json(file), "bad": {"unreadable Parquet": 0}})
+    prepare(made)
 
 
 def test_lost_input_is_measured_in_bytes_and_the_message_names_the_limit() -> None:

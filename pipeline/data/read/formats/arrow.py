@@ -65,7 +65,7 @@ class Arrow:
                     if end > start:
                         if problem is None:
                             yield from self._read_batch(batch, row, builder, digest)
-                        elif len(batch):
+                        else:
                             builder.report(problem[0], row_place(row), problem[1], records=len(batch))
                         builder.bytes_read += file.size * (found.stop - intact) // len(content)
                     row, intact = row + len(batch), found.stop

@@ -72,13 +72,10 @@ class Parquet:
                 row = sum(table.metadata.row_group(g).num_rows for g in range(start))
                 for group in range(start, end):
                     rows = table.metadata.row_group(group).num_rows
-                    large = self._large_page(table, source, group, builder.limit) if problem is None else None
-                    if large is not None:
-                        builder.report(bad_records.UNREADABLE, row_place(row), large, records=rows)
-                    elif problem is None:
-                        yield from self._read_group(table, file.path, group, row, builder, digest)
-                    elif rows:
+                    if problem is not None:
                         builder.report(problem[0], row_place(row), problem[1], records=rows)
+                    elif rows:  # a group without rows may have no pages, and then no place in the file
+                        yield from self._read_group(table, source, file.path, group, row, builder, digest)
                     row += rows
                     builder.bytes_read += file.size // table.num_row_groups
         yield wanted.span(start, end, digest.hexdigest(), lost)
@@ -99,10 +96,14 @@ class Parquet:
         return None if size is None else f"a page has {size:,} bytes, and at most {largest:,} are unpacked"
 
     def _read_group(
-        self, table: Any, path: str, group: int, first_row: int, builder: ChunkBuilder, digest: Digest
+        self, table: Any, source: Any, path: str, group: int, first_row: int, builder: ChunkBuilder, digest: Digest
     ) -> ReadItems:
         info = table.metadata.row_group(group)
         row, end = first_row, first_row + info.num_rows
+        large = self._large_page(table, source, group, builder.limit)
+        if large is not None:
+            builder.report(bad_records.UNREADABLE, row_place(row), large, records=info.num_rows)
+            return
         # Only the encoded size: a text that is in a dictionary once can be in every row.
         mean = info.total_byte_size // max(1, info.num_rows)
         rows = min(FIRST_ROWS, more_rows(FIRST_ROWS, mean))

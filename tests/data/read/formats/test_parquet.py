@@ -111,6 +111,27 @@ def test_a_file_without_rows_needs_no_column(tmp_path: Path) -> None:
     assert prepare(config(tmp_path / "out", entries)).bad == {}
 
 
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_groups_and_files_without_rows_are_intact(on_bad: str, version: str, dictionary: bool, tmp_path: Path) -> None:
+    how = {"data_page_version": version, "use_dictionary": dictionary}
+    empty = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
+    pyarrow.parquet.write_table(empty, tmp_path / "a.parquet", **how)
+    with pyarrow.parquet.ParquetWriter(tmp_path / "b.parquet", empty.schema, **how) as out:
+        for texts in (["a", "b"], [], ["c"]):
+            out.write_table(pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())}))
+    for slice_size_mb in (1e-6, 64.0):
+        made = config(
+            tmp_path / f"{slice_size_mb}",
+            [one_source(tmp_path / "*.parquet")],
+            on_bad=on_bad,
+            slice_size_mb=slice_size_mb,
+        )
+        assert prepare(made).bad == {}
+        assert split_texts(tmp_path / f"{slice_size_mb}") == ["a", "b", "c"]
+
+
 def _whole(file: SourceFile) -> TaskFile:
     return TaskFile(file, number=0, part=Part("files"), last=True, slice_bytes=None)
 
