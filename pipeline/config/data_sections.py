@@ -119,6 +119,16 @@ class DataConfig(Section):
             yield Problem("sources", "every source has split: validation, which leaves nothing to train on")
 
     @rule
+    def _weights_are_named(self) -> Iterator[Problem]:
+        if self.mixing == "weighted" and not self.phases and not self.sources and self.token_folder is not None:
+            phases = "data.phases: [{from_step: 0, weights: {NAME: 1.0}}]"
+            yield wrong_value(
+                "mixing",
+                self.mixing,
+                f"proportional; without data.sources, which hold each `weight`, give it in {phases}",
+            )
+
+    @rule
     def _packed_windows_are_shuffled(self) -> Iterator[Problem]:
         if self.packing == "best_fit" and self.order == "random":
             yield wrong_value("order", self.order, "shuffle, with packing: best_fit; random takes windows at any token")

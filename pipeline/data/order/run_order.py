@@ -48,13 +48,10 @@ def run_order(
         streams, windows = ({f"the {split.name} split": sum(found.values())} for found in (streams, windows))
         phases = []
     else:
-        _refuse_unknown(path, streams, data)
+        _refuse_other_sources(path, streams, data)
         phases = [
             Phase(p.from_step * batch_size, tuple(p.weights.get(name, 0.0) for name in streams)) for p in schedule
         ]
-        for phase in schedule:
-            for name in set(phase.weights) - set(streams):
-                raise DataError(f"{path}: data.phases names the source {name!r}, which has no document to train on")
     for number, (name, tokens) in enumerate(streams.items()):
         if packing is None and (not phases or any(phase.weights[number] for phase in phases)):
             refuse_short(tokens, context_length, f"{path}: {name}")
@@ -82,8 +79,19 @@ def refuse_short(tokens: int, context_length: int, what: str) -> None:
         )
 
 
-def _refuse_unknown(path: Path, streams: dict[str, int], data: DataConfig) -> None:
+def _refuse_other_sources(path: Path, streams: dict[str, int], data: DataConfig) -> None:
+    """Refuses weights of other sources than the dataset has; those of an adopted dataset need no `data.sources`."""
     known = [source.name for source in data.sources]
     for name in streams:
-        if name not in known:
-            raise DataError(f"{path}: holds the source {name!r}, but data.sources only names {', '.join(known)}")
+        if known and name not in known:
+            raise DataError(
+                f"{path}: holds the source {name!r}, but data.sources only names {', '.join(known)}; "
+                "name every source that the dataset has"
+            )
+    given = "data.phases names" if data.phases else "data.mixing: weighted gives a weight to"
+    for name in (name for phase in data.schedule() for name in phase.weights):
+        if name not in streams:
+            raise DataError(
+                f"{path}: {given} the source {name!r}, which has no document to train on; "
+                f"give weights to {', '.join(streams)} only, in data.phases"
+            )

@@ -11,14 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.data_sections import PhaseConfig
+from pipeline.config.data_sections import DataConfig, PhaseConfig
 from pipeline.config.sections import Config
+from pipeline.data.adopt.adopt import adopt
+from pipeline.data.adopt.find import find_sources
+from pipeline.data.build.build import prepare
 from pipeline.data.dataset import open_dataset
 from pipeline.data.order.batches import BatchReader
 from pipeline.data.order.draws import Order, Phase, sample_numbers
 from pipeline.data.order.mixture import MIXTURE_BLOCK, quotas
 from pipeline.data.order.source_counts import SourceCounts
+from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import DataError
+from tests.data.adopt.foreign import DOCUMENTS, tokens_of, write_raw
+from tests.data.helpers import config, documents, jsonl, write
 
 TOKENS = (40_001, 9_001, 2_002)
 CONTEXT = 8
@@ -141,8 +147,41 @@ def test_the_sources_weights_are_one_phase_from_step_0(made: Config) -> None:
 
 
 def test_a_phase_with_a_source_that_has_no_training_text_is_refused(made: Config) -> None:
-    with pytest.raises(DataError, match="'c'"):
+    with pytest.raises(DataError, match=r"data\.phases names the source 'c', .*to a, b only, in data\.phases"):
         _reader(made, [{"from_step": 0, "weights": {"a": 1.0, "c": 1.0}}])
+
+
+def test_a_weight_of_a_source_without_training_text_is_refused_and_phases_can_leave_it_out(tmp_path: Path) -> None:
+    sources = [
+        {"name": "a", "paths": [str(write(tmp_path / "a.jsonl", jsonl(documents(20))))]},
+        {"name": "b", "paths": [str(write(tmp_path / "b.jsonl", jsonl([" "])))]},
+    ]
+    made = config(tmp_path / "out", sources, mixing="weighted")
+    prepare(made)
+    with pytest.raises(DataError, match=r"data\.mixing: weighted .* 'b', .*to a only, in data\.phases$"):
+        _reader(made, [])
+    assert _reader(made, [{"from_step": 0, "weights": {"a": 1.0}}]).order.weights == (1.0,)
+
+
+def test_phases_name_the_sources_of_an_adopted_manifest(tmp_path: Path) -> None:
+    given = [f"{name}={write_raw(tmp_path / f'{name}.bin', DOCUMENTS)}" for name in ("a", "b", "c")]
+    tokenizer = Tokenizer.load(tokens_of(tmp_path))
+    adopt(find_sources("raw", given, [], "uint16"), "raw", tokenizer, tmp_path / "out", 0.1, lambda done, total: None)
+    dataset = open_dataset(tmp_path / "out", "train", token_folder=str(tmp_path))
+
+    def reader(**weights: float) -> BatchReader:
+        later = {"from_step": MIXTURE_BLOCK // 8, "weights": {"c": 1.0}}
+        phases = [{"from_step": 0, "weights": weights}, later]
+        data = DataConfig.model_validate({"path": str(dataset.path), "token_folder": str(tmp_path), "phases": phases})
+        return BatchReader(dataset, data, seed=1, context_length=CONTEXT, batch_size=8)
+
+    found = reader(b=1.0, a=3.0)
+    step = MIXTURE_BLOCK // 8
+    tokens = MIXTURE_BLOCK * CONTEXT
+    assert found.count_sources(0, step) == {"a": tokens * 3 // 4, "b": tokens // 4, "c": 0}
+    assert {row["shard"] for row in found.describe(step, 0, 8)} == {"c.bin"}
+    with pytest.raises(DataError, match=r"data\.phases names the source 'z', .*to a, b, c only"):
+        reader(a=1.0, z=1.0)
 
 
 @pytest.mark.parametrize("mixing", ["proportional", "weighted"])
