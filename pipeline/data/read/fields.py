@@ -66,12 +66,13 @@ def arrow_type(kind: Kind) -> Any:
     return {"text": pyarrow.string(), "a number": pyarrow.float64(), "true or false": pyarrow.bool_()}[kind]
 
 
-def find_column(column: Callable[[str], Any], name: str) -> Any:
+def find_column(column: Callable[[str], Any], name: str, checked: Callable[[Any], Any] = lambda found: found) -> Any:
     """Returns the values of a field, null where they are missing; None if there is neither such a field nor a column.
 
     Args:
         column: Returns the column of a name, or None.
         name: Of the field.
+        checked: Returns what was found, the field or the column, as it can be used.
     """
     import pyarrow.compute
 
@@ -83,9 +84,8 @@ def find_column(column: Callable[[str], Any], name: str) -> Any:
             inner = None
             break
         inner = pyarrow.compute.struct_field(inner, [part])
-    if inner is None or whole is None:
-        return whole if inner is None else inner
-    return pyarrow.compute.coalesce(inner, whole)
+    found = [checked(part) for part in (inner, whole) if part is not None]
+    return pyarrow.compute.coalesce(*found) if len(found) == 2 else next(iter(found), None)
 
 
 def json_schema(kinds: Mapping[str, Kind]) -> Any:

@@ -11,11 +11,13 @@ from pipeline.config.data_sections import SourceConfig
 from pipeline.data.read import bad_records
 from pipeline.data.read.chunks import ChunkBuilder, ReadItems
 from pipeline.data.read.decompress import DamagedArchiveError
+from pipeline.data.read.fields import find_column
 from pipeline.data.read.formats.arrow_messages import Batch, record_batches, stream_start
 from pipeline.data.read.formats.columns import (
     FIRST_ROWS,
     Digest,
     TextColumn,
+    columns_of,
     first_line,
     more_rows,
     raise_system_error,
@@ -90,7 +92,7 @@ class Arrow:
     def _read_batch(self, batch: Any, first_row: int, builder: ChunkBuilder, digest: Digest) -> ReadItems:
         start, rows = 0, FIRST_ROWS
         try:
-            batch = _validated(batch)
+            batch = self._validated(batch)
             while start < len(batch):
                 piece = batch.slice(start, rows)
                 size = yield from self._texts.read(piece, first_row + start, builder, digest)
@@ -100,6 +102,14 @@ class Arrow:
             place = row_place(first_row + start)
             raise_system_error(error, place())
             builder.report(bad_records.UNREADABLE_ARROW, place, first_line(error), records=len(batch) - start)
+
+    def _validated(self, batch: Any) -> Any:
+        """Returns the fields in question as columns; what lies beside them in a struct can be damaged."""
+        import pyarrow
+
+        batch.validate()
+        columns = [find_column(columns_of(batch), name, _validated) for name in self._texts.names]
+        return pyarrow.RecordBatch.from_arrays(columns, names=self._texts.names)
 
 
 @contextlib.contextmanager
@@ -114,20 +124,21 @@ def _content(file: SourceFile) -> Iterator[Any]:
         yield stack.enter_context(pyarrow.memory_map(path)).read_buffer()
 
 
-def _validated(batch: Any) -> Any:
-    """Returns a record batch whose offsets all lie in its buffers, which Arrow does not check when it reads.
+def _validated(column: Any) -> Any:
+    """Returns a column whose offsets all lie in its buffers, which Arrow does not check when it reads.
 
     Text becomes bytes: whether it is UTF-8 is the matter of each record.
     """
     import pyarrow
 
-    batch.validate()
-    columns = []
-    for column in batch.columns:
-        kinds = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
-        if column.type in kinds:
-            parts = kinds[column.type], len(column), column.buffers(), column.null_count, column.offset
-            column = pyarrow.Array.from_buffers(*parts)
-        column.validate(full=True)
-        columns.append(column)
-    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+    kinds = {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.binary_view(),
+    }
+    kind = column.type
+    if pyarrow.types.is_dictionary(kind):
+        kind = pyarrow.dictionary(kind.index_type, kinds.get(kind.value_type, kind.value_type), kind.ordered)
+    column = column.view(kinds.get(kind, kind))
+    column.validate(full=True)
+    return column

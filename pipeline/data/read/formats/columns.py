@@ -58,11 +58,7 @@ class TextColumn:
 
     def read(self, batch: Any, first_row: int, builder: ChunkBuilder, digest: Digest) -> Generator[Chunk, None, int]:
         """Adds the texts of a batch and yields chunks; returns the bytes of all its texts."""
-        names = batch.schema.names
-
-        def column(name: str) -> Any:
-            return batch.column(names.index(name)) if name in names else None
-
+        column = columns_of(batch)
         kept = None
         if self._filter:
             fields = self._filter.fields.items()
@@ -91,6 +87,12 @@ class TextColumn:
         documents = Documents.from_arrow(texts)
         digest.update(rows, documents)
         builder.add(documents, lambda index, byte: row_place(int(rows[index]), byte))
+
+
+def columns_of(batch: Any) -> Callable[[str], Any]:
+    """Returns what gives a column of a batch by its name, or None."""
+    names = batch.schema.names
+    return lambda name: batch.column(names.index(name)) if name in names else None
 
 
 def more_rows(rows: int, row_bytes: int) -> int:
@@ -150,12 +152,14 @@ def _strings(column: Any) -> Any:
 
 def _comparable(column: Any, kind: Kind) -> Any:
     """Returns a column in the type in which it is compared."""
-    import pyarrow
+    import pyarrow.compute
 
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if kind == "text":
-        return column.cast(pyarrow.large_string())
+        # As bytes: what is not UTF-8 is a value like any other, which differs from every literal.
+        options = pyarrow.compute.CastOptions(pyarrow.large_string(), allow_invalid_utf8=True)
+        return column.cast(options=options)
     return column.cast(pyarrow.float64(), safe=False) if kind == "a number" else column
 
 

@@ -7,6 +7,9 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 
 from pipeline.config.data_sections import SourceConfig
@@ -19,6 +22,13 @@ from pipeline.data.read.sources import find_files
 from pipeline.data.read.task import Part, TaskFile
 from pipeline.errors import DataError
 from tests.data.helpers import COMPRESS, FORMAT_TEXTS, built_texts, config, one_source, split_texts, write_arrow
+
+BYTES = {
+    pyarrow.string(): pyarrow.binary(),
+    pyarrow.large_string(): pyarrow.large_binary(),
+    pyarrow.string_view(): pyarrow.binary_view(),
+}
+FORMS = ["string", "large_string", "string_view", "dictionary"]
 
 
 @pytest.mark.parametrize("kind", ["stream", "file"])
@@ -44,6 +54,53 @@ def test_nulls_and_bad_utf8_are_single_records(tmp_path: Path) -> None:
     assert DatasetManifest.load(tmp_path / "out").bad == {"invalid UTF-8": 1, "missing field": 1}
     with pytest.raises(DataError, match=r"a\.arrow, row 1 .*null"):
         prepare(config(tmp_path / "other", [one_source(path)]))
+
+
+def _spelled(values: list[bytes], kind: pyarrow.DataType) -> pyarrow.Array:
+    """Strings that need not be UTF-8."""
+    made = pyarrow.array(values, BYTES[kind])
+    return pyarrow.Array.from_buffers(kind, len(made), made.buffers())
+
+
+def _table(form: str, values: list[bytes]) -> pyarrow.Table:
+    """A table whose field `a.text` holds the values."""
+    if form in ("string", "large_string", "string_view"):
+        column = _spelled(values, getattr(pyarrow, form)())
+    elif form == "dictionary":
+        rows = pyarrow.array(range(len(values)), pyarrow.int32())
+        column = pyarrow.DictionaryArray.from_arrays(rows, _spelled(values, pyarrow.string()))
+    else:
+        inner = _table(form.removeprefix("nested "), values).column(0).chunk(0)
+        beside = pyarrow.ListArray.from_arrays(list(range(len(values) + 1)), _spelled(values[::-1], pyarrow.string()))
+        return pyarrow.table({"a": pyarrow.StructArray.from_arrays([beside, inner], ["beside", "text"])})
+    return pyarrow.table({"a.text": column})
+
+
+@pytest.mark.parametrize("form", [*FORMS, *(f"nested {form}" for form in FORMS)])
+@pytest.mark.parametrize("asked", ["field", "where"])
+def test_an_invalid_text_of_any_column_is_that_of_its_row_as_in_parquet(form: str, asked: str, tmp_path: Path) -> None:
+    values = [f"document {number}".encode() for number in range(40)]
+    values[7] = b"n\xfft"
+    table = _table(form, values)
+    source = {"field": "a.text"}
+    if asked == "where":
+        table = table.append_column("text", [[value.decode(errors="replace") for value in values]])
+        source = {"where": "a.text != 'document 3'"}
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as out:
+        out.write_table(table, max_chunksize=20)
+    found = {}
+    for kind in ("arrow", "parquet"):
+        entry = one_source(tmp_path / f"a.{kind}", **source)
+        made = prepare(config(tmp_path / kind, [entry], on_bad="skip", max_bad_fraction=0.5))
+        found[kind] = made.bad, made.dropped, split_texts(tmp_path / kind)
+        if asked == "field":
+            with pytest.raises(DataError, match=rf"a\.{kind}, row 7 \(from 0\), byte 1 of the text: invalid UTF-8"):
+                prepare(config(tmp_path / f"{kind}-error", [entry]))
+    assert found["arrow"] == found["parquet"]
+    left = 3 if asked == "where" else 7
+    texts = [value.decode(errors="replace") for number, value in enumerate(values) if number != left]
+    assert found["arrow"] == ({"invalid UTF-8": 1} if asked == "field" else {}, int(asked == "where"), texts)
 
 
 def test_compressed_columns_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
