@@ -70,11 +70,9 @@ class JsonLines(RecordFormat):
             builder.report(bad_records.INVALID_UTF8, place(error.start), error.reason)
             return None
         except json.JSONDecodeError as error:
-            builder.report(bad_records.INVALID_JSON, place(len(line.decode()[: error.pos].encode())), error.msg)
-            return None
+            return self._parse_as_block(line, builder, place(len(line.decode()[: error.pos].encode())), error.msg)
         except RecursionError:
-            builder.report(bad_records.INVALID_JSON, place(0), "nested too deeply")
-            return None
+            return self._parse_as_block(line, builder, place(0), "nested too deeply")
         except WrongKindError as error:
             builder.report(bad_records.NOT_COMPARABLE, place(0), str(error))
             return None
@@ -87,6 +85,21 @@ class JsonLines(RecordFormat):
         except UnicodeEncodeError:
             builder.report(bad_records.INVALID_UTF8, place(0), f"{self._field!r} has half of a surrogate pair")
             return None
+
+    def _parse_as_block(
+        self, line: bytes, builder: ChunkBuilder, place: Callable[[], str], detail: str
+    ) -> bytes | None:
+        """Returns the text of a line that Python refuses; None as `_parse_line`.
+
+        In other fields Arrow takes `Inf`, `-NaN` and any depth; a line must not be bad for another one of its block.
+        """
+        parsed = _parse_block(line, self._field, self._filter)
+        if parsed is None:
+            builder.report(bad_records.INVALID_JSON, place, detail)
+            return None
+        documents, kept = parsed
+        builder.drop(len(kept) - len(documents))
+        return documents[0] if len(documents) else None
 
 
 def _parse_block(block: bytes, field: str, wanted: Filter) -> tuple[Documents, Flags] | None:
