@@ -41,6 +41,7 @@ def read_records(folder: Path, task: int, build: str, dtype: np.dtype[Any]) -> l
     while not finished(records):
         file = folder / SLICES / slice_name(task, len(records)) / SLICE_RECORD
         if not file.exists():
+            _refuse_without_record(file.parent)
             break
         record = _load(file)
         if record["build"] != build:
@@ -48,9 +49,14 @@ def read_records(folder: Path, task: int, build: str, dtype: np.dtype[Any]) -> l
                 f"{file.parent}: belongs to a build with other settings or another tokenizer; "
                 f"remove {folder} and prepare the dataset again"
             )
-        check_sizes(folder, (Shard(**shard) for shard in record["shards"]), dtype, _remake(file.parent))
+        check_sizes(folder, (Shard(**shard) for shard in record["shards"]), dtype, remake(file.parent))
         records.append(record)
     return records
+
+
+def remake(folder: Path) -> str:
+    """Returns what to do about a slice that cannot be used."""
+    return f"remove the folder {folder} and run `pipeline prepare` again"
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -68,10 +74,13 @@ def _load(file: Path) -> Record:
     record = read_json(file, file.parent, DataError)
     problem = slice_problem(record)
     if problem is not None:
-        raise DataError(f"{file}: is not the record of a slice ({problem}); {_remake(file.parent)}")
+        raise DataError(f"{file}: is not the record of a slice ({problem}); {remake(file.parent)}")
     # Slices of older versions do not say what was lost. There may be a million files.
     return {**record, "pieces": [FileSpan(**piece) for piece in record["pieces"]]}
 
 
-def _remake(folder: Path) -> str:
-    return f"remove the folder {folder} and run `pipeline prepare` again"
+def _refuse_without_record(folder: Path) -> None:
+    """Refuses a slice that has lost its record: another could not be published in its place."""
+    # The record last: another process may publish the slice meanwhile, and that makes both visible at once.
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / SLICE_RECORD).exists():
+        raise DataError(f"{folder / SLICE_RECORD}: is missing; {remake(folder)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.data_sections import SourceConfig
-from pipeline.data.build.slice_store import Record
+from pipeline.data.build.slice_store import Record, remake
 from pipeline.data.layout import SLICE_RECORD, SLICES, slice_name
 from pipeline.data.manifest import SPLITS, Shard, shard_tree
 from pipeline.data.read.chunks import Chunk
@@ -23,8 +24,10 @@ from pipeline.data.read.documents import Documents, Flags, Offsets
 from pipeline.data.read.task import FileSpan
 from pipeline.data.tokenize.crosscheck import CrossCheck
 from pipeline.data.tokenize.tokenizer import Ids, Tokenizer
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PipelineError
 from pipeline.files import discard, publish_dir, read_json, write_json
+
+_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 class _ShardWriter:
@@ -179,7 +182,7 @@ class SliceWriter:
         """Makes the whole slice visible, with what was read of each file; `last` ends its task.
 
         Raises:
-            DataError: The encoders disagree.
+            DataError: The encoders disagree, or something else has the slice's name.
         """
         checked = self._check.finish()
         shards = [writer.finish(self.name, self._source.name, split) for split, writer in self._shards.items()]
@@ -197,10 +200,19 @@ class SliceWriter:
         write_json(self._temp / SLICE_RECORD, record)
         try:
             publish_dir(self._temp, self._final)
-        except OSError:
-            # Another process published the same slice, made by the same code from the same bytes.
-            if not (self._final / SLICE_RECORD).exists() or read_json(self._final / SLICE_RECORD) != record:
+        except OSError as error:
+            if error.errno not in _IN_THE_WAY:
                 raise
+            # Another process may have published the same slice, made by the same code from the same bytes.
+            if not _holds(self._final, record):
+                raise DataError(f"{self._final}: is not the slice that was made now; {remake(self._final)}") from error
+
+
+def _holds(folder: Path, record: Record) -> bool:
+    try:
+        return bool(read_json(folder / SLICE_RECORD, folder) == record)
+    except PipelineError:
+        return False
 
 
 def _tokens_of(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.build import build
 from pipeline.data.build.build import prepare
 from pipeline.errors import DataError
 from pipeline.files import read_json, write_json
@@ -23,6 +24,7 @@ def _cut_in_half(shard: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name"),
     [
+        (Path.unlink, "slice.json"),
         (Path.unlink, "train.idx"),
         (_cut_in_half, "train.idx"),
         (_cut_in_half, "train.bin"),
@@ -41,6 +43,26 @@ def test_a_damaged_slice_is_named_and_rebuilt(damage: Any, name: str, tmp_path: 
     shutil.rmtree(file.parent)
     prepare(made)
     assert dataset_digest(tmp_path / "out") == before
+
+
+def test_a_slice_without_its_record_is_named_before_its_sources_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config_of_every_kind(tmp_path, "out")
+    prepare(made)
+    monkeypatch.setattr(build, "read_task", lambda *_: pytest.fail("read"))
+    for record in sorted((tmp_path / "out" / "slices").glob("*/slice.json")):
+        content = record.read_bytes()
+        record.unlink()
+        with pytest.raises(DataError, match=f"^{record}: is missing; remove the folder {record.parent} and"):
+            prepare(made)
+        record.write_bytes(content)
+    prepare(made)
+
+
+def test_an_empty_folder_is_no_slice(tmp_path: Path) -> None:
+    (tmp_path / "out" / "slices" / "000000-00000").mkdir(parents=True)
+    assert prepare(config_of_every_kind(tmp_path, "out")) is not None
 
 
 def test_foreign_files_in_the_folder_stay(tmp_path: Path) -> None:

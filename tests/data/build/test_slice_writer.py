@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.data.build.build import prepare
+from pipeline.data.build.slice_writer import SliceWriter
 from pipeline.errors import DataError
 from tests.data.helpers import config, one_source, write
 
@@ -16,6 +19,26 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         prepare(config(tmp_path / "file" / "out", [one_source(path)]))
+
+
+@pytest.mark.parametrize("other", ["000000-00000", "000000-00000/train.bin", "000000-00000/slice.json"])
+def test_what_has_the_name_of_a_slice_is_named_and_removed_to_resume(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.txt", b"text")
+    made = config(tmp_path / "out", [one_source(path)])
+    add, place = SliceWriter.add, tmp_path / "out" / "slices" / "000000-00000"
+
+    def overtaken(self: Any, *arguments: Any) -> None:
+        add(self, *arguments)
+        write(place.parent / other, b"{}")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=f"^{place}: .*; remove the folder {place} and"):
+        patch.setattr(SliceWriter, "add", overtaken)
+        prepare(made)
+    assert [file.name for file in place.parent.iterdir()] == [place.name], "nothing half-written"
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    assert prepare(made) is not None
 
 
 # Every word is unknown to this tokenizer, and unknown words are its end of text.
