@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.data.adopt.megatron import open_megatron
 from pipeline.data.adopt.raw import open_npy, open_olmo, open_raw
 from pipeline.data.adopt.token_file import TokenFile
+from pipeline.data.read.sources import identity_of
 from pipeline.errors import DataError, UsageError
 
 FormatName = Literal["megatron", "raw", "npy", "olmo"]
@@ -53,16 +54,16 @@ def find_sources(
         reason = "must be given, the files do not say it" if needs_dtype else "is given, but the files say it"
         raise UsageError(f"--dtype: {reason} (format {format_name})")
     found: dict[str, SourceFiles] = {}
-    owners: dict[Path, str] = {}
+    owners: dict[tuple[int, ...], str] = {}
     for training, given in ((True, paths), (False, validation)):
         for text in given:
             name, pattern = _named(text)
             source = found.setdefault(name, SourceFiles([], []))
             for path in _matches(pattern, _SUFFIXES[format_name]):
-                if path.resolve() in owners:
-                    other = owners[path.resolve()]
-                    raise DataError(f"{path}: is named twice, by {other!r} and by {text!r}; name it once")
-                owners[path.resolve()] = text
+                identity = identity_of(path)
+                if identity in owners:
+                    raise DataError(f"{path}: is named twice, by {owners[identity]!r} and by {text!r}; name it once")
+                owners[identity] = text
                 (source.train if training else source.validation).append(_open(format_name, path, dtype))
     for name, source in found.items():
         if not source.train and not any(other.train for other in found.values()):

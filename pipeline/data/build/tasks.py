@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from pipeline.config.data_sections import SourceConfig
 from pipeline.config.sections import Config
 from pipeline.data.fingerprint import settings_of
 from pipeline.data.read.formats.table import FORMATS
-from pipeline.data.read.sources import SourceFile, find_files
+from pipeline.data.read.sources import SourceFile, find_files, identity_of
 from pipeline.data.read.task import Part, Task
 from pipeline.errors import DataError
 
@@ -77,16 +76,16 @@ def _refuse_undecodable_names(files: Sequence[Sequence[SourceFile]]) -> None:
 
 def _refuse_shared_files(sources: Sequence[SourceConfig], files: Sequence[Sequence[SourceFile]]) -> None:
     named = [(source.name, file) for source, found in zip(sources, files, strict=True) for file in found]
-    # Names of one file have one inode. Only those few are compared by their names without links, which take memory.
+    # Names of one file have one inode. Only those few are looked at again.
     _, first, times = np.unique([file.stamp[2] for _, file in named], return_index=True, return_counts=True)
     if len(first) == len(named):
         return
     shared = {named[index][1].stamp[2] for index in first[times > 1].tolist()}
-    owners: dict[str, tuple[str, str]] = {}
+    owners: dict[tuple[int, ...], tuple[str, str]] = {}
     for name, file in named:
         if file.stamp[2] not in shared:
             continue
-        other, owner = owners.setdefault(str(Path(file.path).resolve()), (file.path, name))
+        other, owner = owners.setdefault(identity_of(file.path), (file.path, name))
         if (other, owner) == (file.path, name):
             continue
         of = f"of source {name!r}" if owner == name else f"in the sources {owner!r} and {name!r}"

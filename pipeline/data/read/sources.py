@@ -97,5 +97,17 @@ def stamp_of(path: str) -> tuple[int, int, int] | None:
         return None
 
 
+def identity_of(path: str | Path) -> tuple[int, ...]:
+    """Returns what all names of a file share, and no two files: links, hard ones too, and mounts are names of one.
+
+    Raises:
+        DataError: The file is gone.
+    """
+    with naming(path, "cannot be read", error=DataError):
+        found = Path(path).stat()
+    # Not the inode alone: some network file systems give one to two files.
+    return found.st_dev, found.st_size, *_stamp(found)
+
+
 def _stamp(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_mtime_ns, found.st_ctime_ns, found.st_ino

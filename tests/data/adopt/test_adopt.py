@@ -228,6 +228,7 @@ def test_ids_below_65536_of_a_larger_vocabulary_are_adopted(tmp_path: Path, monk
         ("raw", "uint16", ["gone*.bin"], UsageError),
         ("raw", "uint16", ["a.bin", "x=a.bin"], DataError),
         ("raw", "uint16", ["a.bin", "x=link.bin"], DataError),
+        ("raw", "uint16", ["a.bin", "x=hard.bin"], DataError),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(
@@ -236,6 +237,7 @@ def test_arguments_that_do_not_fit_are_refused(
     monkeypatch.chdir(tmp_path)
     write_raw(tmp_path / "a.bin")
     (tmp_path / "link.bin").symlink_to("a.bin")
+    (tmp_path / "hard.bin").hardlink_to("a.bin")
     with pytest.raises(error):
         find_sources(kind, paths, [], dtype)
 

@@ -12,6 +12,7 @@ import pytest
 from pipeline.config.data_sections import SourceConfig
 from pipeline.data.build import tasks
 from pipeline.data.build.build import BuildProgress, prepare
+from pipeline.data.read import sources
 from pipeline.data.read.sources import SourceFile
 from pipeline.errors import DataError
 from tests.data.helpers import config, documents, one_source, write, write_parquet
@@ -42,16 +43,27 @@ def test_grouping_small_files_accesses_each_file_once() -> None:
     assert files.accesses <= len(files)
 
 
-@pytest.mark.parametrize("other", ["link", "another spelling"])
+@pytest.mark.parametrize("other", ["link", "hard link", "another spelling"])
 def test_a_file_that_a_source_has_twice_is_refused(other: str, tmp_path: Path) -> None:
     text = write(tmp_path / "in" / "a.txt", b"text")
     paths = [str(tmp_path / "in" / "*.txt")]
     if other == "link":
         (tmp_path / "in" / "b.txt").symlink_to(text)
+    elif other == "hard link":
+        (tmp_path / "in" / "b.txt").hardlink_to(text)
     else:
         paths.append(str(tmp_path / "in" / ".." / "in" / "a.txt"))
     with pytest.raises(DataError, match=r"same file.*a\.txt.*'s'.*`paths`"):
         prepare(config(tmp_path / "out", [{"name": "s", "paths": paths}]))
+
+
+def test_two_files_of_one_inode_number_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of two file systems, or of one that gives a number twice."""
+    for name in ("a", "bb"):
+        write(tmp_path / "in" / f"{name}.txt", name.encode())
+    monkeypatch.setattr(sources, "_stamp", lambda _: (1, 2, 3))
+    manifest = prepare(config(tmp_path / "out", [one_source(tmp_path / "in" / "*.txt")]))
+    assert manifest is not None and manifest.documents == 2
 
 
 def test_a_file_in_two_sources_is_refused(tmp_path: Path) -> None:
