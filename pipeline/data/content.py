@@ -110,6 +110,12 @@ class _Slice(TypedDict):
 
 _MANIFEST = TypeAdapter(_Manifest)
 _SLICE = TypeAdapter(_Slice)
+_FILE_NAME = TypeAdapter(_File)
+
+
+def is_file_name(name: str) -> bool:
+    """Returns whether a shard may have this name, relative to its folder."""
+    return _problem(_FILE_NAME, name) is None
 
 
 def problem(tree: Any) -> str | None:

@@ -16,9 +16,11 @@ from pipeline.data.adopt.find import NEED_DTYPE, SourceFiles
 from pipeline.data.adopt.pieces import Piece, divide
 from pipeline.data.adopt.scan import Scanned, scan
 from pipeline.data.adopt.token_file import TokenFile
+from pipeline.data.content import is_file_name
 from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import DatasetManifest, Shard
 from pipeline.data.manifest import divide as divide_shards
+from pipeline.data.read.sources import refuse_undecodable_name
 from pipeline.data.tokenize.token_widths import token_widths
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import DataError, PipelineError
@@ -66,6 +68,7 @@ def adopt(
     dtype = _common_dtype(files)
     _refuse_type_without_end(files, format_name, tokenizer)
     base = Path(os.path.commonpath([file.path.parent for file in files]))
+    _refuse_unusable_names(files, base)
     with staged_dir(output) as folder:
         write_bytes(folder / TOKENIZER, tokenizer.content)
         (folder / _INDICES).mkdir()
@@ -106,6 +109,20 @@ def _common_dtype(files: Sequence[TokenFile]) -> str:
                 "a dataset has one type: adopt them into two datasets"
             )
     return f"uint{8 * first.dtype.itemsize}"
+
+
+def _refuse_unusable_names(files: Sequence[TokenFile], base: Path) -> None:
+    """Refuses names that the manifest cannot hold, before every token is read in vain."""
+    for file in files:
+        refuse_undecodable_name(file.name)
+        if file.index is not None:
+            refuse_undecodable_name(os.path.relpath(file.index, base))
+        name = str(file.path.relative_to(base))
+        if not is_file_name(name):
+            raise DataError(
+                f"{file.name}: a dataset cannot hold the name {name!r}: below {base} it may have 1,000 characters, no "
+                "control character among them, and no part that begins with a dot; rename it"
+            )
 
 
 def _refuse_type_without_end(files: Sequence[TokenFile], format_name: str, tokenizer: Tokenizer) -> None:
@@ -239,8 +256,8 @@ def _file_entries(path: Path, parts: Sequence[_Part], base: Path) -> list[dict[s
 
 
 def _check_readable(folder: Path, output: Path) -> None:
-    """Refuses to publish what no command would open, for example names of files with control characters."""
+    """Refuses to publish what no command would open, for example a manifest of too many files."""
     try:
         DatasetManifest.load(folder)
     except DataError as error:
-        raise DataError(f"{output}: {error}; rename what the message names") from error
+        raise DataError(f"{str(error).replace(str(folder), str(output))}; adopt fewer files at once") from error

@@ -6,7 +6,6 @@ file, which can only be read from its start, publishes one slice after another.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from pipeline.config.data_sections import SourceConfig
 from pipeline.config.sections import Config
 from pipeline.data.fingerprint import settings_of
 from pipeline.data.read.formats.table import FORMATS
-from pipeline.data.read.sources import SourceFile, find_files, identity_of
+from pipeline.data.read.sources import SourceFile, find_files, identity_of, refuse_undecodable_name
 from pipeline.data.read.task import Part, Task
 from pipeline.errors import DataError
 
@@ -46,7 +45,8 @@ def make_plan(config: Config) -> Plan:
         DataError: A source has no files, has a file that cannot be read, or shares a file with another source.
     """
     files = tuple(tuple(find_files(source)) for source in config.data.sources)
-    _refuse_undecodable_names(files)
+    for file in (file for found in files for file in found):
+        refuse_undecodable_name(file.path)
     _refuse_shared_files(config.data.sources, files)
     slice_bytes = int(config.data.slice_size_mb * 1e6)
     tasks: list[Task] = []
@@ -61,17 +61,6 @@ def share(tasks: Sequence[Task], slice_spec: tuple[int, int] | None) -> list[Tas
         return list(tasks)
     part, parts = slice_spec
     return list(tasks[part - 1 :: parts])
-
-
-def _refuse_undecodable_names(files: Sequence[Sequence[SourceFile]]) -> None:
-    for file in (file for found in files for file in found):
-        try:
-            file.path.encode()
-        except UnicodeEncodeError as error:
-            shown = os.fsencode(file.path).decode(errors="backslashreplace")
-            raise DataError(
-                f"{shown}: the file's name is not UTF-8, the encoding of a dataset's records; rename the file"
-            ) from error
 
 
 def _refuse_shared_files(sources: Sequence[SourceConfig], files: Sequence[Sequence[SourceFile]]) -> None:

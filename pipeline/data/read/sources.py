@@ -89,6 +89,17 @@ def _describe(path: str, source: SourceConfig) -> SourceFile:
     return SourceFile(path, kind, compression, found.st_size, _stamp(found))
 
 
+def refuse_undecodable_name(path: str) -> None:
+    """Raises DataError if a dataset cannot record the name of a file."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise DataError(
+            f"{shown}: the file's name is not UTF-8, the encoding of a dataset's records; rename the file"
+        ) from error
+
+
 def stamp_of(path: str) -> tuple[int, int, int] | None:
     """Returns what every change of a file changes; None if the file is gone."""
     try:

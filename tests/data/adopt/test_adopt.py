@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.data.adopt import adopt as adopt_module
 from pipeline.data.adopt import pieces
 from pipeline.data.adopt.adopt import adopt
 from pipeline.data.adopt.find import FormatName, find_sources
@@ -103,6 +105,33 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in" / "a.bin").symlink_to(secret)
     with pytest.raises(DataError, match=r"a\.bin: .*link"):
         open_splits(tmp_path / "out", token_folder=str(tmp_path / "in"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (b"in/\xff.bin", r"in/\\xff\.bin: .*not UTF-8.*; rename the file"),
+        (b"in\xff/a.bin", r"in\\xff/a\.bin: .*not UTF-8.*; rename the file"),
+        (b"in/.hidden/a.bin", r"a\.bin: .* '\.hidden/a\.bin': below .*/in .*a dot; rename it"),
+        (b"in/a\nb.bin", r"(?s)a\nb\.bin: .* 'a\\nb\.bin': .*; rename it"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["raw", "megatron"])
+def test_a_name_that_no_manifest_can_hold_is_refused_before_the_tokens_are_read(
+    kind: str, name: bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = WRITERS[kind][2]
+    paths = [writer(Path(os.fsdecode(bytes(tmp_path) + b"/" + place)), DOCUMENTS) for place in (b"in/z.bin", name)]
+    monkeypatch.setattr(adopt_module, "scan", lambda *_: pytest.fail("read"))
+    with pytest.raises(DataError, match=words) as caught:
+        adopted(tmp_path, kind, paths=tuple(map(str, paths)))
+    str(caught.value).encode()
+    assert not (tmp_path / "out").exists() and "manifest.json" not in str(caught.value)
+
+
+def test_a_hidden_folder_that_holds_all_files_is_not_part_of_their_names(tmp_path: Path) -> None:
+    path = write_raw(tmp_path / ".cache" / "a.bin")
+    assert adopted(tmp_path, "raw", paths=(str(path),)).shards[0].file == "a.bin"
 
 
 def test_it_is_inspected_like_any_other(tmp_path: Path) -> None:
