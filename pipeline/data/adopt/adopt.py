@@ -20,6 +20,7 @@ from pipeline.data.content import is_file_name
 from pipeline.data.layout import TOKENIZER
 from pipeline.data.manifest import DatasetManifest, Shard
 from pipeline.data.manifest import divide as divide_shards
+from pipeline.data.order.run_order import unmeasurable
 from pipeline.data.read.sources import refuse_undecodable_name
 from pipeline.data.tokenize.token_widths import token_widths
 from pipeline.data.tokenize.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.files import sha256_file, size_of_regular, staged_dir, write_bytes
 
 _INDICES = "indices"
+_OTHER_VALIDATION = "name other files with --validation, or set another --validation-fraction"
 
 OnBytes = Callable[[int, int], None]
 """Called with the bytes done and the bytes in total."""
@@ -78,6 +80,8 @@ def adopt(
         parts = _scan_all(pieces, tokenizer, progress)
         if validation_fraction:
             _refuse_source_without_validation(sources, parts, validation_fraction)
+        shards = [_shard(part, base, folder) for part in parts]
+        _refuse_unmeasurable_validation(shards, output)
         exact = token_widths(tokenizer)[1]
         manifest = DatasetManifest(
             dtype=dtype,
@@ -85,7 +89,7 @@ def adopt(
             vocab_size=tokenizer.vocab_size,
             end_of_text_id=tokenizer.end_of_text_id,
             encoder=f"unknown, adopted from {format_name}",
-            splits=divide_shards([_shard(part, base, folder) for part in parts]),
+            splits=divide_shards(shards),
             sources=tuple(
                 _source_entry(name, [part for part in parts if part.source == name], base, exact) for name in sources
             ),
@@ -165,8 +169,14 @@ def _refuse_source_without_validation(
         if long_enough and not any(part.split == "validation" for part in parts if part.source == name):
             raise DataError(
                 f"{found.train[-1].name}: no document of source {name} begins in its last {fraction:.3%}, which is for "
-                "validation; name files with --validation, or set another --validation-fraction"
+                f"validation; {_OTHER_VALIDATION}"
             )
+
+
+def _refuse_unmeasurable_validation(shards: Sequence[Shard], output: Path) -> None:
+    problem = unmeasurable([shard for shard in shards if shard.split == "validation"])
+    if problem is not None:
+        raise DataError(f"{output}: {problem}; {_OTHER_VALIDATION}")
 
 
 def _scan_all(pieces: Sequence[tuple[str, str, Piece]], tokenizer: Tokenizer, progress: OnBytes) -> list[_Part]:

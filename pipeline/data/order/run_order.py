@@ -70,6 +70,18 @@ def source_tokens(shards: Sequence[Shard]) -> dict[str, int]:
     return found
 
 
+def unmeasurable(shards: Sequence[Shard]) -> str | None:
+    """Returns what is wrong with the first source of a validation split that gives no loss; None if each gives one."""
+    text_bytes: dict[str, int] = {}
+    for shard in shards:
+        text_bytes[shard.source] = text_bytes.get(shard.source, 0) + shard.text_bytes
+    for name, tokens in source_tokens(shards).items():
+        if tokens < 2 or not text_bytes[name]:
+            found = f"tokens: {tokens:,}, bytes of text: {text_bytes[name]:,}"
+            return f"source {name} cannot be validated ({found}): a loss needs two tokens, and bits per byte need text"
+    return None
+
+
 def refuse_short(tokens: int, context_length: int, what: str) -> None:
     """Raises DataError unless so many tokens hold a window."""
     if tokens < context_length + 1:

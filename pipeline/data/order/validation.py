@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from pipeline.data.dataset import Batch, TokenDataset, TokenStream, tensors
 from pipeline.data.order.documents import Documents
-from pipeline.data.order.run_order import refuse_short
+from pipeline.data.order.run_order import refuse_short, unmeasurable
+from pipeline.errors import DataError
 from pipeline.model.chunked_loss import IGNORED
 
 
@@ -66,9 +67,12 @@ def validation_windows(
         documents: Whether a batch tells where the documents of its tokens start.
 
     Raises:
-        DataError: The split is shorter than a window.
+        DataError: The split is shorter than a window, or a source in it has nothing to predict.
     """
     refuse_short(len(dataset), context_length, f"{dataset.path}: the {dataset.name} split")
+    problem = unmeasurable(dataset.stream.shards)
+    if problem is not None:
+        raise DataError(f"{dataset.path}: {problem}; make the dataset with more text for its validation, or none")
     told_apart = Documents(dataset) if documents else None
     return tuple(
         ValidationWindows(name, stream, context_length, told_apart) for name, stream in dataset.source_streams().items()

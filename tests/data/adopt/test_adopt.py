@@ -192,6 +192,22 @@ def test_files_for_validation_and_several_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("found", "words"),
+    [([[END]], "tokens: 1"), ([[7]], "tokens: 1, bytes of text: 1"), ([[END]] * 9, "tokens: 9, bytes of text: 0")],
+)
+def test_a_source_for_validation_that_cannot_be_measured_is_refused(found: Any, words: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_raw(tmp_path / "in" / f"{name}.bin")
+    small = write_raw(tmp_path / "in" / "small.bin", found)
+    given = (f"web={tmp_path}/in/a.bin", f"code={tmp_path}/in/b.bin")
+    with pytest.raises(DataError, match=rf"out: source web .*{words}.*; name other files with --validation"):
+        adopted(tmp_path, "raw", paths=given, validation=[f"web={small}"])
+    assert not (tmp_path / "out").exists()
+    write_raw(small, [[7, END]])
+    adopted(tmp_path, "raw", paths=given, validation=[f"web={small}"])
+
+
+@pytest.mark.parametrize(
     ("kind", "found", "given", "words"),
     [
         ("raw", [[1, 2, 300, END]], {}, r"a\.bin: token 2 .*300.*257"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from pipeline.config.sections import Config
@@ -12,6 +14,7 @@ from pipeline.data.build.build import prepare
 from pipeline.data.dataset import open_dataset
 from pipeline.data.manifest import DatasetManifest
 from pipeline.data.order.validation import validation_windows
+from pipeline.errors import DataError
 from tests.data.helpers import config, write
 
 CONTEXT = 16
@@ -57,3 +60,15 @@ def test_a_source_shorter_than_a_window_is_one_window_and_only_its_own_tokens_co
     assert x.tolist() == [[*b"abc", 0, 0, 0, 0, 0]]
     assert y.tolist() == [[*b"bc", end, *[-1] * 5]]
     assert (other.name, other.count) == ("other", 3)
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"tokens": 1}, "tokens: 1"), ({"text_bytes": 0}, "bytes of text: 0")])
+def test_a_source_that_cannot_be_measured_is_named_before_a_run_begins(
+    changes: dict[str, int], words: str, made: Config
+) -> None:
+    """An older version adopted such sources; a tokenizer that drops characters makes them too."""
+    dataset = open_dataset(made.data.path, "validation")
+    shards = [replace(s, **changes) for s in dataset.stream.shards if s.source == "b"][:1]
+    dataset.stream.shards = tuple(s for s in dataset.stream.shards if s.source == "a") + tuple(shards)
+    with pytest.raises(DataError, match=rf"{made.data.path}: source b .*{words}.*; make the dataset with"):
+        validation_windows(dataset, CONTEXT)
