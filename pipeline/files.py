@@ -128,6 +128,9 @@ def open_regular(path: str | Path, inside: str | Path | None = None) -> Buffered
     fd = _find_regular(path, inside)
     try:
         return os.fdopen(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC), "rb")
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(fd)
 

@@ -59,6 +59,20 @@ def test_everything_else_is_refused_at_once(folder: Path, name: str) -> None:
             read(folder / name, folder)
 
 
+def test_a_file_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.open
+
+    def forbidden(path: str, flags: int, *more: int) -> int:  # the user of these tests may read everything
+        if str(path).startswith("/proc/self/fd/"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return whole(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", forbidden)
+    with pytest.raises(PermissionError) as refused:
+        read_bounded(folder / "file", folder)
+    assert refused.value.filename == str(folder / "file")
+
+
 def test_the_folder_itself_may_be_a_link_and_a_sibling_with_the_same_beginning_is_outside(folder: Path) -> None:
     (folder.parent / "latest").symlink_to(folder)
     assert read_bounded(folder.parent / "latest" / "file", folder.parent / "latest") == b"text"

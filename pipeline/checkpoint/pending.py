@@ -98,7 +98,7 @@ class PendingCheckpoint:
             whose = "a checkpoint" if self._identity.world_size == 1 else "this rank's part of a checkpoint"
             raise CheckpointError(
                 f"{self._checkpoints}: {whose} needs {megabytes(own_bytes)} but only {megabytes(free)} are free; "
-                "make room or lower checkpoint.keep_last"
+                "make room, for example by removing the oldest of the run's checkpoints"
             )
 
     def write_part(self, fragments: list[OwnedFragment], copies: dict[str, Tensor]) -> None:

@@ -25,12 +25,14 @@ class Retention:
         checkpoints: The folder of the run's checkpoints.
         config: The policy.
         rollback_steps: How many steps before the newest checkpoint a rollback may have to start from.
+        interval: Steps between two checkpoints, but for those of a stop.
     """
 
-    def __init__(self, checkpoints: Path, config: CheckpointConfig, rollback_steps: int = 0) -> None:
+    def __init__(self, checkpoints: Path, config: CheckpointConfig, rollback_steps: int = 0, interval: int = 1) -> None:
         self._checkpoints = checkpoints
         self._config = config
         self._rollback_steps = rollback_steps
+        self._interval = interval
         self._losses: dict[Path, float | None] = {}
         self._told: set[Path] = set()
 
@@ -45,7 +47,7 @@ class Retention:
         for leftover in self._checkpoints.glob(".step_*.removed.tmp"):
             discard(leftover)
         folders = published(self._checkpoints)
-        kept = self._kept(folders, step_of(newest) or 0)
+        kept = self._kept(folders)
         for folder in [f for f in folders if f not in kept]:
             # Renamed first: an interrupted deletion must not leave a checkpoint that looks published.
             doomed = folder.with_name(f".{folder.name}.removed.tmp")
@@ -55,19 +57,28 @@ class Retention:
                 continue
             discard(doomed)
 
-    def _kept(self, folders: list[Path], newest: int) -> set[Path]:
+    def _kept(self, folders: list[Path]) -> set[Path]:
         steps = {folder: step_of(folder) or 0 for folder in folders}
-        # A spike is noticed after the newest save, so a rollback never starts before step `earliest`: the newest
-        # checkpoint up to that step is kept, and so are all younger ones. Were they deleted early, none would reach
-        # that age, and the same old checkpoint would serve every rollback.
-        earliest = newest - self._rollback_steps
-        too_young = sum(steps[folder] > earliest for folder in folders)
-        kept = set(folders[: max(self._config.keep_last, too_young + 1)])
+        kept = self._newest(folders)
+        if self._rollback_steps:
+            # A checkpoint of a stop takes the place of none that an undisturbed run would have: a rollback must find
+            # the same ones.
+            kept |= self._newest([f for f in folders if steps[f] % self._interval == 0])
         if self._config.keep_every:
             kept |= {f for f in folders if steps[f] % self._config.keep_every == 0}
         if self._config.keep_best:
             kept |= set(self._best(folders))
         return kept | self._pinned()
+
+    def _newest(self, folders: list[Path]) -> set[Path]:
+        """Returns the newest of these, as many as the policy says and a rollback needs."""
+        steps = [step_of(folder) or 0 for folder in folders]
+        # A spike is noticed after the newest save, so a rollback never starts before step `earliest`: the newest
+        # checkpoint up to that step is kept, and so are all younger ones. Were they deleted early, none would reach
+        # that age, and the same old checkpoint would serve every rollback.
+        earliest = max(steps, default=0) - self._rollback_steps
+        too_young = sum(step > earliest for step in steps)
+        return set(folders[: max(self._config.keep_last, too_young + 1)])
 
     def _pinned(self) -> set[Path]:
         """Returns the checkpoints that another run or a job holds; reports each pin that counts no longer once."""

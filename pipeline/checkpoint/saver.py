@@ -56,6 +56,7 @@ class CheckpointSaver:
         report: Called on rank 0, from the saving thread, with the outcome of each save.
         rollback_steps: How many steps before the newest checkpoint a rollback may have to start from; 0 if the run
             never rolls back.
+        interval: Steps between two checkpoints, but for those of a stop.
     """
 
     def __init__(
@@ -65,12 +66,13 @@ class CheckpointSaver:
         config: CheckpointConfig,
         report: Callable[[Saved], None],
         rollback_steps: int = 0,
+        interval: int = 1,
     ) -> None:
         self._checkpoints = checkpoints
         self._identity = identity
         self._config = config
         self._report = report
-        self._retention = Retention(checkpoints, config, rollback_steps)
+        self._retention = Retention(checkpoints, config, rollback_steps, interval)
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
         self._copied.set()

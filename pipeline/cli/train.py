@@ -34,11 +34,13 @@ def train(
 
         refuse_other_start(config)
     from pipeline.processes import large_imports
+    from pipeline.train.ranks.stop import StopRequest
 
-    with large_imports():
-        from pipeline.train.loop import train as train_run  # takes seconds; a mistake in the config is reported before
-
-    result = train_run(config, allow_image_change)
+    with StopRequest() as stop:  # an exception in the middle of an import may be lost in a library
+        with large_imports():
+            from pipeline.train.loop import train as train_run  # takes seconds; mistakes in the config come before
+        stop.refuse()
+        result = train_run(config, allow_image_change, stop)
     _print_end(config, result)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pipeline.config.data_sections import DataConfig
 from pipeline.config.load import CONFIG, dump_config, parse_config
 from pipeline.config.sections import Config
 from pipeline.errors import UsageError, listing
-from pipeline.files import naming, write_json, write_text
+from pipeline.files import naming, read_json, write_json, write_text
 from pipeline.optim.schedule import learning_rates
 from pipeline.run.events import EventLog, RolledBack
 from pipeline.run.records import EVALUATION, PROVENANCE, Evaluation, Origin, read_checked
@@ -36,7 +37,6 @@ _FIXED_FIELDS = {
         "z_loss",
     ),
 }
-
 
 _RUNS_DIR = str(Config.model_fields["runs_dir"].default)
 CHECKPOINT_MANIFEST = "manifest.json"
@@ -227,7 +227,7 @@ def create_run(config: Config) -> Run:
         run.path.mkdir(parents=True, exist_ok=True)
         if not os.access(run.path, os.W_OK):
             raise PermissionError(13, "Permission denied")
-        if run.config_file.exists():
+        if run.config_file.exists() or newest_step(run.checkpoints):
             _refuse_other_experiment(run, config)
         if not run.config_file.exists() or run.config() != config:
             write_text(run.config_file, dump_config(config))
@@ -235,8 +235,18 @@ def create_run(config: Config) -> Run:
     return run
 
 
-def _refuse_other_experiment(run: Run, config: Config) -> None:
-    old, new = run.config(), config
+def _config_of_checkpoint(run: Run) -> Config:
+    """Returns the config that the newest checkpoint was saved with."""
+    manifest = run.checkpoints / step_name(newest_step(run.checkpoints)) / CHECKPOINT_MANIFEST
+    try:
+        tree = read_json(manifest, run.path, UsageError)["state"]["config"]
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{run.config_file}: is missing, and {manifest} holds no config; restore it") from error
+    return parse_config(json.dumps(tree), source=str(manifest))
+
+
+def _refuse_other_experiment(run: Run, new: Config) -> None:
+    old = run.config() if run.config_file.exists() else _config_of_checkpoint(run)
     changed = [
         f"{section}.{field}: {getattr(before, field)!r} in the run, {getattr(after, field)!r} asked for"
         for section in (*_FIXED_SECTIONS, *_FIXED_FIELDS)

@@ -31,6 +31,7 @@ class History:
         self.reached = 0
         self.last_time: float | None = None
         self._step = step
+        self._behind: int | None = None  # the step of a rewind that has failed
         self._keys: set[str] = set()
         self._tolerance = _ROUNDING
         self._pending: list[dict[str, Any]] = []
@@ -42,6 +43,7 @@ class History:
     def rewind(self, step: int) -> None:
         """Rewinds to `step` for a rollback: from here on, repeated losses must agree bit for bit."""
         self._tolerance = 0.0
+        self._behind = step
         self._go_back(step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -50,6 +52,8 @@ class History:
         Raises:
             OSError: The line cannot be written.
         """
+        if self._behind is not None:
+            self._go_back(self._behind)
         if step < self._step or (step == self._step and not self._keys.isdisjoint(metrics)):
             self.rewind(step - 1)
         earlier = [r for r in self._pending if r["step"] < step]
@@ -120,7 +124,7 @@ class History:
         # Cut under the lock: an uploader must not read old lines at the new position.
         upload_state.update(self._run, lower, lambda: journal.replace(self._run.metrics_file, [raw for _, raw in kept]))
         self._writer = journal.Writer(self._run.metrics_file)
-        self._step, self._keys = step, set()
+        self._step, self._keys, self._behind = step, set(), None
 
     def _diverge(self, step: int, earlier: list[dict[str, Any]]) -> None:
         last = max(r["step"] for r in self._pending)

@@ -167,7 +167,10 @@ class RunTracker(Tracker):
         """Records that this process rolled back to the state after `step` and will train differently."""
         if self._superseded():
             return
-        self._history.rewind(step)
+        try:
+            self._history.rewind(step)
+        except (OSError, PipelineError) as error:  # the next line tries again
+            self._warn(self._run.metrics_file, error)
         with self._lock:
             self._step = step
         if self._history.reached > step:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable
 
 from pipeline.checkpoint.saver import Saved
 
 # Assumed duration of a save until the first one has been measured.
 UNKNOWN_SAVE_S = 10.0
+_RECENT = 100  # steps
 
 
 def every(step: int, interval: int) -> bool:
@@ -28,8 +29,14 @@ class StepClock:
         self._last = self._began = time.perf_counter()
         self._laps: dict[str, float] = defaultdict(float)
         self._steps = 0
-        self.step_s = 0.0  # seconds per step, by the last reading
+        self._step_began: float | None = None  # of the first step None: it also compiles and warms up
+        self._recent: deque[float] = deque(maxlen=_RECENT)
         self.longest_pause_s = 0.0
+
+    @property
+    def longest_step_s(self) -> float:
+        """Seconds of the longest recent step; 0 before the second of this start has ended."""
+        return max(self._recent, default=0.0)
 
     def lap(self, name: str) -> None:
         """Adds the time since the last lap to `name`."""
@@ -39,14 +46,17 @@ class StepClock:
 
     def step_done(self) -> None:
         """Counts a finished step."""
+        now = time.perf_counter()
+        if self._step_began is not None:
+            self._recent.append(now - self._step_began)
+        self._step_began = now
         self._steps += 1
 
     def read(self) -> dict[str, float]:
         """Returns mean seconds per step since the last reading, by name, and the total as `step`."""
         now = time.perf_counter()
         steps = max(1, self._steps)
-        self.step_s = (now - self._began) / steps
-        means = {name: seconds / steps for name, seconds in self._laps.items()} | {"step": self.step_s}
+        means = {name: seconds / steps for name, seconds in self._laps.items()} | {"step": (now - self._began) / steps}
         self._laps.clear()
         self._began = self._last = now
         self._steps = 0
@@ -57,6 +67,8 @@ class StepClock:
         now = time.perf_counter()
         self.longest_pause_s = max(self.longest_pause_s, now - self._last)
         self._began += now - self._last
+        if self._step_began is not None:
+            self._step_began = min(now, self._step_began + now - self._last)
         self._last = now
 
 

@@ -86,6 +86,8 @@ def roll_back(session: Session, rollback: Rollback) -> int:
     session.step, session.tokens_seen = reader.manifest.step, state["tokens_seen"]
     session.tracker.event(RolledBack(step=rollback.step, to=session.step, skipped=list(session.guard.skipped)))
     session.tracker.rewind(session.step)
+    if session.evaluation is not None and session.evaluation.step > session.step:
+        session.evaluation = None  # of weights that are gone: the same step will come again with others
     return session.step
 
 

@@ -7,22 +7,24 @@ from pipeline.errors import StopRequested
 from pipeline.optim.schedule import learning_rates
 from pipeline.train.clock import every
 from pipeline.train.incidents import inspect, roll_back
+from pipeline.train.ranks.stop import StopRequest
 from pipeline.train.session import Session, TrainResult
 from pipeline.train.startup import open_session
 
 
-def train(config: Config, allow_image_change: bool = False) -> TrainResult:
+def train(config: Config, allow_image_change: bool = False, stop: StopRequest | None = None) -> TrainResult:
     """Trains in this process, together with the other ranks; resumes the run where the last start left it.
 
     Args:
         config: The experiment.
         allow_image_change: Resume in another image than the one the run last trained in.
+        stop: Whether this process was asked to stop; by default from now on.
 
     Raises:
         StopRequested: A stop was requested; everything is saved.
         PipelineError: The data or the run folder cannot be used.
     """
-    with open_session(config, allow_image_change) as session:
+    with open_session(config, allow_image_change, stop) as session:
         run_loop(session, config)
         return session.result()
 

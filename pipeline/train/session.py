@@ -187,10 +187,10 @@ class Session:
         now is agreed on in the next step.
         """
         # Before the first validation: one step per batch is an upper estimate, because a step does more with a batch.
-        estimate = self.config.train.num_val_batches * len(self.validation.sources) * self.clock.step_s
+        estimate = self.config.train.num_val_batches * len(self.validation.sources) * self.clock.longest_step_s
         validation_s = self.clock.longest_pause_s or estimate
         due = sum(self.validation_due(s) for s in (step, step + 1))
-        self.stop.check_time(self.clock.step_s, longest_save_s(self.saves), due * validation_s)
+        self.stop.check_time(self.clock.longest_step_s, longest_save_s(self.saves), due * validation_s)
 
     def validation_due(self, step: int) -> bool:
         """Whether a validation follows this step."""

@@ -26,6 +26,7 @@ from pipeline.data.order.validation import validation_windows
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import NothingToDo, PipelineError, StopRequested, in_words
 from pipeline.files import sha256_file
+from pipeline.optim.schedule import learning_rates
 from pipeline.run.events import CheckpointRejected, EventLog, Finished, Network, Preempted, Resumed, StartBegan, Started
 from pipeline.run.folder import Run, create_run, run_for
 from pipeline.run.provenance import collect_provenance, current_image, refuse_other_image
@@ -59,7 +60,9 @@ _PACK_TIMEOUT = timedelta(hours=2)
 
 
 @contextlib.contextmanager
-def open_session(config: Config, allow_image_change: bool = False) -> Iterator[Session]:
+def open_session(
+    config: Config, allow_image_change: bool = False, stop: StopRequest | None = None
+) -> Iterator[Session]:
     """Yields a session ready for the next step: ranks joined, data open, the newest whole checkpoint loaded."""
     world = world_from_environment()
     device = pick_device(config, world)
@@ -70,7 +73,7 @@ def open_session(config: Config, allow_image_change: bool = False) -> Iterator[S
     file = run_for(config).meeting_file(world.meeting)
     activity = Activity(device)
     with (
-        StopRequest() as stop,
+        stop or StopRequest() as stop,
         group.process_group(world, device, timeout, file, lambda: stop.reason) as store,
         watched(world, store, activity) as peers,
     ):
@@ -176,8 +179,11 @@ def _refuse_finished(run: Run, recovery: Recovery, config: Config, world: World)
     ended = world.is_first and EventLog.load(run.events_file).last(StartBegan, Finished)
     if group.broadcast(isinstance(ended, Finished), world):
         group.barrier(world)  # rank 0 takes the store, from which its peers read, with it when it leaves
+        before, after = (learning_rates(config.optimizer, last) for last in (config.train.max_iters, 2 * step))
+        longer = all(before(n) == after(n) for n in range(step))
+        how = f"train.max_iters={2 * step}" if longer else f"a new run with init.from={run.path}"
         raise NothingToDo(
-            f"{run.path}: finished already, at step {step:,}; train.max_iters={2 * step} would train on, and "
+            f"{run.path}: finished already, at step {step:,}; {how} would train on, and "
             f"`pipeline sample {run.path}` shows what it has learnt"
         )
 
@@ -219,7 +225,8 @@ def _take_over(config: Config, run: Run, world: World, report: Callable[[Saved],
     group.barrier(world)
     identity = RankIdentity(world.rank, world.size, config.train.zero_stage, start_id, group.store())
     rollback_steps = config.guard.rollback_skip if config.guard.on_spike == "rollback" else 0
-    return CheckpointSaver(run.checkpoints, identity, config.checkpoint, report, rollback_steps)
+    interval = config.train.checkpoint_interval
+    return CheckpointSaver(run.checkpoints, identity, config.checkpoint, report, rollback_steps, interval)
 
 
 def _start_tracking(

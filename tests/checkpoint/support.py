@@ -37,11 +37,12 @@ def saver(
     start_id: str = "a1",
     store: Store | None = None,
     rollback_steps: int = 0,
+    interval: int = 1,
     **config: Any,
 ) -> CheckpointSaver:
     """A saver of this rank that appends its reports; ranks in separate processes need a `store` that all can reach."""
     identity = RankIdentity(rank, world_size, 0, start_id, store or _STORES.setdefault(folder, HashStore()))
-    one = CheckpointSaver(folder, identity, CheckpointConfig(**config), reports.append, rollback_steps)
+    one = CheckpointSaver(folder, identity, CheckpointConfig(**config), reports.append, rollback_steps, interval)
     if store is None:  # the ranks are in one process, without a group to agree in
         one._gather = lambda value: [value]  # type: ignore[method-assign]
     return one

@@ -75,7 +75,7 @@ def test_a_rank_whose_part_does_not_fit_fails_before_it_writes(folder: Path, mon
     one.wait()
     error = str(reports[0].error)
     assert error.startswith(f"rank 0 on {socket.gethostname()}: {folder}: ")
-    assert "needs 0.0 MB" in error and "checkpoint.keep_last" in error
+    assert "needs 0.0 MB" in error and "removing the oldest" in error
 
 
 @pytest.mark.parametrize("failing", [0, 1])

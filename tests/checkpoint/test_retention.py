@@ -89,6 +89,26 @@ def test_a_checkpoint_that_a_rollback_can_start_from_is_kept(folder: Path) -> No
     assert kept == [[10], [10, 20], [10, 20, 21], [20, 21, 22], [22, 30]]
 
 
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_checkpoint_of_a_stop_takes_the_place_of_none_that_a_rollback_would_find_without_it(
+    folder: Path, keep_last: int
+) -> None:
+    def kept(*saved: int) -> list[int]:
+        own = folder / "-".join(map(str, saved))
+        own.mkdir(exist_ok=True)
+        take_over(own, "a1")
+        one = saver(own, [], rollback_steps=2, interval=10, keep_last=keep_last)
+        for step in saved:
+            one.save(step, fragments(float(step)), {})
+            one.wait()
+        return steps(own)
+
+    for stops in ((), (31,), (31, 32), (33, 35, 39)):
+        undisturbed, disturbed = kept(10, 20, 30), kept(10, 20, 30, *stops)
+        assert set(undisturbed) <= set(disturbed), stops
+        assert set(kept(10, 20, 30, 40)) <= set(kept(10, 20, 30, *stops, 40)), stops
+
+
 def test_a_manifest_of_an_earlier_start_is_read_once_and_one_of_this_start_never(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

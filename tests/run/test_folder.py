@@ -11,8 +11,9 @@ import yaml
 
 from pipeline.config.load import load_config
 from pipeline.errors import UsageError
+from pipeline.files import write_json
 from pipeline.run.events import RolledBack, append
-from pipeline.run.folder import create_run, open_run, step_name
+from pipeline.run.folder import CHECKPOINT_MANIFEST, create_run, open_run, step_name
 from tests.experiment import write_experiment
 
 ADDED = (
@@ -131,6 +132,24 @@ def test_a_schedule_may_change_from_the_newest_checkpoint_on_and_not_before(
         with pytest.raises(UsageError, match=f"step {differs_from} "):
             create_run(asked)
         assert run.config() != asked
+
+
+def test_without_its_config_a_run_is_known_by_its_newest_checkpoint(tmp_path: Path) -> None:
+    file = write_experiment(tmp_path, tmp_path / "runs", "lost")
+    run = create_run(load_config(file))
+    manifest = run.checkpoints / step_name(7) / CHECKPOINT_MANIFEST
+    manifest.parent.mkdir()
+    write_json(manifest, {"state": {"config": load_config(file).model_dump(mode="json")}})
+    run.config_file.unlink()
+    with pytest.raises(UsageError, match=r"train\.seed: 1337 in the run, 7 asked for"):
+        create_run(load_config(file, ["train.seed=7"]))
+    longer = load_config(file, ["train.log_interval=3"])
+    assert create_run(longer).config() == longer
+    run.config_file.unlink()
+    for damaged in ({}, [], {"state": {}}):
+        write_json(manifest, damaged)
+        with pytest.raises(UsageError, match=rf"{run.config_file}: is missing, and {manifest} holds no config"):
+            create_run(longer)
 
 
 def test_a_run_is_named_by_its_folder_its_name_or_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,24 @@ def test_a_retry_that_could_not_be_recorded_is_recorded_when_the_line_is_logged_
     assert [(r.first_step, r.last_step) for r in upload_state.load(run).retries] == [(11, 18)]
 
 
+@pytest.mark.parametrize("first", [11, 20])
+def test_a_rewind_that_could_not_be_made_is_made_before_the_next_line(run, ticks, monkeypatch, first: int):
+    history = History(run, 0)
+    train(history, 1, 18)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(upload_state, "update", full)
+        with pytest.raises(OSError):
+            history.rewind(10)
+        with pytest.raises(OSError):
+            history.log(first, {"train/loss": 9.0})
+    train(history, first, 20)
+    assert steps(run) == [*range(1, 11), *range(first, 21)]
+
+
 def test_a_rollback_without_rewind_is_detected_by_a_lower_step(run, ticks):
     history = History(run, 0)
     train(history, 1, 18)

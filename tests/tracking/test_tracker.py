@@ -51,6 +51,22 @@ def test_lines_and_events_that_cannot_be_written_are_written_later(tmp_path: Pat
     assert steps(run)[0] == 1 and "first" in [line.get("error") for line in lines(run.events_file)]
 
 
+def test_a_full_disk_does_not_end_a_run_that_rolls_back(tmp_path: Path) -> None:
+    tracker = begin(*(made := make_run(tmp_path, "none")))
+    for step in (1, 2, 3):
+        tracker.log(step, {"train/loss": 3.0})
+    with failing_storage():
+        tracker.rewind(1)
+        tracker.log(2, {"train/loss": 2.5})
+    tracker.log(3, {"train/loss": 2.0})
+    tracker.close("FINISHED")
+    assert [(line["step"], line["train/loss"]) for line in lines(made[0].metrics_file)] == [
+        (1, 3.0),
+        (2, 2.5),
+        (3, 2.0),
+    ]
+
+
 def test_a_failure_to_record_the_end_of_a_failed_start_does_not_replace_its_reason(tmp_path: Path) -> None:
     tracker = begin(*make_run(tmp_path, "none"))
     with failing_storage():

@@ -38,7 +38,6 @@ def test_a_reading_is_the_mean_over_the_steps_since_the_last_one(time: Time) -> 
         steps.step_done()
     time.now += 2.0
     assert steps.read() == {"data": 2.0, "forward_backward": 4.0, "step": 7.0}
-    assert steps.step_s == 7.0
 
     time.now += 5.0
     steps.lap("data")
@@ -66,6 +65,25 @@ def test_a_pause_is_part_of_no_lap_and_of_no_step(time: Time) -> None:
     steps.lap("data")
     steps.step_done()
     assert steps.read() == {"data": 3.0, "step": 3.0}
+
+
+def test_the_longest_recent_step_is_known_before_the_first_reading_but_for_the_first_step_and_pauses(
+    time: Time,
+) -> None:
+    """The first step of a start also compiles."""
+    steps = StepClock()
+    assert steps.longest_step_s == 0.0
+    for seconds, longest in ((60.0, 0.0), (2.0, 2.0), (5.0, 5.0), (3.0, 5.0)):
+        time.now += seconds
+        steps.lap("optimizer")
+        steps.step_done()
+        time.now += 30.0
+        steps.pause()
+        assert steps.longest_step_s == longest
+    for _ in range(100):
+        time.now += 1.0
+        steps.step_done()
+    assert steps.longest_step_s == 1.0
 
 
 def test_the_longest_pause_is_remembered(time: Time) -> None:

@@ -153,12 +153,14 @@ def test_a_warning_looks_for_no_checkpoint(tmp_path: Path, recorded: list[Any]) 
     assert session.saver.waits == []  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("evaluated", [30, 31])
 def test_a_rollback_restores_the_state_skips_the_suspects_and_quarantines_what_came_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: int
 ) -> None:
     """The guard forgets the jump, but not which batches earlier rollbacks have skipped."""
     session = fake_session(tmp_path, guard={"on_spike": "rollback", "rollback_skip": 2})
     session.step, session.tokens_seen, session.guard.skipped = 40, 4000, (3, 7)
+    session.evaluation = SimpleNamespace(step=evaluated)  # type: ignore[assignment]
     folders = {step: session.run.checkpoints / step_name(step) for step in (20, 30, 35, 38)}
     for folder in folders.values():
         folder.mkdir(parents=True)
@@ -182,3 +184,4 @@ def test_a_rollback_restores_the_state_skips_the_suspects_and_quarantines_what_c
     rolled_back = RolledBack(step=40, to=30, skipped=[3, 7, 40, 41])
     assert session.tracker.events == [rolled_back]  # type: ignore[attr-defined]
     assert session.tracker.rewound == [30]  # type: ignore[attr-defined]
+    assert (session.evaluation is None) == (evaluated == 31), "step 31 will come again, with other weights"

@@ -125,7 +125,8 @@ def test_the_time_limit_accounts_for_steps_saves_and_validations(
     session = fake_session(tmp_path, **{"train.num_val_batches": 10})
     asked: list[tuple[float, ...]] = []
     session.stop.check_time = lambda *seconds: asked.append(seconds)  # type: ignore[method-assign, assignment]
-    session.clock.step_s, session.clock.longest_pause_s = 2.0, pause
+    session.clock._recent.append(2.0)
+    session.clock.longest_pause_s = pause
     if durable is not None:
         session.saves.append(Saved(20, Path("step_00000020"), None, durable))
     session.log(step, 1e-3, pending())

@@ -67,19 +67,25 @@ def test_a_resumed_start_continues_the_state_of_the_checkpoint(resumable: Config
     assert (resumed["step"], resumed["world_size"]) == (10, 1)
 
 
-def test_a_finished_run_that_is_started_again_says_so_and_records_nothing(trained: Trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cycle", "cure"), [(40, r"train\.max_iters=20"), (None, r"a new run with init\.from=\S+")])
+def test_a_finished_run_that_is_started_again_says_so_and_records_nothing(
+    trained: Trained, tmp_path: Path, cycle: int | None, cure: str
+) -> None:
+    """A cosine that ends with the run would have taken other steps towards a later end."""
     config = trained.again(tmp_path)
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"cosine_cycle_iters": cycle})})
     run = run_for(config)
     shutil.copytree(trained.run.path, run.path)
     run.config_file.write_text(dump_config(config))
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    with pytest.raises(NothingToDo, match=rf"{run.path}: finished already, at step 10; train.max_iters=20 ") as done:
+    with pytest.raises(NothingToDo, match=rf"{run.path}: finished already, at step 10; {cure} would ") as done:
         train(config)
     assert done.value.exit_code == 0
     after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     assert {path.name for path in after if before.get(path) != after[path]} <= {OWNER_FILE}
     longer = config.model_copy(update={"train": config.train.model_copy(update={"max_iters": 11})})
-    assert train(longer).step == 11
+    if cycle is not None:
+        assert train(longer).step == 11
 
 
 def test_a_start_says_what_it_trains(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,10 +244,11 @@ def test_the_saver_keeps_a_checkpoint_for_a_rollback(
 ) -> None:
     run, kept = run_for(trained.again(tmp_path)), []
     run.checkpoints.mkdir(parents=True)
-    monkeypatch.setattr(startup, "CheckpointSaver", lambda *args: kept.append(args[-1]))
+    monkeypatch.setattr(startup, "CheckpointSaver", lambda *args: kept.append(args[-2:]))
     with group.process_group(World(), torch.device("cpu")):
         for on_spike in ("warn", "rollback"):
             guard = trained.config.guard.model_copy(update={"on_spike": on_spike})
             config = trained.config.model_copy(update={"guard": guard})
             startup._take_over(config, run, World(), lambda saved: None)
-    assert kept == [0, trained.config.guard.rollback_skip]
+    interval = trained.config.train.checkpoint_interval
+    assert kept == [(0, interval), (trained.config.guard.rollback_skip, interval)]

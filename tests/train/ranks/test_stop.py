@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from pipeline.errors import EXIT_STOPPED, UsageError
 from pipeline.train.ranks import stop as module
 from pipeline.train.ranks.stop import StopRequest
+from tests.experiment import write_experiment
 
 
 class Left(Exception):
@@ -51,6 +56,39 @@ def test_outside_the_context_signals_do_what_they_did_before() -> None:
     with StopRequest():
         assert [signal.getsignal(number) for number in module._SIGNALS] != before
     assert [signal.getsignal(number) for number in module._SIGNALS] == before
+
+
+def test_the_context_may_be_entered_again_while_it_is_open() -> None:
+    before = [signal.getsignal(number) for number in module._SIGNALS]
+    with StopRequest() as stop:
+        with stop:
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.reason == "SIGTERM"
+    assert [signal.getsignal(number) for number in module._SIGNALS] == before
+
+
+# PyTorch imports numpy from C++, where an exception is lost.
+INTERRUPTED = """
+import signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy.version":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["pipeline", "train", sys.argv[1]]
+from pipeline.cli.main import main
+main()
+"""
+
+
+def test_a_ctrl_c_while_libraries_are_imported_ends_the_start(tmp_path: Path) -> None:
+    config = write_experiment(tmp_path, tmp_path / "runs", "never")
+    command = [sys.executable, "-c", INTERRUPTED, str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == EXIT_STOPPED, done.stderr
+    assert done.stderr == "pipeline: stopped by SIGINT before training began; nothing was trained\n"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_second_ctrl_c_by_hand_exits_at_once(clock: SimpleNamespace) -> None:
@@ -95,6 +133,12 @@ def test_the_limit_leaves_time_for_three_steps_and_a_save_and_a_half(
     stop = StopRequest()
     stop.check_time(step_s, save_s, between_s)
     assert stop.reason == reason
+
+
+def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_DEADLINE", "18:00")
+    with pytest.raises(UsageError, match="PIPELINE_DEADLINE=18:00: must be Unix seconds"):
+        StopRequest()
 
 
 def test_without_a_limit_no_step_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
