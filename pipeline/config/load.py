@@ -40,22 +40,22 @@ def parse_config(
             product = f"{micro_batch} x {ranks} = {micro_batch * ranks}"
             yield wrong_value("train.batch_size", batch, f"a multiple of micro_batch_size x world size = {product}")
 
-    def node_copies_divide_the_ranks(config: Config) -> Iterator[Problem]:
-        zero = config.deepspeed.get("zero_optimization")
-        ranks = zero.get("zero_hpz_partition_size") if isinstance(zero, dict) else None
-        if world_size is not None and isinstance(ranks, int) and ranks > 0 and world_size % ranks:
-            path = "deepspeed.zero_optimization.zero_hpz_partition_size"
-            yield wrong_value(path, ranks, f"the ranks of a node, a divisor of the world size = {world_size}")
+    def what_the_ranks_need(config: Config) -> Iterator[Problem]:
+        return problems_of_ranks(config, world_size) if world_size is not None else iter(())
 
-    def bf16_gradients_are_not_added_up(config: Config) -> Iterator[Problem]:
-        train = config.train
-        several = world_size is not None and train.batch_size > train.micro_batch_size * world_size
-        if train.precision == "bf16" and train.zero_stage == 1 and several:
-            cure = "2, which adds them up in float32: at stage 1 a step's micro-batches would be added up in bf16"
-            yield wrong_value("train.zero_stage", 1, cure)
+    return CONFIG.parse(text, source, overrides, [batch_is_shared_evenly, what_the_ranks_need])
 
-    rules = [batch_is_shared_evenly, node_copies_divide_the_ranks, bf16_gradients_are_not_added_up]
-    return CONFIG.parse(text, source, overrides, rules)
+
+def problems_of_ranks(config: Config, ranks: int) -> Iterator[Problem]:
+    """Yields what so many processes cannot train, but for a batch that they cannot share."""
+    zero, train = config.deepspeed.get("zero_optimization"), config.train
+    copies = zero.get("zero_hpz_partition_size") if isinstance(zero, dict) else None
+    if isinstance(copies, int) and copies > 0 and ranks % copies:
+        path = "deepspeed.zero_optimization.zero_hpz_partition_size"
+        yield wrong_value(path, copies, f"the ranks of a node, a divisor of the world size = {ranks}")
+    if train.precision == "bf16" and train.zero_stage == 1 and train.batch_size > train.micro_batch_size * ranks:
+        cure = "2, which adds them up in float32: at stage 1 a step's micro-batches would be added up in bf16"
+        yield wrong_value("train.zero_stage", 1, cure)
 
 
 def dump_config(config: Config) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -55,15 +55,25 @@ class RotaryEmbedding(nn.Module):
                 no table.
         """
         if isinstance(positions, Tensor) and 1 < positions.dim() < x.dim() - 1:
-            positions = positions.reshape(*positions.shape[:-1], *[1] * (x.dim() - 1 - positions.dim()), -1)
-        cos, sin = self.cos[positions], self.sin[positions]
-        pairs = x.float().unflatten(-1, (-1, 2))
+            outer, length = positions.shape[:-1], positions.shape[-1]
+            positions = positions.reshape(*outer, *[1] * (x.dim() - 1 - positions.dim()), length)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = self.cos[positions].to(wide), self.sin[positions].to(wide)
+        pairs = x.to(wide).unflatten(-1, (-1, 2))
         if torch.compiler.is_compiling():  # which fuses the parts, and knows no complex numbers
             even, odd = pairs[..., 0], pairs[..., 1]
             rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
         else:
             rotated = _Rotation.apply(pairs, torch.complex(cos, sin))
         return rotated.flatten(-2).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the tables but keeps their type: bfloat16 cannot tell one position from the next."""
+        cos, sin = self.cos, self.sin
+        super()._apply(fn, recurse)
+        if self.cos.dtype != cos.dtype:
+            self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
+        return self
 
 
 class _Rotation(torch.autograd.Function):

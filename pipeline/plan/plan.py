@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.config.load import problems_of_ranks
 from pipeline.config.sections import Config
 from pipeline.model.flops import flops_per_token
 from pipeline.plan.devices import GIB, Device
@@ -84,6 +85,8 @@ class PlanRow:
     """Number of processes, one per device."""
     batch_size: int
     """The config's global batch, or the next larger one that these ranks can share."""
+    refused: tuple[str, ...]
+    """Why so many processes would refuse to train the config."""
     memory: Memory
     """Memory of each process at the config's ZeRO stage."""
     peak_by_stage: tuple[float, ...]
@@ -195,6 +198,7 @@ def _row(config: Config, nodes: int, cluster: Cluster) -> PlanRow:
         nodes=nodes,
         ranks=ranks,
         batch_size=batch,
+        refused=tuple(map(str, problems_of_ranks(grown, ranks))),
         memory=memory,
         peak_by_stage=tuple(process_memory(grown, ranks, stage, cluster.on_cpu).peak for stage in range(4)),
         fits=fits_device(memory, memory_gib) if memory_gib else None,

@@ -18,7 +18,7 @@ from pipeline.text_format import count, figure
 
 def print_plan(config: Config, rows: Sequence[PlanRow], cluster: Cluster, console: Console) -> None:
     """Prints what is planned, then memory, speed, cost and failures as tables, and the inputs they rest on."""
-    for line in _header(config, cluster):
+    for line in (*_refusals(rows), *_header(config, cluster)):
         console.print(line)
     console.print()
     expected = [_expected(rows, cluster)] if rows[0].expected else []
@@ -30,6 +30,15 @@ def print_plan(config: Config, rows: Sequence[PlanRow], cluster: Cluster, consol
         console.print(table)
     for line in _notes(config, rows, cluster):
         console.print(line)
+
+
+def _refusals(rows: Sequence[PlanRow]) -> list[str]:
+    """Returns what training would refuse, and on how many nodes."""
+    lines = []
+    for problem in dict.fromkeys(problem for row in rows for problem in row.refused):
+        nodes = ", ".join(f"{row.nodes}" for row in rows if problem in row.refused)
+        lines.append(f"WARNING: on {nodes} node{'' if nodes == '1' else 's'} training refuses {problem}")
+    return lines
 
 
 def _header(config: Config, cluster: Cluster) -> list[str]:

@@ -61,6 +61,28 @@ def test_rope_at_a_slice_of_the_positions_gives_the_bits_of_single_positions_and
     assert not any(event.name == "aten::index" for event in profiler.events())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float64, 1e-7)]
+)
+def test_rope_keeps_the_type_of_what_it_rotates_and_its_own_tables(dtype: torch.dtype, tolerance: float):
+    rope, positions = RotaryEmbedding(10000.0, 8, 4096), torch.tensor([4093, 4094, 4095])
+    x = torch.randn(2, 3, 8).to(dtype)
+    expected = rope(x.float(), positions)
+    found = rope.to(dtype)(x, positions)
+    assert found.dtype == dtype and rope.cos.dtype == torch.float32
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_gradient_of_rope_is_that_of_float64():
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: RotaryEmbedding(100.0, 8, 16)(x, torch.arange(3)), x)
+
+
+def test_rope_rotates_an_empty_batch():
+    positions = torch.zeros(0, 5, dtype=torch.int64)
+    assert RotaryEmbedding(100.0, 8, 16)(torch.zeros(0, 2, 5, 8), positions).shape == (0, 2, 5, 8)
+
+
 def test_rope_rejects_an_odd_head_size():
     with pytest.raises(ValueError, match="even"):
         RotaryEmbedding(10000.0, 7, 16)

@@ -150,6 +150,15 @@ def test_a_compiled_block_is_one_graph_that_keeps_what_checkpointing_keeps(mode,
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+def test_a_model_that_is_cast_to_bfloat16_gives_nearly_the_logits_of_float32():
+    tokens = torch.randint(0, 97, (2, 32))
+    with torch.no_grad():
+        expected = small_model()(tokens)
+        found = small_model().bfloat16()(tokens)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() < 0.03 * expected.norm()
+
+
 def test_the_model_returns_the_loss_of_its_logits():
     model, ids = small_model(), torch.randint(0, 97, (2, 33))
     model.loss_chunk_tokens = 10

@@ -38,6 +38,17 @@ def test_a_precision_that_the_device_lacks_is_the_first_thing_said():
     assert "WARNING" not in pipeline("plan", "configs/135m.yaml", "--nodes", "1", "train.precision=bf16").stdout
 
 
+def test_what_training_would_refuse_with_so_many_ranks_is_said_first():
+    settings = ["train.precision=bf16", "train.zero_stage=1", "train.batch_size=64", "train.micro_batch_size=4"]
+    command = ["plan", "configs/demo.yaml", "--nodes", "1,2,4", "--per-node", "4", *settings]
+    shown = " ".join(pipeline(*command).stdout.split())
+    assert shown.startswith("WARNING: on 1, 2 nodes training refuses train.zero_stage: given 1, allowed: 2, which adds")
+    parted = "deepspeed.zero_optimization.zero_hpz_partition_size=8"
+    shown = " ".join(pipeline(*command, parted, "train.zero_stage=3").stdout.split())
+    assert shown.startswith(f"WARNING: on 1 node training refuses {parted.partition('=')[0]}: given 8")
+    assert [len(row["refused"]) for row in json.loads(pipeline(*command, "--json").stdout)] == [1, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
