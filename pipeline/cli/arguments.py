@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import UsageError
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="The experiment's YAML file.")]
 Overrides = Annotated[
@@ -22,17 +22,6 @@ AllowImageChange = Annotated[
 ]
 LARGEST_SEED = 2**63 - 1
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-
-
-def refuse(problems: list[PipelineError]) -> None:
-    """Ends a command that has done all it could, if some of what it was given was wrong.
-
-    Raises:
-        PipelineError: There are problems; a UsageError if all of them are the user's.
-    """
-    if problems:
-        kind = UsageError if all(isinstance(problem, UsageError) for problem in problems) else PipelineError
-        raise kind("\n  ".join(map(str, problems)))
 
 
 def numbers_from(text: str, option: str, least: int) -> list[int]:

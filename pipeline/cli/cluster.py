@@ -16,7 +16,6 @@ from pipeline.cli.arguments import (
     RunFolder,
     RunFolders,
     numbers_from,
-    refuse,
 )
 from pipeline.errors import EXIT_FAILED, PipelineError, UsageError
 from pipeline.text_format import echo
@@ -86,13 +85,13 @@ def status(
     """Show the state of runs: step, loss, speed, time left, restarts, goodput, last checkpoint."""
     from pipeline.launch.watch import status_view
     from pipeline.launch.watch.status import statuses
-    from pipeline.run.related import found_runs, read_branches
+    from pipeline.run.related import found_runs, read_branches, refuse, runs_here
     from pipeline.terminal import Terminal
 
     problems: list[PipelineError] = []
 
     def refresh() -> list[RunStatus]:
-        runs, problems[:] = found_runs(paths or ["runs"])
+        runs, problems[:] = found_runs(paths) if paths else (runs_here(), [])
         decays = [branch.run for branch in read_branches(runs[0])] if len(runs) == 1 else []
         return [*statuses(runs), *statuses([run for run in decays if run.config_file.is_file()])]
 
@@ -132,7 +131,7 @@ def cancel(run_folders: RunFolders) -> None:
     """Cancel the jobs of runs; training saves first, and nothing is requeued."""
     from pipeline.launch.slurm.client import SlurmError
     from pipeline.launch.watch.cancel import cancel as cancel_run
-    from pipeline.run.related import found_runs
+    from pipeline.run.related import found_runs, refuse
 
     runs, problems = found_runs(run_folders)
     for run in runs:

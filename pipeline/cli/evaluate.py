@@ -23,24 +23,31 @@ def evaluate(
         str | None, typer.Option(metavar="A,B,...", help="Tasks, groups or tags of lm-evaluation-harness.")
     ] = None,
     step: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Step of the checkpoint; the newest by default.")
+        int | None,
+        typer.Option(metavar="N", min=0, help="With --tasks: step of the checkpoint; the newest by default."),
     ] = None,
-    every_checkpoint: Annotated[bool, typer.Option("--every-checkpoint", help="All checkpoints.")] = False,
+    every_checkpoint: Annotated[
+        bool, typer.Option("--every-checkpoint", help="With --tasks: all checkpoints.")
+    ] = False,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Only the first documents of each task.")
+        int | None, typer.Option(metavar="N", min=1, help="With --tasks: only the first documents of each.")
     ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(metavar="K", min=0, help="Examples before each document.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(metavar="K", min=0, help="With --tasks: examples before each document.")
+    ] = None,
     include_path: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Further tasks: YAML of the harness without code.")
+        str | None, typer.Option(metavar="FOLDER", help="With --tasks: further ones, YAML of the harness without code.")
     ] = None,
     fetch: Annotated[
-        bool, typer.Option("--fetch", help="Only fetch the tasks' data; nothing else uses the network.")
+        bool, typer.Option("--fetch", help="With --tasks: only fetch their data; nothing else uses the network.")
     ] = False,
 ) -> None:
     """Print the loss on the whole validation split; with --tasks, the scores on tasks."""
     if tasks is None:
-        if run_folder is None or fetch or every_checkpoint or (step, limit, num_fewshot, include_path) != (None,) * 4:
-            raise UsageError("evaluate: needs a run folder, or --tasks for what its other options are about")
+        if fetch or every_checkpoint or (step, limit, num_fewshot, include_path) != (None,) * 4:
+            raise UsageError("evaluate: every other option goes with --tasks; name the tasks, or leave the others out")
+        if run_folder is None:
+            raise UsageError("evaluate: name the run folder, or fetch the data of tasks with --tasks A,B --fetch")
         _validation(run_folder)
         return
     names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))

@@ -38,7 +38,7 @@ _FIXED_FIELDS = {
     ),
 }
 
-_RUNS_DIR = str(Config.model_fields["runs_dir"].default)
+RUNS_DIR = str(Config.model_fields["runs_dir"].default)
 CHECKPOINT_MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_([0-9]{8,15})")
 
@@ -205,7 +205,7 @@ def open_run(named: str | Path) -> Run:
     else:
         found = [Run(path)]
         if len(path.parts) == 1:
-            found.append(Run(Path(_RUNS_DIR) / path))
+            found.append(Run(Path(RUNS_DIR) / path))
         missing = f"{located(path)}: is not a run folder (it has no config.yaml)"
     existing = next((run for run in found if run.config_file.is_file()), None)
     if existing is not None:

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict  # pydantic takes that of typing from Py
 
 from pipeline.errors import PipelineError, UsageError
 from pipeline.files import write_json
-from pipeline.run.folder import Run, open_run
+from pipeline.run.folder import RUNS_DIR, Run, open_run
 from pipeline.run.records import read_checked
 
 
@@ -118,8 +118,34 @@ def found_runs(paths: Sequence[str]) -> tuple[list[Run], list[PipelineError]]:
         for run in runs:
             found.setdefault(run.path.resolve(), run)
     if not found:
-        raise problems[0] if problems else UsageError("there is no run")
+        refuse(problems or [UsageError("there is no run")])
     return list(found.values()), problems
+
+
+def runs_here() -> list[Run]:
+    """Returns the runs of the default folder.
+
+    Raises:
+        UsageError: There are none yet.
+    """
+    found = _runs_inside(RUNS_DIR)
+    if not found:
+        raise UsageError(
+            f"there are no runs here yet (in {RUNS_DIR}/): `pipeline train CONFIG` begins one; or name a run, "
+            "or a folder of runs"
+        )
+    return found
+
+
+def refuse(problems: list[PipelineError]) -> None:
+    """Ends a command that has done all it could, if some of what it was given was wrong.
+
+    Raises:
+        PipelineError: There are problems; a UsageError if all of them are the user's.
+    """
+    if problems:
+        kind = UsageError if all(isinstance(problem, UsageError) for problem in problems) else PipelineError
+        raise kind("\n  ".join(map(str, problems)))
 
 
 def _runs_at(path: str) -> list[Run]:
@@ -131,5 +157,9 @@ def _runs_at(path: str) -> list[Run]:
         if not there:
             raise UsageError(f"{path}: the folders of its runs are gone: {swept[0].run.path} ...")
         return there
+    return _runs_inside(path) or [open_run(path)]
+
+
+def _runs_inside(path: str) -> list[Run]:
     inside = sorted(Path(path).glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
-    return [Run(p.parent) for p in inside] or [open_run(path)]
+    return [Run(p.parent) for p in inside]

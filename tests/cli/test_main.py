@@ -140,6 +140,8 @@ def test_no_package_takes_part_in_checking_a_config(tmp_path):
         (["train", "configs/demo.yaml", "train.max_itres=1"], 2, "`max_iters` in the section"),
         (["train", "configs/demo.yaml", "train.max_iters=soon"], 2, 'given "soon"'),
         (["sample", "nowhere"], 2, "not a run folder"),
+        (["evaluate", "nowhere", "--step", "3"], 2, "every other option goes with --tasks"),
+        (["evaluate"], 2, "name the run folder"),
         (["no-such-command"], 2, "No such command"),
     ],
 )

@@ -13,6 +13,7 @@ from pipeline.checkpoint.layout import published
 from pipeline.checkpoint.weights import load_weights
 from pipeline.commands.export import export_run
 from pipeline.commands.sample import sample_run
+from pipeline.launch.watch.status import statuses
 from pipeline.run.folder import Run, open_run
 from pipeline.run.records import ancestry
 from pipeline.train.evaluate import evaluate_run
@@ -29,7 +30,7 @@ def trained(run: Run, save: Save) -> Run:
     return run
 
 
-def test_an_average_is_used_like_a_run(trained: Run, tmp_path: Path):
+def test_an_average_is_used_like_a_run(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "mean"
     assert command("average", str(trained.path), "--steps", "3,1", "--output", str(output)) == 0
     made = open_run(output)
@@ -41,6 +42,11 @@ def test_an_average_is_used_like_a_run(trained: Run, tmp_path: Path):
     assert sample_run(made, "We")[0].startswith("We")
     assert evaluate_run(made).step == 3
     assert export_run(made, "hf").is_dir()
+    (status,) = statuses([made])
+    assert (status.state, status.reason) == ("finished", "not trained: the uniform average of 2 checkpoints up to that")
+    capsys.readouterr()
+    assert command("evaluate", str(output)) == 0
+    assert capsys.readouterr().err == "", "there is no store to say anything about"
     assert str(trained.path) in ancestry(made.origin())[0] and "2 checkpoints" in ancestry(made.origin())[0]
 
 

@@ -118,6 +118,9 @@ def _belongs(info: JobInfo, job: Job) -> bool:
 def _known(run: Run, events: EventLog, chain: Sequence[Job], infos: dict[str, JobInfo] | None) -> _Known:
     newest = chain[-1] if chain else None
     if newest is None:
+        origin = None if run.events_file.exists() else run.origin()
+        if origin is not None and "checkpoints" in origin:
+            return _Known("finished", f"not trained: the {origin['what']}")
         return _from_folder(run, events, None) or _Known("stopped", "its process ended and left no record")
     if infos is None:
         return _from_folder(run, events, newest) or _Known(

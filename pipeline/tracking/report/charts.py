@@ -33,6 +33,13 @@ _FEW = 40  # points of a curve that are shown one by one
 _MOST_NAMED = 12  # restarts of a chart that have room for a name
 
 
+def colour_of(number: int) -> str:
+    """Returns the colour of one line among many: eight that are easy to tell apart, and behind them ever other ones."""
+    if number < len(COLOURS):
+        return COLOURS[number]
+    return f"hsl({number * 137.508 % 360:.0f},45%,42%)"  # the golden angle: no two are near each other for long
+
+
 @dataclass(frozen=True)
 class Curve:
     """The values of one metric by step."""
@@ -89,7 +96,7 @@ def line_chart(
     figure = go.Figure()
     limit = _limit(sum(key in run.curves for run in runs for key, _ in keys))
     for number, run in enumerate(runs):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = colour_of(number)
         for place, (key, label) in enumerate(keys):
             if key not in run.curves:
                 continue
@@ -101,7 +108,7 @@ def line_chart(
                 name=_legend(run, label, alone=len(runs) == 1, only=len(keys) == 1),
                 mode="lines+markers" if marker else "lines",
                 line={
-                    "color": colour if len(runs) > 1 else COLOURS[place % len(COLOURS)],
+                    "color": colour if len(runs) > 1 else colour_of(place),
                     "width": 1.6,
                     "dash": _dash(place),
                 },
@@ -139,7 +146,7 @@ def _add_restarts(figure: go.Figure, runs: Sequence[Series], named: bool) -> Non
             textposition=[
                 f"middle {'left' if step > 0.75 * last else 'right'}" for step in run.restarts for _ in range(4)
             ],
-            textfont={"size": 11, "color": (colour := COLOURS[number % len(COLOURS)])},
+            textfont={"size": 11, "color": (colour := colour_of(number))},
             line={"color": colour, "width": 1, "dash": "dot"},
             opacity=0.8,
             hovertemplate=f"{name} at step %{{x}}<extra></extra>",

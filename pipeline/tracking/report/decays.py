@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from pipeline.run.folder import Run
 from pipeline.run.related import SweepRun, read_branches
-from pipeline.tracking.report.charts import COLOURS, WIDE, Series, escaped, line_chart, styled, to_html
+from pipeline.tracking.report.charts import WIDE, Series, colour_of, escaped, line_chart, styled, to_html
 from pipeline.tracking.report.members import LOSS, Member, read_member, runs_table
 from pipeline.tracking.report.page import Section
 from pipeline.tracking.report.power_law import PowerLaw, fit
@@ -44,7 +44,7 @@ def loss_by_tokens(decays: Mapping[str, Sequence[Member]]) -> list[Section]:
     figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.03)
     laws: list[str] = []
     for number, (name, points) in enumerate(lines.items()):
-        style = {"color": COLOURS[number % len(COLOURS)]}
+        style = {"color": colour_of(number)}
         law = fit([tokens for tokens, _, _ in points], [loss for _, _, loss in points])
         for column in (0, 1):
             figure.add_trace(

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from pipeline.run.evaluations import TaskEvaluation, TaskScores, evaluations, suffix
 from pipeline.run.folder import Run
 from pipeline.text_format import printable
-from pipeline.tracking.report.charts import COLOURS, escaped, styled, to_html
+from pipeline.tracking.report.charts import colour_of, escaped, styled, to_html
 from pipeline.tracking.report.page import Section
 
 _NOTE = "Bars: one standard error. {better}"
@@ -74,7 +74,7 @@ def _chart(points: Sequence[_Point], metric: str, names: Sequence[str]) -> go.Fi
             error_y={"type": "data", "array": [value["stderr"] or 0.0 for value in values], "thickness": 1, "width": 3},
             name=escaped(name),
             mode="lines+markers",
-            line={"color": COLOURS[number % len(COLOURS)], "width": 1.6},
+            line={"color": colour_of(number), "width": 1.6},
             marker={"size": 6},
         )
     return styled(figure, "step", escaped(metric), legend=len(names) > 1)

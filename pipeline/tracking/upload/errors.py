@@ -7,13 +7,22 @@ import contextlib
 import os
 import re
 import socket
+import sqlite3
 from collections.abc import Iterator
+
+from pipeline.errors import in_words as plain_in_words
 
 _CREDENTIALS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME")
 _FILE = "~/.mlflow/credentials"  # where MLflow looks for what the environment lacks
 _CURE = (
     f"MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment, or {_FILE}"
 )
+_ANSWERS = {
+    "too many 429 error responses": "the server is asked too often (429); try again later",
+    r"too many (\d+) error responses": "the server fails ({}); see its log, then try again",
+    "error code 404|not in a valid JSON format": "what answers there is no MLflow server, or an old one, or a proxy or "
+    "a login page in its place; check the address",
+}
 _STATUS = {"UNAUTHENTICATED": 401, "CUSTOMER_UNAUTHORIZED": 401, "PERMISSION_DENIED": 403}
 
 
@@ -33,7 +42,7 @@ def is_missing(error: Exception) -> bool:
 
 def in_words(error: Exception) -> str:
     """Describes a store's failure in one line, without credentials' values and with the cure where known."""
-    text = (_redact(str(error)).strip() or type(error).__name__).splitlines()[0][:300]
+    text = (_redact(str(error)).strip() or type(error).__name__).splitlines()[0]
     status = _STATUS.get(getattr(error, "error_code", ""))
     if status is None:  # artifact requests raise errors of another kind
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -49,7 +58,15 @@ def in_words(error: Exception) -> str:
             return f"cannot be reached ({cause.strerror or cause})"
         if isinstance(cause, TimeoutError):
             return "did not answer in time"
-    return text
+        if isinstance(cause, sqlite3.Error):  # SQLAlchemy's text begins with advice for its own users
+            return str(cause)
+        if isinstance(cause, OSError) and cause.strerror:
+            return plain_in_words(cause)
+    for pattern, words in _ANSWERS.items():
+        found = re.search(pattern, text)
+        if found is not None:
+            return words.format(*found.groups())
+    return text[:300]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

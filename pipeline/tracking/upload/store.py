@@ -81,6 +81,12 @@ def _make_tables(file: Path) -> None:
     fsync_dir(file.parent)
 
 
+def _folder_name(experiment: str) -> str:
+    """Returns the name of the one folder that holds an experiment's artifacts, whatever its own name is."""
+    name = experiment.replace("/", "%2F")
+    return name.replace(".", "%2E") if name in (".", "..") else name
+
+
 class Store:
     """An open tracking store; opening one may create a sqlite file.
 
@@ -94,8 +100,8 @@ class Store:
         quiet_environment()
         from mlflow import MlflowClient
 
-        for noisy in ("mlflow", "alembic"):  # they log every table they make
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+        for noisy in ("mlflow", "alembic"):  # they log every table they make, and the stack of what they also raise
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
         self.uri = uri
         if uri.startswith("sqlite:///"):
             file = Path(uri.removeprefix("sqlite:///"))
@@ -104,6 +110,8 @@ class Store:
             with file_lock(file.with_name(f"{file.name}.lock")):
                 if not file.exists():
                     _make_tables(file)
+                with file.open("r+b"):  # MLflow would try for two minutes to open what this user may not
+                    pass
                 self._client = MlflowClient(uri, registry_uri=uri)
                 self._experiment = self._experiment_id(experiment, Path(artifact_location).resolve())
         else:
@@ -116,7 +124,7 @@ class Store:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                location = None if artifacts is None else (artifacts / name).as_uri()
+                location = None if artifacts is None else (artifacts / _folder_name(name)).as_uri()
                 return self._client.create_experiment(name, artifact_location=location, tags=_EXPERIMENT)
             except MlflowException:
                 found = self._client.get_experiment_by_name(name)  # another run has created it meanwhile

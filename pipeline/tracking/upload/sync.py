@@ -92,7 +92,12 @@ def sync(run: Run, uri: str | None = None) -> Synced:
 
 
 def sync_quietly(run: Run) -> None:
-    """Sends what a command has just made; a failure is one line on stderr, since the result is on disk."""
+    """Sends what a command has just made; a failure is one line on stderr, since the result is on disk.
+
+    A folder that no training was recorded in, such as an average, has no store.
+    """
+    if not run.mlflow_file.exists():
+        return
     try:
         sync(run)
     except PipelineError as error:

@@ -12,7 +12,7 @@ from pipeline.run.attempts import AttemptBegan, AttemptEnded, Charged
 from pipeline.run.events import Finished, Preempted, Resumed, Started
 from pipeline.run.folder import open_run
 from pipeline.tracking.goodput import Goodput
-from pipeline.tracking.report.charts import Curve, Series, goodput_chart, line_chart, time_chart
+from pipeline.tracking.report.charts import Curve, Series, colour_of, goodput_chart, line_chart, time_chart
 from pipeline.tracking.report.report import write_report
 from tests.launch.support import BASE, FIRST, branched
 from tests.tracking.support import begin, make_run
@@ -240,3 +240,7 @@ def test_a_run_of_half_a_second_has_a_bar_and_a_run_without_time_has_none():
     assert {bar.name: (bar.y, bar.x) for bar in figure.data} == {
         "startup": (("short",), (20.0,)), "training": (("short",), (80.0,)),
     }  # fmt: skip
+
+
+def test_every_run_of_a_large_sweep_has_a_colour_of_its_own():
+    assert len({colour_of(number) for number in range(64)}) == 64

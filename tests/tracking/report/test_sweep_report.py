@@ -12,7 +12,7 @@ from pipeline.errors import PipelineError, UsageError
 from pipeline.files import write_json
 from pipeline.run.events import Failed, GaveUp, Started, append
 from pipeline.run.folder import Run
-from pipeline.run.related import SweepRun, found_runs, write_sweep
+from pipeline.run.related import SweepRun, found_runs, runs_here, write_sweep
 from pipeline.tracking.report.sweep import write_sweep_report
 from tests.tracking.report.test_report import without_script
 from tests.tracking.support import begin, log_steps, make_run
@@ -90,6 +90,16 @@ def test_a_sweeps_folder_stands_for_the_runs_that_are_there(sweep: Path):
         shutil.rmtree(run.path)
     with pytest.raises(UsageError, match="are gone"):
         found_runs([str(sweep)])
+    with pytest.raises(UsageError, match=r"(?s)nothing .*is not a run folder.*neither .*is not a run folder"):
+        found_runs(["nothing", "neither"])
+
+
+def test_without_any_run_the_default_folder_says_how_to_begin_one(sweep: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(sweep.parent.parent)
+    assert len(runs_here()) == 4
+    monkeypatch.chdir(sweep)
+    with pytest.raises(UsageError, match=r"there are no runs here yet \(in runs/\): `pipeline train CONFIG`"):
+        runs_here()
 
 
 @pytest.mark.parametrize("name", ["../other", "a/b", ""])
