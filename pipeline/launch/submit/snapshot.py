@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,6 +30,25 @@ def take_snapshot(into: Path) -> None:
         write_json(temp / SNAPSHOT_RECORD, {"git": git_state(source / "pipeline"), "source": str(source)})
         if into.exists():
             shutil.rmtree(into)
+
+
+def share_snapshot(taken: Path, into: Path) -> None:
+    """Does what `take_snapshot` did for another folder, by hard links: a sweep has one code and many runs.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    with staged_dir(into) as temp:
+        shutil.copytree(taken, temp, copy_function=_link, dirs_exist_ok=True)
+        if into.exists():
+            shutil.rmtree(into)
+
+
+def _link(file: str, target: str) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # some file systems have none
+        shutil.copyfile(file, target)
 
 
 def _files(source: Path) -> list[Path]:

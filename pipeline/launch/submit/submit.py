@@ -20,7 +20,7 @@ from pipeline.launch.submit.admission import refuse_active, refuse_unfit_images
 from pipeline.launch.submit.chain import Chain
 from pipeline.launch.submit.decays import Decay, protect, unpinned_on_failure
 from pipeline.launch.submit.sbatch_errors import refused
-from pipeline.launch.submit.snapshot import take_snapshot
+from pipeline.launch.submit.snapshot import share_snapshot, take_snapshot
 from pipeline.launch.submit.undo import undone_on_failure
 from pipeline.run.events import Submitted, append
 from pipeline.run.folder import create_run
@@ -85,16 +85,16 @@ def _record(chain: Chain, jobs: list[Job]) -> None:
 
 
 def _make_folders(chain: Chain) -> None:
-    for config in chain.configs:
-        run = create_run(config)
+    runs = [create_run(config) for config in chain.configs]  # it refuses before anything is replaced
+    chain.home.launch.mkdir(parents=True, exist_ok=True)
+    take_snapshot(chain.home.code)
+    for config, run in zip(chain.configs, runs, strict=True):
         run.launch.mkdir(exist_ok=True)
         run.events_file.touch()  # the first job may write to it before this process does
         if config.container.image is not None:
             create_folders(config, run)  # Apptainer cannot bind what is not there
-        take_snapshot(run.code)
-    chain.home.launch.mkdir(parents=True, exist_ok=True)
-    if chain.is_sweep:
-        take_snapshot(chain.home.code)
+        if chain.is_sweep:
+            share_snapshot(chain.home.code, run.code)
     for job in chain.jobs:
         job.save()
 

@@ -27,10 +27,11 @@ def script(run: Path, job: str) -> str:
 
 
 def published(run: Path, *steps: int) -> None:
+    state = {"config": load_config(run.parent.parent / "config.yaml", WSD).model_dump(mode="json")}
     for step in steps:
         folder = run / f"checkpoints/step_{step:08d}"
         folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text("{}")
+        (folder / "manifest.json").write_text(json.dumps({"state": state}))
 
 
 def test_each_decay_waits_for_the_stable_run_with_its_checkpoint_pinned(tmp_path: Path, slurm: FakeSlurm):

@@ -30,6 +30,8 @@ def test_a_sweep_is_one_array_and_a_run_folder_for_every_value(tmp_path: Path, s
         assert f"pipeline {subcommand} runs/{home.name}\n" in f"{done.out}\n", "one command for all of them"
     assert "#SBATCH --array=0-3%4" in (home / "launch/102_submission.sh").read_text()
     assert "aftercorr:102" in (home / "launch/103_submission.sh").read_text()
+    codes = {(tmp_path / "runs" / name / "code/pipeline/__init__.py").stat().st_ino for name in (*names, home.name)}
+    assert len(codes) == 1, "the runs of a sweep share one copy of the code"
     for index, name in enumerate(names):
         jobs = json.loads((tmp_path / "runs" / name / "launch/jobs.json").read_text())["jobs"]
         assert [j["id"] for j in jobs] == ["101", f"102_{index}", f"103_{index}"]
