@@ -26,7 +26,7 @@ def build(
 @app.command()
 def info(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A SIF file or a sandbox folder.")],
-    other: Annotated[str | None, typer.Argument(metavar="OTHER", help="An image to compare with.")] = None,
+    other: Annotated[str | None, typer.Argument(metavar="[OTHER]", help="An image to compare with.")] = None,
 ) -> None:
     """Print what an image was built from; exit status 1 if it differs from its record.
 

@@ -86,7 +86,7 @@ def _check_dataset_of(checkpoint: Path, dataset: Path) -> None:
 def _verify_checkpoint(folder: Path) -> str:
     from pipeline.checkpoint.read import verify  # imports torch, which a dataset does not need
 
-    return f"{folder}: all {len(verify(folder).files):,} files of the checkpoint match its manifest"
+    return f"{folder}: all files of the checkpoint match its manifest ({len(verify(folder).files):,})"
 
 
 def _verify_dataset(folder: Path, token_folder: str | None) -> str:

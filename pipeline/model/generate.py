@@ -65,9 +65,13 @@ def _document_starts(context: Sequence[int], first: int, end_id: int | None, dev
     return torch.tensor([starts[first:]], device=device)
 
 
+# Below it the likeliest token is certain for any float32 logits that differ, and dividing by it may give infinities.
+_GREEDY = 1e-6
+
+
 def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
     """Draws one token from logits `(vocab,)`."""
-    if temperature == 0:
+    if temperature < _GREEDY:
         return int(logits.argmax())
     probabilities, order = softmax(logits.float() / temperature, dim=-1).sort(descending=True)
     # A token is kept while the likelier ones hold less than top_p: the likeliest always is.

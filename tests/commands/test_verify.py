@@ -19,7 +19,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_is_verified_and_a_folder_that_is_nothing_is_refused(folder: Path) -> None:
-    assert "all 1 files" in verify_path(str(folder / "step_00000001"))
+    assert "all files of the checkpoint match its manifest (1)" in verify_path(str(folder / "step_00000001"))
     with pytest.raises(UsageError, match="neither"):
         verify_path(str(folder))
 

@@ -50,4 +50,5 @@ def test_top_p_keeps_the_smallest_set_that_holds_the_probability():
     generator = torch.Generator().manual_seed(0)
     drawn = {draw(logits, 1.0, 0.7, generator) for _ in range(300)}
     assert drawn == {0, 1}
+    assert {draw(1e3 * logits, 1e-40, 1.0, generator) for _ in range(20)} == {0}, "dividing would give infinities"
     assert {draw(logits, 1.0, 0.01, generator) for _ in range(20)} == {0}

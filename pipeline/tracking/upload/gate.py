@@ -61,7 +61,9 @@ class Gate:
         try:
             self._server = socket.create_server(("127.0.0.1", port or 0), backlog=socket.SOMAXCONN)
         except OSError as error:
-            raise UsageError(f"port {port} is taken ({error.strerror}); choose another with --port") from error
+            raise UsageError(
+                f"port {port} is taken ({str(error.strerror).partition(' (')[0]}); choose another with --port"
+            ) from error
         self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         self._closed = False
         threading.Thread(target=self._listen, name="gate", daemon=True).start()
