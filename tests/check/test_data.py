@@ -62,6 +62,11 @@ def test_a_phase_that_cannot_be_read_fails(folder: Path) -> None:
     assert found.status == "failed" and "code" in found.found
 
 
+def test_a_validation_that_fills_no_window_fails(folder: Path) -> None:
+    found = checked(folder, "model.context_length=100")["validation"]
+    assert found.status == "failed" and "81 tokens of the validation split fill no window of 101" in found.found
+
+
 def test_validation_is_told_in_steps(folder: Path) -> None:
     found = checked(folder, "train.val_interval=10", "train.num_val_batches=1")["validation"]
     assert found.status == "ok" and "4 windows of held" in found.found
