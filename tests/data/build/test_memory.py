@@ -94,7 +94,7 @@ def test_memory_is_given_back_where_words_are_forgotten() -> None:
     rng = random.Random(0)
 
     def encode_new_words() -> int:
-        for _ in range(3):
+        for _ in range(6):
             made.encode_batch(Documents.of([b" ".join(rng.randbytes(6).hex().encode() for _ in range(150_000))]))
         return memory.resident_bytes()
 
