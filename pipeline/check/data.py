@@ -90,6 +90,10 @@ def _epochs(config: Config, manifest: DatasetManifest) -> Check:
         for name, number in epochs.items()
     ]
     found = f"in {train.max_iters:,} steps: {'; '.join(parts)}"
+    weighted = [source.name for source in config.data.sources if source.weight != 1 and source.split != "validation"]
+    if weighted and not order.weights:
+        cure = f"nothing reads the weight of {', '.join(weighted)}: set data.mixing=weighted, or leave it out"
+        return Check("epochs", "warning", found, cure)
     often = [name for name, number in epochs.items() if number > _MOST_EPOCHS]
     if not often:
         return Check("epochs", "ok", found)

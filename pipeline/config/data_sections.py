@@ -129,14 +129,6 @@ class DataConfig(Section):
             )
 
     @rule
-    def _weights_count(self) -> Iterator[Problem]:
-        if self.mixing == "weighted" or self.phases:
-            return
-        for number, source in enumerate(self.sources):
-            if source.weight != 1.0 and source.split != "validation":
-                yield wrong_value(f"sources.{number}.weight", source.weight, "1; other weights need mixing: weighted")
-
-    @rule
     def _packed_windows_are_shuffled(self) -> Iterator[Problem]:
         if self.packing == "best_fit" and self.order == "random":
             yield wrong_value("order", self.order, "shuffle, with packing: best_fit; random takes windows at any token")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any
 from pipeline.config.data_sections import DataConfig
 from pipeline.config.load import CONFIG, dump_config, parse_config
 from pipeline.config.sections import Config
-from pipeline.errors import UsageError, listing
+from pipeline.errors import PipelineError, UsageError, listing
 from pipeline.files import naming, read_json, write_json, write_text
 from pipeline.optim.schedule import learning_rates
 from pipeline.run.events import EventLog, RolledBack
@@ -26,17 +27,9 @@ _FIXED_SECTIONS = ("tokenizer", "model", "init")
 _FIXED_FIELDS = {
     "data": ("path", "order", "mixing", "packing"),
     "train": ("batch_size", "seed"),
-    "optimizer": (
-        "learning_rate",
-        "warmup_iters",
-        "weight_decay",
-        "decay_norms",
-        "betas",
-        "eps",
-        "gradient_clip_val",
-        "z_loss",
-    ),
-}
+    "optimizer": ("learning_rate", "warmup_iters", "weight_decay", "decay_norms", "betas", "eps", "gradient_clip_val",
+                  "z_loss"),
+}  # fmt: skip
 
 RUNS_DIR = str(Config.model_fields["runs_dir"].default)
 CHECKPOINT_MANIFEST = "manifest.json"
@@ -236,13 +229,13 @@ def create_run(config: Config) -> Run:
 
 
 def _config_of_checkpoint(run: Run) -> Config:
-    """Returns the config that the newest checkpoint was saved with."""
-    manifest = run.checkpoints / step_name(newest_step(run.checkpoints)) / CHECKPOINT_MANIFEST
-    try:
-        tree = read_json(manifest, run.path, UsageError)["state"]["config"]
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{run.config_file}: is missing, and {manifest} holds no config; restore it") from error
-    return parse_config(json.dumps(tree), source=str(manifest))
+    """Returns the config of the newest checkpoint that tells it; damaged ones are quarantined later."""
+    for step in reversed(_steps(run.checkpoints)):
+        manifest = run.checkpoints / step_name(step) / CHECKPOINT_MANIFEST
+        with contextlib.suppress(PipelineError, KeyError, TypeError):
+            tree = read_json(manifest, manifest.parent)["state"]["config"]
+            return parse_config(json.dumps(tree), source=str(manifest))
+    raise UsageError(f"{run.config_file}: is missing, and no checkpoint tells what it held; restore it")
 
 
 def _refuse_other_experiment(run: Run, new: Config) -> None:
@@ -292,8 +285,12 @@ def newest_step(checkpoints: Path) -> int:
     Raises:
         OSError: The folder cannot be listed.
     """
+    return max(_steps(checkpoints), default=0)
+
+
+def _steps(checkpoints: Path) -> list[int]:
     try:
         names = os.listdir(checkpoints)  # noqa: PTH208  # names only
     except (FileNotFoundError, NotADirectoryError):
-        return 0
-    return max((step for name in names if (step := step_in(name)) is not None), default=0)
+        return []
+    return sorted(step for name in names if (step := step_in(name)) is not None)

@@ -11,6 +11,8 @@ from pipeline.checkpoint.saver import Saved
 # Assumed duration of a save until the first one has been measured.
 UNKNOWN_SAVE_S = 10.0
 _RECENT = 100  # steps
+STALL = "checkpoint_stall"
+"""The lap of what a save makes the loop wait."""
 
 
 def every(step: int, interval: int) -> bool:
@@ -42,6 +44,8 @@ class StepClock:
         """Adds the time since the last lap to `name`."""
         now = time.perf_counter()
         self._laps[name] += now - self._last
+        if name == STALL:  # the time for a save is allowed for by itself
+            self._leave_out(now)
         self._last = now
 
     def step_done(self) -> None:
@@ -64,12 +68,19 @@ class StepClock:
 
     def pause(self) -> None:
         """Excludes the time since the last lap, for example a validation, from the time of a step."""
+        self.longest_pause_s = max(self.longest_pause_s, time.perf_counter() - self._last)
+        self.skip()
+
+    def skip(self) -> None:
+        """Excludes the time since the last lap, which will not come again, from the time of a step."""
         now = time.perf_counter()
-        self.longest_pause_s = max(self.longest_pause_s, now - self._last)
         self._began += now - self._last
+        self._leave_out(now)
+        self._last = now
+
+    def _leave_out(self, now: float) -> None:
         if self._step_began is not None:
             self._step_began = min(now, self._step_began + now - self._last)
-        self._last = now
 
 
 def longest_save_s(saves: Iterable[Saved]) -> float:

@@ -88,6 +88,7 @@ def roll_back(session: Session, rollback: Rollback) -> int:
     session.tracker.rewind(session.step)
     if session.evaluation is not None and session.evaluation.step > session.step:
         session.evaluation = None  # of weights that are gone: the same step will come again with others
+    session.clock.skip()
     return session.step
 
 

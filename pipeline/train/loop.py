@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.config.sections import Config
 from pipeline.errors import StopRequested
 from pipeline.optim.schedule import learning_rates
-from pipeline.train.clock import every
+from pipeline.train.clock import STALL, every
 from pipeline.train.incidents import inspect, roll_back
 from pipeline.train.ranks.stop import StopRequest
 from pipeline.train.session import Session, TrainResult
@@ -53,7 +53,7 @@ def run_loop(session: Session, config: Config) -> None:
         numbers = engine.reduce_and_clip(optim.gradient_clip_val, losses, *asked)
         clock.lap("optimizer")
         session.saver.wait_for_copy()  # a save may still be copying what the step is about to change
-        clock.lap("checkpoint_stall")
+        clock.lap(STALL)
         engine.step()
         clock.lap("optimizer")
 

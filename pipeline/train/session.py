@@ -26,7 +26,7 @@ from pipeline.run.folder import Run
 from pipeline.run.records import Origin
 from pipeline.run.world import World
 from pipeline.tracking.tracker import CloseStatus
-from pipeline.train.clock import StepClock, every, longest_save_s
+from pipeline.train.clock import STALL, StepClock, every, longest_save_s
 from pipeline.train.engine.engine import Engine
 from pipeline.train.engine.step_numbers import PendingNumbers
 from pipeline.train.evaluate import Evaluation, Validation, evaluate
@@ -238,7 +238,7 @@ class Session:
         }
         with self.activity.phase("checkpoint"):
             self.saver.save(step, self.engine.fragments(), state)
-        self.clock.lap("checkpoint_stall")
+        self.clock.lap(STALL)
 
     def wait_until_durable(self) -> None:
         """Waits for the save in progress.

@@ -225,8 +225,10 @@ def _take_over(config: Config, run: Run, world: World, report: Callable[[Saved],
     group.barrier(world)
     identity = RankIdentity(world.rank, world.size, config.train.zero_stage, start_id, group.store())
     rollback_steps = config.guard.rollback_skip if config.guard.on_spike == "rollback" else 0
-    interval = config.train.checkpoint_interval
-    return CheckpointSaver(run.checkpoints, identity, config.checkpoint, report, rollback_steps, interval)
+    return CheckpointSaver(
+        run.checkpoints, identity, config.checkpoint, report,
+        rollback_steps=rollback_steps, interval=config.train.checkpoint_interval,
+    )  # fmt: skip
 
 
 def _start_tracking(

@@ -57,6 +57,13 @@ def test_a_source_that_is_read_forty_times_is_a_warning(folder: Path) -> None:
     assert unread.status == "ok" and "code not at all" in unread.found
 
 
+def test_a_weight_that_nothing_reads_is_a_warning(folder: Path) -> None:
+    found = checked(folder, "data.sources.1.weight=9")["epochs"]
+    assert found.status == "warning" and "nothing reads the weight of code: set data.mixing=weighted" in found.cure
+    assert checked(folder, "data.sources.1.weight=9", "data.mixing=weighted")["epochs"].status == "ok"
+    assert checked(folder, "data.sources.2.weight=9")["epochs"].status == "ok", "of validation there is no mixture"
+
+
 def test_a_phase_that_cannot_be_read_fails(folder: Path) -> None:
     found = checked(folder, "data.mixing=weighted", "model.context_length=400")["epochs"]
     assert found.status == "failed" and "code" in found.found

@@ -52,6 +52,10 @@ def test_sbatch_judges_every_job_and_none_is_submitted(folder: Path, slurm: Fake
          "extra_sbatch"),
         ("allocation failure: Requested reservation is invalid", "failed", "reservation is invalid", "extra_sbatch"),
         ("allocation failure: Unable to contact slurm controller (connect failure)", "warning", "contact", "sinfo -R"),
+        ("sbatch: no answer within 60 seconds; try `scontrol ping`", "warning", "no answer", "sinfo -R"),
+        ("allocation failure: Slurm backup controller in standby mode", "warning", "standby", "sinfo -R"),
+        ("allocation failure: Zero Bytes were transmitted or received", "warning", "Zero Bytes", "sinfo -R"),
+        ("allocation failure: Transport endpoint is not connected", "warning", "not connected", "sinfo -R"),
         ("QOSMaxSubmitJobPerUserLimit", "warning", "QOSMaxSubmitJobPerUserLimit", "sinfo -R"),
     ],
 )  # fmt: skip

@@ -122,11 +122,6 @@ def test_without_the_source_a_message_only_lacks_the_description(monkeypatch):
             "data.mixing",
             ['given "weighted"', "proportional", "data.phases: [{from_step: 0, weights: {NAME: 1.0}}]"],
         ),
-        (
-            {"data.mixing": "proportional", "data.sources.2.weight": 1.0},
-            "data.sources.0.weight",
-            ["given 0.85", "mixing: weighted"],
-        ),
         ({"data.phases": [phase(5)]}, "data.phases.0.from_step", ["given 5", "0"]),
         ({"data.phases": [phase(0), phase(9), phase(9)]}, "data.phases.2.from_step", ["given 9", "more than 9"]),
         (
@@ -161,8 +156,7 @@ def test_a_broken_rule_is_reported_at_one_field_and_names_the_other(changes, pat
         {"tokenizer": {"kind": "file", "path": "t.json", "end_of_text": "a"}, "model.vocab_size": 3},
         {"data.sources.0.split": "auto", "data.sources.1.split": "auto"},
         {"data.token_folder": "t", "data.mixing": "weighted"},
-        {"data.mixing": "weighted", "data.sources.0.weight": 50.0},
-        {"data.phases": [phase(0)], "data.sources.0.weight": 50.0},
+        {"data.mixing": "proportional"},
         {"data.sources": None, "data.token_folder": "t", "data.mixing": "weighted", "data.phases": [phase(0)]},
     ],
 )

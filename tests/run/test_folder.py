@@ -146,10 +146,29 @@ def test_without_its_config_a_run_is_known_by_its_newest_checkpoint(tmp_path: Pa
     longer = load_config(file, ["train.log_interval=3"])
     assert create_run(longer).config() == longer
     run.config_file.unlink()
-    for damaged in ({}, [], {"state": {}}):
-        write_json(manifest, damaged)
-        with pytest.raises(UsageError, match=rf"{run.config_file}: is missing, and {manifest} holds no config"):
-            create_run(longer)
+    newer = run.checkpoints / step_name(8) / CHECKPOINT_MANIFEST
+    newer.parent.mkdir()
+    for damaged in ({}, [], {"state": {}}, {"state": {"config": {}}}):
+        write_json(newer, damaged)
+        with pytest.raises(UsageError, match=r"train\.seed: 1337 in the run, 7 asked for"):
+            create_run(load_config(file, ["train.seed=7"]))
+    write_json(manifest, {})
+    with pytest.raises(UsageError, match=rf"{run.config_file}: is missing, and no checkpoint tells"):
+        create_run(longer)
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_by_a_link_is_known_by_them_too(tmp_path: Path) -> None:
+    file = write_experiment(tmp_path, tmp_path / "runs", "linked")
+    run = create_run(load_config(file))
+    run.checkpoints.rmdir()
+    (tmp_path / "scratch" / step_name(7)).mkdir(parents=True)
+    run.checkpoints.symlink_to(tmp_path / "scratch")
+    config = load_config(file).model_dump(mode="json")
+    write_json(run.checkpoints / step_name(7) / CHECKPOINT_MANIFEST, {"state": {"config": config}})
+    run.config_file.unlink()
+    with pytest.raises(UsageError, match=r"train\.seed"):
+        create_run(load_config(file, ["train.seed=7"]))
+    assert create_run(load_config(file)).config() == load_config(file)
 
 
 def test_a_run_is_named_by_its_folder_its_name_or_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,22 @@ def test_the_longest_recent_step_is_known_before_the_first_reading_but_for_the_f
     assert steps.longest_step_s == 1.0
 
 
+def test_neither_a_wait_for_a_save_nor_a_rollback_makes_a_step_long(time: Time) -> None:
+    steps = StepClock()
+    for _ in range(3):
+        time.now += 1.0
+        steps.lap("optimizer")
+        time.now += 400.0
+        steps.lap(clock.STALL)
+        time.now += 1.0
+        steps.lap("optimizer")
+        steps.step_done()
+        time.now += 300.0
+        steps.skip()
+    assert steps.longest_step_s == 2.0 and steps.longest_pause_s == 0.0
+    assert steps.read() == {"optimizer": 2.0, "checkpoint_stall": 400.0, "step": 402.0}
+
+
 def test_the_longest_pause_is_remembered(time: Time) -> None:
     steps = StepClock()
     assert steps.longest_pause_s == 0.0

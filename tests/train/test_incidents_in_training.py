@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ import pipeline.train.loop as loop
 from pipeline.checkpoint.layout import Manifest
 from pipeline.checkpoint.pending import PendingCheckpoint
 from pipeline.checkpoint.weights import load_weights
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StopRequested
 from pipeline.run.folder import run_for, step_name
 from pipeline.train.engine.engine import Engine
+from pipeline.train.session import Session
 from tests import processes
 from tests.experiment import curve, events
 from tests.train.conftest import Lab
@@ -124,6 +127,34 @@ def test_a_rollback_skips_the_batches_and_so_does_a_resumed_run(tmp_path, monkey
     assert curve(run_for(other).path) == curve(run_for(config).path)
     ours, theirs = load_weights(final), load_weights(run_for(other).checkpoints / step_name(40))
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_rolls_back_as_one_that_was_not(tmp_path, monkeypatch):
+    """The stop's checkpoint, of step 31, is too young for the first rollback, and the second needs that of step 21."""
+    weights = []
+    for name, stop_after in (("undisturbed", 0), ("stopped", 30)):
+        (tmp_path / name).mkdir()
+        settings = {"train.checkpoint_interval": 7, "checkpoint.keep_last": 1, "checkpoint.keep_best": False}
+        config = tiny(tmp_path / name, guard={"on_spike": "rollback"}, **settings)
+        monkeypatch.setattr(Engine, "loss", spoiling({32, 33}, 50.0))
+        log = Session.log
+
+        def logged(session: Session, step: int, *numbers: Any, stop_after: int = stop_after, log: Any = log) -> None:
+            log(session, step, *numbers)
+            if step == stop_after and not events(session.run.path, "preempted"):
+                signal.raise_signal(signal.SIGUSR2)
+
+        monkeypatch.setattr(Session, "log", logged)
+        with pytest.raises(StopRequested, match="after step 31") if stop_after else contextlib.nullcontext():
+            loop.train(config)
+        if stop_after:
+            loop.train(config)
+        found = events(run_for(config).path, "rollback")
+        assert [(e["step"], e["to"]) for e in found] == [(32, 28), (29, 21)], name
+        weights.append(load_weights(run_for(config).checkpoints / step_name(40)))
+        monkeypatch.undo()
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
 
 # ---- several ranks ---------------------------------------------------------------------------

@@ -125,8 +125,9 @@ def test_the_time_limit_accounts_for_steps_saves_and_validations(
     session = fake_session(tmp_path, **{"train.num_val_batches": 10})
     asked: list[tuple[float, ...]] = []
     session.stop.check_time = lambda *seconds: asked.append(seconds)  # type: ignore[method-assign, assignment]
-    session.clock._recent.append(2.0)
-    session.clock.longest_pause_s = pause
+    session.clock = SimpleNamespace(  # type: ignore[assignment]
+        longest_step_s=2.0, longest_pause_s=pause, step_done=lambda: None, read=lambda: {"step": 2.0}
+    )
     if durable is not None:
         session.saves.append(Saved(20, Path("step_00000020"), None, durable))
     session.log(step, 1e-3, pending())

@@ -244,11 +244,12 @@ def test_the_saver_keeps_a_checkpoint_for_a_rollback(
 ) -> None:
     run, kept = run_for(trained.again(tmp_path)), []
     run.checkpoints.mkdir(parents=True)
-    monkeypatch.setattr(startup, "CheckpointSaver", lambda *args: kept.append(args[-2:]))
+    monkeypatch.setattr(startup, "CheckpointSaver", lambda *args, **named: kept.append(named))
     with group.process_group(World(), torch.device("cpu")):
         for on_spike in ("warn", "rollback"):
             guard = trained.config.guard.model_copy(update={"on_spike": on_spike})
             config = trained.config.model_copy(update={"guard": guard})
             startup._take_over(config, run, World(), lambda saved: None)
     interval = trained.config.train.checkpoint_interval
-    assert kept == [(0, interval), (trained.config.guard.rollback_skip, interval)]
+    skip = trained.config.guard.rollback_skip
+    assert kept == [{"rollback_steps": steps, "interval": interval} for steps in (0, skip)]

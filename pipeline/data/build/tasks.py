@@ -6,8 +6,9 @@ file, which can only be read from its start, publishes one slice after another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from pipeline.config.data_sections import SourceConfig
 from pipeline.config.sections import Config
 from pipeline.data.fingerprint import settings_of
+from pipeline.data.layout import MANIFEST
 from pipeline.data.read.formats.table import FORMATS
 from pipeline.data.read.sources import SourceFile, find_files, identity_of, refuse_undecodable_name
 from pipeline.data.read.task import Part, Task
@@ -47,7 +49,9 @@ def make_plan(config: Config) -> Plan:
     files = tuple(tuple(find_files(source)) for source in config.data.sources)
     for file in (file for found in files for file in found):
         refuse_undecodable_name(file.path)
-    _refuse_shared_files(config.data.sources, files)
+    # The files of a finished dataset were read as they are; some versions took hard links for files of their own.
+    finished = (Path(config.data.path) / MANIFEST).exists()
+    _refuse_shared_files(config.data.sources, files, _real_name if finished else identity_of)
     slice_bytes = int(config.data.slice_size_mb * 1e6)
     tasks: list[Task] = []
     for index, (source, found) in enumerate(zip(config.data.sources, files, strict=True)):
@@ -63,18 +67,24 @@ def share(tasks: Sequence[Task], slice_spec: tuple[int, int] | None) -> list[Tas
     return list(tasks[part - 1 :: parts])
 
 
-def _refuse_shared_files(sources: Sequence[SourceConfig], files: Sequence[Sequence[SourceFile]]) -> None:
+def _real_name(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def _refuse_shared_files(
+    sources: Sequence[SourceConfig], files: Sequence[Sequence[SourceFile]], identity: Callable[[str], Hashable]
+) -> None:
     named = [(source.name, file) for source, found in zip(sources, files, strict=True) for file in found]
     # Names of one file have one inode. Only those few are looked at again.
     _, first, times = np.unique([file.stamp[2] for _, file in named], return_index=True, return_counts=True)
     if len(first) == len(named):
         return
     shared = {named[index][1].stamp[2] for index in first[times > 1].tolist()}
-    owners: dict[tuple[int, ...], tuple[str, str]] = {}
+    owners: dict[Hashable, tuple[str, str]] = {}
     for name, file in named:
         if file.stamp[2] not in shared:
             continue
-        other, owner = owners.setdefault(identity_of(file.path), (file.path, name))
+        other, owner = owners.setdefault(identity(file.path), (file.path, name))
         if (other, owner) == (file.path, name):
             continue
         of = f"of source {name!r}" if owner == name else f"in the sources {owner!r} and {name!r}"

@@ -72,7 +72,7 @@ def validation_windows(
     refuse_short(len(dataset), context_length, f"{dataset.path}: the {dataset.name} split")
     problem = unmeasurable(dataset.stream.shards)
     if problem is not None:
-        raise DataError(f"{dataset.path}: {problem}; make the dataset with more text for its validation, or none")
+        raise DataError(f"{dataset.path}: {problem}; give it more text for validation, or none")
     told_apart = Documents(dataset) if documents else None
     return tuple(
         ValidationWindows(name, stream, context_length, told_apart) for name, stream in dataset.source_streams().items()

@@ -32,7 +32,7 @@ _REASONS = {
     "#SBATCH --kill-on-invalid-dep=": "If the stage before fails for good, this one must not wait forever.",
     "unset MASTER_ADDR": "They belong to the submitting shell or to another job; the site may set its own.",
     "unset SLURM_EXPORT_ENV": "With --export=NONE, as some centres want, srun would hide all this from the tasks.",
-    'cd "$SLURM_SUBMIT_DIR"': "Relative paths of the config begin in the folder of the submission.",
+    'cd "$submitted"': "Relative paths of the config begin where Slurm has started the job.",
     "set +eu": "With a site's `set -e` the script would end together with srun, and nothing would be requeued.",
     "export PYTHONSAFEPATH": "The working folder is the checkout: the submitted code must be found before it.",
     "begun=": "Records the attempt; prints what the tasks need to know, such as when the time limit is.",
@@ -177,13 +177,14 @@ def _setup(job: JobSpec) -> list[str]:
     begin = f"begun=$({_launcher(site)} begin {_quoted(job.file)}) || exit $?"
     secrets = ["# Not in this file, which Slurm keeps and shows: a variable may be a password."]
     return [
+        "submitted=$PWD",
         "unset MASTER_ADDR MASTER_PORT",
         "unset SLURM_EXPORT_ENV",
         *(f"module load {shlex.quote(name)}" for name in site.modules),
         *([*secrets, f". {_quoted(job.environment_file)} || exit $?"] if site.environment else []),
         *site.setup,
         "set +eu",
-        'cd "$SLURM_SUBMIT_DIR" || exit $?',
+        'cd "$submitted"',
         "export PYTHONSAFEPATH=1",
         f"export PYTHONPATH={_quoted(job.code)}${{PYTHONPATH:+:$PYTHONPATH}}",
         begin,

@@ -19,7 +19,7 @@ from pipeline.text_format import hidden_character
 _UNFIT = {
     # submitit expands it too, in its own way, and only when the job is in the queue.
     "%": "which Slurm reads as a variable (%j, the job's id)",
-    "\\": "after which Slurm expands no variable (%j, the job's id)",
+    "\\": "which Slurm takes as an escape, so that the jobs could not write their logs",
     ":": "at which Python divides the path of the submitted code",
 }
 

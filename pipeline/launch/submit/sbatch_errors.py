@@ -60,7 +60,10 @@ _RULES = (
     _Rule("dependency", "the chain", "a job it waits for is gone; submit again"),
 )
 _TOO_MANY = r"submit\w*limit|max(imum)? (number of )?jobs"
-_NO_ANSWER = "unable to contact|connection refused|connect failure|timed out"
+_NO_ANSWER = (
+    "unable to contact|connection refused|connect failure|timed out|no answer|not responding|standby|zero bytes|"
+    "not connected|retry"
+)
 _PASSES = f"{_TOO_MANY}|{_NO_ANSWER}|busy|down|drain|reserved|not available|temporarily"
 # Slurm adds this to the message of every limit; the rules would match its words.
 _POLICY = re.compile(r"job violates accounting/qos policy.*", re.IGNORECASE)

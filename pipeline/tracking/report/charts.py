@@ -37,7 +37,8 @@ def colour_of(number: int) -> str:
     """Returns the colour of one line among many: eight that are easy to tell apart, and behind them ever other ones."""
     if number < len(COLOURS):
         return COLOURS[number]
-    return f"hsl({number * 137.508 % 360:.0f},45%,42%)"  # the golden angle: no two are near each other for long
+    # By the golden angle no two hues are near each other for long, and those that are differ in lightness.
+    return f"hsl({number * 137.508 % 360:.0f},45%,{(32, 45, 58)[number % 3]}%)"
 
 
 @dataclass(frozen=True)

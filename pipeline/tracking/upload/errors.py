@@ -51,7 +51,7 @@ def in_words(error: Exception) -> str:
     if status == 401:
         return f"the server does not accept these credentials (401): check {_CURE}"
     if status == 403:
-        said = text.rpartition("Response body: ")[2]
+        said = text.rpartition("Response body: ")[2][:300]
         return f"the server refuses access (403, {said}): check {_CURE}, and this user's rights"
     for cause in _causes(error):
         if isinstance(cause, (ConnectionError, socket.gaierror)):
