@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,21 @@ from typing import Any
 import pytest
 
 import pipeline.train.loop as loop
+import pipeline.train.startup as startup
 from pipeline.config.sections import Config
 from pipeline.run.folder import Run, run_for
 from pipeline.train.session import TrainResult
 from tests import experiment, processes
 from tests.once import made_once, shared_folder
 from tests.train.tiny import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def malloc_as_it_is() -> Iterator[None]:
+    """Training keeps all freed memory of its process; the worker has more tests to run, and some of them fork."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(startup, "keep_freed_memory", lambda **settings: None)
+        yield
 
 
 class Lab:

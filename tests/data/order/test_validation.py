@@ -70,5 +70,5 @@ def test_a_source_that_cannot_be_measured_is_named_before_a_run_begins(
     dataset = open_dataset(made.data.path, "validation")
     shards = [replace(s, **changes) for s in dataset.stream.shards if s.source == "b"][:1]
     dataset.stream.shards = tuple(s for s in dataset.stream.shards if s.source == "a") + tuple(shards)
-    with pytest.raises(DataError, match=rf"{made.data.path}: source b .*{words}.*; make the dataset with"):
+    with pytest.raises(DataError, match=rf"{made.data.path}: source b .*{words}.*; give it more text"):
         validation_windows(dataset, CONTEXT)
