@@ -63,7 +63,9 @@ def _stages(chain: Chain, jobs: list[Job], first: str | None) -> list[str]:
 
 
 def dry_run(chain: Chain) -> str:
-    """Returns every batch script and the command its tasks run; nothing is written or submitted."""
+    """Returns every batch script and the command its tasks run, or why there is none; nothing is submitted."""
+    if not any(part.jobs for part in chain.parts):
+        return f"{summary(chain, [])}\n"
     parts, stable = _of_chain(chain, None)
     for decay, part in chain.decays:
         parts += _of_chain(part, waits_for(decay, chain, stable))[0]

@@ -88,6 +88,7 @@ def test_stages_that_are_done_are_skipped(tmp_path: Path, slurm: FakeSlurm):
     (run / "report.html").write_text("")
     done = submit(tmp_path, slurm)
     assert "nothing was submitted" in done.out
+    assert submit(tmp_path, slurm, "--dry-run").out == done.out
     assert len(slurm.calls("sbatch")) == 2
 
 
