@@ -134,6 +134,13 @@ class Site(Section):
                 yield Problem(f"environment.{name}", f"allowed: other names; {reason} ({cure})")
 
     @rule
+    def _python_needs_no_shell(self) -> Iterator[Problem]:
+        if self.python is not None and self.python.startswith("~"):
+            yield wrong_value(
+                "python", self.python, "an absolute path, or a name on the PATH; no shell expands ~ there"
+            )
+
+    @rule
     def _setup_is_lines_of_text(self) -> Iterator[Problem]:
         for index, line in enumerate(self.setup):
             hidden = hidden_character(re.sub(r"[\t\n]", " ", line))

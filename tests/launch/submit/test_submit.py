@@ -189,6 +189,7 @@ def test_a_run_that_was_there_before_survives_a_refusal(tmp_path: Path, slurm: F
     ("changes", "words"),
     [
         ({"acount": "me"}, "`account` at the top"),
+        ({"python": "~/bin/python"}, "no shell expands ~"),
         ({"train": {"time_limit_min": 1}, "signal_before_end_s": 90}, "leaves no time"),
     ],
 )
