@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 EXIT_OK = 0
@@ -68,6 +68,17 @@ class NothingToDo(PipelineError):
 def listing(title: str, items: Iterable[object], cure: str = "") -> str:
     """Returns a message of several lines: the title, one indented line per item, and what to change."""
     return "\n".join([title, *(f"  {item}" for item in items), *([cure] if cure else [])])
+
+
+def refuse(problems: Sequence[PipelineError]) -> None:
+    """Ends a command that has done all it could, if some of what it was given was wrong.
+
+    Raises:
+        PipelineError: There are problems; a UsageError if all of them are the user's.
+    """
+    if problems:
+        kind = UsageError if all(isinstance(problem, UsageError) for problem in problems) else PipelineError
+        raise kind("\n  ".join(map(str, problems)))
 
 
 def in_words(error: BaseException) -> str:

@@ -277,9 +277,8 @@ def clock_skew_s(folder: Path) -> float:
     Raises:
         OSError: Nothing can be written there.
     """
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         file.write(b"x")
-        file.flush()
         return time.time() - os.fstat(file.fileno()).st_mtime
 
 

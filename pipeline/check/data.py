@@ -9,7 +9,7 @@ from pipeline.check.result import Check
 from pipeline.config.sections import Config
 from pipeline.data.layout import MANIFEST
 from pipeline.data.manifest import DatasetManifest, check_sizes
-from pipeline.data.order.run_order import run_order, source_tokens, unmeasurable
+from pipeline.data.order.run_order import refuse_unfit_validation, run_order, source_tokens
 from pipeline.data.read.sources import find_files
 from pipeline.errors import PipelineError
 from pipeline.files import nearest_existing
@@ -103,17 +103,12 @@ def _epochs(config: Config, manifest: DatasetManifest) -> Check:
 
 def _validation(config: Config, manifest: DatasetManifest) -> Check:
     """Says what validation costs."""
-    train, context, held_out = config.train, config.model.context_length, manifest.splits["validation"]
-    tokens = source_tokens(held_out.shards)
-    cure = "make the dataset with more text for its validation"
-    problem = unmeasurable(held_out.shards)
-    if problem is not None:
-        return Check("validation", "failed", f"{config.data.path}: {problem}", cure)
-    if held_out.tokens < context + 1:
-        found = (
-            f"{config.data.path}: the {held_out.tokens} tokens of the validation split fill no window of {context + 1}"
-        )
-        return Check("validation", "failed", found, f"{cure}, or use a shorter model.context_length")
+    train, context, shards = config.train, config.model.context_length, manifest.splits["validation"].shards
+    try:
+        refuse_unfit_validation(Path(config.data.path), shards, context)
+    except PipelineError as error:
+        return Check("validation", "failed", str(error), "training would refuse it for the same reason")
+    tokens = source_tokens(shards)
     most = train.num_val_batches * train.batch_size
     windows = sum(min(most, max(1, (count - 1) // context)) for count in tokens.values())
     steps = _FORWARD * windows / train.batch_size

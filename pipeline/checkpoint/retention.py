@@ -61,8 +61,7 @@ class Retention:
         steps = {folder: step_of(folder) or 0 for folder in folders}
         kept = self._newest(folders)
         if self._rollback_steps:
-            # A checkpoint of a stop takes the place of none that an undisturbed run would have: a rollback must find
-            # the same ones.
+            # A checkpoint of a stop must not displace one that a run without stops has: a rollback must find the same.
             kept |= self._newest([f for f in folders if steps[f] % self._interval == 0])
         if self._config.keep_every:
             kept |= {f for f in folders if steps[f] % self._config.keep_every == 0}

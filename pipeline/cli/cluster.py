@@ -17,7 +17,7 @@ from pipeline.cli.arguments import (
     RunFolders,
     numbers_from,
 )
-from pipeline.errors import EXIT_FAILED, PipelineError, UsageError
+from pipeline.errors import EXIT_FAILED, PipelineError, UsageError, refuse
 from pipeline.text_format import echo
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def status(
     """Show the state of runs: step, loss, speed, time left, restarts, goodput, last checkpoint."""
     from pipeline.launch.watch import status_view
     from pipeline.launch.watch.status import statuses
-    from pipeline.run.related import found_runs, read_branches, refuse, runs_here
+    from pipeline.run.related import found_runs, read_branches, runs_here
     from pipeline.terminal import Terminal
 
     problems: list[PipelineError] = []
@@ -131,7 +131,7 @@ def cancel(run_folders: RunFolders) -> None:
     """Cancel the jobs of runs; training saves first, and nothing is requeued."""
     from pipeline.launch.slurm.client import SlurmError
     from pipeline.launch.watch.cancel import cancel as cancel_run
-    from pipeline.run.related import found_runs, refuse
+    from pipeline.run.related import found_runs
 
     runs, problems = found_runs(run_folders)
     for run in runs:

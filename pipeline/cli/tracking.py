@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.cli.arguments import RunFolder, RunFolders
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, refuse
 from pipeline.text_format import echo
 
 app = typer.Typer()
@@ -23,7 +23,7 @@ def report(
     """Write one self-contained HTML page: curves, goodput, restarts, config, provenance, samples."""
     from pathlib import Path
 
-    from pipeline.run.related import found_runs, read_sweep, refuse
+    from pipeline.run.related import found_runs, read_sweep
     from pipeline.tracking.report.report import readable, write_report
     from pipeline.tracking.report.sweep import write_sweep_report
     from pipeline.tracking.upload.sync import sync_quietly

@@ -58,6 +58,11 @@ def learning_rates(settings: Settings, max_iters: int) -> Callable[[int], float]
             return lambda it: get_lr_inverse_sqrt_schedule(it, high, low, warmup)
 
 
+def first_other_rate(one: Callable[[int], float], other: Callable[[int], float], steps: int) -> int | None:
+    """Returns the first of so many steps at which two schedules differ; None if they agree on all."""
+    return next((step for step in range(steps) if one(step) != other(step)), None)
+
+
 def get_lr_cosine_schedule(
     it: int, max_learning_rate: float, min_learning_rate: float, warmup_iters: int, cosine_cycle_iters: int
 ) -> float:

@@ -15,7 +15,7 @@ from pipeline.config.load import CONFIG, dump_config, parse_config
 from pipeline.config.sections import Config
 from pipeline.errors import PipelineError, UsageError, listing
 from pipeline.files import naming, read_json, write_json, write_text
-from pipeline.optim.schedule import learning_rates
+from pipeline.optim.schedule import first_other_rate, learning_rates
 from pipeline.run.events import EventLog, RolledBack
 from pipeline.run.records import EVALUATION, PROVENANCE, Evaluation, Origin, read_checked
 from pipeline.text_format import located
@@ -259,8 +259,7 @@ def _changed_rates(run: Run, old: Config, new: Config) -> list[str]:
     if (old.optimizer, old.train.max_iters) == (new.optimizer, new.train.max_iters):
         return []
     before, after = (learning_rates(config.optimizer, config.train.max_iters) for config in (old, new))
-    taken = newest_step(run.checkpoints)
-    first = next((step for step in range(taken) if before(step) != after(step)), None)
+    first = first_other_rate(before, after, newest_step(run.checkpoints))
     if first is None:
         return []
     return [

@@ -14,7 +14,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError, UsageError, refuse
 from pipeline.files import write_json
 from pipeline.run.folder import RUNS_DIR, Run, open_run
 from pipeline.run.records import read_checked
@@ -135,17 +135,6 @@ def runs_here() -> list[Run]:
             "or a folder of runs"
         )
     return found
-
-
-def refuse(problems: list[PipelineError]) -> None:
-    """Ends a command that has done all it could, if some of what it was given was wrong.
-
-    Raises:
-        PipelineError: There are problems; a UsageError if all of them are the user's.
-    """
-    if problems:
-        kind = UsageError if all(isinstance(problem, UsageError) for problem in problems) else PipelineError
-        raise kind("\n  ".join(map(str, problems)))
 
 
 def _runs_at(path: str) -> list[Run]:

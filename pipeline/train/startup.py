@@ -26,7 +26,7 @@ from pipeline.data.order.validation import validation_windows
 from pipeline.data.tokenize.tokenizer import Tokenizer
 from pipeline.errors import NothingToDo, PipelineError, StopRequested, in_words
 from pipeline.files import sha256_file
-from pipeline.optim.schedule import learning_rates
+from pipeline.optim.schedule import first_other_rate, learning_rates
 from pipeline.run.events import CheckpointRejected, EventLog, Finished, Network, Preempted, Resumed, StartBegan, Started
 from pipeline.run.folder import Run, create_run, run_for
 from pipeline.run.provenance import collect_provenance, current_image, refuse_other_image
@@ -180,8 +180,8 @@ def _refuse_finished(run: Run, recovery: Recovery, config: Config, world: World)
     if group.broadcast(isinstance(ended, Finished), world):
         group.barrier(world)  # rank 0 takes the store, from which its peers read, with it when it leaves
         before, after = (learning_rates(config.optimizer, last) for last in (config.train.max_iters, 2 * step))
-        longer = all(before(n) == after(n) for n in range(step))
-        how = f"train.max_iters={2 * step}" if longer else f"a new run with init.from={run.path}"
+        fits = first_other_rate(before, after, step) is None
+        how = f"train.max_iters={2 * step}" if fits else f"a new run with init.from={run.path}"
         raise NothingToDo(
             f"{run.path}: finished already, at step {step:,}; {how} would train on, and "
             f"`pipeline sample {run.path}` shows what it has learnt"

@@ -71,7 +71,10 @@ def test_a_phase_that_cannot_be_read_fails(folder: Path) -> None:
 
 def test_a_validation_that_fills_no_window_fails(folder: Path) -> None:
     found = checked(folder, "model.context_length=100")["validation"]
-    assert found.status == "failed" and "81 tokens of the validation split fill no window of 101" in found.found
+    assert (
+        found.status == "failed"
+        and "the validation split: 81 tokens are too few for one window of context_length + 1 = 101" in found.found
+    )
 
 
 def test_validation_is_told_in_steps(folder: Path) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.config.model_section import ModelConfig
 from pipeline.huggingface.architectures import is_rotated, their_name, to_halves
 from pipeline.huggingface.config_json import config_json, model_section
-from pipeline.huggingface.model_folder import CONFIG, INDEX, TOKENIZER, shard_name
+from pipeline.huggingface.model_folder import CONFIG, INDEX, TOKENIZER, WEIGHTS, shard_name
 from pipeline.model.transformer import TransformerLM
 
 _SMALL = {"vocab_size": 260, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 64}
@@ -89,3 +90,11 @@ def written(folder: Path, model: ModelConfig, files: int = 1, dtype: torch.dtype
     (folder / TOKENIZER).write_text("{}")
     ours.load_state_dict({name: weight.to(dtype).float() for name, weight in ours.state_dict().items()})
     return ours
+
+
+def change_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Changes the tensors of a folder's only file."""
+    tensors = load_file(folder / WEIGHTS)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})

@@ -82,6 +82,14 @@ def unmeasurable(shards: Sequence[Shard]) -> str | None:
     return None
 
 
+def refuse_unfit_validation(path: Path, shards: Sequence[Shard], context_length: int) -> None:
+    """Raises DataError unless the split fills a window and each of its sources gives a loss."""
+    refuse_short(sum(shard.tokens for shard in shards), context_length, f"{path}: the validation split")
+    problem = unmeasurable(shards)
+    if problem is not None:
+        raise DataError(f"{path}: {problem}; give it more text for validation, or none")
+
+
 def refuse_short(tokens: int, context_length: int, what: str) -> None:
     """Raises DataError unless so many tokens hold a window."""
     if tokens < context_length + 1:

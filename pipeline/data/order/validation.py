@@ -8,8 +8,7 @@ from torch.nn import functional
 
 from pipeline.data.dataset import Batch, TokenDataset, TokenStream, tensors
 from pipeline.data.order.documents import Documents
-from pipeline.data.order.run_order import refuse_short, unmeasurable
-from pipeline.errors import DataError
+from pipeline.data.order.run_order import refuse_unfit_validation
 from pipeline.model.chunked_loss import IGNORED
 
 
@@ -69,10 +68,7 @@ def validation_windows(
     Raises:
         DataError: The split is shorter than a window, or a source in it has nothing to predict.
     """
-    refuse_short(len(dataset), context_length, f"{dataset.path}: the {dataset.name} split")
-    problem = unmeasurable(dataset.stream.shards)
-    if problem is not None:
-        raise DataError(f"{dataset.path}: {problem}; give it more text for validation, or none")
+    refuse_unfit_validation(dataset.path, dataset.stream.shards, context_length)
     told_apart = Documents(dataset) if documents else None
     return tuple(
         ValidationWindows(name, stream, context_length, told_apart) for name, stream in dataset.source_streams().items()

@@ -13,7 +13,7 @@ from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, PipelineError
 from pipeline.files import naming, open_regular
 from pipeline.launch.job.spec import Attempt
 from pipeline.launch.site import TrainResources
-from pipeline.launch.slurm import client as slurm
+from pipeline.launch.slurm import accounting
 from pipeline.run import attempts, journal
 from pipeline.run.attempts import AttemptBegan, AttemptEvent, RankFailed, RankStopped
 from pipeline.run.events import BadNode, EventLog, Failed, Finished, Preempted
@@ -94,7 +94,7 @@ def ran_out_of_memory(attempt: Attempt, asks: bool) -> bool:
     """
     if any(_OUT_OF_MEMORY.search(line) for line in _lines_of_slurm(attempt)):
         return True
-    return asks and attempt.site.accounting and slurm.had_step_out_of_memory(attempt.raw_job)
+    return asks and attempt.site.accounting and accounting.had_step_out_of_memory(attempt.raw_job)
 
 
 def said_by_slurm(attempt: Attempt) -> str:

@@ -13,7 +13,6 @@ from datetime import datetime
 from pipeline.errors import PipelineError
 from pipeline.files import naming
 from pipeline.launch.slurm.inputs import without_inputs
-from pipeline.run.attempts import Charged
 
 # A state that is in neither of these sets, such as RESV_DEL_HOLD, or one of a newer Slurm, is that of a waiting job.
 _ENDED = frozenset(
@@ -27,7 +26,6 @@ _TIMEOUT_S = 60.0
 # What follows a dash would be an option: `scancel --me` cancels every job of the user.
 JOB_ID = r"^[0-9]+(_[0-9]+)?$"
 _NODES = r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*"
-_NO_VALUE = 1e18
 _LOST_STATES = ("down", "drain", "fail", "err", "unk", "power")
 
 
@@ -101,7 +99,7 @@ def queued(ids: Iterable[str]) -> dict[str, JobInfo]:
     Raises:
         SlurmError: Slurm does not answer.
     """
-    bases = sorted({base(job) for job in _valid(ids)})
+    bases = sorted({base(job) for job in valid(ids)})
     if not bases:
         return {}
     try:
@@ -110,8 +108,8 @@ def queued(ids: Iterable[str]) -> dict[str, JobInfo]:
         if "Invalid job id" in str(error):  # none of them is left
             return {}
         raise
-    rows = _rows(text, 6)
-    found = [JobInfo(i, state, _plain(r), n, left=left, name=name) for i, state, r, n, left, name in rows]
+    table = rows(text, 6)
+    found = [JobInfo(i, state, _plain(r), n, left=left, name=name) for i, state, r, n, left, name in table]
     return {info.id: info for info in found}
 
 
@@ -126,7 +124,7 @@ def names_in_queue(ids: Iterable[str]) -> dict[str, str]:
 
 def ended(ids: Iterable[str], accounting: bool) -> dict[str, JobInfo]:
     """Returns what is known about jobs that have left the queue, by id; jobs that Slurm has forgotten are missing."""
-    wanted = _valid(ids)
+    wanted = valid(ids)
     if not wanted:
         return {}
     if accounting:
@@ -217,10 +215,10 @@ def _nodes(*which: str) -> list[tuple[str, str, str]]:
         text = call("sinfo", "--noheader", "--Node", *which, "--format", "%N|%T|%G|%f")
     except SlurmError:
         return []
-    return [(name, state, kind) for name, state, kind in _rows(text, 3)]
+    return [(name, state, kind) for name, state, kind in rows(text, 3)]
 
 
-def _rows(text: str, columns: int) -> list[list[str]]:
+def rows(text: str, columns: int) -> list[list[str]]:
     """Returns the cells of lines; other lines are words of a site around Slurm's command."""
     rows = [line.split("|", columns - 1) for line in text.splitlines()]
     return [row for row in rows if len(row) == columns]
@@ -236,12 +234,13 @@ def cancel(ids: Iterable[str]) -> None:
     Raises:
         SlurmError: Slurm does not answer.
     """
-    wanted = _valid(ids)
+    wanted = valid(ids)
     if wanted:
         call("scancel", *wanted)
 
 
-def _valid(ids: Iterable[str]) -> list[str]:
+def valid(ids: Iterable[str]) -> list[str]:
+    """Returns these ids of jobs; raises SlurmError for what would be an option or a list."""
     wanted = list(ids)
     wrong = next((job for job in wanted if not re.fullmatch(JOB_ID, job)), None)
     if wrong is not None:
@@ -259,7 +258,7 @@ def _from_sacct(ids: Sequence[str]) -> dict[str, JobInfo]:
     fields = "JobID,State,NodeList,JobName"
     text = call("sacct", "--noheader", "--parsable2", "--allocations", "--jobs", jobs, "--format", fields)
     found = {}
-    for job, state, nodes, name in _rows(text, 4):
+    for job, state, nodes, name in rows(text, 4):
         waiting = re.fullmatch(r"(\d+)_\[([\d,%-]+)\]", job)  # tasks that never ran are one line
         for task in _ids_of(waiting[1], waiting[2]) if waiting else [job]:
             # "CANCELLED by 0"
@@ -267,48 +266,6 @@ def _from_sacct(ids: Sequence[str]) -> dict[str, JobInfo]:
                 task, state.partition(" ")[0], nodes="" if nodes == "None assigned" else nodes, name=name
             )
     return found
-
-
-def had_step_out_of_memory(job: str) -> bool:
-    """Returns whether accounting says that a step of the job's newest allocation used up its memory."""
-    try:
-        states = call("sacct", "--noheader", "--parsable2", "--jobs", job, "--format", "State")
-    except SlurmError:
-        return False
-    return "OUT_OF_MEMORY" in states.split()
-
-
-def charges(ids: Iterable[str]) -> list[tuple[str, Charged]]:
-    """Returns every allocation of these jobs, requeued ones too, each with the job's name; a single call of sacct.
-
-    Raises:
-        SlurmError: Accounting does not answer.
-    """
-    wanted = sorted(set(_valid(ids)))
-    if not wanted:
-        return []
-    fields = "JobID,Start,ElapsedRaw,AllocTRES,ConsumedEnergyRaw,JobName"
-    text = call(
-        "sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", "--jobs", ",".join(wanted), "--format",
-        fields,
-    )  # fmt: skip
-    return [found for row in _rows(text, 6) if (found := _charged(row)) is not None]
-
-
-def _charged(cells: Sequence[str]) -> tuple[str, Charged] | None:
-    """Reads a line of sacct; None for a job that never ran."""
-    try:
-        job, start, elapsed, resources, energy, name = cells
-        began = datetime.fromisoformat(start).timestamp()  # in this machine's time zone
-        amounts = dict(part.split("=", 1) for part in resources.split(",") if part)
-        typed = sum(int(amount) for name, amount in amounts.items() if name.startswith("gres/gpu:"))
-        gpus, cpus = int(amounts.get("gres/gpu", typed)), int(amounts.get("cpu", 0))
-        seconds, joules = float(elapsed), float(energy or 0)
-    except ValueError:
-        return None
-    # Without a plugin for energy Slurm says 0, or its largest number.
-    measured = joules if 0 < joules < _NO_VALUE else None
-    return name, Charged(job=job, began=began, seconds=seconds, gpus=gpus, cpus=cpus, energy_j=measured)
 
 
 def _plain(reason: str) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from pipeline.files import write_json
+from pipeline.launch.slurm import accounting
 from pipeline.launch.slurm import client as slurm
 from pipeline.run.attempts import Charged, Stage
 from pipeline.run.folder import Run
@@ -98,5 +99,5 @@ def charges(jobs: Iterable[Job]) -> list[Charged]:
         SlurmError: Accounting does not answer.
     """
     own = [job for job in jobs if job.accounting and not job.shared]
-    found = slurm.charges(job.id for job in own)
+    found = accounting.charges(job.id for job in own)
     return [row for name, row in found if any(job.holds(row.job) and job.is_named(name) for job in own)]

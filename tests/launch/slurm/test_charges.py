@@ -10,7 +10,7 @@ import pytest
 from pipeline.launch.job import attempt, charges
 from pipeline.launch.job.spec import Attempt, Task
 from pipeline.launch.site import Site
-from pipeline.launch.slurm import client, job_records
+from pipeline.launch.slurm import accounting, job_records
 from pipeline.launch.slurm.job_records import Job
 from pipeline.run import attempts
 from pipeline.run.attempts import AttemptBegan, Charged
@@ -31,14 +31,14 @@ BEGAN = datetime.fromisoformat(START).timestamp()
 )
 def test_a_line_of_sacct(slurm: FakeSlurm, resources: str, energy: str, gpus: int, cpus: int, joules: float | None):
     slurm.says("sacct", f"7|{START}|61|{resources}|{energy}|a|b\n")
-    ((name, row),) = client.charges(["7"])
+    ((name, row),) = accounting.charges(["7"])
     assert row == Charged(job="7", began=BEGAN, seconds=61, gpus=gpus, cpus=cpus, energy_j=joules) and name == "a|b"
     assert "--duplicates" in slurm.calls("sacct")[0], "every attempt of a requeued job"
 
 
 def test_a_job_that_never_ran_costs_nothing(slurm: FakeSlurm):
     slurm.says("sacct", "7|Unknown|0|||a\n8|None|0||0|a\n9_[0-3]|Unknown|0|||a\nwarning\n\n")
-    assert client.charges(["7", "8", "9"]) == []
+    assert accounting.charges(["7", "8", "9"]) == []
 
 
 def evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
