@@ -31,7 +31,7 @@ from pipeline.run.folder import open_run, run_for
 from tests import processes
 from tests.experiment import validations
 from tests.huggingface.folders import SHAPES, described, saved_by_transformers, written
-from tests.huggingface.test_open_weights import BAD_FOLDERS, not_a_number
+from tests.huggingface.test_bad_folders import BAD_FOLDERS, not_a_number
 from tests.huggingface.test_open_weights import MODEL as BIASED
 from tests.test_bad_input import experiment
 from tests.train.engine.reference import train_plainly
